@@ -1,0 +1,1 @@
+"""latentpipe: latent diffusion around a VAE stage."""

@@ -1,0 +1,1 @@
+"""Folders of captioned pictures, the emoji set, the latent cache."""

@@ -1,0 +1,111 @@
+"""A folder of captioned pictures: the imagefolder convention (metadata.csv or metadata.jsonl)."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from latentpipe.errors import UserError
+from latentpipe.images import fit_square, flatten
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture file and its captions (none, one or several)."""
+
+    path: Path
+    captions: tuple[str, ...]
+
+
+@dataclass
+class Pictures:
+    """What was read: pixels uint8 N H W 3, captions per picture, and the files that were skipped with the reason."""
+
+    pixels: np.ndarray
+    captions: list[tuple[str, ...]]
+    names: list[str]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def report(self) -> str:
+        """One line on what was read, and one for each file that was not."""
+        lines = [f"{len(self.names)} pictures read, {len(self.skipped)} skipped"]
+        return "\n".join(lines + [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()])
+
+
+def read_index(folder: Path) -> list[Item]:
+    """The folder's files with their captions, in the order of the metadata, else by name.
+
+    metadata.jsonl or metadata.csv hold `file_name` and `text`; a file named twice has two captions. Without
+    either, every picture is listed without captions.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; expected a folder of pictures with metadata.jsonl or metadata.csv.")
+    rows = _rows(folder)
+    if rows is None:
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        rows = [(path.relative_to(folder).as_posix(), None) for path in paths]
+    captions: dict[str, list[str]] = {}
+    for name, text in rows:
+        captions.setdefault(name, []).extend([text] if text else [])
+    root = folder.resolve()
+    for name in captions:
+        if not (root / name).resolve().is_relative_to(root):
+            raise UserError(f"{folder}: metadata names '{name}', which lies outside the folder.")
+    if not captions:
+        raise UserError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}).")
+    return [Item(folder / name, tuple(texts)) for name, texts in captions.items()]
+
+
+def read_pictures(folder: Path, size_px: int) -> Pictures:
+    """Every readable picture as an upright RGB square of `size_px` (alpha on white, centre square, Lanczos).
+
+    Bad files are skipped and listed with the reason; UserError when nothing is left.
+    """
+    arrays: list[np.ndarray] = []
+    result = Pictures(np.empty((0, size_px, size_px, 3), np.uint8), [], [])
+    for item in read_index(folder):
+        name = item.path.relative_to(folder).as_posix()
+        try:
+            with Image.open(item.path) as picture:
+                arrays.append(np.asarray(fit_square(flatten(picture), size_px)))
+        except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            result.skipped[name] = str(error) or type(error).__name__
+            continue
+        result.names.append(name)
+        result.captions.append(item.captions)
+    if not arrays:
+        raise UserError(f"No picture in {folder} could be read.\n{result.report()}")
+    result.pixels = np.stack(arrays)
+    return result
+
+
+def _rows(folder: Path) -> list[tuple[str, str | None]] | None:
+    """(file_name, text) from the metadata file; None where there is none."""
+    jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
+    try:
+        if jsonl.is_file():
+            lines = jsonl.read_text(encoding="utf-8").splitlines()
+            records = [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
+        elif table.is_file():
+            with table.open(newline="", encoding="utf-8") as file:
+                records = list(enumerate(csv.DictReader(file), 2))
+        else:
+            return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: its metadata cannot be read ({error}).") from None
+    path = jsonl if jsonl.is_file() else table
+    rows: list[tuple[str, str | None]] = []
+    for number, record in records:
+        if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
+            raise UserError(f"{path}, line {number}: expected 'file_name' and 'text'; given {record!r:.200}.")
+        text = record.get("text")
+        rows.append((record["file_name"], text if isinstance(text, str) else None))
+    return rows

@@ -1,0 +1,1 @@
+"""Measurements whose output names its set, its N and its interval."""

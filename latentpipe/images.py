@@ -1,0 +1,131 @@
+"""Pixels <-> images: the only place that knows [-1, 1] and 0..255.
+
+pixels  PIL pictures or uint8 arrays, H W 3, 0..255
+images  float tensors, B 3 H W, [-1, 1]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    import torch
+
+WHITE = (255, 255, 255)
+
+
+def flatten(picture: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """Any PIL picture as upright 8-bit RGB: EXIF orientation applied, alpha laid on `background`."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        # 16-bit greys: Pillow's own conversion clips at 255 instead of scaling.
+        values = np.asarray(picture, dtype=np.float64)
+        top = 65535.0 if values.max(initial=0.0) > 255 else 255.0
+        picture = Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        layer = picture.convert("RGBA")
+        ground = Image.new("RGBA", layer.size, (*background, 255))
+        picture = Image.alpha_composite(ground, layer)
+    return picture.convert("RGB")
+
+
+def fit_square(picture: Image.Image, size: int) -> Image.Image:
+    """The centred square of a picture, resized to `size` x `size` pixels (Lanczos, antialiased)."""
+    if picture.size == (size, size):
+        return picture
+    return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+
+
+def stack(pictures: Iterable[Image.Image]) -> np.ndarray:
+    """RGB pictures of one size as one uint8 array, B H W 3."""
+    return np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+
+
+def to_images(pixels: np.ndarray | Image.Image | Iterable[Image.Image]) -> torch.Tensor:
+    """Pixels to images.
+
+    Takes one PIL picture, several of one size, or a uint8 array (H W 3 or B H W 3);
+    returns float32, B 3 H W, [-1, 1]: ``pixel / 127.5 - 1``.
+    """
+    import torch
+
+    if isinstance(pixels, Image.Image):
+        pixels = stack([pixels])
+    elif not isinstance(pixels, np.ndarray):
+        pixels = stack(pixels)
+    if pixels.ndim == 3:
+        pixels = pixels[None]
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
+        raise ValueError(f"Pixels are uint8, B H W 3; given {pixels.dtype}, shape {pixels.shape}.")
+    tensor = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2)
+    return bytes_to_images(tensor)
+
+
+def bytes_to_images(pixels: torch.Tensor) -> torch.Tensor:
+    """A uint8 tensor, B 3 H W, 0..255, as images (float32, [-1, 1])."""
+    return pixels.float() / 127.5 - 1.0
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Images to a uint8 tensor B 3 H W: clamp to [-1, 1], then round to the nearest of 0..255."""
+    import torch
+
+    unit = (images.detach().float() / 2 + 0.5).clamp(0, 1)
+    return (unit * 255).round().to(torch.uint8)
+
+
+def to_arrays(images: torch.Tensor) -> np.ndarray:
+    """Images to uint8 pixels, B H W 3."""
+    return to_bytes(images).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pixels(images: torch.Tensor) -> list[Image.Image]:
+    """Images (B 3 H W, [-1, 1], clamped) to a list of PIL pictures."""
+    return [Image.fromarray(array) for array in to_arrays(images)]
+
+
+def psnr(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """PSNR in dB for each pair of uint8 tensors B 3 H W: ``10 log10(255^2 / MSE)``; inf when equal."""
+    import torch
+
+    error = (first.double() - second.double()).square().flatten(1).mean(1)
+    return 10 * torch.log10(255.0**2 / error)
+
+
+def sheet(pictures: list[Image.Image], columns: int, labels: list[str] | None = None, gap: int = 4) -> Image.Image:
+    """Pictures of one size in a grid on white, each with its label (wrapped) beneath."""
+    from PIL import ImageDraw, ImageFont
+
+    width, height = pictures[0].size
+    lines = 0
+    font = ImageFont.load_default(11)
+    wrapped: list[list[str]] = []
+    if labels is not None:
+        wrapped = [wrap(label, width, font) for label in labels]
+        lines = max(len(rows) for rows in wrapped)
+    cell_w, cell_h = width + gap, height + gap + 13 * lines
+    rows = -(-len(pictures) // columns)
+    page = Image.new("RGB", (columns * cell_w + gap, rows * cell_h + gap), WHITE)
+    draw = ImageDraw.Draw(page)
+    for index, picture in enumerate(pictures):
+        left, top = gap + index % columns * cell_w, gap + index // columns * cell_h
+        page.paste(picture, (left, top))
+        for row, text in enumerate(wrapped[index] if wrapped else []):
+            draw.text((left, top + height + 13 * row), text, fill=(60, 60, 60), font=font)
+    return page
+
+
+def wrap(text: str, width: int, font) -> list[str]:
+    """Break a caption into lines that are at most `width` pixels wide."""
+    lines: list[str] = []
+    for word in text.split():
+        trial = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(trial) <= width:
+            lines[-1] = trial
+        else:
+            lines.append(word)
+    return lines or [""]

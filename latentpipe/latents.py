@@ -1,0 +1,142 @@
+"""LatentSpace: what a VAE's latents are, and the affine pair between raw and latents.
+
+raw      a VAE's own units, B C h w
+latents  normalized, B C h w:  latents = (raw - shift) * scale, per channel
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """A space of latents: how many channels, how much smaller than the picture, and its normalization.
+
+    channels   C of B C h w
+    downscale  picture side / latent side
+    scale      one factor per channel, > 0
+    shift      one offset per channel, in raw units
+    """
+
+    channels: int
+    downscale: int
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name, values in (("scale", self.scale), ("shift", self.shift)):
+            if len(values) != self.channels:
+                raise ValueError(f"A space of {self.channels} channels needs {self.channels} {name}s; given {len(values)}.")
+            if not all(math.isfinite(value) for value in values):
+                raise ValueError(f"Every {name} must be a finite number; given {values}.")
+        if any(value <= 0 for value in self.scale):
+            raise ValueError(f"Every scale must be greater than 0; given {self.scale}.")
+
+    @classmethod
+    def of(cls, vae: Any) -> LatentSpace:
+        """The space that a diffusers autoencoder's config declares.
+
+        Conventions: Stable Diffusion 3 and FLUX ``latents = (raw - shift_factor) * scaling_factor``;
+        SDXL with statistics ``latents = (raw - latents_mean) * scaling_factor / latents_std``.
+        """
+        config = vae.config
+        channels = int(config["latent_channels"])
+        factor = config.get("scaling_factor")
+        if factor is None:
+            raise ValueError(
+                f"{type(vae).__name__} declares no scaling_factor; measure its latents (LatentSpace.measure) "
+                "and write the factor into its config."
+            )
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            scale = tuple(float(factor) / float(value) for value in std)
+            return cls(channels, downscale_of(vae), scale, tuple(map(float, mean)))
+        shift = float(config.get("shift_factor") or 0.0)
+        return cls(channels, downscale_of(vae), (float(factor),) * channels, (shift,) * channels)
+
+    @classmethod
+    def measure(cls, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], downscale: int) -> Measured:
+        """Stream (mean, std) pairs of raw posteriors, each B C h w; return the space that gives mean 0 and std 1.
+
+        The variance of a latent is the variance of the posterior means plus the mean posterior variance
+        (law of total variance), so nothing is sampled. Standard errors take the picture as the unit.
+        """
+        import torch
+
+        sums: list[torch.Tensor] = []
+        squares: list[torch.Tensor] = []
+        for mean, std in batches:
+            mean, std = mean.double(), std.double()
+            sums.append(mean.mean((2, 3)))
+            squares.append((mean.square() + std.square()).mean((2, 3)))
+        if not sums:
+            raise ValueError("No latents to measure: the data holds no readable picture.")
+        first, second = torch.cat(sums), torch.cat(squares)  # (N, C) each
+        n = len(first)
+        centre = first.mean(0)
+        spread = (second.mean(0) - centre.square()).clamp_min(1e-12).sqrt()
+        error = first.std(0, correction=1) / math.sqrt(n) if n > 1 else torch.full_like(centre, math.inf)
+        space = cls(len(centre), downscale, tuple((1 / spread).tolist()), tuple(centre.tolist()))
+        return Measured(space, n, tuple((error / spread).tolist()))
+
+    def normalize(self, raw: torch.Tensor) -> torch.Tensor:
+        """Raw (B C h w) to latents."""
+        shift, scale = self._affine(raw)
+        return (raw - shift) * scale
+
+    def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B C h w) to raw; the inverse of `normalize`."""
+        shift, scale = self._affine(latents)
+        return latents / scale + shift
+
+    def shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """The latents' shape for pictures of `height` x `width` pixels; ValueError if a side does not divide."""
+        for name, side in (("height", height), ("width", width)):
+            if side <= 0 or side % self.downscale:
+                raise ValueError(f"The {name} is {side} pixels; this VAE takes positive multiples of {self.downscale}.")
+        return batch, self.channels, height // self.downscale, width // self.downscale
+
+    def difference(self, other: LatentSpace) -> str:
+        """Empty when the two spaces are interchangeable, else one sentence that says how they differ."""
+        if (self.channels, self.downscale) != (other.channels, other.downscale):
+            return (
+                f"{self.channels}-channel latents at 1/{self.downscale} size are not "
+                f"{other.channels}-channel latents at 1/{other.downscale} size."
+            )
+        for name in ("scale", "shift"):
+            for channel, (mine, theirs) in enumerate(zip(getattr(self, name), getattr(other, name), strict=True)):
+                if mine != theirs:
+                    return f"The {name} of channel {channel} is {mine:.6g} in one space and {theirs:.6g} in the other."
+        return ""
+
+    def _affine(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if like.ndim != 4 or like.shape[1] != self.channels:
+            raise ValueError(f"This space has {self.channels} channels (B C h w); given shape {tuple(like.shape)}.")
+        shift = like.new_tensor(self.shift).view(1, -1, 1, 1)
+        scale = like.new_tensor(self.scale).view(1, -1, 1, 1)
+        return shift, scale
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measured space: over how many pictures, and the standard error of each channel's mean (in latents)."""
+
+    space: LatentSpace
+    n: int
+    standard_error: tuple[float, ...]
+
+
+def downscale_of(vae: Any) -> int:
+    """Picture side / latent side of a diffusers autoencoder, from its config."""
+    ratio = getattr(vae, "spatial_compression_ratio", None)
+    if ratio is not None:
+        return int(ratio)
+    blocks = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
+    return int(2 ** (len(blocks) - 1))

@@ -1,0 +1,1 @@
+"""Training: the VAE, then the denoiser on its latents."""
