@@ -7,7 +7,7 @@ latents  normalized, B C h w:  latents = (raw - shift) * scale, per channel
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,20 +46,24 @@ class LatentSpace:
         Conventions: Stable Diffusion 3 and FLUX ``latents = (raw - shift_factor) * scaling_factor``;
         SDXL with statistics ``latents = (raw - latents_mean) * scaling_factor / latents_std``.
         """
-        config = vae.config
+        return cls.from_config(vae.config)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> LatentSpace:
+        """As `of`, from the content of a VAE's config.json; ValueError where it declares no factor."""
         channels = int(config["latent_channels"])
         factor = config.get("scaling_factor")
         if factor is None:
             raise ValueError(
-                f"{type(vae).__name__} declares no scaling_factor; measure its latents (LatentSpace.measure) "
+                "This VAE's config declares no scaling_factor; measure its latents (LatentSpace.measure) "
                 "and write the factor into its config."
             )
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
             scale = tuple(float(factor) / float(value) for value in std)
-            return cls(channels, downscale_of(vae), scale, tuple(map(float, mean)))
+            return cls(channels, downscale_of(config), scale, tuple(map(float, mean)))
         shift = float(config.get("shift_factor") or 0.0)
-        return cls(channels, downscale_of(vae), (float(factor),) * channels, (shift,) * channels)
+        return cls(channels, downscale_of(config), (float(factor),) * channels, (shift,) * channels)
 
     @classmethod
     def measure(cls, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], downscale: int) -> Measured:
@@ -133,10 +137,9 @@ class Measured:
     standard_error: tuple[float, ...]
 
 
-def downscale_of(vae: Any) -> int:
+def downscale_of(config: Mapping[str, Any]) -> int:
     """Picture side / latent side of a diffusers autoencoder, from its config."""
-    ratio = getattr(vae, "spatial_compression_ratio", None)
-    if ratio is not None:
-        return int(ratio)
-    blocks = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
+    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    if not blocks:
+        raise ValueError("This VAE's config names neither block_out_channels nor encoder_block_out_channels.")
     return int(2 ** (len(blocks) - 1))

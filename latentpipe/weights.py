@@ -39,6 +39,19 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target` that takes its name when the block succeeds, and vanishes when it fails."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.part")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def content_hash(tensors: Mapping[str, torch.Tensor], space: LatentSpace | None = None) -> str:
     """sha256 over sorted tensor names, shapes, dtypes and bytes, and the normalization where there is one.
 
@@ -56,8 +69,45 @@ def content_hash(tensors: Mapping[str, torch.Tensor], space: LatentSpace | None 
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AsymmetricAutoencoderKL")
 VAE_FILE = "diffusion_pytorch_model.safetensors"
+PARTS = {"vae": VAE_FILE, "unet": VAE_FILE, "text_encoder": "model.safetensors"}  # of a Stable Diffusion folder
 CARD_FILE = "card.json"
 PREVIEW_FILE = "latent_rgb.json"
+
+
+def home() -> Path:
+    """People's own files: $LATENTPIPE_HOME, else latentpipe/ in the user's data folder; holds models/, vae/, lora/."""
+    if os.environ.get("LATENTPIPE_HOME"):
+        return Path(os.environ["LATENTPIPE_HOME"])
+    data = os.environ.get("XDG_DATA_HOME") or os.environ.get("LOCALAPPDATA")
+    return Path(data or Path.home() / ".local" / "share") / "latentpipe"
+
+
+def shipped() -> Path:
+    """The folder of the weights that ship with the project: in the wheel, or in a checkout."""
+    here = Path(__file__).parent
+    return here / "embedded" if (here / "embedded").is_dir() else here.parent / "weights"
+
+
+def available(kind: str = "models") -> dict[str, Path]:
+    """Names and folders of all `kind` ("models" or "vae"): the shipped ones, then people's own."""
+    index = "model_index.json" if kind == "models" else "config.json"
+    found: dict[str, Path] = {}
+    for root in (shipped(), home() / "models"):
+        for path in sorted(root.glob("*/model_index.json")):
+            found[path.parent.name] = path.parent if kind == "models" else path.parent / "vae"
+    for root in (shipped() / kind, home() / kind):
+        found |= {path.parent.name: path.parent for path in sorted(root.glob(f"*/{index}"))}
+    return found
+
+
+def find_model(name: str | Path, kind: str = "models") -> Path:
+    """The folder that a name or a path means; UserError lists the names there are."""
+    known = available(kind)
+    if str(name) in known:
+        return known[str(name)]
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    raise UserError(f"No {kind.removesuffix('s')} '{name}': neither a folder nor one of {', '.join(known) or 'none installed'}.")
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -123,6 +173,13 @@ def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return vae.to(dtype).eval()
 
 
+def vae_hash(folder: Path) -> str:
+    """The content hash of a VAE folder: its weights as they lie in the file, and its normalization."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    return content_hash(read_tensors(folder / VAE_FILE), LatentSpace.from_config(config))
+
+
 def save_vae(vae: Any, folder: Path, card: Mapping[str, Any], preview: Any = None) -> str:
     """Write a VAE folder in fp16 with its card, atomically; return the content hash.
 
@@ -136,3 +193,98 @@ def save_vae(vae: Any, folder: Path, card: Mapping[str, Any], preview: Any = Non
         if preview is not None:
             (part / PREVIEW_FILE).write_text(json.dumps(preview) + "\n")
     return digest
+
+
+def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A StableDiffusionPipeline from its folder, each part checked first, in one dtype; offline."""
+    from diffusers import StableDiffusionPipeline
+
+    folder = Path(folder)
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") != "StableDiffusionPipeline":
+        raise UserError(f"{folder} holds a {index.get('_class_name')}; expected a StableDiffusionPipeline.")
+    for part, file in PARTS.items():
+        check_readable(folder / part / file)
+    vae = load_vae(folder / "vae", dtype)
+    enforce_chain(folder)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        folder, vae=vae, torch_dtype=dtype, local_files_only=True, use_safetensors=True, safety_checker=None
+    )
+    for part in PARTS:
+        source = folder / part / PARTS[part]
+        if part != "vae":
+            model = getattr(pipe, part)
+            load_strictly(model, _as_named_by(model, read_tensors(source)), source)
+            model.eval()
+    return pipe
+
+
+def save_pipeline(pipe: Any, folder: Path, card: Mapping[str, Any], vae_folder: Path) -> None:
+    """Write a pipeline folder in fp16, atomically, that ``StableDiffusionPipeline.from_pretrained(folder)`` opens.
+
+    The VAE's card and preview map come along from `vae_folder`; the VAE's hash is written into the card.
+    """
+    with atomic_folder(folder) as part:
+        pipe.to(torch.float16).save_pretrained(part, safe_serialization=True)
+        text = part / "text_encoder"
+        config = read_json(text / "config.json")
+        config["dtype"] = "float32"  # else transformers comes up in fp16 beside a UNet in fp32
+        (text / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _restore_prefix(text / PARTS["text_encoder"])
+        for name in (CARD_FILE, PREVIEW_FILE):
+            if (vae_folder / name).is_file():
+                shutil.copy(vae_folder / name, part / "vae" / name)
+        (part / CARD_FILE).write_text(json.dumps({**card, "hashes": hashes(part)}, indent=2) + "\n")
+    pipe.to(torch.float32)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Content hashes of a pipeline's VAE, UNet and text encoder."""
+    folder = Path(folder)
+    found = {part: content_hash(read_tensors(folder / part / file)) for part, file in PARTS.items() if part != "vae"}
+    return {"vae": vae_hash(folder / "vae"), **found}
+
+
+def enforce_chain(folder: Path) -> None:
+    """UserError where a pipeline's card says that its denoiser was trained on another VAE's latents."""
+    card = folder / CARD_FILE
+    if not card.is_file():
+        return
+    expected, given = read_json(card).get("vae_hash"), vae_hash(folder / "vae")
+    if expected and expected != given:
+        raise UserError(
+            f"{folder}: its denoiser was trained on latents of VAE {expected[:HASH_LENGTH]}, but the VAE beside it is "
+            f"{given[:HASH_LENGTH]}. Put the right VAE back, or train a denoiser for this one."
+        )
+
+
+def check_readable(path: Path) -> None:
+    """UserError unless `path` is a complete safetensors file; reads its header only."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"{path} is missing; expected a safetensors file. Fetch or export the model again.")
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        raise UserError(f"{path} is not a complete safetensors file ({error}); given {size:,} bytes. Fetch it again.") from None
+
+
+def _restore_prefix(path: Path) -> None:
+    """transformers >= 5.6 writes CLIP text encoders without ``text_model.``; older readers need it."""
+    from safetensors.torch import save_file
+
+    tensors = read_tensors(path)
+    named = {name if name.startswith("text_model.") else f"text_model.{name}": value for name, value in tensors.items()}
+    save_file(named, path, metadata={"format": "pt"})
+
+
+def _as_named_by(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors with or without the prefix ``text_model.``, whichever `model` uses; position ids are no weights."""
+    tensors = {name: value for name, value in tensors.items() if not name.endswith("position_ids")}
+    prefixed = any(name.startswith("text_model.") for name in model.state_dict())
+    if prefixed:
+        return tensors
+    return {name.removeprefix("text_model."): value for name, value in tensors.items()}

@@ -1,0 +1,86 @@
+"""The latent cache: posterior mean and standard deviation of every picture, keyed by the VAE's hash.
+
+Mean and deviation are kept rather than one sample, so that each epoch draws afresh.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from latentpipe.data.folder import read_pictures
+from latentpipe.errors import UserError
+from latentpipe.images import bytes_to_images
+from latentpipe.vae import VAEStage
+from latentpipe.weights import HASH_LENGTH, atomic_file, load_vae, read_tensors, vae_hash
+
+FORMAT = "latentpipe.latents.1"
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """Latents of N pictures: mean and std (N C h w), their captions, the size they had and the VAE that made them."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    captions: list[tuple[str, ...]]
+    size_px: int
+    vae_hash: str
+
+    def sample(self, chosen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Fresh latents (B C h w) of the chosen pictures: ``mean + std * noise``."""
+        mean = self.mean[chosen].float()
+        return mean + self.std[chosen].float() * torch.randn(mean.shape, generator=generator)
+
+
+@torch.no_grad()
+def encode_folder(folder: Path, vae_folder: Path, out: Path, size_px: int, batch: int = 32, progress=None) -> LatentCache:
+    """Encode every picture of a folder and write the cache file `out` (safetensors), atomically."""
+    digest = vae_hash(vae_folder)
+    stage = VAEStage(load_vae(vae_folder))
+    stage.space.shape(1, size_px, size_px)
+    pictures = read_pictures(folder, size_px)
+    print(pictures.report())
+    pixels = torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2)
+    parts: Iterable[torch.Tensor] = pixels.split(batch)
+    pairs = [stage.posterior(bytes_to_images(part)) for part in (progress(parts) if progress else parts)]
+    mean, std = (torch.cat([pair[index] for pair in pairs]).half() for index in range(2))
+    cache = LatentCache(mean, std, pictures.captions, size_px, digest)
+    metadata = {
+        "format": FORMAT,
+        "vae_hash": digest,
+        "size_px": str(size_px),
+        "captions": json.dumps(cache.captions),
+    }
+    with atomic_file(out) as part:
+        save_file({"mean": mean, "std": std}, part, metadata=metadata)
+    return cache
+
+
+def open_cache(path: Path, vae_folder: Path) -> LatentCache:
+    """Read a cache; UserError where it was made by another VAE than the one in `vae_folder`."""
+    tensors = read_tensors(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is not a latent cache of this version; make one with 'latentpipe encode'.")
+    digest = vae_hash(vae_folder)
+    if metadata["vae_hash"] != digest:
+        raise UserError(
+            f"{path} holds latents of VAE {metadata['vae_hash'][:HASH_LENGTH]}, but {vae_folder} is "
+            f"{digest[:HASH_LENGTH]}; encode the pictures again with 'latentpipe encode'."
+        )
+    captions = [tuple(texts) for texts in json.loads(metadata["captions"])]
+    return LatentCache(tensors["mean"], tensors["std"], captions, int(metadata["size_px"]), digest)
+
+
+def default_path(folder: Path, vae_folder: Path, size_px: int) -> Path:
+    """``FOLDER/.latents/VAEHASH-64.safetensors``: one file for each VAE and size."""
+    return folder / ".latents" / f"{vae_hash(vae_folder)[:HASH_LENGTH]}-{size_px}{os.extsep}safetensors"

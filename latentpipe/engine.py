@@ -1,0 +1,176 @@
+"""One job at a time on one device: step events with preview and ETA, cancel, replay. Knows no interface."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latentpipe import recipe as recipes
+from latentpipe.errors import UserError
+from latentpipe.images import flatten
+from latentpipe.pipeline import LatentPipeline, Picture, Settings, Step, pixel_hash
+
+_device_lock = threading.Lock()  # host pipelines are not re-entrant, and two jobs slow each other more than twice
+PREVIEW_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A step is done: `step` of `steps`, the seconds left, and a picture of the estimate (at most four a second)."""
+
+    step: int
+    steps: int
+    eta_s: float
+    preview: Image.Image | None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The job is over; after a cancel these are the partial pictures."""
+
+    pictures: list[Picture]
+    seconds: float
+
+
+class Engine:
+    """Runs jobs of one pipeline, one after another."""
+
+    def __init__(self, pipe: LatentPipeline) -> None:
+        self.pipe = pipe
+
+    def run(self, prompt: str, cancel: threading.Event | None = None, previews: bool = False, **settings: Any) -> Iterator[StepDone | Finished]:
+        """Draw `prompt` in a worker thread and yield its events; the last one is `Finished`.
+
+        cancel    setting it stops after the current step and keeps the partial pictures
+        settings  arguments of `LatentPipeline.__call__`
+        Closing the iterator cancels the job and waits for its step to end.
+        """
+        cancel = cancel or threading.Event()
+        events: queue.Queue[StepDone | Finished | BaseException] = queue.Queue(maxsize=1)
+        worker = threading.Thread(target=self._work, args=(events, cancel, previews, prompt, settings), daemon=True)
+        worker.start()
+        try:
+            while True:
+                event = events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            cancel.set()
+            while worker.is_alive():
+                _drop(events)  # the worker must not wait for a reader that has left
+                worker.join(0.05)
+
+    def _work(self, events: queue.Queue, cancel: threading.Event, previews: bool, prompt: str, settings: dict[str, Any]) -> None:
+        with _device_lock:
+            begin = time.monotonic()
+            last_preview = 0.0
+
+            def on_step(step: Step) -> bool:
+                nonlocal last_preview
+                now = time.monotonic()
+                preview = None
+                if previews and now - last_preview >= PREVIEW_SECONDS:
+                    preview, last_preview = self.pipe.preview(step.latents), now
+                eta = (now - begin) / step.step * (step.steps - step.step)
+                _drop(events)  # a reader that is slow sees the newest event only
+                events.put(StepDone(step.step, step.steps, eta, preview))
+                return cancel.is_set()
+
+            try:
+                pictures = self.pipe(prompt, on_step=on_step, **settings)
+                events.put(Finished(pictures, time.monotonic() - begin))
+            except BaseException as error:  # handed to the reader, who raises it
+                events.put(error)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A picture drawn again: the largest difference in grey levels to the old one, and its likely causes."""
+
+    picture: Picture
+    difference: int
+    causes: list[str]
+
+
+def replay(path: Path, model: str | Path | None = None, source: Path | None = None, device: str | None = None) -> Replay:
+    """Draw the picture in a PNG again from its recipe and compare.
+
+    Names resolve among the shipped and the user's own models only; UserError names every weight that differs.
+    """
+    old = recipes.read(path)
+    if old.adapter or old.loras:
+        raise UserError(f"{path} was made with an adapter or LoRA ({old.adapter or ', '.join(old.loras)}), which this version cannot load.")
+    pipe = LatentPipeline.from_pretrained(
+        model or _name(old.model), _name(old.vae) if old.vae else None, device, _dtype(old.machine.dtype)
+    )
+    changed = [f"{part} is {pipe.hashes.get(part, 'missing')[:16]}, the picture's was {digest[:16]}" for part, digest in old.hashes.items() if pipe.hashes.get(part) != digest]
+    if changed:
+        raise UserError(f"{path} was made with other weights: {'; '.join(changed)}. Give the right model with --model.")
+    settings: dict[str, Any] = {
+        "negative": old.negative,
+        "steps": old.steps,
+        "guidance": old.guidance,
+        "guidance_interval": old.guidance_interval,
+        "scheduler": old.scheduler if old.scheduler != type(pipe.host.scheduler).__name__ else None,
+        "size": (old.width, old.height),
+        **_source(old, source),
+    }
+    stop = old.stopped_after
+    pictures = pipe(
+        old.prompt, n=old.batch_size, seed=old.seed - old.batch_index, on_step=lambda step: step.step == stop, **settings
+    )
+    picture = pictures[old.batch_index]
+    with Image.open(path) as stored:
+        before = np.asarray(stored.convert("RGB"), dtype=np.int16)
+    after = np.asarray(picture.image, dtype=np.int16)
+    if before.shape != after.shape:
+        raise UserError(f"{path} is {before.shape[1]} x {before.shape[0]} pixels, its recipe says {old.width} x {old.height}.")
+    return Replay(picture, int(np.abs(before - after).max()), _causes(old, picture.recipe))
+
+
+def _causes(old: recipes.Recipe, new: recipes.Recipe) -> list[str]:
+    """What differs between the two machines, in words."""
+    rows = [(name, getattr(old.machine, name), getattr(new.machine, name)) for name in ("device", "dtype", "threads", "processor")]
+    rows += [(name, version, new.machine.versions.get(name, "not installed")) for name, version in old.machine.versions.items()]
+    return [f"{name}: {before} then, {now} now" for name, before, now in rows if before != now]
+
+
+def _source(old: recipes.Recipe, source: Path | None) -> dict[str, Any]:
+    if old.source is None:
+        return {}
+    if source is None:
+        raise UserError("This picture began from another one; give it with --image.")
+    with Image.open(source) as picture:
+        image = flatten(picture)
+    if pixel_hash(image) != old.source.sha256:
+        raise UserError(f"{source} is not the picture that this one began from: {pixel_hash(image)[:16]}, expected {old.source.sha256[:16]}.")
+    return {"image": image, "strength": old.source.strength}
+
+
+def _name(name: str) -> str:
+    """A name from a picture; never a path."""
+    if Path(name).name != name or name in {"", ".", ".."}:
+        raise UserError(f"The recipe names '{name}', which is not a plain name; give the model with --model.")
+    return name
+
+
+def _dtype(name: str) -> str:
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(name, "fp32")
+
+
+def _drop(events: queue.Queue) -> None:
+    try:
+        events.get_nowait()
+    except queue.Empty:
+        pass

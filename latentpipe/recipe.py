@@ -1,0 +1,154 @@
+"""What made a picture: written into the PNG, read back, replayed.
+
+Two text chunks: `parameters`, as A1111 writes it and many tools read it, and `latentpipe`, a versioned JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Literal
+
+from PIL import Image, PngImagePlugin
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from latentpipe.errors import UserError
+from latentpipe.weights import atomic_file
+
+VERSION = 1
+CHUNK = "latentpipe"
+MAX_SEED = 2**32 - 1
+Unit = Annotated[float, Field(ge=0, le=1)]
+
+
+class Source(BaseModel):
+    """The picture that img2img began from."""
+
+    model_config = ConfigDict(extra="forbid")
+    sha256: str = Field(max_length=64)
+    """Hash of its pixels (RGB, as encoded)."""
+    strength: Unit
+    """Share of the schedule that was run; 1 forgets the picture."""
+
+
+class Machine(BaseModel):
+    """Where the picture was computed; other machines may differ in the last bits."""
+
+    model_config = ConfigDict(extra="forbid")
+    device: str = Field(max_length=64)
+    dtype: str = Field(max_length=32)
+    threads: int = Field(ge=1, le=65536)
+    processor: str = Field(max_length=200)
+    versions: dict[str, str]
+
+
+class Recipe(BaseModel):
+    """Everything that decides a picture's pixels."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: Literal[1] = VERSION
+    prompt: str = Field(max_length=20_000)
+    negative: str = Field("", max_length=20_000)
+    seed: int = Field(ge=0, le=MAX_SEED)
+    steps: int = Field(ge=1, le=1000)
+    guidance: float = Field(ge=0, le=100)
+    guidance_interval: tuple[Unit, Unit] = (0.0, 1.0)
+    scheduler: str = Field(max_length=64)
+    width: int = Field(ge=1, le=16384)
+    height: int = Field(ge=1, le=16384)
+    batch_index: int = Field(0, ge=0, le=4095)
+    batch_size: int = Field(1, ge=1, le=4096)
+    model: str = Field(max_length=200)
+    vae: str | None = Field(None, max_length=200)
+    adapter: str | None = Field(None, max_length=200)
+    loras: dict[str, float] = Field(default_factory=dict)
+    source: Source | None = None
+    stopped_after: int | None = Field(None, ge=0)
+    """Steps done when the job was cancelled; None for a finished picture."""
+    hashes: dict[str, str]
+    """Content hash (sha256) of each part that made the picture."""
+    machine: Machine
+
+
+def this_machine(device: str, dtype: str, threads: int) -> Machine:
+    """The machine's part of a recipe."""
+    names = ("latentpipe", "torch", "diffusers", "transformers")
+    return Machine(
+        device=device, dtype=dtype, threads=threads, processor=_processor(), versions={name: _version(name) for name in names}
+    )
+
+
+def save_png(picture: Image.Image, path: Path, recipe: Recipe | None = None) -> None:
+    """Write a PNG with its recipe in both formats, atomically."""
+    info = PngImagePlugin.PngInfo()
+    if recipe is not None:
+        info.add_itxt("parameters", a1111_text(recipe))
+        info.add_itxt(CHUNK, recipe.model_dump_json())
+    with atomic_file(path) as part:
+        picture.save(part, format="PNG", pnginfo=info)
+
+
+def read(path: Path) -> Recipe:
+    """The recipe in a PNG; UserError where the file has none, or one of another version."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            text = picture.info.get(CHUNK)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such picture.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as a picture ({error}).") from None
+    if text is None:
+        raise UserError(f"{path} carries no latentpipe recipe; only PNG files written by latentpipe can be replayed.")
+    try:
+        raw = json.loads(text)
+        if isinstance(raw, dict) and raw.get("version") != VERSION:
+            raise UserError(f"{path}: recipe version {raw.get('version')!r}; this program reads version {VERSION}.")
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        places = ", ".join(".".join(map(str, problem["loc"])) or "recipe" for problem in error.errors())
+        raise UserError(f"{path}: its recipe is damaged in: {places}.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: its recipe is not JSON ({error}).") from None
+
+
+def a1111_text(recipe: Recipe) -> str:
+    """The settings as the A1111 interface writes them into `parameters`."""
+    pairs = {
+        "Steps": recipe.steps,
+        "Sampler": recipe.scheduler,
+        "CFG scale": recipe.guidance,
+        "Seed": recipe.seed,
+        "Size": f"{recipe.width}x{recipe.height}",
+        "Model hash": recipe.hashes["unet"][:10],
+        "Model": recipe.model,
+        "VAE hash": recipe.hashes["vae"][:10],
+        "VAE": recipe.vae or "built in",
+    }
+    if recipe.source:
+        pairs["Denoising strength"] = recipe.source.strength
+    pairs |= {"RNG": "CPU", "Version": f"latentpipe {_version('latentpipe')}"}
+    lines = [recipe.prompt] + ([f"Negative prompt: {recipe.negative}"] if recipe.negative else [])
+    return "\n".join([*lines, ", ".join(f"{key}: {_quoted(str(value))}" for key, value in pairs.items())])
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if any(char in value for char in ",\n:") else value
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()[:200]
+    return (platform.processor() or platform.machine())[:200]

@@ -1,0 +1,170 @@
+"""Train the denoiser: cached latents + captions -> UNet and text encoder, jointly, on v-prediction."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentpipe.config import Diffusion, TrainDenoiser, UNetShape
+from latentpipe.data.cache import LatentCache, open_cache
+from latentpipe.errors import UserError
+from latentpipe.images import sheet
+from latentpipe.pipeline import LatentPipeline
+from latentpipe.train import loop
+from latentpipe.train.losses import l2, velocity_target
+from latentpipe.train.text import build_text_encoder, token_ids, train_tokenizer
+from latentpipe.weights import load_pipeline, load_vae, save_pipeline
+
+
+def train_denoiser(config: TrainDenoiser) -> Path:
+    """Run `latentpipe train-denoiser`: returns the folder of a complete StableDiffusionPipeline (fp16 safetensors)."""
+    torch.manual_seed(config.run.seed)
+    cache = open_cache(config.data.cache, config.data.vae)
+    captioned = [index for index, texts in enumerate(cache.captions) if texts]
+    if not captioned:
+        raise UserError(f"{config.data.cache}: none of its {len(cache.captions)} pictures has a caption; add 'text' to the metadata.")
+    rows = torch.tensor(captioned)
+    vae = load_vae(config.data.vae)
+    tokenizer, text_encoder, unet = _build(config, cache, vae)
+    scheduler = build_scheduler(config.diffusion)
+    alpha_bar = training_alphas(scheduler)
+    loop.begin(config, config.run)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
+    print(f"Training on {len(captioned)} captioned pictures of {config.data.cache}")
+
+    def losses_of(step: int, generator: torch.Generator) -> loop.Losses:
+        chosen = rows[loop.batch_indices(len(rows), config.optim.batch_size, config.run.seed, step)]
+        latents = cache.sample(chosen, generator)
+        prompts = pick_captions([cache.captions[index] for index in chosen], config.diffusion.caption_dropout, generator)
+        times = stratified_times(len(latents), len(alpha_bar), generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        a = alpha_bar[times].view(-1, 1, 1, 1)
+        noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
+        ids = token_ids(tokenizer, prompts).to(device)
+        with loop.autocast(config.run, device):
+            states = both["text_encoder"](ids)[0]
+            velocity = both["unet"](noisy.to(device), times.to(device), states, return_dict=False)[0]
+        target = velocity_target(latents, noise, alpha_bar[times])
+        return {"v": l2(target.to(device), velocity.float())}
+
+    prompts = list(config.sample_prompts) or [cache.captions[index][0] for index in captioned[:8]]
+
+    def sample(step: int) -> dict[str, float]:
+        pipe = LatentPipeline(_pipeline(vae, text_encoder, tokenizer, unet, scheduler))
+        both.eval()
+        pictures = [pipe(prompt, seed=index)[0].image for index, prompt in enumerate(prompts)]
+        both.train()
+        sheet(pictures, 8, prompts).save(config.run.work / f"samples-{step:06d}.png")
+        return {}
+
+    loop.fit(both, config.optim, config.run, losses_of, sample)
+    both.eval().cpu()
+    _finish(config, _pipeline(vae, text_encoder, tokenizer, unet, scheduler), cache)
+    return config.run.out
+
+
+def build_scheduler(diffusion: Diffusion) -> Any:
+    """DPM-Solver++ on a scaled-linear schedule rescaled to zero terminal SNR, v-prediction, trailing spacing."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler(
+        beta_start=diffusion.beta_start,
+        beta_end=diffusion.beta_end,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        steps_offset=1,
+    )
+
+
+def training_alphas(scheduler: Any) -> torch.Tensor:
+    """Cumulative alphas (T) that the denoiser is trained on; the last is exactly zero.
+
+    DPM-Solver keeps a tiny value in its last place so that it can divide by it.
+    """
+    alphas = scheduler.alphas_cumprod.clone().float()
+    alphas[-1] = 0.0
+    return alphas
+
+
+def stratified_times(batch: int, total: int, generator: torch.Generator) -> torch.Tensor:
+    """Timesteps 0 .. total-1, uniform for each sample but spread evenly over the batch (less gradient noise)."""
+    offset = torch.rand((), generator=generator)
+    spread = (torch.arange(batch) / batch + offset) % 1
+    return (spread * total).long().clamp_max(total - 1)[torch.randperm(batch, generator=generator)]
+
+
+def pick_captions(choices: list[tuple[str, ...]], dropout: float, generator: torch.Generator) -> list[str]:
+    """One caption for each picture, at random among its own; empty for a share `dropout`."""
+    draws = torch.rand(len(choices), 2, generator=generator).tolist()
+    return ["" if drop < dropout else texts[int(pick * len(texts))] for texts, (drop, pick) in zip(choices, draws, strict=True)]
+
+
+def _build(config: TrainDenoiser, cache: LatentCache, vae: Any) -> tuple[Any, Any, Any]:
+    """Tokenizer, text encoder and UNet: new ones, or those of the model to warm-start from."""
+    if config.run.warm_start:
+        old = load_pipeline(config.run.warm_start)
+        return old.tokenizer, old.text_encoder.train(), old.unet.train()
+    captions = sorted({caption for texts in cache.captions for caption in texts})
+    tokenizer = train_tokenizer(captions, config.text)
+    text_encoder = build_text_encoder(tokenizer, config.text)
+    return tokenizer, text_encoder, build_unet(config.unet, cache, config.text.width)
+
+
+def build_unet(shape: UNetShape, cache: LatentCache, text_width: int) -> Any:
+    """A UNet2DConditionModel of this shape for the cache's latents, with random weights."""
+    from diffusers import UNet2DConditionModel
+
+    channels, side = cache.mean.shape[1], cache.mean.shape[-1]
+    levels = len(shape.blocks)
+    if side % 2 ** (levels - 1):
+        raise UserError(f"Latents of side {side} cannot be halved {levels - 1} times; give unet.blocks fewer levels.")
+    return UNet2DConditionModel(
+        sample_size=side,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=shape.blocks,
+        layers_per_block=shape.layers_per_block,
+        norm_num_groups=shape.norm_groups,
+        cross_attention_dim=text_width,
+        # diffusers reads this argument as the number of heads (its historical name)
+        attention_head_dim=tuple(width // shape.heads_dim for width in shape.blocks),
+        down_block_types=tuple("CrossAttnDownBlock2D" if text else "DownBlock2D" for text in shape.attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if text else "UpBlock2D" for text in reversed(shape.attention)),
+    )
+
+
+def _pipeline(vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _finish(config: TrainDenoiser, pipe: Any, cache: LatentCache) -> None:
+    card = {
+        "pictures": len(cache.captions),
+        "size_px": cache.size_px,
+        "steps": config.optim.steps,
+        "batch_size": config.optim.batch_size,
+        "prediction_type": "v_prediction",
+        "zero_terminal_snr": True,
+        "vae_hash": cache.vae_hash,
+    }
+    save_pipeline(pipe, config.run.out, card, config.data.vae)
+    (config.run.work / "result.json").write_text(json.dumps(card, indent=2))
+    print(f"Model: {config.run.out}")

@@ -1,0 +1,61 @@
+"""The text side: a byte-pair tokenizer trained on the captions, and a small CLIP text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from latentpipe.config import TextShape
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def train_tokenizer(captions: Iterable[str], shape: TextShape) -> Any:
+    """A CLIPTokenizer whose merges come from these captions; any text can be written in its vocabulary."""
+    import json
+
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    backend = CLIPTokenizer()._tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=shape.vocabulary,
+        special_tokens=[BEGIN, END],
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    backend.train_from_iterator(captions, trainer)
+    model = json.loads(backend.to_str())["model"]
+    vocabulary: dict[str, int] = model["vocab"]
+    for letter in alphabet:  # the trainer adds word-final letters only where it saw them
+        vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
+    merges = [tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in model["merges"]]
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=shape.length)
+
+
+def build_text_encoder(tokenizer: Any, shape: TextShape) -> Any:
+    """A CLIPTextModel of this shape with random weights."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.width,
+        intermediate_size=4 * shape.width,
+        projection_dim=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        max_position_embeddings=shape.length,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def token_ids(tokenizer: Any, prompts: list[str]) -> Any:
+    """Prompts as the host pipeline tokenizes them: padded and cut to the encoder's length, B x length."""
+    length = tokenizer.model_max_length
+    return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
