@@ -16,7 +16,7 @@ from PIL import Image
 
 from latentpipe import recipe as recipes
 from latentpipe.errors import UserError
-from latentpipe.images import flatten, to_images, to_pixels
+from latentpipe.images import flatten, to_pixels
 from latentpipe.vae import VAEStage
 from latentpipe.weights import PREVIEW_FILE, find_model, hashes, load_pipeline, load_vae, read_json, vae_hash
 
@@ -195,7 +195,7 @@ class LatentPipeline:
         else:
             host = self._image_host(settings)
             picture = flatten(settings.image).resize((width, height), Image.Resampling.LANCZOS)
-            arguments |= {"image": to_images(picture), "strength": settings.strength}
+            arguments |= {"image": picture, "strength": settings.strength}
         latents = host(
             **guide.start(), callback_on_step_end=guide, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], **arguments
         ).images

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     tensors = read_tensors(folder / VAE_FILE)
     vae = getattr(diffusers, name).from_config(config)
     load_strictly(vae, tensors, folder / VAE_FILE)
-    return vae.to(dtype).eval()
+    return torch.nn.Module.to(vae, dtype).eval()
 
 
 def vae_hash(folder: Path) -> str:
@@ -196,27 +197,51 @@ def save_vae(vae: Any, folder: Path, card: Mapping[str, Any], preview: Any = Non
 
 
 def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A StableDiffusionPipeline from its folder, each part checked first, in one dtype; offline."""
-    from diffusers import StableDiffusionPipeline
+    """A StableDiffusionPipeline from its folder, offline; every weight is checked before it is used."""
+    with quiet():
+        from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
 
-    folder = Path(folder)
-    index = read_json(folder / "model_index.json")
-    if index.get("_class_name") != "StableDiffusionPipeline":
-        raise UserError(f"{folder} holds a {index.get('_class_name')}; expected a StableDiffusionPipeline.")
-    for part, file in PARTS.items():
-        check_readable(folder / part / file)
-    vae = load_vae(folder / "vae", dtype)
-    enforce_chain(folder)
-    pipe = StableDiffusionPipeline.from_pretrained(
-        folder, vae=vae, torch_dtype=dtype, local_files_only=True, use_safetensors=True, safety_checker=None
-    )
-    for part in PARTS:
-        source = folder / part / PARTS[part]
-        if part != "vae":
-            model = getattr(pipe, part)
-            load_strictly(model, _as_named_by(model, read_tensors(source)), source)
-            model.eval()
-    return pipe
+        folder = Path(folder)
+        index = read_json(folder / "model_index.json")
+        if index.get("_class_name") != "StableDiffusionPipeline":
+            raise UserError(f"{folder} holds a {index.get('_class_name')}; expected a StableDiffusionPipeline.")
+        enforce_chain(folder)
+        text = folder / "text_encoder"
+        read_json(text / "config.json")
+        return StableDiffusionPipeline.from_pretrained(
+            folder,
+            vae=load_vae(folder / "vae", dtype),
+            unet=_filled(UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json")), folder / "unet", dtype),
+            text_encoder=_filled(CLIPTextModel(CLIPTextConfig.from_pretrained(text)), text, dtype),
+            local_files_only=True,
+            use_safetensors=True,
+        )
+
+
+def _filled(model: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """`model` with the weights of `folder`, in eval mode."""
+    source = folder / PARTS[folder.name]
+    load_strictly(model, _as_named_by(model, read_tensors(source)), source)
+    return torch.nn.Module.to(model, dtype).eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep progress bars and advice of diffusers and transformers (torchvision is missing, ...) from the user."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
+    for module, _ in before:
+        module.set_verbosity_error()
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module, level in before:
+            module.set_verbosity(level)
+            module.enable_progress_bar()
 
 
 def save_pipeline(pipe: Any, folder: Path, card: Mapping[str, Any], vae_folder: Path) -> None:
@@ -224,7 +249,7 @@ def save_pipeline(pipe: Any, folder: Path, card: Mapping[str, Any], vae_folder: 
 
     The VAE's card and preview map come along from `vae_folder`; the VAE's hash is written into the card.
     """
-    with atomic_folder(folder) as part:
+    with atomic_folder(folder) as part, quiet():
         pipe.to(torch.float16).save_pretrained(part, safe_serialization=True)
         text = part / "text_encoder"
         config = read_json(text / "config.json")
@@ -235,7 +260,7 @@ def save_pipeline(pipe: Any, folder: Path, card: Mapping[str, Any], vae_folder: 
             if (vae_folder / name).is_file():
                 shutil.copy(vae_folder / name, part / "vae" / name)
         (part / CARD_FILE).write_text(json.dumps({**card, "hashes": hashes(part)}, indent=2) + "\n")
-    pipe.to(torch.float32)
+        pipe.to(torch.float32)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -258,20 +283,6 @@ def enforce_chain(folder: Path) -> None:
         )
 
 
-def check_readable(path: Path) -> None:
-    """UserError unless `path` is a complete safetensors file; reads its header only."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise UserError(f"{path} is missing; expected a safetensors file. Fetch or export the model again.")
-    try:
-        with safe_open(path, "pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size
-        raise UserError(f"{path} is not a complete safetensors file ({error}); given {size:,} bytes. Fetch it again.") from None
-
-
 def _restore_prefix(path: Path) -> None:
     """transformers >= 5.6 writes CLIP text encoders without ``text_model.``; older readers need it."""
     from safetensors.torch import save_file
@@ -288,3 +299,25 @@ def _as_named_by(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> di
     if prefixed:
         return tensors
     return {name.removeprefix("text_model."): value for name, value in tensors.items()}
+
+
+def describe(name: str | Path) -> dict[str, Any]:
+    """What a model or VAE folder says about itself: class, parameters, latent space, hashes, card."""
+    try:
+        folder = find_model(name)
+    except UserError:
+        folder = find_model(name, "vae")
+    card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else None
+    if (folder / "model_index.json").is_file():
+        parts = {part: sum(tensor.numel() for tensor in read_tensors(folder / part / file).values()) for part, file in PARTS.items()}
+        space = _space(folder / "vae")
+        return {"folder": str(folder), "parameters": parts, "space": space, "hashes": hashes(folder), "card": card}
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds neither model_index.json (a pipeline) nor config.json (a VAE).")
+    parameters = sum(tensor.numel() for tensor in read_tensors(folder / VAE_FILE).values())
+    kind = read_json(folder / "config.json").get("_class_name")
+    return {"folder": str(folder), "class": kind, "parameters": parameters, "space": _space(folder), "hash": vae_hash(folder), "card": card}
+
+
+def _space(folder: Path) -> dict[str, Any]:
+    return asdict(LatentSpace.from_config(read_json(folder / "config.json")))

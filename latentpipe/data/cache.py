@@ -51,7 +51,7 @@ def encode_folder(folder: Path, vae_folder: Path, out: Path, size_px: int, batch
     pixels = torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2)
     parts: Iterable[torch.Tensor] = pixels.split(batch)
     pairs = [stage.posterior(bytes_to_images(part)) for part in (progress(parts) if progress else parts)]
-    mean, std = (torch.cat([pair[index] for pair in pairs]).half() for index in range(2))
+    mean, std = (torch.cat([pair[index] for pair in pairs]).half().contiguous() for index in range(2))
     cache = LatentCache(mean, std, pictures.captions, size_px, digest)
     metadata = {
         "format": FORMAT,

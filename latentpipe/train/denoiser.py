@@ -17,7 +17,7 @@ from latentpipe.pipeline import LatentPipeline
 from latentpipe.train import loop
 from latentpipe.train.losses import l2, velocity_target
 from latentpipe.train.text import build_text_encoder, token_ids, train_tokenizer
-from latentpipe.weights import load_pipeline, load_vae, save_pipeline
+from latentpipe.weights import load_pipeline, load_vae, quiet, save_pipeline
 
 
 def train_denoiser(config: TrainDenoiser) -> Path:
@@ -141,7 +141,8 @@ def build_unet(shape: UNetShape, cache: LatentCache, text_width: int) -> Any:
 
 
 def _pipeline(vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any) -> Any:
-    from diffusers import StableDiffusionPipeline
+    with quiet():
+        from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline(
         vae=vae,

@@ -1,0 +1,1 @@
+"""Complete, launchable YAML configs."""

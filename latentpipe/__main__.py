@@ -1,0 +1,5 @@
+"""python -m latentpipe"""
+
+from latentpipe.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""The Gradio front end comes here; it will import latentpipe only."""
