@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from latentpipe.engine import Engine, Finished, Replay, StepDone, replay
     from latentpipe.errors import UserError
     from latentpipe.latents import LatentSpace
-    from latentpipe.pipeline import LatentPipeline, Picture, Settings
+    from latentpipe.pipeline import LatentPipeline, Picture
     from latentpipe.recipe import Recipe
+    from latentpipe.sampling import Settings
     from latentpipe.vae import VAEStage
 
 _HOME = {
@@ -29,7 +30,7 @@ _HOME = {
     "Picture": "pipeline",
     "Recipe": "recipe",
     "Replay": "engine",
-    "Settings": "pipeline",
+    "Settings": "sampling",
     "StepDone": "engine",
     "UserError": "errors",
     "VAEStage": "vae",

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from PIL import Image
 from latentpipe import recipe as recipes
 from latentpipe.errors import UserError
 from latentpipe.images import flatten
-from latentpipe.pipeline import LatentPipeline, Picture, Settings, Step, pixel_hash
+from latentpipe.pipeline import LatentPipeline, Picture, pixel_hash
+from latentpipe.sampling import Step
 
 _device_lock = threading.Lock()  # host pipelines are not re-entrant, and two jobs slow each other more than twice
 PREVIEW_SECONDS = 0.25
@@ -46,7 +48,9 @@ class Engine:
     def __init__(self, pipe: LatentPipeline) -> None:
         self.pipe = pipe
 
-    def run(self, prompt: str, cancel: threading.Event | None = None, previews: bool = False, **settings: Any) -> Iterator[StepDone | Finished]:
+    def run(
+        self, prompt: str, cancel: threading.Event | None = None, previews: bool = False, **settings: Any
+    ) -> Iterator[StepDone | Finished]:
         """Draw `prompt` in a worker thread and yield its events; the last one is `Finished`.
 
         cancel    setting it stops after the current step and keeps the partial pictures
@@ -110,11 +114,17 @@ def replay(path: Path, model: str | Path | None = None, source: Path | None = No
     """
     old = recipes.read(path)
     if old.adapter or old.loras:
-        raise UserError(f"{path} was made with an adapter or LoRA ({old.adapter or ', '.join(old.loras)}), which this version cannot load.")
+        raise UserError(
+            f"{path} was made with an adapter or LoRA ({old.adapter or ', '.join(old.loras)}), which this version cannot load."
+        )
     pipe = LatentPipeline.from_pretrained(
         model or _name(old.model), _name(old.vae) if old.vae else None, device, _dtype(old.machine.dtype)
     )
-    changed = [f"{part} is {pipe.hashes.get(part, 'missing')[:16]}, the picture's was {digest[:16]}" for part, digest in old.hashes.items() if pipe.hashes.get(part) != digest]
+    changed = [
+        f"{part} is {pipe.hashes.get(part, 'missing')[:16]}, the picture's was {digest[:16]}"
+        for part, digest in old.hashes.items()
+        if pipe.hashes.get(part) != digest
+    ]
     if changed:
         raise UserError(f"{path} was made with other weights: {'; '.join(changed)}. Give the right model with --model.")
     settings: dict[str, Any] = {
@@ -141,7 +151,9 @@ def replay(path: Path, model: str | Path | None = None, source: Path | None = No
 
 def _causes(old: recipes.Recipe, new: recipes.Recipe) -> list[str]:
     """What differs between the two machines, in words."""
-    rows = [(name, getattr(old.machine, name), getattr(new.machine, name)) for name in ("device", "dtype", "threads", "processor")]
+    rows = [
+        (name, getattr(old.machine, name), getattr(new.machine, name)) for name in ("device", "dtype", "threads", "processor")
+    ]
     rows += [(name, version, new.machine.versions.get(name, "not installed")) for name, version in old.machine.versions.items()]
     return [f"{name}: {before} then, {now} now" for name, before, now in rows if before != now]
 
@@ -154,7 +166,9 @@ def _source(old: recipes.Recipe, source: Path | None) -> dict[str, Any]:
     with Image.open(source) as picture:
         image = flatten(picture)
     if pixel_hash(image) != old.source.sha256:
-        raise UserError(f"{source} is not the picture that this one began from: {pixel_hash(image)[:16]}, expected {old.source.sha256[:16]}.")
+        raise UserError(
+            f"{source} is not the picture that this one began from: {pixel_hash(image)[:16]}, expected {old.source.sha256[:16]}."
+        )
     return {"image": image, "strength": old.source.strength}
 
 
@@ -170,7 +184,5 @@ def _dtype(name: str) -> str:
 
 
 def _drop(events: queue.Queue) -> None:
-    try:
+    with suppress(queue.Empty):
         events.get_nowait()
-    except queue.Empty:
-        pass

@@ -6,8 +6,8 @@ import hashlib
 import math
 import secrets
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,48 +16,13 @@ from PIL import Image
 
 from latentpipe import recipe as recipes
 from latentpipe.errors import UserError
+from latentpipe.files import read_json
 from latentpipe.images import flatten, to_pixels
+from latentpipe.sampling import SCHEDULERS, Guide, OnStep, Settings, Step, check_settings
 from latentpipe.vae import VAEStage
-from latentpipe.weights import PREVIEW_FILE, find_model, hashes, load_pipeline, load_vae, read_json, vae_hash
+from latentpipe.weights import PREVIEW_FILE, find_model, hashes, load_pipeline, load_vae, vae_hash
 
-SCHEDULERS = {
-    "dpm++": "DPMSolverMultistepScheduler",
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to draw; checked as a whole before anything is computed."""
-
-    negative: str = ""
-    """What the picture should not show."""
-    steps: int = 20
-    """Denoising steps, 1 to 1000."""
-    guidance: float = 3.0
-    """Classifier-free guidance (arXiv:2207.12598); 1 and less turn it off."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Part of the steps that is guided (arXiv:2404.07724), as shares of the schedule."""
-    scheduler: str | None = None
-    """One of SCHEDULERS; None: the model's own."""
-    size: tuple[int, int] | None = None
-    """Width and height in pixels; None: what the model was trained at."""
-    image: Image.Image | None = None
-    """A picture to begin from (img2img)."""
-    strength: float = 0.6
-    """Share of the schedule that img2img runs, over 0 to 1."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One denoising step is done: `step` of `steps`; `latents` is the current estimate of the clean latents."""
-
-    step: int
-    steps: int
-    latents: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -71,9 +36,6 @@ class Picture:
         """Write a PNG that carries the recipe."""
         recipes.save_png(self.image, Path(path), self.recipe)
         return Path(path)
-
-
-OnStep = Callable[[Step], bool | None]
 
 
 @dataclass
@@ -161,7 +123,7 @@ class LatentPipeline:
             return bool(on_step and on_step(step))
 
         images = self.draw([prompt] * n, list(range(seed, seed + n)), chosen, watch)
-        total = self.steps_to_run(chosen)
+        total = chosen.steps_to_run
         base = self._recipe(prompt, seed, n, chosen, done if done < total else None)
         return [Picture(image, base.model_copy(update={"seed": seed + i, "batch_index": i})) for i, image in enumerate(images)]
 
@@ -188,7 +150,7 @@ class LatentPipeline:
             list(prompts), self.host.device, 1, guided, [settings.negative] * len(prompts) if guided else None
         )
         width, height = settings.size or self.native_size
-        guide = _Guide(settings, positive, negative, self.steps_to_run(settings), on_step)
+        guide = Guide(settings, positive, negative, settings.steps_to_run, on_step)
         arguments: dict[str, Any] = {"num_inference_steps": settings.steps, "generator": generators, "output_type": "latent"}
         if settings.image is None:
             host, arguments = self._host(settings), arguments | {"width": width, "height": height}
@@ -197,50 +159,24 @@ class LatentPipeline:
             picture = flatten(settings.image).resize((width, height), Image.Resampling.LANCZOS)
             arguments |= {"image": picture, "strength": settings.strength}
         latents = host(
-            **guide.start(), callback_on_step_end=guide, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], **arguments
+            **guide.start(),
+            callback_on_step_end=guide,
+            callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+            **arguments,
         ).images
         return guide.estimate if guide.stopped else latents
 
     def check(self, settings: Settings) -> Settings:
-        """The settings with the size filled in; UserError says what is wrong, warnings say what is unusual."""
-        low, high = settings.guidance_interval
-        if not 1 <= settings.steps <= 1000:
-            raise UserError(f"steps is {settings.steps}; expected 1 to 1000.")
-        if not (math.isfinite(settings.guidance) and 0 <= settings.guidance <= 100):
-            raise UserError(f"guidance is {settings.guidance}; expected 0 to 100.")
-        if not 0 <= low <= high <= 1:
-            raise UserError(f"guidance_interval is {low} {high}; expected two shares of the schedule, 0 <= low <= high <= 1.")
-        if settings.scheduler is not None and settings.scheduler not in SCHEDULERS:
-            raise UserError(f"scheduler is {settings.scheduler!r}; expected one of {', '.join(SCHEDULERS)}.")
-        if settings.image is not None and not 0 < settings.strength <= 1:
-            raise UserError(f"strength is {settings.strength}; expected more than 0 and at most 1.")
-        if settings.image is not None and self.steps_to_run(settings) < 1:
-            raise UserError(f"{settings.steps} steps at strength {settings.strength} run no step; raise one of them.")
-        width, height = settings.size or self.native_size
-        if max(width, height) > 4096:
-            raise UserError(f"The size is {width} x {height} pixels; at most 4096 x 4096 can be drawn.")
+        """The settings with the size filled in; UserError says what is wrong, a warning says what is unusual."""
         # Halving inside the UNet needs whole numbers too; the host itself asks for multiples of 8.
         unit = math.lcm(8, self.stage.space.downscale * 2 ** (len(self.host.unet.config.block_out_channels) - 1))
-        if width <= 0 or height <= 0 or width % unit or height % unit:
-            near = [max(unit, round(side / unit) * unit) for side in (width, height)]
-            raise UserError(f"The size is {width} x {height} pixels; sides must be multiples of {unit}. Try {near[0]} x {near[1]}.")
-        if (width, height) != self.native_size:
-            warnings.warn(
-                f"the model was trained at {self.native_size[0]} x {self.native_size[1]} pixels; "
-                f"{width} x {height} may look wrong",
-                stacklevel=3,
-            )
-        return replace(settings, size=(width, height))
+        return check_settings(settings, self.native_size, unit)
 
     def cut_words(self, prompt: str) -> str:
         """The end of a prompt that is too long for the text encoder to read; empty when all of it is read."""
         tokenizer = self.host.tokenizer
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
         return tokenizer.decode(ids[tokenizer.model_max_length - 2 :]).strip()
-
-    def steps_to_run(self, settings: Settings) -> int:
-        """Denoising steps that these settings run."""
-        return settings.steps if settings.image is None else min(int(settings.steps * settings.strength), settings.steps)
 
     def preview(self, latents: torch.Tensor, side: int = 256) -> Image.Image | None:
         """A quick picture of the first latents by the VAE's linear latent-to-RGB map; None where it has no map."""
@@ -313,50 +249,8 @@ class LatentPipeline:
         )
 
 
-class _Guide:
-    """The host's step callback: guidance inside its interval, step events, and stopping."""
-
-    def __init__(self, settings: Settings, positive: torch.Tensor, negative: torch.Tensor | None, steps: int, on_step) -> None:
-        self.settings, self.steps, self.on_step = settings, steps, on_step
-        self.single = positive
-        self.double = positive if negative is None else torch.cat([negative, positive])
-        self.negative = negative
-        self.stopped = False
-        self.estimate = positive  # replaced by the first step
-
-    def guided(self, step: int) -> bool:
-        """Whether step `step` (from 0) lies in the guidance interval."""
-        low, high = self.settings.guidance_interval
-        return self.negative is not None and low <= step / self.steps < high
-
-    def start(self) -> dict[str, Any]:
-        """Arguments for the first step."""
-        if self.guided(0):
-            return {"prompt_embeds": self.single, "negative_prompt_embeds": self.negative, "guidance_scale": self.settings.guidance}
-        return {"prompt_embeds": self.single, "guidance_scale": 1.0}
-
-    def __call__(self, host: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        self.estimate = clean_estimate(host.scheduler, tensors["latents"])
-        if self.on_step is not None and self.on_step(Step(step + 1, self.steps, self.estimate)) and step + 1 < self.steps:
-            self.stopped = True
-            host._interrupt = True
-        guided = self.guided(step + 1)
-        host._guidance_scale = self.settings.guidance if guided else 1.0
-        return {"prompt_embeds": self.double if guided else self.single}
-
-
-def clean_estimate(scheduler: Any, latents: torch.Tensor) -> torch.Tensor:
-    """The solver's latest estimate of the clean latents where it keeps one, else the current noisy latents."""
-    config = scheduler.config
-    if str(config.get("algorithm_type", "")).startswith("dpmsolver++") or config.get("predict_x0"):
-        kept = [output for output in getattr(scheduler, "model_outputs", []) if output is not None]
-        if kept:
-            return kept[-1]
-    return latents
-
-
 def best_device() -> str:
-    """"cuda", "mps" or "cpu", whichever is present first."""
+    """ "cuda", "mps" or "cpu", whichever is present first."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

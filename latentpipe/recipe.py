@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentpipe.errors import UserError
-from latentpipe.weights import atomic_file
+from latentpipe.files import atomic_file
 
 VERSION = 1
 CHUNK = "latentpipe"

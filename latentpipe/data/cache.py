@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 
 from latentpipe.data.folder import read_pictures
 from latentpipe.errors import UserError
+from latentpipe.files import HASH_LENGTH, atomic_file, read_tensors
 from latentpipe.images import bytes_to_images
 from latentpipe.vae import VAEStage
-from latentpipe.weights import HASH_LENGTH, atomic_file, load_vae, read_tensors, vae_hash
+from latentpipe.weights import load_vae, vae_hash
 
 FORMAT = "latentpipe.latents.1"
 

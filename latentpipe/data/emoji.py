@@ -49,7 +49,7 @@ class Emoji:
 
 @dataclass(frozen=True)
 class Combination:
-    """What a caption says about a person: role x gender x skin tone."""
+    """What a caption says about a person: role x gender x skin tone ("" for none)."""
 
     role: str
     gender: str
@@ -82,15 +82,16 @@ def caption_of(sequence: str, name: str) -> str:
     return f"flag of {text}" if regional or tagged else text
 
 
-def combination_of(caption: str) -> Combination | None:
-    """Role, gender and tone of a one-person caption with one skin tone; None for every other caption."""
+def combination_of(caption: str) -> Combination:
+    """Role, gender and tone that a caption names; the tone is empty where it names none, or two."""
     match = _TONE.match(caption)
-    if not match or "skin tone" in match["tail"]:
-        return None
-    words = f"{match['rest']}{match['tail']}".split()
+    tone, rest = "", caption
+    if match and "skin tone" not in match["tail"]:
+        tone, rest = match["tone"], f"{match['rest']}{match['tail']}"
+    words = rest.split()
     gender = words[0] if words[0] in GENDERS else "person"
     role = " ".join(words[1:] if words[0] in GENDERS else words)
-    return Combination(role or "adult", gender, match["tone"])
+    return Combination(role or "adult", gender, tone)
 
 
 def render(sequence: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
@@ -144,8 +145,8 @@ def make_split(emojis: list[Emoji], font_hash: str) -> dict:
     """
     roles: dict[str, dict[tuple[str, str], Emoji]] = {}
     for emoji in emojis:
-        combination = combination_of(emoji.captions[0]) if len(emoji.captions) == 1 else None
-        if combination:
+        combination = combination_of(emoji.captions[0])
+        if combination.tone and len(emoji.captions) == 1:
             roles.setdefault(combination.role, {})[combination.gender, combination.tone] = emoji
     complete = {role: cells for role, cells in roles.items() if len(cells) == len(GENDERS) * len(TONES)}
     held_out: dict[str, str] = {}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentpipe.errors import UserError
-from latentpipe.weights import atomic_folder
+from latentpipe.files import atomic_folder
 
 
 def save(work: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int = 2) -> Path:

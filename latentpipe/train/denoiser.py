@@ -26,7 +26,9 @@ def train_denoiser(config: TrainDenoiser) -> Path:
     cache = open_cache(config.data.cache, config.data.vae)
     captioned = [index for index, texts in enumerate(cache.captions) if texts]
     if not captioned:
-        raise UserError(f"{config.data.cache}: none of its {len(cache.captions)} pictures has a caption; add 'text' to the metadata.")
+        raise UserError(
+            f"{config.data.cache}: none of its {len(cache.captions)} pictures has a caption; add 'text' to the metadata."
+        )
     rows = torch.tensor(captioned)
     vae = load_vae(config.data.vae)
     tokenizer, text_encoder, unet = _build(config, cache, vae)

@@ -72,8 +72,7 @@ def begin(config: Strict, run: Run) -> None:
     started = (run.work / "checkpoints").is_dir() and any((run.work / "checkpoints").iterdir())
     if started and not run.resume:
         raise UserError(
-            f"{run.work} holds checkpoints of an earlier run; add --run.resume to go on from there, "
-            "or choose another --run.work."
+            f"{run.work} holds checkpoints of an earlier run; add --run.resume to go on from there, or choose another --run.work."
         )
     run.work.mkdir(parents=True, exist_ok=True)
     (run.work / "config.yaml").write_text(dump(config))

@@ -1,0 +1,186 @@
+"""Does the picture follow the prompt? The yardstick of the embedded model.
+
+One picture for each prompt, seed = index, nothing selected. A picture counts as right when the nearest of all
+rendered emoji (mean squared error at 32 x 32 on white) carries the prompt among its captions. Seen prompts and
+held-out combinations (role x gender x skin tone, never trained on) apart; Wilson intervals at 95 %.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from latentpipe.data.emoji import TONES, Combination, combination_of
+from latentpipe.errors import UserError
+from latentpipe.evaluate.bank import Bank, open_bank, small
+from latentpipe.images import sheet
+from latentpipe.pipeline import LatentPipeline
+from latentpipe.sampling import Settings
+
+BATCH = 16
+DIVERSITY_PROMPTS = 8
+
+
+def evaluate(
+    model: str | Path = "emoji",
+    seen: int = 400,
+    held_out: int = 0,
+    steps: int = 20,
+    guidance: float = 3.0,
+    device: str | None = None,
+    grid: Path | None = None,
+) -> dict[str, Any]:
+    """Draw and score; `seen` and `held_out` say how many prompts of each list (0: all).
+
+    Returns {"seen": scores, "held_out": scores with role, gender, tone, "baselines", "seeds", "protocol"}.
+    """
+    if seen < 0 or held_out < 0:
+        raise UserError(f"seen is {seen} and held_out {held_out}; expected 0 (all) or more.")
+    bank = open_bank()
+    pipe = LatentPipeline.from_pretrained(model, device=device)
+    settings = pipe.check(Settings(steps=steps, guidance=guidance))
+    rows = {"seen": bank.rows_of("train")[: seen or None], "held_out": bank.rows_of("held_out")[: held_out or None]}
+    result: dict[str, Any] = {}
+    drawn: dict[str, list[Image.Image]] = {}
+    for name, chosen in rows.items():
+        prompts = [bank.captions[row][0] for row in chosen]
+        drawn[name] = draw_all(pipe, prompts, settings, name)
+        found = bank.nearest(np.stack([small(picture) for picture in drawn[name]]))
+        result[name] = score(bank, chosen, found)
+        if name == "held_out":
+            result[name] |= attributes(bank, prompts, found)
+    if grid is not None:
+        save_grid(bank, rows, drawn, grid)
+    result["baselines"] = {name: baselines(bank, name, chosen) for name, chosen in rows.items()}
+    result["seeds"] = four_seeds(pipe, [bank.captions[row][0] for row in rows["seen"][:DIVERSITY_PROMPTS]], settings)
+    result["protocol"] = {
+        "set": "Noto Color Emoji",
+        "font_sha256": bank.font_sha256,
+        "bank": len(bank.keys),
+        "steps": steps,
+        "guidance": guidance,
+        "scheduler": type(pipe.host.scheduler).__name__,
+        "size_px": pipe.native_size[0],
+        "seed": "index of the prompt",
+        "hashes": pipe.hashes,
+    }
+    return result
+
+
+def draw_all(pipe: LatentPipeline, prompts: Sequence[str], settings: Settings, name: str) -> list[Image.Image]:
+    """One picture for each prompt, seed = index, in batches."""
+    pictures: list[Image.Image] = []
+    for first in tqdm(range(0, len(prompts), BATCH), desc=name, unit="batch", disable=None, file=sys.stderr):
+        part = list(prompts[first : first + BATCH])
+        pictures += pipe.draw(part, range(first, first + len(part)), settings)
+    return pictures
+
+
+def score(bank: Bank, rows: Sequence[int], found: np.ndarray) -> dict[str, Any]:
+    """Top-1 and top-5 of bank indices `found` (M, 5) against the true rows, Wilson intervals of top-1 and top-5."""
+    n = len(rows)
+    wanted = [bank.captions[row][0] for row in rows]
+    hits = np.array([[caption in bank.captions[index] for index in near] for caption, near in zip(wanted, found, strict=True)])
+    top1, top5 = int(hits[:, 0].sum()), int(hits.any(1).sum())
+    low, high = wilson(top1, n)
+    low5, high5 = wilson(top5, n)
+    return {"n": n, "top1": top1 / n, "top5": top5 / n, "low": low, "high": high, "top5_low": low5, "top5_high": high5}
+
+
+def attributes(bank: Bank, prompts: Sequence[str], found: np.ndarray) -> dict[str, float]:
+    """Share of the prompts whose nearest picture has the right role, gender and skin tone, each alone."""
+    right = dict.fromkeys(("role", "gender", "tone"), 0)
+    for prompt, near in zip(prompts, found[:, 0], strict=True):
+        wanted = combination_of(prompt)
+        for name in right:
+            right[name] += any(getattr(combination_of(text), name) == getattr(wanted, name) for text in bank.captions[near])
+    return {name: count / len(prompts) for name, count in right.items()}
+
+
+def baselines(bank: Bank, name: str, rows: Sequence[int]) -> dict[str, Any]:
+    """What copying from the training pictures would score."""
+    train = bank.rows_of("train")
+    words = [(index, frozenset(text.split())) for index in train for text in bank.captions[index]]
+
+    def retrieve(row: int) -> np.ndarray:
+        query = frozenset(bank.captions[row][0].split())
+        best = max(words, key=lambda entry: len(query & entry[1]) / len(query | entry[1]))  # Jaccard
+        return bank.pixels[best[0]]
+
+    made = {"nearest_caption": [retrieve(row) for row in rows]}
+    if name == "held_out":
+        seen = {combination_of(bank.captions[index][0]): index for index in train}
+        made |= {"nearest_sibling": [], "mean_of_siblings": []}
+        for row in rows:
+            siblings = _siblings(combination_of(bank.captions[row][0]), seen)
+            made["nearest_sibling"].append(bank.pixels[siblings[0]])
+            made["mean_of_siblings"].append(bank.pixels[siblings].mean(0))
+    return {key: score(bank, rows, bank.nearest(np.stack(pictures))) for key, pictures in made.items()}
+
+
+def _siblings(wanted: Combination, seen: dict[Combination, int]) -> list[int]:
+    """Training pictures of the same role and gender, the nearest skin tone first."""
+    tones = sorted(TONES, key=lambda tone: abs(TONES.index(tone) - TONES.index(wanted.tone)))
+    same = [Combination(wanted.role, wanted.gender, tone) for tone in tones]
+    return [seen[combination] for combination in same if combination in seen]
+
+
+def four_seeds(pipe: LatentPipeline, prompts: Sequence[str], settings: Settings) -> dict[str, float]:
+    """How far four seeds of one prompt differ: root mean squared difference in grey levels over pairs."""
+    apart: list[float] = []
+    for prompt in prompts:
+        pictures = np.stack([np.asarray(picture, np.float64) for picture in pipe.draw([prompt] * 4, range(4), settings)])
+        pairs = [(a, b) for a in range(4) for b in range(a)]
+        apart += [math.sqrt(np.square(pictures[a] - pictures[b]).mean()) for a, b in pairs]
+    return {"prompts": len(prompts), "pairs": len(apart), "smallest": min(apart), "mean": sum(apart) / len(apart)}
+
+
+def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a share (E. B. Wilson, JASA 22, 1927), 95 % by default."""
+    if n == 0:
+        return 0.0, 1.0
+    share = hits / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+
+
+def save_grid(bank: Bank, rows: dict[str, list[int]], drawn: dict[str, list[Image.Image]], path: Path) -> None:
+    """A sheet of the first 16 pictures of each list with their prompts, at twice their size."""
+    pictures, labels = [], []
+    for name in rows:
+        for row, picture in list(zip(rows[name], drawn[name], strict=True))[:16]:
+            pictures.append(picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.LANCZOS))
+            labels.append(bank.captions[row][0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet(pictures, 8, labels).save(path)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The scores as text."""
+    lines = [f"{'':34}{'n':>5}  top-1                  top-5"]
+    entries = [(name, result[name]) for name in ("seen", "held_out")]
+    entries += [(f"  {name}: {key}", scores) for name, group in result["baselines"].items() for key, scores in group.items()]
+    for name, row in entries:
+        shares = [
+            f"{row[key]:6.1%} ({row[low]:.1%} to {row[high]:.1%})"
+            for key, low, high in (("top1", "low", "high"), ("top5", "top5_low", "top5_high"))
+        ]
+        lines.append(f"{name:34}{row['n']:>5}  {shares[0]}  {shares[1]}")
+    held = result["held_out"]
+    lines.append(f"held_out attributes: role {held['role']:.1%}, gender {held['gender']:.1%}, tone {held['tone']:.1%}")
+    seeds = result["seeds"]
+    lines.append(f"four seeds of one prompt: rms difference {seeds['mean']:.1f} grey levels, smallest {seeds['smallest']:.1f}")
+    protocol = result["protocol"]
+    lines.append(
+        f"nearest of {protocol['bank']} {protocol['set']} pictures at 32 x 32; {protocol['steps']} steps, "
+        f"guidance {protocol['guidance']}, {protocol['size_px']} px; Wilson intervals, 95 %"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,114 @@
+"""Files: safetensors in, strictly; folders and files out, atomically; content hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentpipe.errors import UserError
+from latentpipe.latents import LatentSpace
+
+HASH_LENGTH = 16  # characters shown to people; files keep all 64
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name when the block succeeds, and vanishes when it fails."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(temporary, target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target` that takes its name when the block succeeds, and vanishes when it fails."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.part")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; UserError where there is none."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a JSON file ({error}).") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object; given {type(value).__name__}.")
+    return value
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; UserError where it is missing, truncated or no such file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected weights in safetensors format.")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: only safetensors files are read here (a pickle can run code when it is opened).")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a complete safetensors file ({error}); given {path.stat().st_size:,} bytes. Fetch or export it again."
+        ) from None
+
+
+def load_strictly(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Fill a model from tensors; UserError names missing, extra, misshapen and non-finite ones."""
+    wanted = model.state_dict()
+    problems = [f"missing {name}" for name in wanted if name not in tensors]
+    problems += [f"extra {name}" for name in tensors if name not in wanted]
+    for name, tensor in tensors.items():
+        if name in wanted and tensor.shape != wanted[name].shape:
+            problems.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
+        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            problems.append(f"{name} holds values that are not finite")
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise UserError(f"{source} does not fit {type(model).__name__}: {shown}.")
+    model.load_state_dict(dict(tensors))
+
+
+def content_hash(tensors: Mapping[str, torch.Tensor], space: LatentSpace | None = None) -> str:
+    """sha256 over sorted tensor names, shapes, dtypes and bytes, and the normalization where there is one.
+
+    It names the weights, not the file: metadata, key order and sharding do not change it.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    if space is not None:
+        digest.update(json.dumps([space.scale, space.shift]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,138 @@
+"""How to draw: settings and their limits, and the host's step callback (guidance interval, events, stopping)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from latentpipe.errors import UserError
+
+MAX_SIDE = 4096
+SCHEDULERS = {
+    "dpm++": "DPMSolverMultistepScheduler",
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to draw; checked as a whole before anything is computed."""
+
+    negative: str = ""
+    """What the picture should not show."""
+    steps: int = 20
+    """Denoising steps, 1 to 1000."""
+    guidance: float = 3.0
+    """Classifier-free guidance (arXiv:2207.12598); 1 and less turn it off."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Part of the steps that is guided (arXiv:2404.07724), as shares of the schedule."""
+    scheduler: str | None = None
+    """One of SCHEDULERS; None: the model's own."""
+    size: tuple[int, int] | None = None
+    """Width and height in pixels; None: what the model was trained at."""
+    image: Image.Image | None = None
+    """A picture to begin from (img2img)."""
+    strength: float = 0.6
+    """Share of the schedule that img2img runs, over 0 to 1."""
+
+    @property
+    def steps_to_run(self) -> int:
+        """Denoising steps that these settings run: img2img runs the last `strength` of the schedule."""
+        return self.steps if self.image is None else min(int(self.steps * self.strength), self.steps)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step is done: `step` of `steps`; `latents` is the current estimate of the clean latents."""
+
+    step: int
+    steps: int
+    latents: torch.Tensor
+
+
+OnStep = Callable[[Step], bool | None]
+
+
+def check_settings(settings: Settings, native: tuple[int, int], unit: int) -> Settings:
+    """The settings with the size filled in; `native` width and height, `unit` the number that sides are multiples of."""
+    low, high = settings.guidance_interval
+    width, height = settings.size or native
+    wrong = ""
+    if not 1 <= settings.steps <= 1000:
+        wrong = f"steps is {settings.steps}; expected 1 to 1000."
+    elif not (math.isfinite(settings.guidance) and 0 <= settings.guidance <= 100):
+        wrong = f"guidance is {settings.guidance}; expected 0 to 100."
+    elif not 0 <= low <= high <= 1:
+        wrong = f"guidance_interval is {low} {high}; expected two shares of the schedule, 0 <= low <= high <= 1."
+    elif settings.scheduler is not None and settings.scheduler not in SCHEDULERS:
+        wrong = f"scheduler is {settings.scheduler!r}; expected one of {', '.join(SCHEDULERS)}."
+    elif settings.image is not None and not 0 < settings.strength <= 1:
+        wrong = f"strength is {settings.strength}; expected more than 0 and at most 1."
+    elif settings.steps_to_run < 1:
+        wrong = f"{settings.steps} steps at strength {settings.strength} run no step; raise one of them."
+    elif max(width, height) > MAX_SIDE:
+        wrong = f"the size is {width} x {height} pixels; at most {MAX_SIDE} x {MAX_SIDE} can be drawn."
+    elif width <= 0 or height <= 0 or width % unit or height % unit:
+        near = [max(unit, round(side / unit) * unit) for side in (width, height)]
+        wrong = f"the size is {width} x {height} pixels; sides must be multiples of {unit}. Try {near[0]} x {near[1]}."
+    if wrong:
+        raise UserError(wrong)
+    if (width, height) != native:
+        warnings.warn(
+            f"the model was trained at {native[0]} x {native[1]} pixels; {width} x {height} may look wrong", stacklevel=4
+        )
+    return replace(settings, size=(width, height))
+
+
+class Guide:
+    """The host's step callback: guidance inside its interval, step events, and stopping."""
+
+    def __init__(self, settings: Settings, positive: torch.Tensor, negative: torch.Tensor | None, steps: int, on_step) -> None:
+        self.settings, self.steps, self.on_step = settings, steps, on_step
+        self.single = positive
+        self.double = positive if negative is None else torch.cat([negative, positive])
+        self.negative = negative
+        self.stopped = False
+        self.estimate = positive  # replaced by the first step
+
+    def guided(self, step: int) -> bool:
+        """Whether step `step` (from 0) lies in the guidance interval."""
+        low, high = self.settings.guidance_interval
+        return self.negative is not None and low <= step / self.steps < high
+
+    def start(self) -> dict[str, Any]:
+        """Arguments for the first step."""
+        if self.guided(0):
+            return {
+                "prompt_embeds": self.single,
+                "negative_prompt_embeds": self.negative,
+                "guidance_scale": self.settings.guidance,
+            }
+        return {"prompt_embeds": self.single, "guidance_scale": 1.0}
+
+    def __call__(self, host: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        self.estimate = clean_estimate(host.scheduler, tensors["latents"])
+        if self.on_step is not None and self.on_step(Step(step + 1, self.steps, self.estimate)) and step + 1 < self.steps:
+            self.stopped = True
+            host._interrupt = True
+        guided = self.guided(step + 1)
+        host._guidance_scale = self.settings.guidance if guided else 1.0
+        return {"prompt_embeds": self.double if guided else self.single}
+
+
+def clean_estimate(scheduler: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The solver's latest estimate of the clean latents where it keeps one, else the current noisy latents."""
+    config = scheduler.config
+    if str(config.get("algorithm_type", "")).startswith("dpmsolver++") or config.get("predict_x0"):
+        kept = [output for output in getattr(scheduler, "model_outputs", []) if output is not None]
+        if kept:
+            return kept[-1]
+    return latents
