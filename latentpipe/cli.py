@@ -38,6 +38,7 @@ def _function(name: str, function: Callable[..., None]) -> Verb:
     def run(arguments: list[str]) -> None:
         import tyro
 
+        arguments = ["--n" if argument == "-n" else argument for argument in arguments]
         tyro.cli(function, prog=f"latentpipe {name}", args=arguments)
 
     run.__doc__ = function.__doc__
@@ -61,7 +62,7 @@ VERBS: dict[str, Verb] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 2 for a mistake in the call or its data, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:

@@ -206,12 +206,12 @@ class LatentPipeline:
         stage = self.stage
 
         class Img2Img(StableDiffusionImg2ImgPipeline):
-            def prepare_latents(self, image, timestep, batch_size, n, dtype, device, generator=None):
+            def prepare_latents(self: Any, image, timestep, batch_size, n, dtype, device, generator=None):
                 clean = stage.encode(image).to(device, dtype).expand(batch_size * n, -1, -1, -1)
                 noise = randn_tensor(clean.shape, generator=generator, device=device, dtype=dtype)
                 return self.scheduler.add_noise(clean, noise, timestep)
 
-        host = Img2Img(**self._host(settings).components, requires_safety_checker=False)
+        host: Any = Img2Img(**self._host(settings).components, requires_safety_checker=False)
         host.set_progress_bar_config(disable=True)
         return host
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from latentpipe.errors import UserError
 from latentpipe.files import atomic_file
 
-VERSION = 1
+VERSION: Literal[1] = 1
 CHUNK = "latentpipe"
 MAX_SEED = 2**32 - 1
 Unit = Annotated[float, Field(ge=0, le=1)]

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,7 +123,7 @@ def fit(
             if done % run.save_every_steps == 0 and done < optim.steps:
                 save(done)
             if done % run.sample_every_steps == 0 and done < optim.steps:
-                log.figures(done, _with_ema(ema, parameters, lambda done=done: sample(done)))
+                log.figures(done, _with_ema(ema, parameters, partial(sample, done)))
     except KeyboardInterrupt:
         log.close()
         save(step)

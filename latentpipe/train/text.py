@@ -17,7 +17,7 @@ def train_tokenizer(captions: Iterable[str], shape: TextShape) -> Any:
     from tokenizers import pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
-    backend = CLIPTokenizer()._tokenizer
+    backend: Any = CLIPTokenizer()._tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=shape.vocabulary,
@@ -31,7 +31,7 @@ def train_tokenizer(captions: Iterable[str], shape: TextShape) -> Any:
     vocabulary: dict[str, int] = model["vocab"]
     for letter in alphabet:  # the trainer adds word-final letters only where it saw them
         vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
-    merges = [tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in model["merges"]]
+    merges: Any = [tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in model["merges"]]
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=shape.length)
 
 

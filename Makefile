@@ -1,0 +1,45 @@
+# make demo   a picture from the embedded model, from nothing
+# make test   everything that CI runs
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+DEBIAN := fonts-noto-color-emoji libfribidi0
+LATENTPIPE_ASSETS ?= $(if $(wildcard ../shared),$(abspath ../shared))
+export LATENTPIPE_ASSETS
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/.installed
+	$(BIN)/latentpipe generate "red apple" --seed 7 --out out
+
+test: $(VENV)/.dev debian
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+# torch first and alone: a later resolver run would otherwise be free to choose another build
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	touch $@
+
+.PHONY: debian
+debian:
+	@if dpkg -s $(DEBIAN) >/dev/null 2>&1; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq $(DEBIAN); \
+	else echo "note: tests that render emoji skip without: $(DEBIAN)"; fi
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

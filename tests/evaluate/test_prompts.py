@@ -1,0 +1,95 @@
+"""The yardstick: the bank, the intervals, the scores on pictures whose answer is known."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentpipe.data.emoji import combination_of, held_out_captions, read_split
+from latentpipe.evaluate import prompts
+from latentpipe.evaluate.bank import SIDE, open_bank, small
+
+
+@pytest.fixture(scope="module")
+def bank():
+    return open_bank()
+
+
+def picture_of(bank, row: int, side: int) -> Image.Image:
+    tile = bank.pixels[row].reshape(SIDE, SIDE, 3).astype(np.uint8)
+    return Image.fromarray(tile).resize((side, side), Image.Resampling.NEAREST)
+
+
+def test_bank_and_split_agree(bank):
+    split = read_split()
+    assert bank.font_sha256 == split["font_sha256"]
+    for name in ("validation", "held_out"):
+        assert {bank.keys[row] for row in bank.rows_of(name)} == set(split[name])
+    assert len(bank.keys) == len(set(bank.keys)) == 3771
+    train = {caption for row in bank.rows_of("train") for caption in bank.captions[row]}
+    assert not train & held_out_captions()
+
+
+def test_every_picture_of_the_bank_finds_itself(bank):
+    rows = list(range(0, len(bank.keys), 40))
+    found = bank.nearest(np.stack([small(picture_of(bank, row, 64)) for row in rows]))
+    assert prompts.score(bank, rows, found)["top1"] == 1.0
+
+
+def test_nearest_equals_brute_force(bank):
+    rng = np.random.default_rng(0)
+    queries = rng.uniform(0, 255, (4, bank.pixels.shape[1])).astype(np.float32)
+    found = bank.nearest(queries, k=5)
+    for query, near in zip(queries, found, strict=True):
+        error = np.square(bank.pixels.astype(np.float64) - query).mean(1)
+        assert np.allclose(error[near], np.sort(error)[:5], rtol=1e-4)
+
+
+def test_wrong_pictures_score_nothing(bank):
+    rows = bank.rows_of("held_out")[:10]
+    white = np.full((10, SIDE * SIDE * 3), 255, np.float32)
+    result = prompts.score(bank, rows, bank.nearest(white))
+    assert result["top1"] == 0
+    assert result["low"] == pytest.approx(0, abs=1e-12)
+
+
+def test_attributes_are_counted_apart(bank):
+    rows = bank.rows_of("held_out")[:20]
+    texts = [bank.captions[row][0] for row in rows]
+    same = prompts.attributes(bank, texts, np.array([[row] * 5 for row in rows]))
+    assert same == {"role": 1.0, "gender": 1.0, "tone": 1.0}
+    seen = {combination_of(bank.captions[row][0]): row for row in bank.rows_of("train")}
+    sibling = [prompts._siblings(combination_of(text), seen)[0] for text in texts]
+    assert prompts.attributes(bank, texts, np.array([[row] * 5 for row in sibling])) == {"role": 1.0, "gender": 1.0, "tone": 0.0}
+
+
+def test_copying_the_nearest_sibling_never_wins_top1(bank):
+    result = prompts.baselines(bank, "held_out", bank.rows_of("held_out"))
+    assert result["nearest_sibling"]["top1"] == 0.0
+    assert result["nearest_sibling"]["top5"] > 0.8
+    assert 0.1 < result["mean_of_siblings"]["top1"] < 0.3
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (10, 10), (250, 400)])
+def test_wilson_solves_its_equation(hits, n):
+    z = 1.959964
+    for bound in prompts.wilson(hits, n):
+        assert (hits / n - bound) ** 2 == pytest.approx(z * z * bound * (1 - bound) / n, abs=1e-9)
+
+
+def test_wilson_of_nothing_says_nothing():
+    assert prompts.wilson(0, 0) == (0.0, 1.0)
+
+
+def test_evaluate_reports_all_parts(model_folder, tmp_path):
+    result = prompts.evaluate(model_folder, seen=3, held_out=2, steps=2, grid=tmp_path / "grid.png")
+    assert {"n", "top1", "top5", "low", "high"} <= set(result["seen"])
+    assert {"role", "gender", "tone"} <= set(result["held_out"])
+    assert set(result["baselines"]["held_out"]) == {"nearest_caption", "nearest_sibling", "mean_of_siblings"}
+    assert result["seen"]["n"] == 3
+    assert result["held_out"]["n"] == 2
+    assert result["seeds"]["smallest"] > 0
+    assert Image.open(tmp_path / "grid.png").width > 64
+    assert "Wilson" in prompts.table(result)
+    assert math.isfinite(result["seeds"]["mean"])
