@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except OSError as error:
         return _fail(_plain(error))
-    except RuntimeError as error:
+    except Exception as error:
+        # safetensors and torch wrap what the system said
         if "No space left" in str(error) or "not enough memory" in str(error) or "out of memory" in str(error):
             return _fail(_plain(error))
         raise

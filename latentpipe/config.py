@@ -218,7 +218,7 @@ def load(path: Path, schema: type[Config]) -> Config:
         raise UserError(f"{path}: no such config file. The shipped ones are listed by 'latentpipe ls configs'.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a config ({error}).") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     return parse(raw, schema, str(path))
 

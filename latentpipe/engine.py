@@ -19,6 +19,7 @@ from latentpipe.errors import UserError
 from latentpipe.images import flatten
 from latentpipe.pipeline import LatentPipeline, Picture, pixel_hash
 from latentpipe.sampling import Step
+from latentpipe.weights import available
 
 _device_lock = threading.Lock()  # host pipelines are not re-entrant, and two jobs slow each other more than twice
 PREVIEW_SECONDS = 0.25
@@ -118,7 +119,7 @@ def replay(path: Path, model: str | Path | None = None, source: Path | None = No
             f"{path} was made with an adapter or LoRA ({old.adapter or ', '.join(old.loras)}), which this version cannot load."
         )
     pipe = LatentPipeline.from_pretrained(
-        model or _name(old.model), _name(old.vae) if old.vae else None, device, _dtype(old.machine.dtype)
+        model or _name(old.model), _name(old.vae, "vae") if old.vae else None, device, _dtype(old.machine.dtype)
     )
     changed = [
         f"{part} is {pipe.hashes.get(part, 'missing')[:16]}, the picture's was {digest[:16]}"
@@ -172,10 +173,12 @@ def _source(old: recipes.Recipe, source: Path | None) -> dict[str, Any]:
     return {"image": image, "strength": old.source.strength}
 
 
-def _name(name: str) -> str:
-    """A name from a picture; never a path."""
-    if Path(name).name != name or name in {"", ".", ".."}:
-        raise UserError(f"The recipe names '{name}', which is not a plain name; give the model with --model.")
+def _name(name: str, kind: str = "models") -> str:
+    """A name from a picture: one of the shipped or the user's own, never a path."""
+    if name not in available(kind):
+        raise UserError(
+            f"The recipe names the {kind.removesuffix('s')} '{name}', which is not installed; 'latentpipe ls' lists what is."
+        )
     return name
 
 

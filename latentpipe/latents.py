@@ -51,6 +51,8 @@ class LatentSpace:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LatentSpace:
         """As `of`, from the content of a VAE's config.json; ValueError where it declares no factor."""
+        if not isinstance(config.get("latent_channels"), int):
+            raise ValueError("This VAE's config names no latent_channels; it is no config of a diffusers autoencoder.")
         channels = int(config["latent_channels"])
         factor = config.get("scaling_factor")
         if factor is None:
@@ -60,6 +62,8 @@ class LatentSpace:
             )
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
+            if any(not value > 0 for value in std):
+                raise ValueError(f"Every latents_std must be greater than 0; given {std}.")
             scale = tuple(float(factor) / float(value) for value in std)
             return cls(channels, downscale_of(config), scale, tuple(map(float, mean)))
         shift = float(config.get("shift_factor") or 0.0)

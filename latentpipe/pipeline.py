@@ -18,9 +18,9 @@ from latentpipe import recipe as recipes
 from latentpipe.errors import UserError
 from latentpipe.files import read_json
 from latentpipe.images import flatten, to_pixels
-from latentpipe.sampling import SCHEDULERS, Guide, OnStep, Settings, Step, check_settings
+from latentpipe.sampling import SCHEDULER_OPTIONS, SCHEDULERS, Guide, OnStep, Settings, Step, check_settings
 from latentpipe.vae import VAEStage
-from latentpipe.weights import PREVIEW_FILE, find_model, hashes, load_pipeline, load_vae, vae_hash
+from latentpipe.weights import PREVIEW_FILE, find_model, hashes, load_pipeline, load_vae, name_of, vae_hash
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -82,7 +82,12 @@ class LatentPipeline:
         if vae is not None:
             vae_folder = find_model(vae, "vae")
             stage = VAEStage(load_vae(vae_folder, DTYPES[dtype]))
-            found["vae"] = vae_hash(vae_folder)
+            trained_on, found["vae"] = found["vae"], vae_hash(vae_folder)
+            if found["vae"] != trained_on:
+                warnings.warn(
+                    f"the denoiser of {folder.name} was trained on another VAE; nothing has proved yet that {vae} decodes its latents",
+                    stacklevel=2,
+                )
         try:
             host.to(device)
         except (RuntimeError, AssertionError) as error:
@@ -91,8 +96,8 @@ class LatentPipeline:
         return cls(
             host,
             stage.to(device) if stage else None,  # type: ignore[arg-type]
-            name=folder.name,
-            vae_name=vae_folder.name if vae is not None else None,
+            name=name_of(folder),
+            vae_name=name_of(vae_folder, "vae") if vae is not None else None,
             hashes=found,
             preview_map=read_json(preview) if preview.is_file() else None,
         )
@@ -112,9 +117,13 @@ class LatentPipeline:
         settings       the fields of `Settings`
         """
         chosen = self.check(Settings(**settings))
-        seed = secrets.randbelow(recipes.MAX_SEED - n) if seed is None else seed
-        if n < 1 or not 0 <= seed <= recipes.MAX_SEED - n + 1:
-            raise UserError(f"n is {n} and seed {seed}; expected n >= 1 and seeds from 0 to {recipes.MAX_SEED}.")
+        seed = secrets.randbelow(2**32 - recipes.MAX_BATCH) if seed is None else seed
+        if not 1 <= n <= recipes.MAX_BATCH or not 0 <= seed <= recipes.MAX_SEED - n + 1:
+            raise UserError(
+                f"n is {n} and seed {seed}; expected 1 to {recipes.MAX_BATCH} pictures and seeds from 0 to {recipes.MAX_SEED}."
+            )
+        if max(len(prompt), len(chosen.negative)) > recipes.MAX_PROMPT:
+            raise UserError(f"the prompt has {len(prompt):,} characters; at most {recipes.MAX_PROMPT:,} are taken.")
         done = 0
 
         def watch(step: Step) -> bool:
@@ -192,7 +201,7 @@ class LatentPipeline:
         import diffusers
 
         name = SCHEDULERS[settings.scheduler] if settings.scheduler else type(self.host.scheduler).__name__
-        scheduler = getattr(diffusers, name).from_config(self.host.scheduler.config)
+        scheduler = getattr(diffusers, name).from_config(self.host.scheduler.config, **SCHEDULER_OPTIONS.get(name, {}))
         parts = {**self.host.components, "scheduler": scheduler}
         host = type(self.host)(**parts, requires_safety_checker=False)
         host.set_progress_bar_config(disable=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from PIL import Image, PngImagePlugin
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from latentpipe.errors import UserError
 from latentpipe.files import atomic_file
@@ -20,6 +20,8 @@ from latentpipe.files import atomic_file
 VERSION: Literal[1] = 1
 CHUNK = "latentpipe"
 MAX_SEED = 2**32 - 1
+MAX_BATCH = 256
+MAX_PROMPT = 20_000
 Unit = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -49,8 +51,8 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     version: Literal[1] = VERSION
-    prompt: str = Field(max_length=20_000)
-    negative: str = Field("", max_length=20_000)
+    prompt: str = Field(max_length=MAX_PROMPT)
+    negative: str = Field("", max_length=MAX_PROMPT)
     seed: int = Field(ge=0, le=MAX_SEED)
     steps: int = Field(ge=1, le=1000)
     guidance: float = Field(ge=0, le=100)
@@ -58,8 +60,8 @@ class Recipe(BaseModel):
     scheduler: str = Field(max_length=64)
     width: int = Field(ge=1, le=16384)
     height: int = Field(ge=1, le=16384)
-    batch_index: int = Field(0, ge=0, le=4095)
-    batch_size: int = Field(1, ge=1, le=4096)
+    batch_index: int = Field(0, ge=0, lt=MAX_BATCH)
+    batch_size: int = Field(1, ge=1, le=MAX_BATCH)
     model: str = Field(max_length=200)
     vae: str | None = Field(None, max_length=200)
     adapter: str | None = Field(None, max_length=200)
@@ -70,6 +72,13 @@ class Recipe(BaseModel):
     hashes: dict[str, str]
     """Content hash (sha256) of each part that made the picture."""
     machine: Machine
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        low, high = self.guidance_interval
+        if self.batch_index >= self.batch_size or self.seed < self.batch_index or low > high:
+            raise ValueError("batch_index, batch_size, seed and guidance_interval contradict each other")
+        return self
 
 
 def this_machine(device: str, dtype: str, threads: int) -> Machine:
@@ -104,13 +113,16 @@ def read(path: Path) -> Recipe:
         raise UserError(f"{path} carries no latentpipe recipe; only PNG files written by latentpipe can be replayed.")
     try:
         raw = json.loads(text)
-        if isinstance(raw, dict) and raw.get("version") != VERSION:
+        if not isinstance(raw, dict) or raw.get("version") != VERSION:
+            raw = raw if isinstance(raw, dict) else {}
             raise UserError(f"{path}: recipe version {raw.get('version')!r}; this program reads version {VERSION}.")
         return Recipe.model_validate(raw)
+    except UserError:
+        raise
     except ValidationError as error:
         places = ", ".join(".".join(map(str, problem["loc"])) or "recipe" for problem in error.errors())
         raise UserError(f"{path}: its recipe is damaged in: {places}.") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: its recipe is not JSON ({error}).") from None
 
 
@@ -122,9 +134,9 @@ def a1111_text(recipe: Recipe) -> str:
         "CFG scale": recipe.guidance,
         "Seed": recipe.seed,
         "Size": f"{recipe.width}x{recipe.height}",
-        "Model hash": recipe.hashes["unet"][:10],
+        "Model hash": recipe.hashes.get("unet", "unknown")[:10],
         "Model": recipe.model,
-        "VAE hash": recipe.hashes["vae"][:10],
+        "VAE hash": recipe.hashes.get("vae", "unknown")[:10],
         "VAE": recipe.vae or "built in",
     }
     if recipe.source:

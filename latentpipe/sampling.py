@@ -20,6 +20,7 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+SCHEDULER_OPTIONS = {"DDIMScheduler": {"clip_sample": False}}  # its default clips latents to [-1, 1]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -217,28 +219,32 @@ def env() -> None:
 
 
 def _watch(engine: Any, prompt: str, settings: dict[str, Any]) -> tuple[list[Any], bool]:
-    """Show a job's steps; Ctrl-C stops it and keeps the partial pictures."""
-    import threading
-
+    """Show a job's steps; the first Ctrl-C stops it and keeps the partial pictures, the second leaves at once."""
     from tqdm import tqdm
 
     from latentpipe.engine import Finished
 
-    cancel, stopped = threading.Event(), False
-    events = engine.run(prompt, cancel=cancel, **settings)
-    with tqdm(total=settings["steps"], unit="step", disable=None, file=sys.stderr) as bar:
-        while True:
-            try:
-                event = next(events)
+    cancel = threading.Event()
+
+    def on_interrupt(*_: Any) -> None:
+        if cancel.is_set():
+            raise KeyboardInterrupt
+        cancel.set()
+        print("stopping after this step; Ctrl-C again to leave at once", file=sys.stderr)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, on_interrupt) if main_thread else None
+    try:
+        with tqdm(total=settings["steps"], unit="step", disable=None, file=sys.stderr) as bar:
+            for event in engine.run(prompt, cancel=cancel, **settings):
                 if isinstance(event, Finished):
-                    return event.pictures, stopped
+                    return event.pictures, cancel.is_set()
                 bar.total = event.steps
                 bar.update(event.step - bar.n)
-            except KeyboardInterrupt:
-                if stopped:
-                    raise
-                stopped = True
-                cancel.set()
+        raise RuntimeError("the engine ended without a result")
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, before)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -87,7 +88,7 @@ def save_vae(vae: Any, folder: Path, card: Mapping[str, Any], preview: Any = Non
 
     It opens with ``AutoencoderKL.from_pretrained(folder)``; `preview` is the linear latent-to-RGB map.
     """
-    half = vae.half()
+    half = torch.nn.Module.half(copy.deepcopy(vae))
     digest = content_hash(half.state_dict(), LatentSpace.of(vae))
     with atomic_folder(folder) as part:
         half.save_pretrained(part, safe_serialization=True)
@@ -107,9 +108,9 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         index = read_json(folder / "model_index.json")
         if index.get("_class_name") != "StableDiffusionPipeline":
             raise UserError(f"{folder} holds a {index.get('_class_name')}; expected a StableDiffusionPipeline.")
+        _check_parts(folder)
         enforce_chain(folder)
         text = folder / "text_encoder"
-        read_json(text / "config.json")
         return StableDiffusionPipeline.from_pretrained(
             folder,
             vae=load_vae(folder / "vae", dtype),
@@ -118,6 +119,25 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
             local_files_only=True,
             use_safetensors=True,
         )
+
+
+def name_of(folder: Path, kind: str = "models") -> str:
+    """The name under which `find_model` finds a folder; a folder elsewhere has its own name."""
+    known = {path.resolve(): name for name, path in available(kind).items()}
+    return known.get(folder.resolve(), folder.name)
+
+
+def _check_parts(folder: Path) -> None:
+    """UserError where a part is missing; transformers would otherwise come up with an empty tokenizer."""
+    tokenizer = folder / "tokenizer"
+    complete = (tokenizer / "tokenizer.json").is_file() or all(
+        (tokenizer / name).is_file() for name in ("vocab.json", "merges.txt")
+    )
+    missing = [] if complete else ["tokenizer/tokenizer.json (or vocab.json and merges.txt)"]
+    files = ["scheduler/scheduler_config.json", "unet/config.json", "text_encoder/config.json", "vae/config.json"]
+    missing += [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} is not a complete model; missing: {', '.join(missing)}. Fetch or export it again.")
 
 
 def _filled(model: Any, folder: Path, dtype: torch.dtype) -> Any:
@@ -160,7 +180,9 @@ def save_pipeline(pipe: Any, folder: Path, card: Mapping[str, Any], vae_folder: 
         for name in (CARD_FILE, PREVIEW_FILE):
             if (vae_folder / name).is_file():
                 shutil.copy(vae_folder / name, part / "vae" / name)
-        (part / CARD_FILE).write_text(json.dumps({**card, "hashes": hashes(part)}, indent=2) + "\n")
+        found = hashes(part)
+        # The VAE is stored in fp16 here; its hash may differ from that of the file it came from.
+        (part / CARD_FILE).write_text(json.dumps({**card, "vae_hash": found["vae"], "hashes": found}, indent=2) + "\n")
         pipe.to(torch.float32)
 
 

@@ -15,6 +15,22 @@ from hypothesis import strategies as st
 from latentpipe import LatentSpace, UserError, files
 
 
+def write_folder(target: Path, content: str, failure: BaseException | None = None) -> None:
+    """Write one file through `atomic_folder`, and fail where asked to."""
+    with files.atomic_folder(target) as part:
+        (part / "file").write_text(content)
+        if failure is not None:
+            raise failure
+
+
+def write_file(target: Path, content: str, failure: BaseException | None = None) -> None:
+    """Write through `atomic_file`, and fail where asked to."""
+    with files.atomic_file(target) as part:
+        part.write_text(content)
+        if failure is not None:
+            raise failure
+
+
 @given(st.binary(max_size=200))
 def test_no_bytes_are_taken_for_weights(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.mktemp("bytes") / "x.safetensors"
@@ -90,16 +106,18 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("failure", [FULL, KeyboardInterrupt()])
 def test_a_failed_folder_leaves_the_old_one(tmp_path: Path, failure: BaseException) -> None:
-    for old in (False, True):
-        if old:
-            (tmp_path / "out").mkdir()
-            (tmp_path / "out" / "file").write_text("old")
-        with pytest.raises(type(failure)), files.atomic_folder(tmp_path / "out") as part:
-            (part / "file").write_text("half")
-            raise failure
-        assert [path.name for path in tmp_path.iterdir()] == (["out"] if old else [])
+    with pytest.raises(type(failure)):
+        write_folder(tmp_path / "out", "half", failure)
+    assert not list(tmp_path.iterdir())
+    write_folder(tmp_path / "out", "old")
+    with pytest.raises(type(failure)):
+        write_folder(tmp_path / "out", "half", failure)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "file").read_text() == "old"
 
 
@@ -114,8 +132,8 @@ def test_a_failed_rename_leaves_the_old_folder(tmp_path: Path, monkeypatch: pyte
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", fails_for_the_new_one)
-    with pytest.raises(OSError, match="Input/output"), files.atomic_folder(tmp_path / "out") as part:
-        (part / "file").write_text("new")
+    with pytest.raises(OSError, match="Input/output"):
+        write_folder(tmp_path / "out", "new")
     assert (tmp_path / "out" / "file").read_text() == "old"
 
 
@@ -128,11 +146,13 @@ def test_leftovers_of_a_crash_do_not_matter(tmp_path: Path) -> None:
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
-    with files.atomic_file(tmp_path / "new" / "x.bin") as part:
+    target = tmp_path / "new" / "x.bin"
+    with files.atomic_file(target) as part:
         part.write_text("1")
-        assert not (tmp_path / "new" / "x.bin").exists()
-    with pytest.raises(OSError, match="No space"), files.atomic_file(tmp_path / "new" / "x.bin") as part:
-        part.write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert (tmp_path / "new" / "x.bin").read_text() == "1"
+        assert not target.exists()
+    with pytest.raises(OSError, match="No space"):
+        write_file(target, "half", FULL)
+    assert target.read_text() == "1"
+    with pytest.raises(OSError, match="No space"):
+        write_file(tmp_path / "new" / "y.bin", "half", FULL)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.bin"]

@@ -113,8 +113,7 @@ def render_all(font_path: Path | None = None) -> list[Emoji]:
 
     if not features.check("raqm"):
         raise RuntimeError(
-            "Pillow cannot join emoji sequences without raqm and FriBiDi; "
-            "on Debian and Ubuntu: apt-get install libfribidi0"
+            "Pillow cannot join emoji sequences without raqm and FriBiDi; on Debian and Ubuntu: apt-get install libfribidi0"
         )
     font = ImageFont.truetype(str(find_font(font_path)), FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
     qualified = names.STATUS["fully_qualified"]
@@ -185,7 +184,7 @@ def held_out_captions() -> frozenset[str]:
 
 
 def split_of(emoji: Emoji, split: dict) -> str:
-    """"train", "validation" or "held_out"."""
+    """ "train", "validation" or "held_out"."""
     for name in ("held_out", "validation"):
         if emoji.key in split[name]:
             return name

@@ -92,14 +92,14 @@ def _rows(folder: Path) -> list[tuple[str, str | None]] | None:
     jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
     try:
         if jsonl.is_file():
-            lines = jsonl.read_text(encoding="utf-8").splitlines()
+            lines = jsonl.read_text(encoding="utf-8-sig").split("\n")
             records = [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
         elif table.is_file():
-            with table.open(newline="", encoding="utf-8") as file:
+            with table.open(newline="", encoding="utf-8-sig") as file:
                 records = list(enumerate(csv.DictReader(file), 2))
         else:
             return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{folder}: its metadata cannot be read ({error}).") from None
     path = jsonl if jsonl.is_file() else table
     rows: list[tuple[str, str | None]] = []

@@ -70,6 +70,13 @@ def autocast(run: Run, device: torch.device) -> AbstractContextManager:
 
 def begin(config: Strict, run: Run) -> None:
     """Prepare the work folder: refuse to mix two runs, write the resolved config."""
+    out, work = run.out.resolve(), run.work.resolve()
+    if work == out or work.is_relative_to(out):
+        raise UserError(
+            f"run.work ({run.work}) lies in run.out ({run.out}), which is replaced at the end; choose another folder."
+        )
+    if out.exists() and any(out.iterdir()) and not any((out / name).is_file() for name in ("config.json", "model_index.json")):
+        raise UserError(f"run.out ({run.out}) holds something that is no model, and would be replaced; choose another folder.")
     started = (run.work / "checkpoints").is_dir() and any((run.work / "checkpoints").iterdir())
     if started and not run.resume:
         raise UserError(
@@ -102,7 +109,7 @@ def fit(
         tensors |= {f"ema.{index}": value for index, value in enumerate(ema.shadow_params)}
         checkpoint.save(run.work, step, tensors | checkpoint.optimizer_tensors(optimizer), {"ema_steps": ema.optimization_step})
 
-    step = first
+    done = first
     try:
         for step in range(first, optim.steps):
             for group in optimizer.param_groups:
@@ -118,7 +125,7 @@ def fit(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             ema.step(parameters)
-            done = step + 1
+            done = step + 1  # from here on weights and EMA are those of `done` steps
             log.step(done, {**_figures(losses), "gradient_norm": float(norm)})
             if done % run.save_every_steps == 0 and done < optim.steps:
                 save(done)
@@ -126,8 +133,8 @@ def fit(
                 log.figures(done, _with_ema(ema, parameters, partial(sample, done)))
     except KeyboardInterrupt:
         log.close()
-        save(step)
-        print(f"Stopped after {step} of {optim.steps} steps; go on with --run.resume.", file=sys.stderr)
+        save(done)
+        print(f"Stopped after {done} of {optim.steps} steps; go on with --run.resume.", file=sys.stderr)
         raise
     save(optim.steps)
     log.close()

@@ -125,9 +125,16 @@ def resized(pixels: np.ndarray, size: int) -> np.ndarray:
 def _build(config: TrainVAE):
     from diffusers import AutoencoderKL
 
-    if config.run.warm_start:
-        return load_vae(config.run.warm_start).float()
     shape: VAEShape = config.model
+    if config.run.warm_start:
+        vae = load_vae(config.run.warm_start).train()
+        found = (vae.config["latent_channels"], tuple(vae.config["block_out_channels"]))
+        if found != (shape.channels, shape.blocks):
+            raise UserError(
+                f"run.warm_start {config.run.warm_start} has {found[0]} channels and blocks {found[1]}; "
+                f"the config says {shape.channels} and {shape.blocks}."
+            )
+        return vae
     levels = len(shape.blocks)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
