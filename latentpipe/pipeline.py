@@ -85,7 +85,8 @@ class LatentPipeline:
             trained_on, found["vae"] = found["vae"], vae_hash(vae_folder)
             if found["vae"] != trained_on:
                 warnings.warn(
-                    f"the denoiser of {folder.name} was trained on another VAE; nothing has proved yet that {vae} decodes its latents",
+                    f"the denoiser of {folder.name} was trained on another VAE; "
+                    f"nothing has proved yet that {vae} decodes its latents",
                     stacklevel=2,
                 )
         try:
