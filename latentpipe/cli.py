@@ -34,11 +34,20 @@ def train_denoiser(arguments: list[str]) -> None:
     run(config)
 
 
+def generate(arguments: list[str]) -> None:
+    """Draw pictures of a prompt and print their paths."""
+    import tyro
+
+    from latentpipe.generate import Generate, run
+
+    arguments = ["--n" if argument == "-n" else argument for argument in arguments]
+    run(tyro.cli(Generate, prog="latentpipe generate", args=arguments))
+
+
 def _function(name: str, function: Callable[..., None]) -> Verb:
     def run(arguments: list[str]) -> None:
         import tyro
 
-        arguments = ["--n" if argument == "-n" else argument for argument in arguments]
         tyro.cli(function, prog=f"latentpipe {name}", args=arguments)
 
     run.__doc__ = function.__doc__
@@ -46,7 +55,7 @@ def _function(name: str, function: Callable[..., None]) -> Verb:
 
 
 VERBS: dict[str, Verb] = {
-    "generate": _function("generate", verbs.generate),
+    "generate": generate,
     "replay": _function("replay", verbs.replay),
     "train-vae": train_vae,
     "encode": _function("encode", verbs.encode),

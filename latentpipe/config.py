@@ -13,6 +13,7 @@ from latentpipe.errors import UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
 Positive = Annotated[int, Field(ge=1)]
+Widths = Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
 class Strict(BaseModel):
@@ -77,7 +78,7 @@ class VAEShape(Strict):
 
     channels: Positive = 4
     """Latent channels."""
-    blocks: tuple[Positive, ...] = (32, 64, 128)
+    blocks: Widths = (32, 64, 128)
     """Width of each resolution level."""
     layers_per_block: Positive = 1
     """Residual blocks at each level."""
@@ -141,7 +142,7 @@ class CacheData(Strict):
 class UNetShape(Strict):
     """A UNet2DConditionModel."""
 
-    blocks: tuple[Positive, ...] = (64, 128, 192)
+    blocks: Widths = (64, 128, 192)
     """Width of each level."""
     layers_per_block: Positive = 1
     """Residual blocks at each level."""

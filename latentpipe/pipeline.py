@@ -20,7 +20,7 @@ from latentpipe.files import read_json
 from latentpipe.images import flatten, to_pixels
 from latentpipe.sampling import SCHEDULER_OPTIONS, SCHEDULERS, Guide, OnStep, Settings, Step, check_settings
 from latentpipe.vae import VAEStage
-from latentpipe.weights import PREVIEW_FILE, find_model, hashes, load_pipeline, load_vae, name_of, vae_hash
+from latentpipe.weights import PREVIEW_FILE, find_model, hashes, load_pipeline, load_vae, name_of, quiet, vae_hash
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -156,9 +156,10 @@ class LatentPipeline:
         """Prompts to latents (B C h w) through the host; noise comes from one CPU generator for each seed."""
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         guided = settings.guidance > 1
-        positive, negative = self.host.encode_prompt(
-            list(prompts), self.host.device, 1, guided, [settings.negative] * len(prompts) if guided else None
-        )
+        with quiet():  # what is cut from a long prompt is said once, by `_recipe`
+            positive, negative = self.host.encode_prompt(
+                list(prompts), self.host.device, 1, guided, [settings.negative] * len(prompts) if guided else None
+            )
         width, height = settings.size or self.native_size
         guide = Guide(settings, positive, negative, settings.steps_to_run, on_step)
         arguments: dict[str, Any] = {"num_inference_steps": settings.steps, "generator": generators, "output_type": "latent"}
@@ -185,7 +186,7 @@ class LatentPipeline:
     def cut_words(self, prompt: str) -> str:
         """The end of a prompt that is too long for the text encoder to read; empty when all of it is read."""
         tokenizer = self.host.tokenizer
-        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return tokenizer.decode(ids[tokenizer.model_max_length - 2 :]).strip()
 
     def preview(self, latents: torch.Tensor, side: int = 256) -> Image.Image | None:

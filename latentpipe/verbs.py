@@ -3,85 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any, Literal
 
 from latentpipe.errors import UserError
-
-
-def generate(
-    prompt: str,
-    /,
-    n: int = 1,
-    seed: int | None = None,
-    out: Path = Path("out"),
-    model: str = "emoji",
-    vae: str | None = None,
-    negative: str = "",
-    steps: int = 20,
-    guidance: float = 3.0,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    scheduler: Literal["dpm++", "ddim", "euler", "unipc"] | None = None,
-    size: str | None = None,
-    image: Path | None = None,
-    strength: float = 0.6,
-    device: str | None = None,
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
-    lora: str | None = None,
-    adapter: str | None = None,
-) -> None:
-    """Draw pictures of a prompt and print their paths.
-
-    Args:
-        prompt: What to draw.
-        n: How many pictures; picture i has the seed SEED + i.
-        seed: 0 to 4294967295; left out: a random one.
-        out: Folder for the PNG files, each with its recipe inside.
-        model: Name ('latentpipe ls') or folder of a diffusers Stable Diffusion model.
-        vae: Name or folder of another VAE to decode with.
-        negative: What the picture should not show.
-        steps: Denoising steps.
-        guidance: Classifier-free guidance; 1 turns it off.
-        guidance_interval: Share of the steps where guidance begins and ends.
-        scheduler: Left out: the model's own.
-        size: Side or WIDTHxHEIGHT in pixels; left out: what the model was trained at.
-        image: A picture to begin from (img2img).
-        strength: How far img2img may move from the picture, over 0 to 1.
-        device: cpu, cuda or mps; left out: the best one present.
-        dtype: Precision of the weights.
-        lora: Reserved for a later version.
-        adapter: Reserved for a later version.
-    """
-    for name, value in (("--lora", lora), ("--adapter", adapter)):
-        if value is not None:
-            raise UserError(f"{name} {value}: this version cannot load one yet; leave {name} out.")
-    # What can be refused without the model is refused before it is loaded.
-    shape = _size(size)
-    source = _open_picture(image) if image is not None else None
-    _writable(out)
-    from latentpipe import Engine, LatentPipeline
-
-    pipe = LatentPipeline.from_pretrained(model, vae, device, dtype)
-    settings: dict[str, Any] = {
-        "negative": negative,
-        "steps": steps,
-        "guidance": guidance,
-        "guidance_interval": guidance_interval,
-        "scheduler": scheduler,
-        "size": shape,
-        "image": source,
-        "strength": strength,
-    }
-    pictures, stopped = _watch(Engine(pipe), prompt, {"n": n, "seed": seed, **settings})
-    for picture in pictures:
-        print(picture.save(_free_path(out, prompt, picture.recipe.seed)))
-    if stopped:
-        raise KeyboardInterrupt
 
 
 def replay(
@@ -216,78 +142,6 @@ def env() -> None:
 
     machine = this_machine(best_device(), "fp32", torch.get_num_threads()).model_dump()
     print(_json({**machine, "python": sys.version.split()[0], "shipped": str(shipped()), "home": str(home())}))
-
-
-def _watch(engine: Any, prompt: str, settings: dict[str, Any]) -> tuple[list[Any], bool]:
-    """Show a job's steps; the first Ctrl-C stops it and keeps the partial pictures, the second leaves at once."""
-    from tqdm import tqdm
-
-    from latentpipe.engine import Finished
-
-    cancel = threading.Event()
-
-    def on_interrupt(*_: Any) -> None:
-        if cancel.is_set():
-            raise KeyboardInterrupt
-        cancel.set()
-        print("stopping after this step; Ctrl-C again to leave at once", file=sys.stderr)
-
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, on_interrupt) if main_thread else None
-    try:
-        with tqdm(total=settings["steps"], unit="step", disable=None, file=sys.stderr) as bar:
-            for event in engine.run(prompt, cancel=cancel, **settings):
-                if isinstance(event, Finished):
-                    return event.pictures, cancel.is_set()
-                bar.total = event.steps
-                bar.update(event.step - bar.n)
-        raise RuntimeError("the engine ended without a result")
-    finally:
-        if main_thread:
-            signal.signal(signal.SIGINT, before)
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,5})(?:[xX](\d{1,5}))?", text.strip())
-    if not match:
-        raise UserError(f"--size is '{text}'; expected a side such as 64, or WIDTHxHEIGHT such as 64x96.")
-    return int(match[1]), int(match[2] or match[1])
-
-
-def _open_picture(path: Path) -> Any:
-    from PIL import Image
-
-    from latentpipe.images import flatten
-
-    try:
-        with Image.open(path) as picture:
-            return flatten(picture)
-    except FileNotFoundError:
-        raise UserError(f"--image {path}: no such file.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"--image {path} cannot be read as a picture ({error}).") from None
-
-
-def _writable(folder: Path) -> None:
-    """UserError unless files can be made in `folder`; found out before the work, not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be made a folder ({(error.strerror or 'error').lower()}).") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--out {folder}: this folder cannot be written to.")
-
-
-def _free_path(folder: Path, prompt: str, seed: int) -> Path:
-    """A file name from prompt and seed that does not exist yet."""
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
-    path, count = folder / f"{slug}-{seed}.png", 1
-    while path.exists():
-        count += 1
-        path = folder / f"{slug}-{seed}-{count}.png"
-    return path
 
 
 def _json(value: Any) -> str:

@@ -153,16 +153,19 @@ def quiet() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    before = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
-    for module, _ in before:
+    before = [
+        (module, module.get_verbosity(), module.is_progress_bar_enabled()) for module in (diffusers_logging, transformers_logging)
+    ]
+    for module, _, _ in before:
         module.set_verbosity_error()
         module.disable_progress_bar()
     try:
         yield
     finally:
-        for module, level in before:
+        for module, level, bars in before:
             module.set_verbosity(level)
-            module.enable_progress_bar()
+            if bars:
+                module.enable_progress_bar()
 
 
 def save_pipeline(pipe: Any, folder: Path, card: Mapping[str, Any], vae_folder: Path) -> None:

@@ -1,0 +1,151 @@
+"""latentpipe generate: the options, and drawing with a step bar that Ctrl-C stops."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from latentpipe.errors import UserError
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Draw pictures of a prompt and print their paths."""
+
+    prompt: Positional[str]
+    """What to draw."""
+    n: int = 1
+    """How many pictures (also -n); picture i has the seed SEED + i."""
+    seed: int | None = None
+    """0 to 4294967295; left out: a random one."""
+    out: Path = Path("out")
+    """Folder for the PNG files, each with its recipe inside."""
+    model: str = "emoji"
+    """Name ('latentpipe ls') or folder of a diffusers Stable Diffusion model."""
+    vae: str | None = None
+    """Name or folder of another VAE to decode with."""
+    negative: str = ""
+    """What the picture should not show."""
+    steps: int = 20
+    """Denoising steps."""
+    guidance: float = 3.0
+    """Classifier-free guidance; 1 turns it off."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Share of the steps where guidance begins and ends."""
+    scheduler: Literal["dpm++", "ddim", "euler", "unipc"] | None = None
+    """Left out: the model's own."""
+    size: str | None = None
+    """Side or WIDTHxHEIGHT in pixels; left out: what the model was trained at."""
+    image: Path | None = None
+    """A picture to begin from (img2img)."""
+    strength: float = 0.6
+    """How far img2img may move from the picture, over 0 to 1."""
+    device: str | None = None
+    """cpu, cuda or mps; left out: the best one present."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the weights."""
+    lora: str | None = None
+    """Reserved for a later version."""
+    adapter: str | None = None
+    """Reserved for a later version."""
+
+
+def run(options: Generate) -> None:
+    """Draw, save and print the paths; KeyboardInterrupt after partial pictures were saved."""
+    for name in ("lora", "adapter"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} {getattr(options, name)}: this version cannot load one yet; leave --{name} out.")
+    # What can be refused without the model is refused before it is loaded.
+    names = ("n", "seed", "negative", "steps", "guidance", "guidance_interval", "scheduler", "strength")
+    settings: dict[str, Any] = {name: getattr(options, name) for name in names}
+    settings["size"] = _size(options.size)
+    settings["image"] = _open_picture(options.image) if options.image is not None else None
+    _writable(options.out)
+    from latentpipe import Engine, LatentPipeline
+
+    pipe = LatentPipeline.from_pretrained(options.model, options.vae, options.device, options.dtype)
+    pictures, stopped = _watch(Engine(pipe), options.prompt, settings)
+    for picture in pictures:
+        print(picture.save(_free_path(options.out, options.prompt, picture.recipe.seed)))
+    if stopped:
+        raise KeyboardInterrupt
+
+
+def _watch(engine: Any, prompt: str, settings: dict[str, Any]) -> tuple[list[Any], bool]:
+    """Show a job's steps; the first Ctrl-C stops it and keeps the partial pictures, the second leaves at once."""
+    from tqdm import tqdm
+
+    from latentpipe.engine import Finished
+
+    cancel = threading.Event()
+
+    def on_interrupt(*_: Any) -> None:
+        if cancel.is_set():
+            raise KeyboardInterrupt
+        cancel.set()
+        print("stopping after this step; Ctrl-C again to leave at once", file=sys.stderr)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, on_interrupt) if main_thread else None
+    try:
+        with tqdm(total=settings["steps"], unit="step", disable=None, file=sys.stderr) as bar:
+            for event in engine.run(prompt, cancel=cancel, **settings):
+                if isinstance(event, Finished):
+                    return event.pictures, cancel.is_set()
+                bar.total = event.steps
+                bar.update(event.step - bar.n)
+        raise RuntimeError("the engine ended without a result")
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, before)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})(?:[xX](\d{1,5}))?", text.strip())
+    if not match:
+        raise UserError(f"--size is '{text}'; expected a side such as 64, or WIDTHxHEIGHT such as 64x96.")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _open_picture(path: Path) -> Any:
+    from PIL import Image
+
+    from latentpipe.images import flatten
+
+    try:
+        with Image.open(path) as picture:
+            return flatten(picture)
+    except FileNotFoundError:
+        raise UserError(f"--image {path}: no such file.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"--image {path} cannot be read as a picture ({error}).") from None
+
+
+def _writable(folder: Path) -> None:
+    """UserError unless files can be made in `folder`; found out before the work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be made a folder ({(error.strerror or 'error').lower()}).") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--out {folder}: this folder cannot be written to.")
+
+
+def _free_path(folder: Path, prompt: str, seed: int) -> Path:
+    """A file name from prompt and seed that does not exist yet."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
+    path, count = folder / f"{slug}-{seed}.png", 1
+    while path.exists():
+        count += 1
+        path = folder / f"{slug}-{seed}-{count}.png"
+    return path

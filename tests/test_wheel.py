@@ -1,0 +1,48 @@
+"""A wheel, unpacked anywhere, finds its weights, configs and bank from any folder."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PIP_NO_INDEX": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_draws_from_any_folder(site, tmp_path):
+    code = (
+        "import latentpipe.weights as w, latentpipe.verbs as v, latentpipe.cli as c;"
+        "print(w.shipped(), v.configs_folder());"
+        "raise SystemExit(c.main(['generate', 'red apple', '--steps', '2', '--seed', '1']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(site / "latentpipe" / "embedded") in done.stdout
+    assert str(site / "latentpipe" / "configs") in done.stdout
+    assert (tmp_path / "out" / "red-apple-1.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["py.typed", "data/emoji_bank.png", "data/emoji_bank.json", "data/emoji_split.json"])
+def test_data_files_are_inside(site, name):
+    assert (site / "latentpipe" / name).is_file()
+
+
+def test_nothing_else_is_inside(site):
+    assert {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")} == {"latentpipe"}

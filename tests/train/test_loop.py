@@ -1,0 +1,355 @@
+"""The training loop: data order, schedules, checkpoints, log."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from latentpipe import UserError
+from latentpipe.config import Optimization, Run, TrainVAE
+from latentpipe.train import checkpoint, loop
+
+
+@given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 1000), st.integers(1, 4))
+def test_each_epoch_sees_every_sample_once(n: int, batch_size: int, seed: int, epochs: int) -> None:
+    steps = math.ceil(n * epochs / batch_size)
+    stream = torch.cat([loop.batch_indices(n, batch_size, seed, step) for step in range(steps)]).tolist()
+    assert len(stream) == steps * batch_size
+    for epoch in range(epochs):
+        assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+def test_the_order_depends_on_seed_and_epoch() -> None:
+    first, again, seeded, later = (
+        loop.batch_indices(50, 50, seed, step).tolist() for seed, step in ((1, 0), (1, 0), (2, 0), (1, 1))
+    )
+    assert first == again
+    assert first != seeded
+    assert first != later
+    assert first != sorted(first)
+
+
+def test_a_steps_generator_depends_on_the_step_only() -> None:
+    draws = [torch.rand(3, generator=loop.generator_for(seed, step)).tolist() for seed, step in ((0, 5), (0, 5), (0, 6), (1, 5))]
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2]
+    assert draws[0] != draws[3]
+
+
+@given(st.integers(1, 500), st.integers(0, 100), st.floats(1e-6, 1))
+def test_the_learning_rate_is_a_warm_up_and_a_half_cosine(steps: int, warmup: int, peak: float) -> None:
+    optim = Optimization(steps=steps, warmup_steps=warmup, learning_rate=peak)
+    rates = [loop.learning_rate(optim, step) for step in range(max(steps, warmup) + 1)]
+    for step, rate in enumerate(rates):
+        if step < warmup:
+            assert rate == pytest.approx(peak * (step + 1) / warmup)
+        elif step <= steps:
+            share = (step - warmup) / max(1, steps - warmup)
+            assert rate == pytest.approx(peak * (1 + math.cos(math.pi * share)) / 2, abs=1e-12)
+    assert max(rates) <= peak * (1 + 1e-12)
+    if steps > warmup:
+        assert rates[warmup] == pytest.approx(peak)
+        assert rates[steps] == pytest.approx(0, abs=1e-12)
+
+
+def test_the_cosine_is_torchs_own() -> None:
+    optim = Optimization(steps=20, warmup_steps=0, learning_rate=0.3)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    for step in range(20):
+        assert loop.learning_rate(optim, step) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+
+
+# --- fit ----------------------------------------------------------------------------------------------------
+
+
+class Line(nn.Module):
+    """y = a x + b with a frozen part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.moving = nn.Linear(2, 1)
+        self.frozen = nn.Linear(2, 1).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.moving(x) + self.frozen(x)
+
+
+def run_of(work: Path, **changes: Any) -> Run:
+    """A Run below `work`."""
+    return Run(
+        **{"out": work / "out", "work": work / "work", "seed": 3, "save_every_steps": 1000, "sample_every_steps": 1000} | changes
+    )
+
+
+def fit(work: Path, optim: Optimization | None = None, stop_at: int | None = None, sample: Any = None, **changes: Any) -> Line:
+    """Train a line; `stop_at` raises KeyboardInterrupt in that step."""
+    model, run = Line(), run_of(work, **changes)
+    run.work.mkdir(parents=True, exist_ok=True)
+    optim = optim or Optimization(steps=10, warmup_steps=2, ema_decay=0.8)
+
+    def losses_of(step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        if step == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 2, generator=generator)
+        return {"l2": (model(x) - x.sum(1, keepdim=True)).square().mean(), "size": 1e-3 * model.moving.weight.square().sum()}
+
+    loop.fit(model, optim, run, losses_of, sample or (lambda step: {}))
+    return model
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    """Bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+def log_of(work: Path) -> list[dict[str, float]]:
+    """The rows of log.jsonl without the time."""
+    rows = [json.loads(line) for line in (work / "work" / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 5, 9])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, stop_at: int) -> None:
+    whole = fit(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "b", stop_at=stop_at)
+    assert checkpoint.newest(tmp_path / "b" / "work")[1]["step"] == stop_at  # type: ignore[index]
+    assert same(whole, fit(tmp_path / "b", resume=True))
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize("place", ["log", "sample", "save"])
+def test_an_interrupt_after_the_update_is_resumed_exactly(tmp_path: Path, place: str) -> None:
+    whole = fit(tmp_path / "a")
+    original = {"log": loop.Progress.step, "save": checkpoint.save}
+
+    def in_log(self: Any, step: int, figures: dict[str, float]) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+        original["log"](self, step, figures)
+
+    raised = []
+
+    def in_save(*arguments: Any, **named: Any) -> Any:
+        if not raised:
+            raised.append(True)
+            raise KeyboardInterrupt
+        return original["save"](*arguments, **named)
+
+    def in_sample(step: int) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    patch = pytest.MonkeyPatch()
+    if place == "log":
+        patch.setattr(loop.Progress, "step", in_log)
+    if place == "save":
+        patch.setattr(checkpoint, "save", in_save)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "b", sample=in_sample if place == "sample" else None, sample_every_steps=4, save_every_steps=4)
+    patch.undo()
+    assert same(whole, fit(tmp_path / "b", resume=True))
+
+
+def test_a_crash_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    whole = fit(tmp_path / "a")
+
+    class Power(BaseException):
+        """A crash that nobody catches."""
+
+    model = Line()
+
+    def losses_of(step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        if step == 7:
+            raise Power
+        x = torch.randn(8, 2, generator=generator)
+        return {"l2": (model(x) - x.sum(1, keepdim=True)).square().mean(), "size": 1e-3 * model.moving.weight.square().sum()}
+
+    run = run_of(tmp_path / "b", save_every_steps=3)
+    run.work.mkdir(parents=True)
+    with pytest.raises(Power):
+        loop.fit(model, Optimization(steps=10, warmup_steps=2, ema_decay=0.8), run, losses_of, lambda step: {})
+    assert checkpoint.newest(run.work)[1]["step"] == 6  # type: ignore[index]
+    assert same(whole, fit(tmp_path / "b", resume=True))
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    whole = fit(tmp_path)
+    assert same(whole, fit(tmp_path, resume=True))
+    assert len(log_of(tmp_path)) == 10
+
+
+def test_resuming_nothing_begins(tmp_path: Path) -> None:
+    assert same(fit(tmp_path / "a", resume=True), fit(tmp_path / "b"))
+
+
+def test_the_result_is_the_moving_average(tmp_path: Path) -> None:
+    model = fit(tmp_path)
+    tensors, state = checkpoint.newest(tmp_path / "work")  # type: ignore[misc]
+    assert state["step"] == 10
+    assert torch.equal(model.moving.weight, tensors["ema.0"])
+    assert not torch.equal(model.moving.weight, tensors["module.moving.weight"])
+
+
+def test_frozen_weights_stay(tmp_path: Path) -> None:
+    assert torch.equal(fit(tmp_path).frozen.weight, Line().frozen.weight)
+    assert not torch.equal(fit(tmp_path / "b").moving.weight, Line().moving.weight)
+
+
+def test_training_without_average_is_plain_adamw(tmp_path: Path) -> None:
+    optim = Optimization(steps=5, warmup_steps=0, learning_rate=0.01, ema_decay=0.0, clip_norm=1e9, weight_decay=0.1)
+    model, plain = fit(tmp_path, optim), Line()
+    optimizer = torch.optim.AdamW(plain.moving.parameters(), lr=0.01, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+    for step in range(5):
+        x = torch.randn(8, 2, generator=loop.generator_for(3, step))
+        loss = (plain(x) - x.sum(1, keepdim=True)).square().mean() + 1e-3 * plain.moving.weight.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    assert torch.allclose(model.moving.weight, plain.moving.weight, atol=1e-7)
+
+
+def test_sheets_are_drawn_with_the_average_in_place(tmp_path: Path) -> None:
+    optim = Optimization(steps=6, warmup_steps=0, ema_decay=0.9)
+    holder: list[Any] = []
+    seen: list[tuple[int, torch.Tensor]] = []
+    model = Line()
+
+    def losses_of(step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        holder.append(model.moving.weight.detach().clone())
+        return {"l2": model(torch.randn(8, 2, generator=generator)).square().mean()}
+
+    def sample(step: int) -> dict[str, float]:
+        seen.append((step, model.moving.weight.detach().clone()))
+        return {"score": 1.5}
+
+    run = run_of(tmp_path, sample_every_steps=2)
+    run.work.mkdir(parents=True)
+    loop.fit(model, optim, run, losses_of, sample)
+    assert [step for step, _ in seen] == [2, 4]
+    assert not torch.equal(seen[0][1], holder[2])  # during the sheet: the average; afterwards: the weights again
+    scores = [row["score"] for row in log_of(tmp_path) if "score" in row]
+    assert scores == [1.5, 1.5]
+
+
+def test_drawing_sheets_does_not_change_the_training(tmp_path: Path) -> None:
+    assert same(fit(tmp_path / "a"), fit(tmp_path / "b", sample_every_steps=3, save_every_steps=2))
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_figures(tmp_path: Path) -> None:
+    model, run = Line(), run_of(tmp_path)
+    run.work.mkdir(parents=True)
+
+    def losses_of(step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return {"l2": model(torch.ones(1, 2)).sum() * (math.nan if step == 3 else 1.0)}
+
+    with pytest.raises(UserError, match=r"not finite at step 3.*l2"):
+        loop.fit(model, Optimization(steps=5), run, losses_of, lambda step: {})
+    assert torch.isfinite(model.moving.weight).all()
+
+
+def test_the_gradient_is_clipped(tmp_path: Path) -> None:
+    fit(tmp_path, Optimization(steps=2, clip_norm=1e-3))
+    assert all(row["gradient_norm"] > 1e-3 for row in log_of(tmp_path))
+    tensors, _ = checkpoint.newest(tmp_path / "work")  # type: ignore[misc]
+    assert tensors["optimizer.0.exp_avg_sq"].sqrt().norm() < 1e-3
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (1, 20, 300):
+        checkpoint.save(tmp_path, step, {"a": torch.tensor([float(step)])}, {"note": step})
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000020", "step-00000300"]
+    tensors, state = checkpoint.newest(tmp_path)  # type: ignore[misc]
+    assert tensors["a"].item() == 300
+    assert state == {"step": 300, "note": 300}
+    assert checkpoint.newest(tmp_path / "none") is None
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    folder = checkpoint.save(tmp_path, 5, {"a": torch.zeros(3)}, {})
+    (folder / "state.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="step-00000005"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_failed_save_leaves_the_older_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, 1, {"a": torch.zeros(3)}, {})
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(tmp_path, 2, {"a": torch.zeros(3)}, {})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path)
+    other, run = nn.Linear(3, 3), run_of(tmp_path, resume=True)
+    with pytest.raises(UserError, match="another model"):
+        loop.fit(other, Optimization(steps=20), run, lambda *_: {"x": other.weight.sum()}, lambda step: {})
+
+
+# --- begin --------------------------------------------------------------------------------------------------
+
+
+def config_of(tmp_path: Path, **run: Any) -> TrainVAE:
+    """A config that writes below `tmp_path`."""
+    places = {"out": tmp_path / "out", "work": tmp_path / "work"} | run
+    return TrainVAE.model_validate({"data": {"train": tmp_path}, "run": places, "optim": {"steps": 3}})
+
+
+def test_begin_writes_the_resolved_config(tmp_path: Path) -> None:
+    from latentpipe.config import load
+
+    config = config_of(tmp_path)
+    loop.begin(config, config.run)
+    assert load(tmp_path / "work" / "config.yaml", TrainVAE) == config
+
+
+def test_two_runs_are_not_mixed(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "work", 5, {"a": torch.zeros(3)}, {})
+    config = config_of(tmp_path)
+    with pytest.raises(UserError, match=r"--run\.resume"):
+        loop.begin(config, config.run)
+    again = config_of(tmp_path, resume=True)
+    loop.begin(again, again.run)
+
+
+@pytest.mark.parametrize("work", ["out", "out/work"])
+def test_a_work_folder_inside_the_result_is_refused(tmp_path: Path, work: str) -> None:
+    config = config_of(tmp_path, work=tmp_path / work)
+    with pytest.raises(UserError, match=r"run\.work"):
+        loop.begin(config, config.run)
+
+
+def test_a_folder_of_other_things_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years")
+    config = config_of(tmp_path)
+    with pytest.raises(UserError, match="would be replaced"):
+        loop.begin(config, config.run)
+
+
+def test_autocast_follows_the_precision(tmp_path: Path) -> None:
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with loop.autocast(run_of(tmp_path, precision=precision), torch.device("cpu")):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
