@@ -108,19 +108,26 @@ class Replay:
     causes: list[str]
 
 
-def replay(path: Path, model: str | Path | None = None, source: Path | None = None, device: str | None = None) -> Replay:
+def replay(
+    path: Path,
+    model: str | Path | None = None,
+    vae: str | Path | None = None,
+    source: Path | None = None,
+    device: str | None = None,
+) -> Replay:
     """Draw the picture in a PNG again from its recipe and compare.
 
-    Names resolve among the shipped and the user's own models only; UserError names every weight that differs.
+    `model` and `vae` (names or folders) stand in for the recipe's names, which resolve among the shipped and the user's own
+    only; `source` is the picture that img2img began from. UserError names every weight that differs.
     """
     old = recipes.read(path)
     if old.adapter or old.loras:
         raise UserError(
             f"{path} was made with an adapter or LoRA ({old.adapter or ', '.join(old.loras)}), which this version cannot load."
         )
-    pipe = LatentPipeline.from_pretrained(
-        model or _name(old.model), _name(old.vae, "vae") if old.vae else None, device, _dtype(old.machine.dtype)
-    )
+    if old.vae and vae is None:
+        vae = _name(old.vae, "vae")
+    pipe = LatentPipeline.from_pretrained(model or _name(old.model), vae, device, _dtype(old.machine.dtype))
     changed = [
         f"{part} is {pipe.hashes.get(part, 'missing')[:16]}, the picture's was {digest[:16]}"
         for part, digest in old.hashes.items()
@@ -177,7 +184,8 @@ def _name(name: str, kind: str = "models") -> str:
     """A name from a picture: one of the shipped or the user's own, never a path."""
     if name not in available(kind):
         raise UserError(
-            f"The recipe names the {kind.removesuffix('s')} '{name}', which is not installed; 'latentpipe ls' lists what is."
+            f"The recipe names the {kind.removesuffix('s')} '{name}', which is not installed ('latentpipe ls' lists what is); "
+            f"give its folder with --{kind.removesuffix('s')}."
         )
     return name
 

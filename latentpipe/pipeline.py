@@ -123,6 +123,8 @@ class LatentPipeline:
             raise UserError(
                 f"n is {n} and seed {seed}; expected 1 to {recipes.MAX_BATCH} pictures and seeds from 0 to {recipes.MAX_SEED}."
             )
+        if any(0xD800 <= ord(char) <= 0xDFFF for char in prompt + chosen.negative):
+            raise UserError("the prompt holds bytes that are no text; expected UTF-8.")
         if max(len(prompt), len(chosen.negative)) > recipes.MAX_PROMPT:
             raise UserError(f"the prompt has {len(prompt):,} characters; at most {recipes.MAX_PROMPT:,} are taken.")
         done = 0

@@ -11,20 +11,27 @@ from latentpipe.errors import UserError
 
 
 def replay(
-    picture: Path, /, model: str | None = None, image: Path | None = None, device: str | None = None, out: Path | None = None
+    picture: Path,
+    /,
+    model: str | None = None,
+    vae: str | None = None,
+    image: Path | None = None,
+    device: str | None = None,
+    out: Path | None = None,
 ) -> None:
     """Draw the picture in a PNG again from its recipe and compare every pixel.
 
     Args:
         picture: A PNG that latentpipe wrote.
         model: Name or folder of the model, where the recipe's name is not installed.
+        vae: Name or folder of the VAE, likewise.
         image: The picture that img2img began from.
         device: cpu, cuda or mps.
         out: Where to save the new picture; left out: only compare.
     """
     from latentpipe import replay as run
 
-    result = run(picture, model, image, device)
+    result = run(picture, model, vae, image, device)
     if out is not None:
         result.picture.save(out)
         print(out)

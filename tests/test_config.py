@@ -83,7 +83,8 @@ def test_every_problem_is_reported_at_once() -> None:
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        ("optim.steps", "many"), ("optim.steps", 0), ("optim.steps", 1.5), ("optim.learning_rate", 0), ("optim.learning_rate", "fast"),
+        ("optim.steps", "many"), ("optim.steps", 0), ("optim.steps", 1.5), ("optim.learning_rate", 0),
+        ("optim.learning_rate", "fast"),
         ("optim.learning_rate", float("nan")), ("optim.ema_decay", 1.0), ("run.seed", -1), ("run.precision", "fp64"),
         ("run.resume", "perhaps"), ("data.train", 3), ("loss.kl", -1), ("loss.equivariance", 1.1), ("model.blocks", [8, -8]),
         ("model.blocks", "wide"), ("model.norm_groups", 5), ("crops", [1]), ("data", None),

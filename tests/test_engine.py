@@ -39,13 +39,31 @@ def test_events_come_in_order_and_finished_is_last(pipe: LatentPipeline) -> None
     assert grey_levels(last.pictures[0].image, pipe(PROMPT, seed=3, steps=6)[0].image) == 0
 
 
-def test_previews_are_pictures_of_the_estimate(pipe: LatentPipeline) -> None:
+def test_previews_are_pictures_of_the_estimate(pipe: LatentPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentpipe import engine
+
+    monkeypatch.setattr(engine, "PREVIEW_SECONDS", 0.0)
     *steps, last = Engine(pipe).run(PROMPT, previews=True, seed=3, steps=3)
-    shown = [event.preview for event in steps if isinstance(event, StepDone) and event.preview]
-    assert all(picture.size == (256, 256) for picture in shown)
+    shown = [event.preview for event in steps if isinstance(event, StepDone)]
+    assert shown  # a slow reader misses some, but never the newest
+    assert all(picture is not None and picture.size == (256, 256) for picture in shown)
+    kept: list[torch.Tensor] = []
+    pipe(PROMPT, seed=3, steps=3, on_step=lambda step: kept.append(step.latents.clone()))
+    assert grey_levels(shown[-1], pipe.preview(kept[-1])) == 0  # type: ignore[arg-type]
+    assert isinstance(last, Finished)
     plain = list(Engine(pipe).run(PROMPT, seed=3, steps=3))
     assert all(event.preview is None for event in plain if isinstance(event, StepDone))
-    assert isinstance(last, Finished)
+
+
+def test_previews_are_rationed(pipe: LatentPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentpipe import engine
+
+    drawn: list[Any] = []
+    original = LatentPipeline.preview
+    monkeypatch.setattr(engine, "PREVIEW_SECONDS", 1e9)
+    monkeypatch.setattr(LatentPipeline, "preview", lambda self, latents: drawn.append(1) or original(self, latents))
+    list(Engine(pipe).run(PROMPT, previews=True, seed=3, steps=5))
+    assert len(drawn) <= 1
 
 
 def test_cancel_keeps_the_partial_pictures(pipe: LatentPipeline) -> None:
@@ -301,3 +319,16 @@ def test_damaged_recipes_are_user_errors(installed: str, tmp_path: Path) -> None
         path = rewrite(save(installed, tmp_path / "x.png", steps=1), **change)
         with pytest.raises(UserError):
             replay(path, device="cpu")
+
+
+def test_a_vae_outside_the_home_can_be_given(installed: str, tmp_path: Path) -> None:
+    from latentpipe.weights import save_vae
+
+    save_vae(tiny_vae(8), tmp_path / "second", {})
+    with pytest.warns(UserWarning, match="another VAE"):
+        pipe = LatentPipeline.from_pretrained(installed, vae=tmp_path / "second", device="cpu")
+    path = pipe(PROMPT, seed=1, steps=2)[0].save(tmp_path / "x.png")
+    with pytest.raises(UserError, match="second"):
+        replay(path, device="cpu")
+    with pytest.warns(UserWarning, match="another VAE"):
+        assert replay(path, vae=tmp_path / "second", device="cpu").difference == 0

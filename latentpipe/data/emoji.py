@@ -89,8 +89,9 @@ def combination_of(caption: str) -> Combination:
     if match and "skin tone" not in match["tail"]:
         tone, rest = match["tone"], f"{match['rest']}{match['tail']}"
     words = rest.split()
-    gender = words[0] if words[0] in GENDERS else "person"
-    role = " ".join(words[1:] if words[0] in GENDERS else words)
+    named = bool(words) and words[0] in GENDERS
+    gender = words[0] if named else "person"
+    role = " ".join(words[1:] if named else words)
     return Combination(role or "adult", gender, tone)
 
 

@@ -112,6 +112,17 @@ def _build(config: TrainDenoiser, cache: LatentCache, vae: Any) -> tuple[Any, An
     """Tokenizer, text encoder and UNet: new ones, or those of the model to warm-start from."""
     if config.run.warm_start:
         old = load_pipeline(config.run.warm_start)
+        found = (
+            tuple(old.unet.config["block_out_channels"]),
+            old.unet.config["in_channels"],
+            old.text_encoder.config.hidden_size,
+        )
+        wanted = (config.unet.blocks, cache.mean.shape[1], config.text.width)
+        if found != wanted:
+            raise UserError(
+                f"run.warm_start {config.run.warm_start} has blocks {found[0]}, {found[1]} latent channels and text width {found[2]}; "
+                f"config and cache say {wanted[0]}, {wanted[1]} and {wanted[2]}."
+            )
         return old.tokenizer, old.text_encoder.train(), old.unet.train()
     captions = sorted({caption for texts in cache.captions for caption in texts})
     tokenizer = train_tokenizer(captions, config.text)

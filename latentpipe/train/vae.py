@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -173,7 +174,7 @@ def _finish(config: TrainVAE, vae, measured: Measured, held: torch.Tensor | None
         "pictures": len(pictures.names),
         "size_px": config.crops.size_px,
         "steps": config.optim.steps,
-        "latent_mean_standard_error": [round(value, 5) for value in measured.standard_error],
+        "latent_mean_standard_error": [round(value, 5) if math.isfinite(value) else None for value in measured.standard_error],
         "normalization_measured_on": measured.n,
     }
     vae = vae.half().float().eval()  # what will be saved is what is measured
