@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latentpipe import verbs
-from latentpipe.errors import UserError
+from latentpipe.errors import Note, UserError
 from latentpipe.verbs import configs_folder
 
 Verb = Callable[[list[str]], None]
@@ -163,7 +163,7 @@ def _config(verb: str, schema_name: str, arguments: list[str]) -> Any:
 
 
 def _show_warning(message: Any, category: Any, *_: Any) -> None:
-    if category is UserWarning and not str(message).startswith("<"):
+    if issubclass(category, Note):
         print(f"latentpipe: note: {message}", file=sys.stderr)
 
 

@@ -1,5 +1,9 @@
-"""The one exception for mistakes that a person can mend: given, expected, what to do next."""
+"""What a person is told: one exception for mistakes that they can mend, one warning for what is unusual."""
 
 
 class UserError(ValueError):
-    """A message for the user, printed without a traceback; the command line exits with status 2."""
+    """Given, expected, what to do next; printed without a traceback, and the command line exits with status 2."""
+
+
+class Note(UserWarning):
+    """Something unusual that was done all the same."""

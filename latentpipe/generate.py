@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
+from latentpipe.defaults import GUIDANCE, STEPS, STRENGTH
 from latentpipe.errors import UserError
 
 
@@ -34,9 +35,9 @@ class Generate:
     """Name or folder of another VAE to decode with."""
     negative: str = ""
     """What the picture should not show."""
-    steps: int = 20
+    steps: int = STEPS
     """Denoising steps."""
-    guidance: float = 3.0
+    guidance: float = GUIDANCE
     """Classifier-free guidance; 1 turns it off."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Share of the steps where guidance begins and ends."""
@@ -46,7 +47,7 @@ class Generate:
     """Side or WIDTHxHEIGHT in pixels; left out: what the model was trained at."""
     image: Path | None = None
     """A picture to begin from (img2img)."""
-    strength: float = 0.6
+    strength: float = STRENGTH
     """How far img2img may move from the picture, over 0 to 1."""
     device: str | None = None
     """cpu, cuda or mps; left out: the best one present."""

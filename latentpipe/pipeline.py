@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from latentpipe import recipe as recipes
-from latentpipe.errors import UserError
+from latentpipe.errors import Note, UserError
 from latentpipe.files import read_json
 from latentpipe.images import flatten, to_pixels
 from latentpipe.sampling import SCHEDULER_OPTIONS, SCHEDULERS, Guide, OnStep, Settings, Step, check_settings
@@ -87,6 +87,7 @@ class LatentPipeline:
                 warnings.warn(
                     f"the denoiser of {folder.name} was trained on another VAE; "
                     f"nothing has proved yet that {vae} decodes its latents",
+                    Note,
                     stacklevel=2,
                 )
         try:
@@ -234,6 +235,7 @@ class LatentPipeline:
             warnings.warn(
                 f"the prompt is longer than the {self.host.tokenizer.model_max_length - 2} tokens that the text encoder "
                 f"reads; cut: '{cut}'",
+                Note,
                 stacklevel=3,
             )
         source = None

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from latentpipe.errors import UserError
+from latentpipe.defaults import GUIDANCE, STEPS, STRENGTH
+from latentpipe.errors import Note, UserError
 
 MAX_SIDE = 4096
 SCHEDULERS = {
@@ -29,9 +30,9 @@ class Settings:
 
     negative: str = ""
     """What the picture should not show."""
-    steps: int = 20
+    steps: int = STEPS
     """Denoising steps, 1 to 1000."""
-    guidance: float = 3.0
+    guidance: float = GUIDANCE
     """Classifier-free guidance (arXiv:2207.12598); 1 and less turn it off."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Part of the steps that is guided (arXiv:2404.07724), as shares of the schedule."""
@@ -41,7 +42,7 @@ class Settings:
     """Width and height in pixels; None: what the model was trained at."""
     image: Image.Image | None = None
     """A picture to begin from (img2img)."""
-    strength: float = 0.6
+    strength: float = STRENGTH
     """Share of the schedule that img2img runs, over 0 to 1."""
 
     @property
@@ -88,7 +89,7 @@ def check_settings(settings: Settings, native: tuple[int, int], unit: int) -> Se
         raise UserError(wrong)
     if (width, height) != native:
         warnings.warn(
-            f"the model was trained at {native[0]} x {native[1]} pixels; {width} x {height} may look wrong", stacklevel=4
+            f"the model was trained at {native[0]} x {native[1]} pixels; {width} x {height} may look wrong", Note, stacklevel=4
         )
     return replace(settings, size=(width, height))
 

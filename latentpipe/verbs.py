@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from latentpipe.defaults import GUIDANCE, STEPS
 from latentpipe.errors import UserError
 
 
@@ -82,8 +83,8 @@ def evaluate_prompts(
     model: str = "emoji",
     seen: int = 400,
     held_out: int = 0,
-    steps: int = 20,
-    guidance: float = 3.0,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
     device: str | None = None,
     grid: Path | None = None,
     json: bool = False,

@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from latentpipe.data.emoji import TONES, Combination, combination_of
+from latentpipe.defaults import GUIDANCE, STEPS
 from latentpipe.errors import UserError
 from latentpipe.evaluate.bank import Bank, open_bank, small
 from latentpipe.images import sheet
@@ -32,8 +33,8 @@ def evaluate(
     model: str | Path = "emoji",
     seen: int = 400,
     held_out: int = 0,
-    steps: int = 20,
-    guidance: float = 3.0,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
     device: str | None = None,
     grid: Path | None = None,
 ) -> dict[str, Any]:

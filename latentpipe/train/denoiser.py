@@ -120,7 +120,7 @@ def _build(config: TrainDenoiser, cache: LatentCache, vae: Any) -> tuple[Any, An
         wanted = (config.unet.blocks, cache.mean.shape[1], config.text.width)
         if found != wanted:
             raise UserError(
-                f"run.warm_start {config.run.warm_start} has blocks {found[0]}, {found[1]} latent channels and text width {found[2]}; "
+                f"run.warm_start {config.run.warm_start} has blocks {found[0]}, {found[1]} channels and text width {found[2]}; "
                 f"config and cache say {wanted[0]}, {wanted[1]} and {wanted[2]}."
             )
         return old.tokenizer, old.text_encoder.train(), old.unet.train()
