@@ -42,12 +42,13 @@ def main() -> None:
     from diffusers import StableDiffusionPipeline
 
     from latentpipe import LatentPipeline
+    from latentpipe.defaults import GUIDANCE, STEPS
     from latentpipe.weights import find_model
 
     pipe = LatentPipeline.from_pretrained()
     stock = StableDiffusionPipeline.from_pretrained(find_model("emoji"))
     stock.set_progress_bar_config(disable=True)
-    defaults = {"num_inference_steps": 20, "guidance_scale": 3.0}
+    defaults = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
     ours = median_seconds(lambda: pipe("red apple", seed=1), runs)
     theirs = median_seconds(lambda: stock("red apple", generator=torch.Generator().manual_seed(1), **defaults), runs)
     batch = median_seconds(lambda: pipe("red apple", n=16, seed=1), min(runs, 3)) / 16

@@ -189,6 +189,8 @@ class Diffusion(Strict):
 
     caption_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of samples trained on the empty prompt, for guidance."""
+    noisy_share: float = Field(0.25, gt=0, lt=1)
+    """Share of samples from the noisiest quarter of the schedule, where the prompt decides; 0.25: uniform."""
     beta_start: float = Field(0.00085, gt=0)
     """First beta of the scaled-linear schedule."""
     beta_end: float = Field(0.012, gt=0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from latentpipe import LatentPipeline
+from latentpipe.defaults import GUIDANCE, STEPS
 from latentpipe.files import read_tensors
 from latentpipe.latents import LatentSpace
 from latentpipe.weights import find_model, hashes, load_vae, vae_hash
@@ -28,8 +29,8 @@ def test_stock_diffusers_draws_the_same_picture(folder, pipe):
     stock = StableDiffusionPipeline.from_pretrained(folder)
     assert stock.unet.dtype == stock.text_encoder.dtype == stock.vae.dtype == torch.float32
     generator = [torch.Generator().manual_seed(7)]
-    theirs = stock("red apple", generator=generator, num_inference_steps=20, guidance_scale=3.0).images[0]
-    ours = pipe("red apple", seed=7, steps=20, guidance=3.0)[0].image
+    theirs = stock("red apple", generator=generator, num_inference_steps=STEPS, guidance_scale=GUIDANCE).images[0]
+    ours = pipe("red apple", seed=7, steps=STEPS, guidance=GUIDANCE)[0].image
     assert np.array_equal(np.asarray(theirs), np.asarray(ours))
 
 

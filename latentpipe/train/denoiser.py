@@ -43,12 +43,12 @@ def train_denoiser(config: TrainDenoiser) -> Path:
         chosen = rows[loop.batch_indices(len(rows), config.optim.batch_size, config.run.seed, step)]
         latents = cache.sample(chosen, generator)
         prompts = pick_captions([cache.captions[index] for index in chosen], config.diffusion.caption_dropout, generator)
-        times = stratified_times(len(latents), len(alpha_bar), generator)
+        times = stratified_times(len(latents), len(alpha_bar), config.diffusion.noisy_share, generator)
         noise = torch.randn(latents.shape, generator=generator)
         a = alpha_bar[times].view(-1, 1, 1, 1)
         noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
         ids = token_ids(tokenizer, prompts).to(device)
-        with loop.autocast(config.run, device):
+        with loop.fast_forward(config.run, device):
             states = both["text_encoder"](ids)[0]
             velocity = both["unet"](noisy.to(device), times.to(device), states, return_dict=False)[0]
         target = velocity_target(latents, noise, alpha_bar[times])
@@ -95,11 +95,17 @@ def training_alphas(scheduler: Any) -> torch.Tensor:
     return alphas
 
 
-def stratified_times(batch: int, total: int, generator: torch.Generator) -> torch.Tensor:
-    """Timesteps 0 .. total-1, uniform for each sample but spread evenly over the batch (less gradient noise)."""
+def stratified_times(batch: int, total: int, noisy_share: float, generator: torch.Generator) -> torch.Tensor:
+    """Timesteps 0 .. total-1, spread evenly over the batch (less gradient noise than independent draws).
+
+    A share `noisy_share` lies in the noisiest quarter of the schedule, uniform inside and outside of it; 0.25 is
+    uniform throughout.
+    """
     offset = torch.rand((), generator=generator)
     spread = (torch.arange(batch) / batch + offset) % 1
-    return (spread * total).long().clamp_max(total - 1)[torch.randperm(batch, generator=generator)]
+    calm = 1 - noisy_share
+    place = torch.where(spread < calm, spread / max(calm, 1e-9) * 0.75, 0.75 + (spread - calm) / max(noisy_share, 1e-9) * 0.25)
+    return (place * total).long().clamp_max(total - 1)[torch.randperm(batch, generator=generator)]
 
 
 def pick_captions(choices: list[tuple[str, ...]], dropout: float, generator: torch.Generator) -> list[str]:

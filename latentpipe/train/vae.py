@@ -42,7 +42,7 @@ def train_vae(config: TrainVAE) -> Path:
         images = crop(train[chosen], config.crops, generator).to(device)
         warp = halve if torch.rand((), generator=generator).item() < config.loss.equivariance else None
         noise = generator if device.type == "cpu" else loop.generator_for(config.run.seed, step, device.type)
-        with loop.autocast(config.run, device):
+        with loop.fast_forward(config.run, device):
             rebuilt, posterior = stage(images, warp=warp, generator=noise)
         target = warp(images) if warp else images
         weights = config.loss

@@ -114,7 +114,7 @@ def test_sampling_begins_at_the_terminal_step() -> None:
 
 @given(st.integers(1, 64), st.integers(0, 2**31), st.sampled_from([10, 1000]))
 def test_times_are_spread_evenly(batch: int, seed: int, total: int) -> None:
-    times = denoiser.stratified_times(batch, total, torch.Generator().manual_seed(seed))
+    times = denoiser.stratified_times(batch, total, 0.25, torch.Generator().manual_seed(seed))
     assert times.shape == (batch,)
     assert times.min() >= 0
     assert times.max() < total
@@ -125,11 +125,20 @@ def test_times_are_spread_evenly(batch: int, seed: int, total: int) -> None:
 
 
 def test_times_are_uniform() -> None:
-    drawn = torch.cat([denoiser.stratified_times(3, 10, torch.Generator().manual_seed(seed)) for seed in range(2000)])
+    drawn = torch.cat([denoiser.stratified_times(3, 10, 0.25, torch.Generator().manual_seed(seed)) for seed in range(2000)])
     counts = torch.bincount(drawn, minlength=10)
     assert (counts - 600).abs().max() < 120
-    first = torch.stack([denoiser.stratified_times(4, 1000, torch.Generator().manual_seed(seed))[0] for seed in range(500)])
+    first = torch.stack([denoiser.stratified_times(4, 1000, 0.25, torch.Generator().manual_seed(seed))[0] for seed in range(500)])
     assert 420 < first.float().mean() < 580  # no place in the batch is bound to a part of the schedule
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6, 0.9])
+def test_noisy_share_is_the_share_of_the_noisiest_quarter(share: float) -> None:
+    drawn = torch.cat([denoiser.stratified_times(64, 1000, share, torch.Generator().manual_seed(seed)) for seed in range(100)])
+    assert (drawn >= 750).float().mean() == pytest.approx(share, abs=0.02)
+    for low, high in ((0, 750), (750, 1000)):  # uniform inside and outside
+        part = drawn[(drawn >= low) & (drawn < high)].float()
+        assert part.mean() == pytest.approx((low + high) / 2, rel=0.03)
 
 
 def test_captions_are_dropped_and_chosen_evenly() -> None:
