@@ -164,11 +164,14 @@ def make_split(emojis: list[Emoji], font_hash: str) -> dict:
     return {"font_sha256": font_hash, "validation": validation, "held_out": held_out}
 
 
+def _reduced(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.resize((32, 32), Image.Resampling.BOX), np.float32).ravel()
+
+
 def mirror_twins(emojis: list[Emoji], threshold: float = 25.0) -> set[str]:
     """Keys of the pictures whose mirror image is (nearly) another emoji: mean squared error at 32 x 32 under `threshold`."""
-    small = [emoji.picture.resize((32, 32), Image.Resampling.BOX) for emoji in emojis]
-    plain = np.stack([np.asarray(picture, np.float32).ravel() for picture in small])
-    mirror = np.stack([np.asarray(ImageOps.mirror(picture), np.float32).ravel() for picture in small])
+    plain = np.stack([_reduced(emoji.picture) for emoji in emojis])
+    mirror = np.stack([_reduced(ImageOps.mirror(emoji.picture)) for emoji in emojis])
     distance = np.square(mirror).sum(1)[:, None] + np.square(plain).sum(1)[None] - 2 * mirror @ plain.T
     np.fill_diagonal(distance, np.inf)
     return {emojis[index].key for index in np.flatnonzero(distance.min(1) / plain.shape[1] < threshold)}
