@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 DEBIAN := fonts-noto-color-emoji libfribidi0
-LATENTPIPE_ASSETS ?= $(if $(wildcard ../shared),$(abspath ../shared))
-export LATENTPIPE_ASSETS
+ifneq ($(wildcard ../shared),)
+export LATENTPIPE_ASSETS ?= $(abspath ../shared)
+endif
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test lint types clean
@@ -23,9 +24,9 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# torch first and alone: a later resolver run would otherwise be free to choose another build
+# torch, by far the largest part, comes first; Debian's Python without ensurepip gets pip from the one it runs
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	$(PIP) torch
 	$(PIP) -e .
 	touch $@

@@ -174,7 +174,7 @@ class TextShape(Strict):
     """Attention heads."""
     vocabulary: Positive = 2048
     """Largest number of tokens."""
-    length: Positive = 24
+    length: int = Field(24, ge=3)
     """Tokens that the encoder reads."""
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""How a picture is drawn unless told otherwise; chosen on training prompts of the embedded model (dev/LOG.md)."""
+"""How a picture is drawn unless told otherwise; measured in dev/LOG.md."""
 
 STEPS = 20
 GUIDANCE = 3.0

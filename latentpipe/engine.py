@@ -16,8 +16,8 @@ from PIL import Image
 
 from latentpipe import recipe as recipes
 from latentpipe.errors import UserError
-from latentpipe.images import flatten
-from latentpipe.pipeline import LatentPipeline, Picture, pixel_hash
+from latentpipe.images import open_picture
+from latentpipe.pipeline import LatentPipeline, Picture, best_device, pixel_hash
 from latentpipe.sampling import Step
 from latentpipe.weights import available
 
@@ -127,7 +127,7 @@ def replay(
         )
     if old.vae and vae is None:
         vae = _name(old.vae, "vae")
-    pipe = LatentPipeline.from_pretrained(model or _name(old.model), vae, device, _dtype(old.machine.dtype))
+    pipe = LatentPipeline.from_pretrained(model or _name(old.model), vae, device or _device(old), _dtype(old.machine.dtype))
     changed = [
         f"{part} is {pipe.hashes.get(part, 'missing')[:16]}, the picture's was {digest[:16]}"
         for part, digest in old.hashes.items()
@@ -171,8 +171,7 @@ def _source(old: recipes.Recipe, source: Path | None) -> dict[str, Any]:
         return {}
     if source is None:
         raise UserError("This picture began from another one; give it with --image.")
-    with Image.open(source) as picture:
-        image = flatten(picture)
+    image = open_picture(source)
     if pixel_hash(image) != old.source.sha256:
         raise UserError(
             f"{source} is not the picture that this one began from: {pixel_hash(image)[:16]}, expected {old.source.sha256[:16]}."
@@ -188,6 +187,12 @@ def _name(name: str, kind: str = "models") -> str:
             f"give its folder with --{kind.removesuffix('s')}."
         )
     return name
+
+
+def _device(old: recipes.Recipe) -> str | None:
+    """The recipe's kind of device where this machine has it: a picture drawn on a CPU is replayed on one."""
+    kind = old.machine.device.split(":")[0]
+    return kind if kind in {"cpu", best_device()} else None
 
 
 def _dtype(name: str) -> str:

@@ -64,11 +64,12 @@ def run(options: Generate) -> None:
     for name in ("lora", "adapter"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name} {getattr(options, name)}: this version cannot load one yet; leave --{name} out.")
-    # What can be refused without the model is refused before it is loaded.
+    from latentpipe.images import open_picture
+
     names = ("n", "seed", "negative", "steps", "guidance", "guidance_interval", "scheduler", "strength")
     settings: dict[str, Any] = {name: getattr(options, name) for name in names}
     settings["size"] = _size(options.size)
-    settings["image"] = _open_picture(options.image) if options.image is not None else None
+    settings["image"] = open_picture(options.image) if options.image is not None else None
     _writable(options.out)
     from latentpipe import Engine, LatentPipeline
 
@@ -116,20 +117,6 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if not match:
         raise UserError(f"--size is '{text}'; expected a side such as 64, or WIDTHxHEIGHT such as 64x96.")
     return int(match[1]), int(match[2] or match[1])
-
-
-def _open_picture(path: Path) -> Any:
-    from PIL import Image
-
-    from latentpipe.images import flatten
-
-    try:
-        with Image.open(path) as picture:
-            return flatten(picture)
-    except FileNotFoundError:
-        raise UserError(f"--image {path}: no such file.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"--image {path} cannot be read as a picture ({error}).") from None
 
 
 def _writable(folder: Path) -> None:

@@ -7,10 +7,13 @@ images  float tensors, B 3 H W, [-1, 1]
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from latentpipe.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +35,17 @@ def flatten(picture: Image.Image, background: tuple[int, int, int] = WHITE) -> I
         ground = Image.new("RGBA", layer.size, (*background, 255))
         picture = Image.alpha_composite(ground, layer)
     return picture.convert("RGB")
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A file as upright 8-bit RGB; UserError where it is no readable picture."""
+    try:
+        with Image.open(path) as picture:
+            return flatten(picture)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such picture.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as a picture ({error}).") from None
 
 
 def fit_square(picture: Image.Image, size: int) -> Image.Image:

@@ -55,7 +55,6 @@ class LatentPipeline:
 
     def __post_init__(self) -> None:
         self.stage = self.stage or VAEStage(self.host.vae)
-        self.host.set_progress_bar_config(disable=True)
         wanted = self.host.unet.config.in_channels
         if self.stage.space.channels != wanted or self.stage.space.downscale != self.host.vae_scale_factor:
             raise UserError(
@@ -230,14 +229,11 @@ class LatentPipeline:
         return host
 
     def _recipe(self, prompt: str, seed: int, n: int, settings: Settings, stopped: int | None) -> recipes.Recipe:
-        cut = self.cut_words(prompt)
-        if cut:
-            warnings.warn(
-                f"the prompt is longer than the {self.host.tokenizer.model_max_length - 2} tokens that the text encoder "
-                f"reads; cut: '{cut}'",
-                Note,
-                stacklevel=3,
-            )
+        for name, text in (("prompt", prompt), ("negative prompt", settings.negative)):
+            if cut := self.cut_words(text):
+                read = self.host.tokenizer.model_max_length - 2
+                message = f"the {name} is longer than the {read} tokens that the text encoder reads; cut: '{cut}'"
+                warnings.warn(message, Note, stacklevel=3)
         source = None
         if settings.image is not None:
             source = recipes.Source(sha256=pixel_hash(settings.image), strength=settings.strength)

@@ -35,7 +35,7 @@ class Settings:
     guidance: float = GUIDANCE
     """Classifier-free guidance (arXiv:2207.12598); 1 and less turn it off."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Part of the steps that is guided (arXiv:2404.07724), as shares of the schedule."""
+    """Part of the steps that is guided (arXiv:2404.07724), as shares of the steps that are run."""
     scheduler: str | None = None
     """One of SCHEDULERS; None: the model's own."""
     size: tuple[int, int] | None = None
@@ -53,7 +53,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising step is done: `step` of `steps`; `latents` is the current estimate of the clean latents."""
+    """One denoising step is done: `step` of `steps`.
+
+    `latents` is the estimate of the clean latents where the solver keeps one (DPM-Solver++, UniPC), else the noisy ones.
+    """
 
     step: int
     steps: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -99,7 +100,7 @@ def save_vae(vae: Any, folder: Path, card: Mapping[str, Any], preview: Any = Non
 
 
 def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A StableDiffusionPipeline from its folder, offline; every weight is checked before it is used."""
+    """A StableDiffusionPipeline from its folder, offline; VAE, UNet and text encoder are checked before use."""
     with quiet():
         from diffusers import StableDiffusionPipeline, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel
@@ -190,10 +191,17 @@ def save_pipeline(pipe: Any, folder: Path, card: Mapping[str, Any], vae_folder: 
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Content hashes of a pipeline's VAE, UNet and text encoder."""
+    """Hashes of what decides a pipeline's pictures: contents of VAE, UNet and text encoder; tokenizer and scheduler files."""
     folder = Path(folder)
+    tokenizer = hashlib.sha256()
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        if (folder / "tokenizer" / name).is_file():
+            tokenizer.update((folder / "tokenizer" / name).read_bytes())
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler.pop("_diffusers_version", None)
+    settings = hashlib.sha256(json.dumps(scheduler, sort_keys=True).encode())
     found = {part: content_hash(read_tensors(folder / part / file)) for part, file in PARTS.items() if part != "vae"}
-    return {"vae": vae_hash(folder / "vae"), **found}
+    return {"vae": vae_hash(folder / "vae"), **found, "tokenizer": tokenizer.hexdigest(), "scheduler": settings.hexdigest()}
 
 
 def enforce_chain(folder: Path) -> None:

@@ -60,8 +60,8 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 @pytest.fixture
 def assets() -> Path:
     """Large files that do not live in the repository."""
-    if "LATENTPIPE_ASSETS" not in os.environ:
-        pytest.skip("set LATENTPIPE_ASSETS to the folder of the large test files (published VAEs) to run this")
+    if not os.environ.get("LATENTPIPE_ASSETS"):
+        pytest.skip("set LATENTPIPE_ASSETS to the folder of real pictures and weights to run this")
     return Path(os.environ["LATENTPIPE_ASSETS"])
 
 

@@ -44,6 +44,8 @@ class LatentCache:
 @torch.no_grad()
 def encode_folder(folder: Path, vae_folder: Path, out: Path, size_px: int, batch: int = 32, progress=None) -> LatentCache:
     """Encode every picture of a folder and write the cache file `out` (safetensors), atomically."""
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: the cache is a safetensors file; give it that ending.")
     digest = vae_hash(vae_folder)
     stage = VAEStage(load_vae(vae_folder))
     stage.space.shape(1, size_px, size_px)
@@ -70,7 +72,8 @@ def open_cache(path: Path, vae_folder: Path) -> LatentCache:
     tensors = read_tensors(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
+    complete = {"mean", "std"} <= set(tensors) and {"vae_hash", "size_px", "captions"} <= set(metadata)
+    if metadata.get("format") != FORMAT or not complete:
         raise UserError(f"{path} is not a latent cache of this version; make one with 'latentpipe encode'.")
     digest = vae_hash(vae_folder)
     if metadata["vae_hash"] != digest:

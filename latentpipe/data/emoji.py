@@ -11,12 +11,15 @@ import hashlib
 import json
 import re
 import unicodedata
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
+from latentpipe.errors import Note, UserError
+from latentpipe.files import atomic_folder
 from latentpipe.images import WHITE
 
 FONT_SIZE = 109  # the one size of the font's bitmaps: 136 x 128
@@ -57,11 +60,11 @@ class Combination:
 
 
 def find_font(path: Path | None = None) -> Path:
-    """The Noto Color Emoji font; FileNotFoundError says how to get it."""
+    """The Noto Color Emoji font; UserError says how to get it."""
     for candidate in (path,) if path else FONTS:
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(
+    raise UserError(
         f"No Noto Color Emoji font at {path or FONTS[0]}; on Debian and Ubuntu: apt-get install fonts-noto-color-emoji"
     )
 
@@ -110,10 +113,13 @@ def render(sequence: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
 
 def render_all(font_path: Path | None = None) -> list[Emoji]:
     """Every fully qualified emoji that the font draws, one entry per distinct picture."""
-    import emoji as names
+    try:
+        import emoji as names
+    except ModuleNotFoundError:
+        raise UserError("The names of the emoji come from the package 'emoji': pip install 'latentpipe[train]'") from None
 
     if not features.check("raqm"):
-        raise RuntimeError(
+        raise UserError(
             "Pillow cannot join emoji sequences without raqm and FriBiDi; on Debian and Ubuntu: apt-get install libfribidi0"
         )
     font = ImageFont.truetype(str(find_font(font_path)), FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
@@ -188,25 +194,28 @@ def held_out_captions() -> frozenset[str]:
 
 
 def split_of(emoji: Emoji, split: dict) -> str:
-    """ "train", "validation" or "held_out"."""
+    """ "train", "validation" or "held_out"; a held-out caption alone is enough, whatever the font."""
     for name in ("held_out", "validation"):
         if emoji.key in split[name]:
             return name
-    return "train"
+    return "held_out" if set(emoji.captions) & set(split["held_out"].values()) else "train"
 
 
 def write_folders(out: Path, size: int, font_path: Path | None = None) -> dict[str, int]:
     """Render the set into ``out/{train,validation,held_out}``, PNG files with metadata.jsonl; return the counts."""
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; give a new folder with --out, or delete it first.")
     split = read_split()
-    rows: dict[str, list[dict]] = {name: [] for name in SPLITS}
-    for emoji in render_all(font_path):
-        name = split_of(emoji, split)
-        folder = out / name
-        folder.mkdir(parents=True, exist_ok=True)
-        picture = emoji.picture.resize((size, size), Image.Resampling.LANCZOS)
-        picture.save(folder / f"{emoji.key}.png")
-        rows[name] += [{"file_name": f"{emoji.key}.png", "text": caption} for caption in emoji.captions]
-    for name, lines in rows.items():
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (out / name / "metadata.jsonl").write_text(text)
-    return {name: len({line["file_name"] for line in lines}) for name, lines in rows.items()}
+    if file_hash(find_font(font_path)) != split["font_sha256"]:
+        warnings.warn("this is another version of the font than the one that the split was made with", Note, stacklevel=2)
+    emojis = render_all(font_path)
+    counts: dict[str, int] = {}
+    for name in SPLITS:
+        chosen = [emoji for emoji in emojis if split_of(emoji, split) == name]
+        counts[name] = len(chosen)
+        with atomic_folder(out / name) as folder:
+            for emoji in chosen:
+                emoji.picture.resize((size, size), Image.Resampling.LANCZOS).save(folder / f"{emoji.key}.png")
+            lines = [{"file_name": f"{emoji.key}.png", "text": caption} for emoji in chosen for caption in emoji.captions]
+            (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return counts

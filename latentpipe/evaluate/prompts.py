@@ -44,6 +44,8 @@ def evaluate(
     """
     if seen < 0 or held_out < 0:
         raise UserError(f"seen is {seen} and held_out {held_out}; expected 0 (all) or more.")
+    if grid is not None and (grid.suffix.lower() != ".png" or grid.is_dir()):
+        raise UserError(f"--grid {grid}: expected the name of a PNG file.")
     bank = open_bank()
     pipe = LatentPipeline.from_pretrained(model, device=device)
     settings = pipe.check(Settings(steps=steps, guidance=guidance))
@@ -97,11 +99,14 @@ def score(bank: Bank, rows: Sequence[int], found: np.ndarray) -> dict[str, Any]:
 
 def attributes(bank: Bank, prompts: Sequence[str], found: np.ndarray) -> dict[str, float]:
     """Share of the prompts whose nearest picture has the right role, gender and skin tone, each alone."""
+    people = {combination_of(text).role for texts in bank.captions for text in texts if combination_of(text).tone}
     right = dict.fromkeys(("role", "gender", "tone"), 0)
     for prompt, near in zip(prompts, found[:, 0], strict=True):
         wanted = combination_of(prompt)
         for name in right:
-            right[name] += any(getattr(combination_of(text), name) == getattr(wanted, name) for text in bank.captions[near])
+            # A red apple has no gender: without this every object would count as a person's.
+            named = [combination_of(text) for text in bank.captions[near]]
+            right[name] += any(getattr(c, name) == getattr(wanted, name) and c.role in people for c in named)
     return {name: count / len(prompts) for name, count in right.items()}
 
 

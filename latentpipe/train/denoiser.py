@@ -15,22 +15,24 @@ from latentpipe.errors import UserError
 from latentpipe.images import sheet
 from latentpipe.pipeline import LatentPipeline
 from latentpipe.train import loop
+from latentpipe.train.loop import refuse_other_shape
 from latentpipe.train.losses import l2, velocity_target
 from latentpipe.train.text import build_text_encoder, token_ids, train_tokenizer
-from latentpipe.weights import load_pipeline, load_vae, quiet, save_pipeline
+from latentpipe.weights import find_model, load_pipeline, load_vae, quiet, save_pipeline
 
 
 def train_denoiser(config: TrainDenoiser) -> Path:
     """Run `latentpipe train-denoiser`: returns the folder of a complete StableDiffusionPipeline (fp16 safetensors)."""
     torch.manual_seed(config.run.seed)
-    cache = open_cache(config.data.cache, config.data.vae)
+    vae_folder = find_model(config.data.vae, "vae")
+    cache = open_cache(config.data.cache, vae_folder)
     captioned = [index for index, texts in enumerate(cache.captions) if texts]
     if not captioned:
         raise UserError(
             f"{config.data.cache}: none of its {len(cache.captions)} pictures has a caption; add 'text' to the metadata."
         )
     rows = torch.tensor(captioned)
-    vae = load_vae(config.data.vae)
+    vae = load_vae(vae_folder)
     tokenizer, text_encoder, unet = _build(config, cache, vae)
     scheduler = build_scheduler(config.diffusion)
     alpha_bar = training_alphas(scheduler)
@@ -117,18 +119,13 @@ def pick_captions(choices: list[tuple[str, ...]], dropout: float, generator: tor
 def _build(config: TrainDenoiser, cache: LatentCache, vae: Any) -> tuple[Any, Any, Any]:
     """Tokenizer, text encoder and UNet: new ones, or those of the model to warm-start from."""
     if config.run.warm_start:
-        old = load_pipeline(config.run.warm_start)
-        found = (
-            tuple(old.unet.config["block_out_channels"]),
-            old.unet.config["in_channels"],
-            old.text_encoder.config.hidden_size,
-        )
-        wanted = (config.unet.blocks, cache.mean.shape[1], config.text.width)
-        if found != wanted:
-            raise UserError(
-                f"run.warm_start {config.run.warm_start} has blocks {found[0]}, {found[1]} channels and text width {found[2]}; "
-                f"config and cache say {wanted[0]}, {wanted[1]} and {wanted[2]}."
-            )
+        old = load_pipeline(find_model(config.run.warm_start))
+        unet = {"block_out_channels": config.unet.blocks, "in_channels": cache.mean.shape[1]}
+        unet |= {"layers_per_block": config.unet.layers_per_block, "norm_num_groups": config.unet.norm_groups}
+        text = {"hidden_size": config.text.width, "num_hidden_layers": config.text.layers}
+        text |= {"num_attention_heads": config.text.heads, "max_position_embeddings": config.text.length}
+        refuse_other_shape(config.run.warm_start, old.unet.config, unet)
+        refuse_other_shape(config.run.warm_start, old.text_encoder.config.to_dict(), text)
         return old.tokenizer, old.text_encoder.train(), old.unet.train()
     captions = sorted({caption for texts in cache.captions for caption in texts})
     tokenizer = train_tokenizer(captions, config.text)
@@ -185,6 +182,6 @@ def _finish(config: TrainDenoiser, pipe: Any, cache: LatentCache) -> None:
         "zero_terminal_snr": True,
         "vae_hash": cache.vae_hash,
     }
-    save_pipeline(pipe, config.run.out, card, config.data.vae)
+    save_pipeline(pipe, config.run.out, card, find_model(config.data.vae, "vae"))
     (config.run.work / "result.json").write_text(json.dumps(card, indent=2))
     print(f"Model: {config.run.out}")

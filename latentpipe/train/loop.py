@@ -10,19 +10,23 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from latentpipe.config import Optimization, Run, Strict, dump
-from latentpipe.errors import UserError
+from latentpipe.errors import Note, UserError
+from latentpipe.files import atomic_file
 from latentpipe.train import checkpoint
 
 Losses = dict[str, torch.Tensor]
@@ -94,7 +98,34 @@ def begin(config: Strict, run: Run) -> None:
             f"{run.work} holds checkpoints of an earlier run; add --run.resume to go on from there, or choose another --run.work."
         )
     run.work.mkdir(parents=True, exist_ok=True)
-    (run.work / "config.yaml").write_text(dump(config))
+    record = run.work / "config.yaml"
+    if run.resume and record.is_file():
+        before, now = _flat(yaml.safe_load(record.read_text())), _flat(config.model_dump(mode="json"))
+        free = {"run.resume", "run.out", "run.work", "run.save_every_steps", "run.sample_every_steps"}
+        changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if key not in free and before.get(key) != now[key]]
+        if changed:
+            warnings.warn(f"this run goes on with another config: {', '.join(changed)}", Note, stacklevel=3)
+    with atomic_file(record) as part:
+        part.write_text(dump(config))
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
+    if not isinstance(values, dict):
+        return {prefix.rstrip("."): values}
+    return {name: value for key, inner in values.items() for name, value in _flat(inner, f"{prefix}{key}.").items()}
+
+
+def refuse_other_shape(source: Path, found: Mapping[str, Any], wanted: dict[str, Any]) -> None:
+    """UserError where the model to warm-start from differs from the config in one of `wanted`."""
+    pairs = {name: (_plain(found[name]), _plain(value)) for name, value in wanted.items()}
+    other = [f"{name} {mine} (config: {value})" for name, (mine, value) in pairs.items() if mine != value]
+    if other:
+        raise UserError(f"run.warm_start {source} is a model of another shape: {', '.join(other)}.")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def fit(
@@ -116,11 +147,12 @@ def fit(
     log = Progress(run.work / "log.jsonl", optim.steps, first)
 
     def save(step: int) -> None:
+        log.flush()
         tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
         tensors |= {f"ema.{index}": value for index, value in enumerate(ema.shadow_params)}
         checkpoint.save(run.work, step, tensors | checkpoint.optimizer_tensors(optimizer), {"ema_steps": ema.optimization_step})
 
-    done = first
+    done, whole = first, True
     try:
         for step in range(first, optim.steps):
             for group in optimizer.param_groups:
@@ -132,19 +164,21 @@ def fit(
                     f"The loss is not finite at step {step}: {_figures(losses)}. Lower optim.learning_rate, then --run.resume."
                 )
             total.backward()
+            whole = False
             norm = nn.utils.clip_grad_norm_(parameters, optim.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             ema.step(parameters)
-            done = step + 1  # from here on weights and EMA are those of `done` steps
+            done, whole = step + 1, True  # from here on weights and EMA are those of `done` steps
             log.step(done, {**_figures(losses), "gradient_norm": float(norm)})
             if done % run.save_every_steps == 0 and done < optim.steps:
                 save(done)
             if done % run.sample_every_steps == 0 and done < optim.steps:
                 log.figures(done, _with_ema(ema, parameters, partial(sample, done)))
     except KeyboardInterrupt:
+        if whole:  # in the middle of an update only the checkpoint before it is exact
+            save(done)
         log.close()
-        save(done)
         print(f"Stopped after {done} of {optim.steps} steps; go on with --run.resume.", file=sys.stderr)
         raise
     save(optim.steps)
@@ -172,7 +206,7 @@ def _resume(module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel, 
     except RuntimeError as error:
         raise UserError(f"The checkpoint in {run.work} is of another model: {str(error).splitlines()[1].strip()}") from None
     checkpoint.restore_optimizer(optimizer, tensors)
-    ema.shadow_params = [tensors[f"ema.{index}"] for index in range(len(ema.shadow_params))]
+    ema.shadow_params = [tensors[f"ema.{index}"].to(shadow.device) for index, shadow in enumerate(ema.shadow_params)]
     ema.optimization_step = state["ema_steps"]
     return int(state["step"])
 
@@ -187,8 +221,9 @@ class Progress:
     def __init__(self, path: Path, steps: int, first: int) -> None:
         self.path = path
         if first and path.is_file():  # a resumed run rewrites what came after its checkpoint
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first]
-            path.write_text("".join(f"{line}\n" for line in lines))
+            kept = [line for line in path.read_text().splitlines() if 0 < _step_of(line) <= first]
+            with atomic_file(path) as part:
+                part.write_text("".join(f"{line}\n" for line in kept))
         self.file = path.open("a" if first else "w")
         quiet = not sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=first, mininterval=30.0 if quiet else 0.5, unit="step", dynamic_ncols=not quiet)
@@ -207,6 +242,10 @@ class Progress:
         self.file.flush()
         self.bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()), file=sys.stderr)
 
+    def flush(self) -> None:
+        """Put what was logged on the disk."""
+        self.file.flush()
+
     def close(self) -> None:
         """Close the bar and the log."""
         self.bar.close()
@@ -215,3 +254,11 @@ class Progress:
     def _write(self, step: int, figures: dict[str, float]) -> None:
         rounded = {name: round(value, 6) for name, value in figures.items()}
         self.file.write(json.dumps({"step": step, **rounded}) + "\n")
+
+
+def _step_of(line: str) -> int:
+    """The step of a log line; 0 for the torn last line of a run that was killed."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0

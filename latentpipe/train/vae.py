@@ -17,8 +17,9 @@ from latentpipe.errors import UserError
 from latentpipe.images import bytes_to_images, psnr, sheet, to_bytes, to_pixels
 from latentpipe.latents import LatentSpace, Measured
 from latentpipe.train import loop, losses
+from latentpipe.train.loop import refuse_other_shape
 from latentpipe.vae import VAEStage, fold_normalization
-from latentpipe.weights import load_vae, save_vae
+from latentpipe.weights import find_model, load_vae, save_vae
 
 
 def train_vae(config: TrainVAE) -> Path:
@@ -128,13 +129,15 @@ def _build(config: TrainVAE):
 
     shape: VAEShape = config.model
     if config.run.warm_start:
-        vae = load_vae(config.run.warm_start).train()
-        found = (vae.config["latent_channels"], tuple(vae.config["block_out_channels"]))
-        if found != (shape.channels, shape.blocks):
-            raise UserError(
-                f"run.warm_start {config.run.warm_start} has {found[0]} channels and blocks {found[1]}; "
-                f"the config says {shape.channels} and {shape.blocks}."
-            )
+        vae = load_vae(find_model(config.run.warm_start, "vae")).train()
+        wanted = {
+            "latent_channels": shape.channels,
+            "block_out_channels": shape.blocks,
+            "layers_per_block": shape.layers_per_block,
+            "norm_num_groups": shape.norm_groups,
+            "mid_block_add_attention": shape.attention,
+        }
+        refuse_other_shape(config.run.warm_start, vae.config, wanted)
         return vae
     levels = len(shape.blocks)
     return AutoencoderKL(

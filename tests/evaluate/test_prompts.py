@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentpipe import UserError
 from latentpipe.data.emoji import combination_of, held_out_captions, read_split
 from latentpipe.evaluate import prompts
 from latentpipe.evaluate.bank import SIDE, open_bank, small
@@ -93,3 +94,17 @@ def test_evaluate_reports_all_parts(model_folder, tmp_path):
     assert Image.open(tmp_path / "grid.png").width > 64
     assert "Wilson" in prompts.table(result)
     assert math.isfinite(result["seeds"]["mean"])
+
+
+def test_an_object_has_no_gender(bank):
+    apple = next(row for row, texts in enumerate(bank.captions) if "red apple" in texts)
+    assert prompts.attributes(bank, ["person judge dark skin tone"], np.array([[apple] * 5])) == {
+        "role": 0.0,
+        "gender": 0.0,
+        "tone": 0.0,
+    }
+
+
+def test_a_grid_needs_the_name_of_a_png(model_folder, tmp_path):
+    with pytest.raises(UserError, match="PNG"):
+        prompts.evaluate(model_folder, seen=1, held_out=1, steps=1, grid=tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from latentpipe import UserError
 from latentpipe.config import Optimization, Run, TrainVAE
+from latentpipe.errors import Note
 from latentpipe.train import checkpoint, loop
 
 
@@ -181,6 +183,8 @@ def test_a_crash_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(Power):
         loop.fit(model, Optimization(steps=10, warmup_steps=2, ema_decay=0.8), run, losses_of, lambda step: {})
     assert checkpoint.newest(run.work)[1]["step"] == 6  # type: ignore[index]
+    with (run.work / "log.jsonl").open("a") as log:
+        log.write('{"step": 7, "seco')  # a kill tears the last line
     assert same(whole, fit(tmp_path / "b", resume=True))
     assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
 
@@ -323,6 +327,18 @@ def test_begin_writes_the_resolved_config(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     loop.begin(config, config.run)
     assert load(tmp_path / "work" / "config.yaml", TrainVAE) == config
+
+
+def test_going_on_with_another_config_is_said(tmp_path: Path) -> None:
+    first = config_of(tmp_path)
+    loop.begin(first, first.run)
+    again = config_of(tmp_path, resume=True, seed=9)
+    with pytest.warns(Note, match=r"run\.seed 0 -> 9"):
+        loop.begin(again, again.run)
+    same_again = config_of(tmp_path, resume=True, seed=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop.begin(same_again, same_again.run)
 
 
 def test_two_runs_are_not_mixed(tmp_path: Path) -> None:
