@@ -80,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(_help())
             return 0
         VERBS[name](rest)
+        sys.stdout.flush()  # a reader that has left is noticed here, not at exit
         return 0
     except KeyboardInterrupt:
         return 130

@@ -172,8 +172,8 @@ class TextShape(Strict):
     """Transformer layers."""
     heads: Positive = 6
     """Attention heads."""
-    vocabulary: Positive = 2048
-    """Largest number of tokens."""
+    vocabulary: int = Field(2048, ge=514)
+    """Largest number of tokens; 514 are the letters and the two ends."""
     length: int = Field(24, ge=3)
     """Tokens that the encoder reads."""
 

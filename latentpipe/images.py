@@ -43,7 +43,7 @@ def open_picture(path: Path) -> Image.Image:
         with Image.open(path) as picture:
             return flatten(picture)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such picture.") from None
+        raise UserError(f"{path}: no such file.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture ({error}).") from None
 

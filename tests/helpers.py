@@ -94,7 +94,7 @@ def denoiser_run(root: Path, cache: Path, vae: Path, **run: Any) -> Any:
             "run": places | run,
             "optim": optim,
             "unet": unet,
-            "text": {"width": 32, "layers": 1, "heads": 2, "vocabulary": 400, "length": 16},
+            "text": {"width": 32, "layers": 1, "heads": 2, "vocabulary": 600, "length": 16},
             "sample_prompts": prompts,
         }
     )

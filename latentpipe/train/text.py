@@ -19,18 +19,15 @@ def train_tokenizer(captions: Iterable[str], shape: TextShape) -> Any:
 
     backend: Any = CLIPTokenizer()._tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # All letters get their numbers beforehand: left to itself the trainer numbers word-final ones, and breaks ties
+    # between merges, in the order of a hash table, which is another one in each run.
+    letters = [*alphabet, *(f"{letter}</w>" for letter in alphabet)]
     trainer = trainers.BpeTrainer(
-        vocab_size=shape.vocabulary,
-        special_tokens=[BEGIN, END],
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
+        vocab_size=shape.vocabulary, special_tokens=[BEGIN, END, *letters], end_of_word_suffix="</w>", show_progress=False
     )
     backend.train_from_iterator(captions, trainer)
     model = json.loads(backend.to_str())["model"]
     vocabulary: dict[str, int] = model["vocab"]
-    for letter in alphabet:  # the trainer adds word-final letters only where it saw them
-        vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
     merges: Any = [tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in model["merges"]]
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=shape.length)
 

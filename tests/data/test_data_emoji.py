@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from latentpipe import UserError
 from latentpipe.data import emoji as emojis
 from latentpipe.data.emoji import Combination, Emoji, caption_of, combination_of, read_split
 
@@ -129,7 +130,7 @@ def test_mirror_twins_are_found() -> None:
 
 
 def test_a_missing_font_says_how_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="apt-get install fonts-noto-color-emoji"):
+    with pytest.raises(UserError, match="apt-get install fonts-noto-color-emoji"):
         emojis.find_font(tmp_path / "none.ttf")
 
 
