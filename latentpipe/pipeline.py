@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import secrets
 import warnings
 from collections.abc import Sequence
@@ -75,6 +76,8 @@ class LatentPipeline:
         if dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
         device = device or best_device()
+        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+            raise UserError(f"device is {device!r}; expected cpu, mps, cuda or cuda:NUMBER.")
         folder = find_model(model)
         host = load_pipeline(folder, DTYPES[dtype])
         found, vae_folder, stage = hashes(folder), folder / "vae", None

@@ -466,3 +466,9 @@ def test_a_saved_picture_holds_its_recipe(drawn: Any, tmp_path: Path) -> None:
 def test_a_picture_of_any_host_can_be_saved(pipe: LatentPipeline, tmp_path: Path) -> None:
     picture = LatentPipeline(pipe.host)(PROMPT, seed=0, steps=1)[0]
     assert picture.save(tmp_path / "x.png").is_file()
+
+
+@pytest.mark.parametrize("device", ["tpu", "meta", "cuda:x", "../cpu"])
+def test_a_device_that_cannot_draw_is_refused(model_folder: Path, device: str) -> None:
+    with pytest.raises(UserError, match="expected cpu, mps, cuda"):
+        LatentPipeline.from_pretrained(model_folder, device=device)
