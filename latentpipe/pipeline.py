@@ -19,9 +19,10 @@ from latentpipe import recipe as recipes
 from latentpipe.errors import Note, UserError
 from latentpipe.files import read_json
 from latentpipe.images import flatten, to_pixels
+from latentpipe.models import hashes, load_pipeline
 from latentpipe.sampling import SCHEDULER_OPTIONS, SCHEDULERS, Guide, OnStep, Settings, Step, check_settings
 from latentpipe.vae import VAEStage
-from latentpipe.weights import PREVIEW_FILE, find_model, hashes, load_pipeline, load_vae, name_of, quiet, vae_hash
+from latentpipe.weights import PREVIEW_FILE, find_model, load_vae, name_of, quiet, vae_hash
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -130,7 +130,7 @@ def inspect(path: str, /) -> None:
     Args:
         path: A name, a model or VAE folder, or a PNG.
     """
-    from latentpipe.weights import describe
+    from latentpipe.models import describe
 
     if Path(path).is_file():
         from latentpipe.recipe import read

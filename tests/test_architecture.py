@@ -16,9 +16,9 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 
 # A module imports from those above it, from itself and from its own package only.
 ORDER = [
-    ["errors"], ["version"], ["defaults"], ["images"], ["latents"], ["vae"], ["files"], ["weights"], ["recipe"], ["sampling"],
-    ["pipeline"],
-    ["engine"], ["config"], ["data"], ["train"], ["evaluate"], ["generate", "verbs"], ["cli"],
+    ["errors"], ["version"], ["defaults"], ["images"], ["latents"], ["files"], ["vae"], ["weights"], ["models"], ["recipe"],
+    ["sampling"], ["pipeline"],
+    ["engine"], ["config"], ["data"], ["train"], ["evaluate"], ["generate", "verbs", "vae_verbs"], ["cli"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 EXEMPT = {"latentpipe/__init__.py", "latentpipe/__main__.py"}

@@ -10,7 +10,8 @@ from latentpipe import LatentPipeline
 from latentpipe.defaults import GUIDANCE, STEPS
 from latentpipe.files import read_tensors
 from latentpipe.latents import LatentSpace
-from latentpipe.weights import find_model, hashes, load_vae, vae_hash
+from latentpipe.models import hashes
+from latentpipe.weights import find_model, load_vae, vae_hash
 
 
 @pytest.fixture(scope="module")

@@ -252,7 +252,8 @@ def test_a_models_own_vae_by_name_is_replayed(installed: str, tmp_path: Path) ->
 def test_other_weights_are_named(installed: str, own_home: Path, tmp_path: Path, part: str) -> None:
     from safetensors.torch import load_file, save_file
 
-    from latentpipe.weights import CARD_FILE, PARTS, hashes
+    from latentpipe.models import PARTS, hashes
+    from latentpipe.weights import CARD_FILE
 
     path = save(installed, tmp_path / "x.png")
     folder = own_home / "models" / "tiny"

@@ -444,7 +444,7 @@ def drawn(pipe: LatentPipeline) -> Any:
 
 
 def test_the_recipe_tells_everything(drawn: Any, pipe: LatentPipeline, model_folder: Path) -> None:
-    from latentpipe.weights import hashes
+    from latentpipe.models import hashes
 
     recipe = drawn.recipe
     assert (recipe.prompt, recipe.negative, recipe.seed, recipe.steps, recipe.guidance) == (PROMPT, "bar", 5, 2, 2.5)

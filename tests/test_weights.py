@@ -14,7 +14,7 @@ import torch
 from helpers import edit_json, some_images, tiny_vae
 from safetensors.torch import load_file, save_file
 
-from latentpipe import UserError, VAEStage, weights
+from latentpipe import UserError, VAEStage, models, weights
 
 FILE = weights.VAE_FILE
 
@@ -135,7 +135,7 @@ def test_damaged_configs_are_refused(vae_copy: Path, content: str) -> None:
 @pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
 @pytest.mark.parametrize("damage", ["missing key", "truncated", "no file", "not finite"])
 def test_every_part_of_a_pipeline_is_checked(model_copy: Path, part: str, damage: str) -> None:
-    path = model_copy / part / weights.PARTS[part]
+    path = model_copy / part / models.PARTS[part]
     tensors = load_file(path)
     name = sorted(key for key in tensors if key.endswith("bias"))[0]
     if damage == "missing key":
@@ -149,7 +149,7 @@ def test_every_part_of_a_pipeline_is_checked(model_copy: Path, part: str, damage
         path.unlink()
     (model_copy / weights.CARD_FILE).unlink()  # else a changed VAE is refused for its hash already
     with pytest.raises(UserError) as error:
-        weights.load_pipeline(model_copy)
+        models.load_pipeline(model_copy)
     assert part in one_sentence(error)
 
 
@@ -157,7 +157,7 @@ def test_every_part_of_a_pipeline_is_checked(model_copy: Path, part: str, damage
 def test_a_part_without_its_config_is_a_user_error(model_copy: Path, part: str) -> None:
     (model_copy / part / "config.json").unlink()
     with pytest.raises(UserError) as error:
-        weights.load_pipeline(model_copy)
+        models.load_pipeline(model_copy)
     assert part in one_sentence(error)
 
 
@@ -167,20 +167,20 @@ def test_a_missing_part_is_a_user_error(model_copy: Path, part: str) -> None:
 
     shutil.rmtree(model_copy / part)
     with pytest.raises(UserError) as error:
-        weights.load_pipeline(model_copy)
+        models.load_pipeline(model_copy)
     assert part in str(error.value)
 
 
 def test_another_pipeline_class_is_refused(model_copy: Path) -> None:
     edit_json(model_copy / "model_index.json", _class_name="StableDiffusionXLPipeline")
     with pytest.raises(UserError, match="expected a StableDiffusionPipeline"):
-        weights.load_pipeline(model_copy)
+        models.load_pipeline(model_copy)
 
 
 def test_a_denoiser_beside_another_vae_is_refused(model_copy: Path) -> None:
     edit_json(model_copy / weights.CARD_FILE, vae_hash="0" * 64)
     with pytest.raises(UserError) as error:
-        weights.load_pipeline(model_copy)
+        models.load_pipeline(model_copy)
     text = one_sentence(error)
     assert "0" * 16 in text
     assert weights.vae_hash(model_copy / "vae")[:16] in text
@@ -192,8 +192,8 @@ def test_plain_libraries_open_the_model_without_us(model_folder: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(model_folder)
     pipe.set_progress_bar_config(disable=True)
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
-    ours = weights.load_pipeline(model_folder)
-    for part in weights.PARTS:
+    ours = models.load_pipeline(model_folder)
+    for part in models.PARTS:
         first, second = getattr(pipe, part).state_dict(), getattr(ours, part).state_dict()
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first), part
@@ -208,7 +208,7 @@ def test_both_names_of_clip_weights_are_read(model_copy: Path, prefixed: bool) -
     save_file(
         {f"text_model.{name}" if prefixed else name: value for name, value in plain.items()}, path, metadata={"format": "pt"}
     )
-    loaded = weights.load_pipeline(model_copy).text_encoder.state_dict()
+    loaded = models.load_pipeline(model_copy).text_encoder.state_dict()
     wanted = plain["final_layer_norm.bias"].float()
     assert any(torch.equal(value, wanted) for name, value in loaded.items() if name.endswith("final_layer_norm.bias"))
 
@@ -237,7 +237,7 @@ def test_saving_returns_the_hash_that_the_file_has(tmp_path: Path) -> None:
 
 def test_the_models_card_names_the_hashes_of_its_parts(model_folder: Path, vae_folder: Path) -> None:
     card = json.loads((model_folder / weights.CARD_FILE).read_text())
-    assert card["hashes"] == weights.hashes(model_folder)
+    assert card["hashes"] == models.hashes(model_folder)
     assert card["vae_hash"] == card["hashes"]["vae"] == weights.vae_hash(vae_folder)
 
 
@@ -293,8 +293,8 @@ def test_an_unknown_name_lists_the_known(installed: str) -> None:
 
 
 def test_describe_a_model_and_a_vae(model_folder: Path, vae_folder: Path) -> None:
-    model, vae = weights.describe(model_folder), weights.describe(vae_folder)
-    assert model["hashes"] == weights.hashes(model_folder)
+    model, vae = models.describe(model_folder), models.describe(vae_folder)
+    assert model["hashes"] == models.hashes(model_folder)
     assert model["hashes"]["vae"] == vae["hash"] == vae["card"]["content_hash"]
     assert vae["parameters"] == model["parameters"]["vae"] == sum(value.numel() for value in tiny_vae().state_dict().values())
     assert vae["space"]["channels"] == 4
@@ -303,4 +303,4 @@ def test_describe_a_model_and_a_vae(model_folder: Path, vae_folder: Path) -> Non
 
 def test_describe_something_else(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither model_index"):
-        weights.describe(tmp_path)
+        models.describe(tmp_path)

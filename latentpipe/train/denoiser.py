@@ -13,12 +13,13 @@ from latentpipe.config import Diffusion, TrainDenoiser, UNetShape
 from latentpipe.data.cache import LatentCache, open_cache
 from latentpipe.errors import UserError
 from latentpipe.images import sheet
+from latentpipe.models import load_pipeline, save_pipeline
 from latentpipe.pipeline import LatentPipeline
 from latentpipe.train import loop
 from latentpipe.train.loop import refuse_other_shape
 from latentpipe.train.losses import l2, velocity_target
 from latentpipe.train.text import build_text_encoder, token_ids, train_tokenizer
-from latentpipe.weights import find_model, load_pipeline, load_vae, quiet, save_pipeline
+from latentpipe.weights import find_model, load_vae, quiet
 
 
 def train_denoiser(config: TrainDenoiser) -> Path:

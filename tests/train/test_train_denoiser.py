@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from latentpipe import LatentPipeline, UserError
 from latentpipe.config import Diffusion, TrainDenoiser, UNetShape
 from latentpipe.data.cache import LatentCache, encode_folder
+from latentpipe.models import PARTS, hashes, load_pipeline
 from latentpipe.train import denoiser
-from latentpipe.weights import PARTS, hashes, load_pipeline, vae_hash
+from latentpipe.weights import vae_hash
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
