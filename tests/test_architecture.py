@@ -16,7 +16,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 
 # A module imports from those above it, from itself and from its own package only.
 ORDER = [
-    ["errors"], ["version"], ["defaults"], ["images"], ["latents"], ["files"], ["vae"], ["weights"], ["models"], ["recipe"],
+    ["errors"], ["version"], ["defaults"], ["images"], ["latents"], ["files"], ["vae"], ["weights"], ["models"], ["recipe"], ["hosts"],
     ["sampling"], ["pipeline"],
     ["engine"], ["config"], ["data"], ["train"], ["evaluate"], ["generate", "verbs", "vae_verbs"], ["cli"],
 ]  # fmt: skip
