@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from latentpipe.pipeline import LatentPipeline, Picture
     from latentpipe.recipe import Recipe
     from latentpipe.sampling import Settings
+    from latentpipe.swap import check_swap, swap_vae
+    from latentpipe.train.adapter import fit_adapter
     from latentpipe.vae import VAEStage
+    from latentpipe.verdict import Verdict
 
 _HOME = {
     "Engine": "engine",
@@ -34,7 +37,11 @@ _HOME = {
     "StepDone": "engine",
     "UserError": "errors",
     "VAEStage": "vae",
+    "Verdict": "verdict",
+    "check_swap": "swap",
+    "fit_adapter": "train.adapter",
     "replay": "engine",
+    "swap_vae": "swap",
 }
 
 __all__ = [
@@ -49,7 +56,11 @@ __all__ = [
     "StepDone",
     "UserError",
     "VAEStage",
+    "Verdict",
+    "check_swap",
+    "fit_adapter",
     "replay",
+    "swap_vae",
 ]
 
 

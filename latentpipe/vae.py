@@ -15,12 +15,19 @@ class VAEStage(nn.Module):
     """A diffusers autoencoder together with its LatentSpace; callers never see a factor.
 
     images   B 3 H W, [-1, 1];  latents  B C h w, normalized, h = H / downscale
+    digest   content hash of the file that the autoencoder came from; None where it came from none
     """
 
-    def __init__(self, vae: nn.Module, space: LatentSpace | None = None) -> None:
+    def __init__(self, vae: nn.Module, space: LatentSpace | None = None, digest: str | None = None) -> None:
         super().__init__()
         self.vae: Any = vae
         self.space = space or LatentSpace.of(vae)
+        self.digest = digest
+
+    @property
+    def decodes(self) -> bool:
+        """False for an encoder alone."""
+        return getattr(self.vae, "decoder", None) is not None
 
     @property
     def dtype(self) -> torch.dtype:

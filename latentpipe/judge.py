@@ -1,0 +1,168 @@
+"""From evidence to a verdict: which of the four outcomes, in which words."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from latentpipe.latents import LatentSpace
+from latentpipe.verdict import DECODE_LOSS_DB, REBUILDS_DB, SAME_ENCODER, SAME_SPACE, Evidence, Linear, Outcome, Verdict
+
+FIT = "latentpipe fit-adapter --from HOST_VAE --to THIS_VAE --images DIR"
+SWAP = "swap it."
+REPAIR = "fetch or export this VAE again, or correct the scaling_factor, shift_factor, latents_mean and latents_std in its config.json."
+
+
+def judge(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Verdict:
+    """The verdict on a VAE of space `vae` beside a host whose own VAE has the space `host`."""
+    for rule in (_shape, _faulty, _normalization, _same, _other):
+        found = rule(host, vae, seen)
+        if found is not None:
+            outcome, reason, step = found
+            return Verdict(outcome, reason + _remark(seen, outcome), step, host, vae, seen)
+    raise AssertionError("the last rule always answers")
+
+
+Found = tuple[Outcome, str, str] | None
+
+
+def _faulty(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
+    """VAEs that do not work by themselves, whatever the host."""
+    if not all(value == value for value in (*seen.vae_mean, *seen.vae_std)):
+        return "broken", "it encodes pictures to values that are not finite.", "load it in fp32, or fetch it again."
+    if seen.vae is None:
+        return "broken", "it has an encoder alone, so nothing decodes with it.", "add its decoder ('latentpipe convert')."
+    if seen.unit_range is not None and seen.unit_range > max(seen.vae, seen.flat) + REBUILDS_DB:
+        return (
+            "broken",
+            f"it takes and gives images in [0, 1] instead of [-1, 1]: {seen.unit_range:.1f} dB in that range, "
+            f"{seen.vae:.1f} dB as diffusers calls it.",
+            "fold the range into its first and last convolution, or export it again for [-1, 1].",
+        )
+    works = seen.host is not None and seen.host >= seen.flat + REBUILDS_DB
+    if seen.vae < seen.flat + REBUILDS_DB and works:
+        return (
+            "broken",
+            f"it does not rebuild pictures: {seen.vae:.1f} dB, where one colour for each picture gives {seen.flat:.1f} dB and the "
+            f"host's VAE {seen.host:.1f} dB; its weights look random or belong to another architecture.",
+            "fetch it again; check that every tensor was loaded.",
+        )
+    return None
+
+
+def _shape(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
+    if (vae.channels, vae.downscale) == (host.channels, host.downscale):
+        return None
+    return (
+        "other shape",
+        f"it makes {vae.channels}-channel latents at 1/{vae.downscale} size; this denoiser takes {host.channels} channels at "
+        f"1/{host.downscale}.",
+        f"choose a VAE of the same space ('latentpipe ls vae --fits MODEL'), fit an adapter that changes channels and scale "
+        f"({FIT}), or train a denoiser for this one.",
+    )
+
+
+def _normalization(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
+    """The same latents up to a gain and an offset in each channel: the declared normalization is off."""
+    fit = seen.linear
+    assert fit is not None
+    if fit.affine < SAME_ENCODER:
+        return None
+    tolerance = 0.02 if fit.affine > 0.998 else 0.1
+    scale = [max(std, 1e-6) for std in seen.host_std]
+    offset = [value / std for value, std in zip(fit.offset, scale, strict=True)]
+    if all(abs(gain - 1) <= tolerance for gain in fit.gain) and all(abs(value) <= tolerance for value in offset):
+        return None
+    return "broken", f"{_diagnosis(vae, fit, tolerance)}; its raw values are those of the host's VAE.", REPAIR
+
+
+def _diagnosis(vae: LatentSpace, fit: Linear, tolerance: float) -> str:
+    """Name what went wrong, from the gains and offsets against the host's latents."""
+    gains, offsets = fit.gain, fit.offset
+    near = 3 * tolerance
+
+    def close(first: list[float], second: Any) -> bool:
+        return all(abs(a - b) <= near * max(1.0, abs(b)) for a, b in zip(first, second, strict=True))
+
+    twice = [-shift * scale for shift, scale in zip(vae.shift, vae.scale, strict=True)]
+    nontrivial = not close(list(vae.scale), [1.0] * vae.channels) or not close(twice, [0.0] * vae.channels)
+    if nontrivial and close(gains, vae.scale) and close(offsets, twice):
+        return (
+            "its normalization (mean and std) is applied twice: the weights contain it already and the config declares it again "
+            "(scaling_factor 1 and no shift or statistics would be right)"
+        )
+    common = statistics.fmean(gains)
+    uniform = close(gains, [common] * vae.channels)
+    if uniform and abs(common - 1) > tolerance and close(offsets, [0.0] * vae.channels):
+        return (
+            f"its latents come out {common:.3g} times as large as the host's: the declared scale {vae.scale[0]:.5g} should be "
+            f"{vae.scale[0] / common:.5g}"
+        )
+    if uniform and abs(common - 1) <= tolerance:
+        raw = statistics.fmean(value / scale for value, scale in zip(offsets, vae.scale, strict=True))
+        return f"its latents lie off the host's by {statistics.fmean(offsets):+.3g}: a shift of {raw:.4g} (raw units) is missing from its config"
+    return (
+        f"its normalization is not what the weights do: against the host's, its channels have gains {_range(gains)} "
+        f"and offsets {_range(offsets)}"
+    )
+
+
+def _same(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
+    """The same encoder (to rounding), or one near it with a decoder that reads the host's latents as well as its own."""
+    fit = seen.linear
+    assert fit is not None
+    assert seen.vae is not None
+    assert seen.vae_of_host is not None
+    loss = seen.vae - seen.vae_of_host
+    if fit.identity >= SAME_ENCODER and loss <= DECODE_LOSS_DB:
+        return "same space", f"its latents are the host's (R^2 {fit.identity:.4f}), and it decodes them at {seen.vae_of_host:.1f} dB.", SWAP
+    if fit.identity >= SAME_SPACE and loss <= DECODE_LOSS_DB and all(abs(gain - 1) <= 0.15 for gain in fit.gain):
+        return (
+            "same space",
+            f"its latents are nearly the host's (R^2 {fit.identity:.3f}), and it decodes the host's at {seen.vae_of_host:.1f} dB, "
+            f"its own at {seen.vae:.1f} dB.",
+            SWAP,
+        )
+    return None
+
+
+def _other(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
+    fit = seen.linear
+    assert fit is not None
+    assert seen.vae is not None
+    assert seen.vae_of_host is not None
+    loss = seen.vae - seen.vae_of_host
+    if fit.permutation is not None:
+        reason = f"its channels are the host's in another order: {fit.permutation}."
+        return "same shape, other space", reason, f"reorder them; the linear rung of an adapter does it exactly ({FIT})."
+    numbers = f"R^2 {max(0.0, fit.identity):.2f} as they are, {max(0.0, fit.full):.2f} by a linear map"
+    step = f"fit an adapter ({FIT}), or tune the denoiser's first and last layer."
+    if loss <= DECODE_LOSS_DB:
+        reason = (
+            f"its decoder reads the host's latents ({seen.vae_of_host:.1f} dB), but its encoder has moved away ({numbers}): "
+            "pictures that begin from a picture would be wrong."
+        )
+        return "same shape, other space", reason, "use its decoder with the host's own encoder, or " + step
+    moved = "its encoder has moved away from the host's" if fit.affine > 0.4 else "its latents are not the host's"
+    reason = f"{moved} ({numbers}); it decodes the host's latents at {seen.vae_of_host:.1f} dB, its own at {seen.vae:.1f} dB."
+    return "same shape, other space", reason, step
+
+
+def _remark(seen: Evidence, outcome: Outcome) -> str:
+    """What weakens a verdict, or should be looked at besides."""
+    remarks = []
+    if seen.host is not None and seen.host < seen.flat + REBUILDS_DB:
+        remarks.append(f"The host's own VAE does not rebuild these pictures ({seen.host:.1f} dB), so the encoders alone were compared.")
+    if outcome == "other shape" and seen.vae is not None and seen.vae < seen.flat + REBUILDS_DB:
+        remarks.append(f"It does not rebuild these pictures either ({seen.vae:.1f} dB; one colour for each gives {seen.flat:.1f} dB).")
+    ratio = statistics.fmean(seen.vae_std) / max(statistics.fmean(seen.host_std), 1e-6)
+    if outcome in ("other shape", "same shape, other space") and not 0.4 < ratio < 2.5:
+        remarks.append(
+            f"Its latents have a standard deviation of {statistics.fmean(seen.vae_std):.2f}, the host's {statistics.fmean(seen.host_std):.2f}: "
+            "its scaling_factor may be wrong as well."
+        )
+    return "".join(f" {remark}" for remark in remarks)
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.3g} to {max(values):.3g}"

@@ -1,0 +1,164 @@
+"""Swap the VAE of a pipeline: prove that it fits, then rebuild the pipeline around it; nothing lent is changed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentpipe import hosts
+from latentpipe.adapters import Adapter, adapted, find_adapter, open_adapter
+from latentpipe.errors import UserError
+from latentpipe.files import content_hash
+from latentpipe.judge import judge
+from latentpipe.latents import LatentSpace
+from latentpipe.vae import VAEStage, fold_normalization
+from latentpipe.verdict import Verdict, measure
+from latentpipe.weights import find_model, load_vae, vae_hash
+
+VAE = str | Path | nn.Module
+
+
+def stage_of(vae: VAE, like: VAEStage | None = None) -> VAEStage:
+    """A stage from a name, a path, an autoencoder or a stage; on the device and in the dtype of `like` where it is loaded."""
+    if isinstance(vae, VAEStage):
+        return vae
+    if isinstance(vae, (str, Path)):
+        path = find_model(vae, "vae")
+        loaded = VAEStage(load_vae(path, like.dtype if like else torch.float32), digest=vae_hash(path))
+        return loaded.to(like.device) if like else loaded
+    try:
+        return VAEStage(vae)
+    except ValueError as error:
+        raise UserError(f"{type(vae).__name__}: {error}") from None
+
+
+def host_stage(pipe: Any) -> VAEStage:
+    """The stage of the VAE that a diffusers pipeline, or the host of a LatentPipeline, came with."""
+    host = getattr(pipe, "host", pipe)
+    hosts.host_of(host)
+    return host.vae.stage if isinstance(host.vae, hosts.Canonical) else stage_of(host.vae)
+
+
+def check_swap(pipe: Any, vae: VAE, images: torch.Tensor | None = None) -> Verdict:
+    """Whether `vae` decodes what this pipeline's denoiser draws: measured against the pipeline's own VAE.
+
+    pipe    a diffusers pipeline, or a LatentPipeline
+    vae     a name, a folder or file, an autoencoder, a VAEStage
+    images  B 3 H W in [-1, 1]; None: bundled probes
+    """
+    host = host_stage(pipe)
+    stage = stage_of(vae, host)
+    channels, downscale = hosts.takes(getattr(pipe, "host", pipe))
+    if (host.space.channels, host.space.downscale) != (channels, downscale):
+        raise UserError(
+            f"This pipeline does not fit itself: its VAE makes {host.space.channels}-channel latents at 1/{host.space.downscale} size, "
+            f"its denoiser takes {channels} channels at 1/{downscale}. Put its own VAE back before trying another."
+        )
+    return judge(host.space, stage.space, measure(host, stage, images))
+
+
+def swap_vae(
+    pipe: Any, vae: VAE, force: bool = False, adapter: Adapter | str | Path | None = None, images: torch.Tensor | None = None
+) -> Any:
+    """A new pipeline that decodes (and encodes) by `vae`; `pipe` and `vae` are left as they were.
+
+    UserError with the verdict where it does not fit, unless `force`; then shapes alone must agree. With an `adapter` (from
+    `fit_adapter`, or a file of `latentpipe fit-adapter`) pictures are encoded by the pipeline's own VAE and decoded, through
+    the adapter, by `vae`. A VAE whose normalization the host's own code would misread is put in behind a facade of
+    scaling_factor 1 (`hosts.Canonical`); such a pipeline draws, but cannot be saved as it is.
+    """
+    host = host_stage(pipe)
+    stage = stage_of(vae, host)
+    if adapter is not None:
+        if not isinstance(adapter, Adapter):
+            adapter = open_adapter(find_adapter(adapter), hashes_of(host), hashes_of(stage))
+        return _with_stage(pipe, adapted(host, stage, adapter))
+    if force:
+        _refuse_shape(host.space, stage.space)
+    else:
+        verdict = check_swap(pipe, stage, images)
+        if not verdict.fits:
+            raise UserError(str(verdict))
+    return _with_stage(pipe, stage)
+
+
+def hashes_of(stage: VAEStage) -> set[str]:
+    """The content hashes that a stage may have in a file: a file's dtype may be lower than that of the weights in memory."""
+    if stage.digest is not None:
+        return {stage.digest}
+    state = stage.vae.state_dict()
+    found = {content_hash(state, stage.space)}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+        if all(torch.equal(cast[name].to(value.dtype), value) for name, value in state.items()):
+            found.add(content_hash(cast, stage.space))
+    return found
+
+
+def _refuse_shape(host: LatentSpace, vae: LatentSpace) -> None:
+    if (host.channels, host.downscale) != (vae.channels, vae.downscale):
+        raise UserError(
+            f"Not even force can swap this: {host.difference(vae)} Fit an adapter ('latentpipe fit-adapter') or choose another VAE."
+        )
+
+
+def _with_stage(pipe: Any, stage: Any) -> Any:
+    if hasattr(pipe, "host"):  # a LatentPipeline decodes by its stage and leaves the host alone
+        found = dict(pipe.hashes)
+        if found and isinstance(stage, VAEStage):
+            found["vae"] = stage.digest or content_hash(stage.vae.state_dict(), stage.space)
+        return dataclasses.replace(pipe, stage=stage, hashes=found)
+    if isinstance(stage, VAEStage) and not hosts.host_of(pipe).honours(stage.space, stage.vae):
+        return hosts.rebuild(pipe, vae=with_factors(stage.vae, stage.space, hosts.host_of(pipe)))
+    return hosts.rebuild(pipe, vae=hosts.Canonical(stage))
+
+
+def with_factors(vae: Any, space: LatentSpace, host: hosts.Host) -> Any:
+    """The autoencoder with its normalization in the config fields that this host reads: the same weights, another config."""
+    config = vae.config
+    statistics = config.get("latents_mean") is not None and config.get("latents_std") is not None
+    shift = config.get("shift_factor")
+    if host.statistics if statistics else (shift is not None) if host.shift else not shift:
+        return vae
+    uniform = len(set(space.scale)) == len(set(space.shift)) == 1
+    if uniform and (host.shift or not any(space.shift)):
+        factors: dict[str, Any] = {
+            "scaling_factor": space.scale[0],
+            "shift_factor": space.shift[0] if host.shift or space.shift[0] else None,
+            "latents_mean": None,
+            "latents_std": None,
+        }
+    else:
+        factors = {
+            "scaling_factor": 1.0,
+            "shift_factor": None,
+            "latents_mean": list(space.shift),
+            "latents_std": [1 / value for value in space.scale],
+        }
+    twin = copy.copy(vae)  # shares the weights; only its config is its own
+    twin.register_to_config(**factors)
+    return twin
+
+
+def saveable(pipe: Any, vae: VAE) -> Any:
+    """An autoencoder of the same function that this pipeline's own code reads right, to be saved with it.
+
+    Where the host ignores a part of the normalization, it is folded into a copy's quant_conv and post_quant_conv.
+    """
+    stage, host = stage_of(vae), hosts.host_of(pipe)
+    reason = host.honours(stage.space, stage.vae)
+    if not reason:
+        return with_factors(stage.vae, stage.space, host)
+    if type(stage.vae).__name__ in host.plain and getattr(stage.vae, "quant_conv", None) is not None:
+        folded = copy.deepcopy(stage.vae)
+        fold_normalization(folded, stage.space)
+        return with_factors(folded, LatentSpace.of(folded), host)
+    raise UserError(
+        f"{reason}, so this pipeline cannot be saved with it for stock diffusers; draw with "
+        "LatentPipeline or 'latentpipe generate --vae', which decode by themselves."
+    )

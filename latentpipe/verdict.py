@@ -1,0 +1,210 @@
+"""Does this VAE fit this denoiser? Measured on the same pictures through both VAEs, before anything is sampled.
+
+Four outcomes: same space (swap), same shape but another space (adapt), other shape (adapt or train), broken.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from latentpipe.images import psnr, to_bytes
+from latentpipe.latents import LatentSpace
+from latentpipe.probes import probe_images
+
+Outcome = Literal["same space", "same shape, other space", "other shape", "broken"]
+PROBES = 12
+SAME_ENCODER = 0.98  # R^2 of a per-channel affine map; a copy in bf16 has 0.9999, a distilled encoder about 0.95
+SAME_SPACE = 0.85  # R^2 of the identity that an approximate encoder of the same space reaches
+DECODE_LOSS_DB = 2.0  # what a decoder of the same space may lose on the host's latents against its own
+REBUILDS_DB = 3.0  # what a working VAE gains at least over one grey for each picture
+
+
+@dataclass(frozen=True)
+class Linear:
+    """How much of one latent is a linear function of the other: R^2 on pictures that were not fitted to.
+
+    gain, offset  of the per-channel fit ``vae = gain * host + offset``
+    permutation   host's channel for each of the VAE's, where the map is a reordering (negative R^2 otherwise: None)
+    """
+
+    identity: float
+    affine: float
+    full: float
+    gain: list[float]
+    offset: list[float]
+    permutation: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured on `n` pictures: PSNR in dB of every road, and the latents' statistics per channel.
+
+    host, vae         each VAE's own round trip; None where it has no decoder
+    vae_of_host       the VAE decodes the host's latents: what sampling will show
+    host_of_vae       the host's VAE decodes the VAE's latents
+    flat              one mean colour for each picture: what a decoder that knows nothing gets
+    unit_range        the VAE's own round trip with images in [0, 1]
+    """
+
+    n: int
+    side_px: int
+    pictures: str
+    host: float | None
+    vae: float | None
+    flat: float
+    unit_range: float | None
+    host_mean: list[float]
+    host_std: list[float]
+    vae_mean: list[float]
+    vae_std: list[float]
+    vae_of_host: float | None = None
+    host_of_vae: float | None = None
+    linear: Linear | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome, why, what to do next, and the numbers behind it."""
+
+    outcome: Outcome
+    reason: str
+    next_step: str
+    host_space: LatentSpace
+    vae_space: LatentSpace
+    evidence: Evidence | None = field(default=None, repr=False)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the VAE decodes this denoiser's latents."""
+        return self.outcome == "same space"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.outcome}: {self.reason}", f"next: {self.next_step}"]
+        seen = self.evidence
+        if seen is not None:
+            lines.append(f"measured on {seen.n} {seen.pictures}, {seen.side_px} px:")
+            lines += [f"  {name:42}{_db(value)}" for name, value in _roads(seen).items() if value is not None]
+            if seen.linear:
+                fit = seen.linear
+                lines.append(
+                    f"  {'share of its latents explained (R^2)':42}as they are {fit.identity:.3f}, per channel {fit.affine:.3f}, "
+                    f"linear {fit.full:.3f}"
+                )
+            lines.append(f"  {'std of the latents, mean over channels':42}host {_mean(seen.host_std):.3f}, VAE {_mean(seen.vae_std):.3f}")
+        return "\n".join(lines)
+
+
+def _roads(seen: Evidence) -> dict[str, float | None]:
+    return {
+        "host's VAE, round trip": seen.host,
+        "this VAE, round trip": seen.vae,
+        "this VAE decodes the host's latents": seen.vae_of_host,
+        "host's VAE decodes this VAE's latents": seen.host_of_vae,
+        "one colour for each picture": seen.flat,
+    }
+
+
+@torch.no_grad()
+def measure(host: Any, vae: Any, images: torch.Tensor | None = None) -> Evidence:
+    """Encode the same images (B 3 H W; None: bundled probes) with both stages and decode every way."""
+    pictures = "pictures given" if images is not None else "bundled probes"
+    if images is None:
+        images = probe_images(PROBES, probe_side(host.space.downscale, vae.space.downscale))
+    theirs, ours = (_each(stage.encode, images) for stage in (host, vae))
+    round_trip = _quality(vae, ours, images)
+    flat = psnr(to_bytes(images.mean((2, 3), keepdim=True).expand_as(images)), to_bytes(images)).mean().item()
+    unit = None
+    if round_trip is not None and round_trip < flat + 2 * REBUILDS_DB:
+        unit = _quality(vae, _each(vae.encode, images / 2 + 0.5), images, unit=True)
+    cross: dict[str, Any] = {}
+    if theirs.shape == ours.shape:
+        cross = {"vae_of_host": _quality(vae, theirs, images), "host_of_vae": _quality(host, ours, images)}
+        cross["linear"] = linear_relation(theirs, ours)
+    return Evidence(
+        n=len(images),
+        side_px=images.shape[-1],
+        pictures=pictures,
+        host=_quality(host, theirs, images),
+        vae=round_trip,
+        flat=flat,
+        unit_range=unit,
+        host_mean=theirs.mean((0, 2, 3)).tolist(),
+        host_std=theirs.std((0, 2, 3)).tolist(),
+        vae_mean=ours.mean((0, 2, 3)).tolist(),
+        vae_std=ours.std((0, 2, 3)).tolist(),
+        **cross,
+    )
+
+
+def probe_side(*downscales: int) -> int:
+    """A side in pixels that all downscales divide and that leaves at least 8 x 8 latents."""
+    unit = math.lcm(*downscales)
+    return unit * math.ceil(max(128, 8 * max(downscales)) / unit)
+
+
+def linear_relation(host: torch.Tensor, vae: torch.Tensor) -> Linear:
+    """Fit the VAE's latents from the host's (B C h w each) on every second picture; R^2 on the others.
+
+    ``R^2 = 1 - |error|^2 / |vae - its mean|^2``, over all channels; least squares in float64 with a small ridge.
+    """
+    x, y = (latents.double().permute(0, 2, 3, 1) for latents in (host, vae))
+    fit_x, fit_y, test_x, test_y = (part.flatten(0, 2) for part in (x[::2], y[::2], x[1::2], y[1::2]))
+    spread = (test_y - test_y.mean(0)).square().sum().clamp_min(1e-12)
+
+    def explained(guess: torch.Tensor) -> float:
+        return (1 - (test_y - guess).square().sum() / spread).item()
+
+    mean_x, mean_y = fit_x.mean(0), fit_y.mean(0)
+    centred_x, centred_y = fit_x - mean_x, fit_y - mean_y
+    gain = (centred_x * centred_y).sum(0) / centred_x.square().sum(0).clamp_min(1e-12)
+    offset = mean_y - gain * mean_x
+    gram = centred_x.T @ centred_x
+    ridge = 1e-6 * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    weight = torch.linalg.solve(gram + ridge, centred_x.T @ centred_y)
+    return Linear(
+        identity=explained(test_x),
+        affine=explained(test_x * gain + offset),
+        full=explained((test_x - mean_x) @ weight + mean_y),
+        gain=gain.tolist(),
+        offset=offset.tolist(),
+        permutation=_permutation(centred_x, centred_y),
+    )
+
+
+def _permutation(x: torch.Tensor, y: torch.Tensor) -> list[int] | None:
+    """For each column of y the column of x that equals it, where that is a reordering and not the identity."""
+    unit_x, unit_y = (part / part.norm(dim=0).clamp_min(1e-12) for part in (x, y))
+    likeness, order = (unit_y.T @ unit_x).max(1)
+    found = order.tolist()
+    if likeness.min() < math.sqrt(SAME_ENCODER) or sorted(found) != list(range(len(found))) or found == sorted(found):
+        return None
+    return found
+
+
+def _each(function: Any, batch: torch.Tensor, size: int = 4) -> torch.Tensor:
+    return torch.cat([function(part).float().cpu() for part in batch.split(size)])
+
+
+def _quality(stage: Any, latents: torch.Tensor, images: torch.Tensor, unit: bool = False) -> float | None:
+    """Mean PSNR in dB of the decoded latents against the images; None where the stage cannot decode."""
+    if not stage.decodes:
+        return None
+    rebuilt = _each(stage.decode, latents)
+    rebuilt = (rebuilt * 2 - 1 if unit else rebuilt).nan_to_num(0.0, 1.0, -1.0)
+    return psnr(to_bytes(rebuilt), to_bytes(images)).clamp_max(99.0).mean().item()
+
+
+def _db(value: float) -> str:
+    return f"{value:.1f} dB"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
