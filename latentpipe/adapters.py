@@ -61,7 +61,7 @@ class Adapter(nn.Module):
 
     def fold(self, latents: torch.Tensor) -> torch.Tensor:
         """Source latents with squares of positions as channels, where the target is coarser."""
-        if latents.ndim != 4 or latents.shape[1] != self.source[0] or latents.shape[2] % self.down or latents.shape[3] % self.down:
+        if latents.ndim != 4 or latents.shape[1] != self.source[0] or any(side % self.down for side in latents.shape[2:]):
             raise UserError(
                 f"This adapter takes {self.source[0]}-channel latents (B C h w) whose sides {self.down} divides; "
                 f"given {tuple(latents.shape)}."
@@ -158,6 +158,14 @@ def open_adapter(path: Path, source: Collection[str], target: Collection[str]) -
     adapter = Adapter(card.source, card.target, card.rung)
     load_strictly(adapter, read_tensors(path), path)
     return adapter.eval()
+
+
+def own_adapter(name: str) -> Path:
+    """The file of a name in ``$LATENTPIPE_HOME/adapters``; a path is none."""
+    path = home() / "adapters" / f"{name}.safetensors"
+    if Path(name).name != name or not path.is_file():
+        raise UserError(f"The recipe names the adapter '{name}', which is not installed; give its file with --adapter.")
+    return path
 
 
 def find_adapter(name: str | Path) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latentpipe import verbs
+from latentpipe import vae_verbs, verbs
 from latentpipe.errors import Note, UserError
 from latentpipe.verbs import configs_folder
 
@@ -44,6 +44,15 @@ def generate(arguments: list[str]) -> None:
     run(tyro.cli(Generate, prog="latentpipe generate", args=arguments))
 
 
+def fit_adapter(arguments: list[str]) -> None:
+    """Fit an adapter from the latents of one VAE to those of another, and score every rung of the ladder."""
+    import tyro
+
+    from latentpipe.fit import fit_adapter as run
+
+    tyro.cli(run, prog="latentpipe fit-adapter", args=arguments)
+
+
 def _function(name: str, function: Callable[..., None]) -> Verb:
     def run(arguments: list[str]) -> None:
         import tyro
@@ -62,6 +71,10 @@ VERBS: dict[str, Verb] = {
     "train-denoiser": train_denoiser,
     "emoji": _function("emoji", verbs.emoji),
     "evaluate prompts": _function("evaluate prompts", verbs.evaluate_prompts),
+    "make-fp16-safe": _function("make-fp16-safe", vae_verbs.make_fp16_safe),
+    "convert": _function("convert", vae_verbs.convert),
+    "swap": _function("swap", vae_verbs.swap),
+    "fit-adapter": fit_adapter,
     "ls": _function("ls", verbs.ls),
     "inspect": _function("inspect", verbs.inspect),
     "env": _function("env", verbs.env),

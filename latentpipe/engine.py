@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from latentpipe import recipe as recipes
+from latentpipe.adapters import own_adapter
 from latentpipe.errors import UserError
 from latentpipe.images import open_picture
 from latentpipe.pipeline import LatentPipeline, Picture, best_device, pixel_hash
@@ -114,20 +115,23 @@ def replay(
     vae: str | Path | None = None,
     source: Path | None = None,
     device: str | None = None,
+    adapter: str | Path | None = None,
 ) -> Replay:
     """Draw the picture in a PNG again from its recipe and compare.
 
-    `model` and `vae` (names or folders) stand in for the recipe's names, which resolve among the shipped and the user's own
-    only; `source` is the picture that img2img began from. UserError names every weight that differs.
+    `model`, `vae` and `adapter` (names or places) stand in for the recipe's names, which resolve among the shipped and the
+    user's own only; `source` is the picture that img2img began from. UserError names every weight that differs.
     """
     old = recipes.read(path)
-    if old.adapter or old.loras:
-        raise UserError(
-            f"{path} was made with an adapter or LoRA ({old.adapter or ', '.join(old.loras)}), which this version cannot load."
-        )
+    if old.loras:
+        raise UserError(f"{path} was made with a LoRA ({', '.join(old.loras)}), which this version cannot load.")
     if old.vae and vae is None:
         vae = _name(old.vae, "vae")
-    pipe = LatentPipeline.from_pretrained(model or _name(old.model), vae, device or _device(old), _dtype(old.machine.dtype))
+    if old.adapter and adapter is None:
+        adapter = own_adapter(old.adapter)
+    model = model or _name(old.model)
+    # The hashes below decide; whether the VAE fitted was decided when the picture was drawn.
+    pipe = LatentPipeline.from_pretrained(model, vae, device or _device(old), _dtype(old.machine.dtype), adapter, force=True)
     changed = [
         f"{part} is {pipe.hashes.get(part, 'missing')[:16]}, the picture's was {digest[:16]}"
         for part, digest in old.hashes.items()

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,14 @@ from latentpipe.errors import UserError
 from latentpipe.latents import LatentSpace
 
 HASH_LENGTH = 16  # characters shown to people; files keep all 64
+
+
+def home() -> Path:
+    """People's own files: $LATENTPIPE_HOME, else latentpipe/ in the user's data folder; holds models/, vae/, lora/."""
+    if os.environ.get("LATENTPIPE_HOME"):
+        return Path(os.environ["LATENTPIPE_HOME"])
+    data = os.environ.get("XDG_DATA_HOME") or os.environ.get("LOCALAPPDATA")
+    return Path(data or Path.home() / ".local" / "share") / "latentpipe"
 
 
 @contextmanager
@@ -70,22 +80,71 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; UserError where it is missing, truncated or no such file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says before its data is read: shape and dtype ("F16", ...) by name, and its metadata."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file; UserError as in `read_tensors`."""
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        return Header(
+            {name: tuple(part.get_shape()) for name, part in slices.items()},
+            {name: str(part.get_dtype()) for name, part in slices.items()},
+            dict(file.metadata() or {}),
+        )
+
+
+def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, or those named; UserError where it is missing, truncated or no such file."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected weights in safetensors format.")
+    size = check_file(path)
     if path.suffix != ".safetensors":
-        raise UserError(f"{path}: only safetensors files are read here (a pickle can run code when it is opened).")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{path}: not a complete safetensors file ({error}); given {path.stat().st_size:,} bytes. Fetch or export it again."
+            f"{path}: only safetensors files are read here (a pickle can run code when it is opened); "
+            "'latentpipe convert' turns other weights into one."
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path}: not a complete safetensors file ({error}); given {size:,} bytes. Fetch or export it again."
         ) from None
+
+
+def check_file(path: Path) -> int:
+    """The size in bytes of a file that can be read; UserError where there is none, a folder, or a link in a circle."""
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise UserError(f"{path}: not a file; expected weights in safetensors format.")
+        with open(path, "rb") as file:
+            return file.seek(0, os.SEEK_END)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file; expected weights in safetensors format.") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({(error.strerror or str(error)).lower()}).") from None
+
+
+def file_hash(path: Path) -> str:
+    """sha256 over a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_strictly(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:

@@ -32,7 +32,9 @@ class Generate:
     model: str = "emoji"
     """Name ('latentpipe ls') or folder of a diffusers Stable Diffusion model."""
     vae: str | None = None
-    """Name or folder of another VAE to decode with."""
+    """Name, folder or file of another VAE to decode with; refused with the reason where it does not fit."""
+    force: bool = False
+    """Decode with that VAE whatever the verdict, as long as the shapes agree."""
     negative: str = ""
     """What the picture should not show."""
     steps: int = STEPS
@@ -56,14 +58,13 @@ class Generate:
     lora: str | None = None
     """Reserved for a later version."""
     adapter: str | None = None
-    """Reserved for a later version."""
+    """Name or file of an adapter from the model's VAE to --vae ('latentpipe fit-adapter')."""
 
 
 def run(options: Generate) -> None:
     """Draw, save and print the paths; KeyboardInterrupt after partial pictures were saved."""
-    for name in ("lora", "adapter"):
-        if getattr(options, name) is not None:
-            raise UserError(f"--{name} {getattr(options, name)}: this version cannot load one yet; leave --{name} out.")
+    if options.lora is not None:
+        raise UserError(f"--lora {options.lora}: this version cannot load one yet; leave --lora out.")
     from latentpipe.images import open_picture
 
     names = ("n", "seed", "negative", "steps", "guidance", "guidance_interval", "scheduler", "strength")
@@ -73,7 +74,9 @@ def run(options: Generate) -> None:
     _writable(options.out)
     from latentpipe import Engine, LatentPipeline
 
-    pipe = LatentPipeline.from_pretrained(options.model, options.vae, options.device, options.dtype)
+    pipe = LatentPipeline.from_pretrained(
+        options.model, options.vae, options.device, options.dtype, options.adapter, options.force
+    )
     pictures, stopped = _watch(Engine(pipe), options.prompt, settings)
     for picture in pictures:
         print(picture.save(_free_path(options.out, options.prompt, picture.recipe.seed)))

@@ -10,7 +10,7 @@ from latentpipe.verdict import DECODE_LOSS_DB, REBUILDS_DB, SAME_ENCODER, SAME_S
 
 FIT = "latentpipe fit-adapter --from HOST_VAE --to THIS_VAE --images DIR"
 SWAP = "swap it."
-REPAIR = "fetch or export this VAE again, or correct the scaling_factor, shift_factor, latents_mean and latents_std in its config.json."
+REPAIR = "fetch or export this VAE again, or correct scaling_factor, shift_factor, latents_mean, latents_std in its config.json."
 
 
 def judge(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Verdict:
@@ -43,8 +43,8 @@ def _faulty(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
     if seen.vae < seen.flat + REBUILDS_DB and works:
         return (
             "broken",
-            f"it does not rebuild pictures: {seen.vae:.1f} dB, where one colour for each picture gives {seen.flat:.1f} dB and the "
-            f"host's VAE {seen.host:.1f} dB; its weights look random or belong to another architecture.",
+            f"it does not rebuild pictures: {seen.vae:.1f} dB, where one colour for each picture gives {seen.flat:.1f} dB and "
+            f"the host's VAE {seen.host:.1f} dB; its weights look random or belong to another architecture.",
             "fetch it again; check that every tensor was loaded.",
         )
     return None
@@ -100,7 +100,8 @@ def _diagnosis(vae: LatentSpace, fit: Linear, tolerance: float) -> str:
         )
     if uniform and abs(common - 1) <= tolerance:
         raw = statistics.fmean(value / scale for value, scale in zip(offsets, vae.scale, strict=True))
-        return f"its latents lie off the host's by {statistics.fmean(offsets):+.3g}: a shift of {raw:.4g} (raw units) is missing from its config"
+        off = statistics.fmean(offsets)
+        return f"its latents lie off the host's by {off:+.3g}: a shift of {raw:.4g} (raw units) is missing from its config"
     return (
         f"its normalization is not what the weights do: against the host's, its channels have gains {_range(gains)} "
         f"and offsets {_range(offsets)}"
@@ -114,15 +115,16 @@ def _same(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
     assert seen.vae is not None
     assert seen.vae_of_host is not None
     loss = seen.vae - seen.vae_of_host
+    reads = loss <= DECODE_LOSS_DB and seen.vae_of_host >= seen.flat + REBUILDS_DB
     if fit.identity >= SAME_ENCODER and loss <= DECODE_LOSS_DB:
-        return "same space", f"its latents are the host's (R^2 {fit.identity:.4f}), and it decodes them at {seen.vae_of_host:.1f} dB.", SWAP
-    if fit.identity >= SAME_SPACE and loss <= DECODE_LOSS_DB and all(abs(gain - 1) <= 0.15 for gain in fit.gain):
-        return (
-            "same space",
-            f"its latents are nearly the host's (R^2 {fit.identity:.3f}), and it decodes the host's at {seen.vae_of_host:.1f} dB, "
-            f"its own at {seen.vae:.1f} dB.",
-            SWAP,
+        reason = f"its latents are the host's (R^2 {fit.identity:.4f}), and it decodes them at {seen.vae_of_host:.1f} dB."
+        return "same space", reason, SWAP
+    if fit.identity >= SAME_SPACE and reads and all(abs(gain - 1) <= 0.15 for gain in fit.gain):
+        reason = (
+            f"its latents are nearly the host's (R^2 {fit.identity:.3f}), and it decodes the host's at "
+            f"{seen.vae_of_host:.1f} dB, its own at {seen.vae:.1f} dB."
         )
+        return "same space", reason, SWAP
     return None
 
 
@@ -137,7 +139,7 @@ def _other(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
         return "same shape, other space", reason, f"reorder them; the linear rung of an adapter does it exactly ({FIT})."
     numbers = f"R^2 {max(0.0, fit.identity):.2f} as they are, {max(0.0, fit.full):.2f} by a linear map"
     step = f"fit an adapter ({FIT}), or tune the denoiser's first and last layer."
-    if loss <= DECODE_LOSS_DB:
+    if loss <= DECODE_LOSS_DB and seen.vae_of_host >= seen.flat + REBUILDS_DB:
         reason = (
             f"its decoder reads the host's latents ({seen.vae_of_host:.1f} dB), but its encoder has moved away ({numbers}): "
             "pictures that begin from a picture would be wrong."
@@ -152,14 +154,16 @@ def _remark(seen: Evidence, outcome: Outcome) -> str:
     """What weakens a verdict, or should be looked at besides."""
     remarks = []
     if seen.host is not None and seen.host < seen.flat + REBUILDS_DB:
-        remarks.append(f"The host's own VAE does not rebuild these pictures ({seen.host:.1f} dB), so the encoders alone were compared.")
-    if outcome == "other shape" and seen.vae is not None and seen.vae < seen.flat + REBUILDS_DB:
-        remarks.append(f"It does not rebuild these pictures either ({seen.vae:.1f} dB; one colour for each gives {seen.flat:.1f} dB).")
-    ratio = statistics.fmean(seen.vae_std) / max(statistics.fmean(seen.host_std), 1e-6)
-    if outcome in ("other shape", "same shape, other space") and not 0.4 < ratio < 2.5:
         remarks.append(
-            f"Its latents have a standard deviation of {statistics.fmean(seen.vae_std):.2f}, the host's {statistics.fmean(seen.host_std):.2f}: "
-            "its scaling_factor may be wrong as well."
+            f"The host's own VAE does not rebuild these pictures ({seen.host:.1f} dB), so the encoders alone were compared."
+        )
+    if outcome == "other shape" and seen.vae is not None and seen.vae < seen.flat + REBUILDS_DB:
+        flat = f"one colour for each gives {seen.flat:.1f} dB"
+        remarks.append(f"It does not rebuild these pictures either ({seen.vae:.1f} dB; {flat}).")
+    ours, theirs = statistics.fmean(seen.vae_std), statistics.fmean(seen.host_std)
+    if outcome in ("other shape", "same shape, other space") and not 0.4 < ours / max(theirs, 1e-6) < 2.5:
+        remarks.append(
+            f"Its latents have a standard deviation of {ours:.2f}, the host's {theirs:.2f}: its scaling_factor may be wrong too."
         )
     return "".join(f" {remark}" for remark in remarks)
 

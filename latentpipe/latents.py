@@ -141,9 +141,33 @@ class Measured:
     standard_error: tuple[float, ...]
 
 
+# Spaces that published VAEs were trained to, by the denoisers that use them. Sources: the configs of the named models on
+# their model pages; for DC-AE the conversion script scripts/convert_dcae_to_diffusers.py of diffusers.
+_PUBLISHED: dict[str, tuple[int, int, float, float]] = {  # channels, downscale, scale, shift
+    "Stable Diffusion 1.x and 2.x": (4, 8, 0.18215, 0.0),
+    "Stable Diffusion XL": (4, 8, 0.13025, 0.0),
+    "Stable Diffusion 3": (16, 8, 1.5305, 0.0609),
+    "FLUX.1": (16, 8, 0.3611, 0.1159),
+    "Sana (DC-AE f32c32)": (32, 32, 0.41407, 0.0),
+    "DC-AE f32c32-in": (32, 32, 0.3189, 0.0),
+    "DC-AE f32c32-mix": (32, 32, 0.4552, 0.0),
+    "DC-AE f64c128-in": (128, 64, 0.2889, 0.0),
+    "DC-AE f64c128-mix": (128, 64, 0.4538, 0.0),
+    "DC-AE f128c512-in": (512, 128, 0.4883, 0.0),
+    "DC-AE f128c512-mix": (512, 128, 0.3620, 0.0),
+}
+PUBLISHED: dict[str, LatentSpace] = {
+    name: LatentSpace(c, down, (scale,) * c, (shift,) * c) for name, (c, down, scale, shift) in _PUBLISHED.items()
+}
+
+
 def downscale_of(config: Mapping[str, Any]) -> int:
-    """Picture side / latent side of a diffusers autoencoder, from its config."""
-    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-    if not blocks:
-        raise ValueError("This VAE's config names neither block_out_channels nor encoder_block_out_channels.")
-    return int(2 ** (len(blocks) - 1))
+    """Picture side / latent side of an autoencoder, from its config: stated as downscale, or counted from its levels."""
+    if config.get("downscale"):
+        return int(config["downscale"])
+    for name in ("encoder_block_out_channels", "down_block_out_channels", "block_out_channels"):
+        if config.get(name):
+            return int(2 ** (len(config[name]) - 1))
+    raise ValueError(
+        "This VAE's config names none of block_out_channels, encoder_block_out_channels and down_block_out_channels."
+    )

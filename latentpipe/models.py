@@ -13,34 +13,76 @@ from typing import Any
 import torch
 
 from latentpipe.errors import UserError
-from latentpipe.files import HASH_LENGTH, atomic_folder, content_hash, load_strictly, read_json, read_tensors
-from latentpipe.latents import LatentSpace
-from latentpipe.weights import CARD_FILE, PREVIEW_FILE, VAE_FILE, find_model, load_vae, quiet, vae_hash
+from latentpipe.files import HASH_LENGTH, atomic_folder, content_hash, load_strictly, read_header, read_json, read_tensors
+from latentpipe.weights import CARD_FILE, PREVIEW_FILE, VAE_FILE, find_model, load_vae, open_vae, quiet, vae_hash
 
 PARTS = {"vae": VAE_FILE, "unet": VAE_FILE, "text_encoder": "model.safetensors"}  # of a Stable Diffusion folder
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
 
 
 def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A StableDiffusionPipeline from its folder, offline; VAE, UNet and text encoder are checked before use."""
+    """A diffusers pipeline from its folder, offline; every network in it is checked before use."""
+    folder = Path(folder)
+    index = read_json(folder / "model_index.json")
+    name = index.get("_class_name")
     with quiet():
-        from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
+        import diffusers
 
-        folder = Path(folder)
-        index = read_json(folder / "model_index.json")
-        if index.get("_class_name") != "StableDiffusionPipeline":
-            raise UserError(f"{folder} holds a {index.get('_class_name')}; expected a StableDiffusionPipeline.")
-        _check_parts(folder)
+        cls = getattr(diffusers, str(name), None)
+        if cls is None or "vae" not in index:
+            raise UserError(f"{folder} holds a {name}; expected a pipeline with a VAE of diffusers {diffusers.__version__}.")
+        if name == "StableDiffusionPipeline":
+            _check_parts(folder)
         enforce_chain(folder)
-        text = folder / "text_encoder"
-        return StableDiffusionPipeline.from_pretrained(
-            folder,
-            vae=load_vae(folder / "vae", dtype),
-            unet=_filled(UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json")), folder / "unet", dtype),
-            text_encoder=_filled(CLIPTextModel(CLIPTextConfig.from_pretrained(text)), text, dtype),
-            local_files_only=True,
-            use_safetensors=True,
+        parts = {part: _network(folder / part, *source, dtype) for part, source in networks(index).items() if part != "vae"}
+        options = {"requires_safety_checker": index.get("requires_safety_checker", True)} if "safety_checker" in index else {}
+        try:
+            return cls.from_pretrained(
+                folder,
+                vae=load_vae(folder / "vae", dtype),
+                **parts,
+                **options,
+                local_files_only=True,
+                use_safetensors=True,
+            )
+        except OSError as error:  # of diffusers and transformers, for a file that is missing
+            raise UserError(f"{folder} is not a complete model: {str(error).splitlines()[0]}") from None
+
+
+def networks(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Library and class of the parts of a pipeline that have weights, from its model_index.json."""
+    found = {name: tuple(source) for name, source in index.items() if isinstance(source, list) and len(source) == 2 and source[0]}
+    passive = ("Tokenizer", "TokenizerFast", "Scheduler", "Processor", "Extractor")
+    return {name: source for name, source in found.items() if not source[1].endswith(passive) and "okenizer" not in name}
+
+
+def _network(folder: Path, library: str, name: str, dtype: torch.dtype) -> Any:
+    """A part with its weights, strictly, in eval mode."""
+    import diffusers
+    import transformers
+
+    for file in sorted(folder.glob("*.safetensors")):
+        read_header(file)  # says what is wrong with a damaged one
+    if library == "transformers" and name == "CLIPTextModel":
+        return _filled(transformers.CLIPTextModel(transformers.CLIPTextConfig.from_pretrained(folder)), folder, dtype)
+    if library == "diffusers" and name == "UNet2DConditionModel":
+        return _filled(diffusers.UNet2DConditionModel.from_config(read_json(folder / "config.json")), folder, dtype)
+    cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)
+    if cls is None:
+        module = getattr(diffusers.pipelines, library, None)
+        cls = getattr(module, name, None)
+    if cls is None:
+        raise UserError(f"{folder}: the class {library}.{name} is not in this version of diffusers or transformers.")
+    try:
+        model, seen = cls.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: cannot be opened as {name}: {str(error).splitlines()[0]}") from None
+    wrong = [f"missing {key}" for key in seen["missing_keys"]] + [f"misshapen {key}" for key in seen["mismatched_keys"]]
+    if wrong:
+        raise UserError(f"{folder} does not fit {name}: {'; '.join(map(str, sorted(wrong)[:5]))}.")
+    return model.eval()
 
 
 def _check_parts(folder: Path) -> None:
@@ -85,26 +127,44 @@ def save_pipeline(pipe: Any, folder: Path, card: Mapping[str, Any], vae_folder: 
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Hashes of what decides a pipeline's pictures: contents of VAE, UNet and text encoder; tokenizer and scheduler files."""
+    """Hashes of what decides a pipeline's pictures: contents of its networks; tokenizer and scheduler files."""
     folder = Path(folder)
-    tokenizer = hashlib.sha256()
-    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
-        if (folder / "tokenizer" / name).is_file():
-            tokenizer.update((folder / "tokenizer" / name).read_bytes())
+    found = {"vae": vae_hash(folder / "vae")}
+    index = read_json(folder / "model_index.json")
+    for part in networks(index):
+        if part != "vae":
+            found[part] = content_hash(_tensors(folder / part))
+    for part in sorted(path.name for path in folder.glob("tokenizer*") if path.is_dir()):
+        tokenizer = hashlib.sha256()
+        for name in TOKENIZER_FILES:
+            if (folder / part / name).is_file():
+                tokenizer.update((folder / part / name).read_bytes())
+        found[part] = tokenizer.hexdigest()
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     scheduler.pop("_diffusers_version", None)
-    settings = hashlib.sha256(json.dumps(scheduler, sort_keys=True).encode())
-    found = {part: content_hash(read_tensors(folder / part / file)) for part, file in PARTS.items() if part != "vae"}
-    return {"vae": vae_hash(folder / "vae"), **found, "tokenizer": tokenizer.hexdigest(), "scheduler": settings.hexdigest()}
+    return found | {"scheduler": hashlib.sha256(json.dumps(scheduler, sort_keys=True).encode()).hexdigest()}
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a part's safetensors files (one, or shards); not those of a variant such as fp16."""
+    files = [path for path in sorted(folder.glob("*.safetensors")) if "." not in path.stem]
+    if not files:
+        raise UserError(f"{folder}: no such file; expected weights in safetensors format.")
+    return {name: tensor for path in files for name, tensor in read_tensors(path).items()}
 
 
 def enforce_chain(folder: Path) -> None:
-    """UserError where a pipeline's card says that its denoiser was trained on another VAE's latents."""
+    """UserError where a pipeline's card says that its denoiser was trained on another VAE's latents.
+
+    A VAE that was swapped in, and proved to have the same space, is named in the card by its own hash.
+    """
     card = folder / CARD_FILE
     if not card.is_file():
         return
-    expected, given = read_json(card).get("vae_hash"), vae_hash(folder / "vae")
-    if expected and expected != given:
+    content = read_json(card)
+    expected, given = content.get("vae_hash"), vae_hash(folder / "vae")
+    swapped = content.get("swapped_vae") or {}
+    if expected and given not in (expected, swapped.get("hash")):
         raise UserError(
             f"{folder}: its denoiser was trained on latents of VAE {expected[:HASH_LENGTH]}, but the VAE beside it is "
             f"{given[:HASH_LENGTH]}. Put the right VAE back, or train a denoiser for this one."
@@ -130,31 +190,36 @@ def _as_named_by(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> di
 
 
 def describe(name: str | Path) -> dict[str, Any]:
-    """What a model or VAE folder says about itself: class, parameters, latent space, hashes, card."""
+    """What a model or VAE says about itself: class, parameters, latent space, hashes, card."""
     try:
         folder = find_model(name)
     except UserError:
         folder = find_model(name, "vae")
     card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else None
     if (folder / "model_index.json").is_file():
-        parts = {
-            part: sum(tensor.numel() for tensor in read_tensors(folder / part / file).values()) for part, file in PARTS.items()
+        index = read_json(folder / "model_index.json")
+        parts = {part: _count(_tensors(folder / part)) for part in networks(index) if part != "vae"}
+        vae = open_vae(folder / "vae")
+        return {
+            "folder": str(folder),
+            "class": index.get("_class_name"),
+            "parameters": {"vae": _count(vae.tensors), **parts},
+            "space": asdict(vae.space),
+            "hashes": hashes(folder),
+            "card": card,
         }
-        space = _space(folder / "vae")
-        return {"folder": str(folder), "parameters": parts, "space": space, "hashes": hashes(folder), "card": card}
-    if not (folder / "config.json").is_file():
+    if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds neither model_index.json (a pipeline) nor config.json (a VAE).")
-    parameters = sum(tensor.numel() for tensor in read_tensors(folder / VAE_FILE).values())
-    kind = read_json(folder / "config.json").get("_class_name")
+    vae = open_vae(folder)
     return {
         "folder": str(folder),
-        "class": kind,
-        "parameters": parameters,
-        "space": _space(folder),
-        "hash": vae_hash(folder),
+        "class": vae.config.get("_class_name"),
+        "parameters": _count(vae.tensors),
+        "space": asdict(vae.space),
+        "hash": content_hash(vae.tensors, vae.space),
         "card": card,
     }
 
 
-def _space(folder: Path) -> dict[str, Any]:
-    return asdict(LatentSpace.from_config(read_json(folder / "config.json")))
+def _count(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import secrets
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,17 @@ import torch
 from PIL import Image
 
 from latentpipe import recipe as recipes
+from latentpipe.adapters import adapted, find_adapter, open_adapter
+from latentpipe.denoise import check_family, denoise, is_classic, native_size, size_unit
 from latentpipe.errors import Note, UserError
-from latentpipe.files import read_json
+from latentpipe.files import content_hash, read_json
+from latentpipe.hosts import finish, host_of, takes
 from latentpipe.images import flatten, to_pixels
 from latentpipe.models import hashes, load_pipeline
-from latentpipe.sampling import SCHEDULER_OPTIONS, SCHEDULERS, Guide, OnStep, Settings, Step, check_settings
+from latentpipe.sampling import OnStep, Settings, Step, check_settings
+from latentpipe.swap import check_swap, stage_of
 from latentpipe.vae import VAEStage
-from latentpipe.weights import PREVIEW_FILE, find_model, load_vae, name_of, quiet, vae_hash
+from latentpipe.weights import PREVIEW_FILE, find_model, name_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,76 +45,87 @@ class Picture:
 
 @dataclass
 class LatentPipeline:
-    """A diffusers Stable Diffusion pipeline whose pictures are decoded by a VAEStage.
+    """A diffusers pipeline of a known family (`latentpipe.hosts`) whose pictures are encoded and decoded by a stage.
 
     host     the pipeline; it draws latents and is never changed
-    stage    the VAE that decodes them; default: the host's own
+    stage    encodes and decodes; default: the host's own VAE
     """
 
     host: Any
-    stage: VAEStage = None  # type: ignore[assignment]
+    stage: Any = None
     name: str = "model"
     vae_name: str | None = None
+    adapter_name: str | None = None
     hashes: dict[str, str] = field(default_factory=dict)
     preview_map: dict[str, list] | None = None
 
     def __post_init__(self) -> None:
         self.stage = self.stage or VAEStage(self.host.vae)
-        wanted = self.host.unet.config.in_channels
-        if self.stage.space.channels != wanted or self.stage.space.downscale != self.host.vae_scale_factor:
+        channels, downscale = takes(self.host)
+        if self.stage.space.channels != channels or self.stage.space.downscale != downscale:
             raise UserError(
                 f"VAE {self.vae_name or 'given'} makes {self.stage.space.channels}-channel latents at "
-                f"1/{self.stage.space.downscale} size; this UNet takes {wanted} channels at 1/{self.host.vae_scale_factor}. "
-                "Choose a VAE of the same space, or train a denoiser for this one."
+                f"1/{self.stage.space.downscale} size; this denoiser takes {channels} channels at 1/{downscale}. "
+                "Choose a VAE of the same space ('latentpipe ls vae --fits MODEL' lists them), or train a denoiser for this one."
             )
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path = "emoji", vae: str | Path | None = None, device: str | None = None, dtype: str = "fp32"
+        cls,
+        model: str | Path = "emoji",
+        vae: str | Path | None = None,
+        device: str | None = None,
+        dtype: str = "fp32",
+        adapter: str | Path | None = None,
+        force: bool = False,
     ) -> LatentPipeline:
-        """Open a model by name or folder (offline); `vae` replaces the VAE that decodes.
+        """Open a model by name or folder (offline).
 
-        device  "cpu", "cuda", "mps"; None: the best that is present
-        dtype   "fp32", "bf16" or "fp16"
+        vae      name, folder or file of another VAE to decode with; UserError with the verdict where it does not fit
+        device   "cpu", "cuda", "mps"; None: the best that is present
+        dtype    "fp32", "bf16" or "fp16"
+        adapter  name or file of an adapter to that VAE (`latentpipe fit-adapter`)
+        force    decode with `vae` whatever the verdict, as long as the shapes agree
         """
         if dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
         device = device or best_device()
         if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
             raise UserError(f"device is {device!r}; expected cpu, mps, cuda or cuda:NUMBER.")
+        if adapter is not None and vae is None:
+            raise UserError(f"adapter '{adapter}' needs the VAE that it was fitted to; give that one as well (vae).")
         folder = find_model(model)
         host = load_pipeline(folder, DTYPES[dtype])
-        found, vae_folder, stage = hashes(folder), folder / "vae", None
-        if vae is not None:
-            vae_folder = find_model(vae, "vae")
-            stage = VAEStage(load_vae(vae_folder, DTYPES[dtype]))
-            trained_on, found["vae"] = found["vae"], vae_hash(vae_folder)
-            if found["vae"] != trained_on:
-                warnings.warn(
-                    f"the denoiser of {folder.name} was trained on another VAE; "
-                    f"nothing has proved yet that {vae} decodes its latents",
-                    Note,
-                    stacklevel=2,
-                )
         try:
             host.to(device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-        preview = vae_folder / PREVIEW_FILE
-        return cls(
-            host,
-            stage.to(device) if stage else None,  # type: ignore[arg-type]
-            name=name_of(folder),
-            vae_name=name_of(vae_folder, "vae") if vae is not None else None,
-            hashes=found,
-            preview_map=read_json(preview) if preview.is_file() else None,
-        )
+        pipe = cls(host, name=name_of(folder), hashes=hashes(folder), preview_map=_preview_map(folder / "vae"))
+        return pipe if vae is None else pipe._with_vae(vae, adapter, force)
+
+    def _with_vae(self, vae: str | Path, adapter: str | Path | None, force: bool) -> LatentPipeline:
+        """The pipeline around another VAE, which an adapter or a verdict vouches for."""
+        own = VAEStage(self.host.vae, digest=self.hashes["vae"])
+        stage = stage_of(vae, own)
+        found = self.hashes | {"vae": stage.digest or ""}
+        place = find_model(vae, "vae")
+        changes: dict[str, Any] = {"vae_name": name_of(place, "vae"), "stage": stage}
+        if adapter is not None:
+            path = find_adapter(adapter)
+            mapping = open_adapter(path, [self.hashes["vae"]], [found["vae"]])
+            found["adapter"] = content_hash(mapping.state_dict())
+            changes |= {"stage": adapted(own, stage, mapping), "adapter_name": path.stem}
+        elif found["vae"] != self.hashes["vae"] and not force:
+            verdict = check_swap(self, stage)
+            if not verdict.fits:
+                raise UserError(f"VAE {vae} was not put in.\n{verdict}")
+            changes["preview_map"] = _preview_map(place) or self.preview_map
+        return replace(self, **changes, hashes=found)
 
     @property
     def native_size(self) -> tuple[int, int]:
         """Width and height in pixels that the denoiser was trained at."""
-        side = self.host.unet.config.sample_size * self.stage.space.downscale
-        return side, side
+        return native_size(self.host)
 
     def __call__(
         self, prompt: str, n: int = 1, seed: int | None = None, on_step: OnStep | None = None, **settings: Any
@@ -150,47 +164,24 @@ class LatentPipeline:
         with torch.no_grad():
             latents = self.denoise(prompts, seeds, settings, on_step)  # B C h w
             images = self.stage.decode(latents)  # B 3 H W, [-1, 1]
-            if not torch.isfinite(images).all():
-                raise UserError("The VAE decoded to values that are not finite; try --dtype fp32.")
-            if getattr(self.host, "safety_checker", None) is not None:
-                images, _ = self.host.run_safety_checker(images, images.device, images.dtype)
-            return to_pixels(images)
+            return to_pixels(finish(self.host, images, {"use_resolution_binning": False}))
 
     def denoise(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, on_step: OnStep | None = None
     ) -> torch.Tensor:
         """Prompts to latents (B C h w) through the host; noise comes from one CPU generator for each seed."""
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        guided = settings.guidance > 1
-        with quiet():  # what is cut from a long prompt is said once, by `_recipe`
-            positive, negative = self.host.encode_prompt(
-                list(prompts), self.host.device, 1, guided, [settings.negative] * len(prompts) if guided else None
-            )
-        width, height = settings.size or self.native_size
-        guide = Guide(settings, positive, negative, settings.steps_to_run, on_step)
-        arguments: dict[str, Any] = {"num_inference_steps": settings.steps, "generator": generators, "output_type": "latent"}
-        if settings.image is None:
-            host, arguments = self._host(settings), arguments | {"width": width, "height": height}
-        else:
-            host = self._image_host(settings)
-            picture = flatten(settings.image).resize((width, height), Image.Resampling.LANCZOS)
-            arguments |= {"image": picture, "strength": settings.strength}
-        latents = host(
-            **guide.start(),
-            callback_on_step_end=guide,
-            callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
-            **arguments,
-        ).images
-        return guide.estimate if guide.stopped else latents
+        settings = settings if settings.size else replace(settings, size=self.native_size)
+        return denoise(self.host, self.stage, prompts, seeds, settings, on_step)
 
     def check(self, settings: Settings) -> Settings:
         """The settings with the size filled in; UserError says what is wrong, a warning says what is unusual."""
-        # Halving inside the UNet needs whole numbers too; the host itself asks for multiples of 8.
-        unit = math.lcm(8, self.stage.space.downscale * 2 ** (len(self.host.unet.config.block_out_channels) - 1))
-        return check_settings(settings, self.native_size, unit)
+        check_family(self.host, settings)
+        return check_settings(settings, self.native_size, size_unit(self.host))
 
     def cut_words(self, prompt: str) -> str:
         """The end of a prompt that is too long for the text encoder to read; empty when all of it is read."""
+        if not is_classic(self.host):
+            return ""  # the other families have several text encoders that cut at different places
         tokenizer = self.host.tokenizer
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return tokenizer.decode(ids[tokenizer.model_max_length - 2 :]).strip()
@@ -204,34 +195,6 @@ class LatentPipeline:
         colours += torch.tensor(self.preview_map["bias"]).view(3, 1, 1)
         return to_pixels(colours[None])[0].resize((side, side), Image.Resampling.BICUBIC)
 
-    def _host(self, settings: Settings) -> Any:
-        """The host with a fresh scheduler, so that the lent one keeps its state."""
-        import diffusers
-
-        name = SCHEDULERS[settings.scheduler] if settings.scheduler else type(self.host.scheduler).__name__
-        scheduler = getattr(diffusers, name).from_config(self.host.scheduler.config, **SCHEDULER_OPTIONS.get(name, {}))
-        parts = {**self.host.components, "scheduler": scheduler}
-        host = type(self.host)(**parts, requires_safety_checker=False)
-        host.set_progress_bar_config(disable=True)
-        return host
-
-    def _image_host(self, settings: Settings) -> Any:
-        """The host's img2img twin, whose start is our own encoding: the stock one reads 4-channel latents only."""
-        from diffusers import StableDiffusionImg2ImgPipeline
-        from diffusers.utils.torch_utils import randn_tensor
-
-        stage = self.stage
-
-        class Img2Img(StableDiffusionImg2ImgPipeline):
-            def prepare_latents(self: Any, image, timestep, batch_size, n, dtype, device, generator=None):
-                clean = stage.encode(image).to(device, dtype).expand(batch_size * n, -1, -1, -1)
-                noise = randn_tensor(clean.shape, generator=generator, device=device, dtype=dtype)
-                return self.scheduler.add_noise(clean, noise, timestep)
-
-        host: Any = Img2Img(**self._host(settings).components, requires_safety_checker=False)
-        host.set_progress_bar_config(disable=True)
-        return host
-
     def _recipe(self, prompt: str, seed: int, n: int, settings: Settings, stopped: int | None) -> recipes.Recipe:
         for name, text in (("prompt", prompt), ("negative prompt", settings.negative)):
             if cut := self.cut_words(text):
@@ -242,6 +205,7 @@ class LatentPipeline:
         if settings.image is not None:
             source = recipes.Source(sha256=pixel_hash(settings.image), strength=settings.strength)
         assert settings.size is not None
+        denoiser = getattr(self.host, host_of(self.host).denoiser)
         return recipes.Recipe(
             prompt=prompt,
             negative=settings.negative,
@@ -255,13 +219,19 @@ class LatentPipeline:
             batch_size=n,
             model=self.name,
             vae=self.vae_name,
+            adapter=self.adapter_name,
             source=source,
             stopped_after=stopped,
             hashes=self.hashes,
             machine=recipes.this_machine(
-                str(self.host.device), str(self.host.unet.dtype).removeprefix("torch."), torch.get_num_threads()
+                str(self.host.device), str(denoiser.dtype).removeprefix("torch."), torch.get_num_threads()
             ),
         )
+
+
+def _preview_map(folder: Path) -> dict[str, list] | None:
+    path = folder / PREVIEW_FILE
+    return read_json(path) if path.is_file() else None
 
 
 def best_device() -> str:

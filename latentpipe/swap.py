@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,23 @@ from torch import nn
 from latentpipe import hosts
 from latentpipe.adapters import Adapter, adapted, find_adapter, open_adapter
 from latentpipe.errors import UserError
-from latentpipe.files import content_hash
+from latentpipe.files import atomic_folder, content_hash, read_json
 from latentpipe.judge import judge
 from latentpipe.latents import LatentSpace
+from latentpipe.models import load_pipeline
 from latentpipe.vae import VAEStage, fold_normalization
 from latentpipe.verdict import Verdict, measure
-from latentpipe.weights import find_model, load_vae, vae_hash
+from latentpipe.weights import (
+    CARD_FILE,
+    PREVIEW_FILE,
+    available,
+    find_model,
+    load_vae,
+    name_of,
+    open_vae,
+    quiet,
+    vae_hash,
+)
 
 VAE = str | Path | nn.Module
 
@@ -56,8 +69,9 @@ def check_swap(pipe: Any, vae: VAE, images: torch.Tensor | None = None) -> Verdi
     channels, downscale = hosts.takes(getattr(pipe, "host", pipe))
     if (host.space.channels, host.space.downscale) != (channels, downscale):
         raise UserError(
-            f"This pipeline does not fit itself: its VAE makes {host.space.channels}-channel latents at 1/{host.space.downscale} size, "
-            f"its denoiser takes {channels} channels at 1/{downscale}. Put its own VAE back before trying another."
+            f"This pipeline does not fit itself: its VAE makes {host.space.channels}-channel latents at "
+            f"1/{host.space.downscale} size, its denoiser takes {channels} channels at 1/{downscale}. "
+            "Put its own VAE back before trying another."
         )
     return judge(host.space, stage.space, measure(host, stage, images))
 
@@ -103,7 +117,8 @@ def hashes_of(stage: VAEStage) -> set[str]:
 def _refuse_shape(host: LatentSpace, vae: LatentSpace) -> None:
     if (host.channels, host.downscale) != (vae.channels, vae.downscale):
         raise UserError(
-            f"Not even force can swap this: {host.difference(vae)} Fit an adapter ('latentpipe fit-adapter') or choose another VAE."
+            f"Not even force can swap this: {host.difference(vae)} Fit an adapter ('latentpipe fit-adapter'), or choose "
+            "another VAE."
         )
 
 
@@ -162,3 +177,47 @@ def saveable(pipe: Any, vae: VAE) -> Any:
         f"{reason}, so this pipeline cannot be saved with it for stock diffusers; draw with "
         "LatentPipeline or 'latentpipe generate --vae', which decode by themselves."
     )
+
+
+def save_swapped(pipe: Any, folder: Path, vae: str | Path, out: Path, verdict: Verdict, force: bool = False) -> None:
+    """Write the pipeline folder again, with `vae` in the place of its own; stock diffusers opens it.
+
+    UserError with the verdict where it does not fit, unless `force`. The card names the VAE that the denoiser was trained
+    on and the one that was swapped in, each by its hash.
+    """
+    if force:
+        _refuse_shape(verdict.host_space, verdict.vae_space)
+    elif not verdict.fits:
+        raise UserError(f"Nothing was saved: this VAE does not fit (--force saves it all the same).\n{verdict}")
+    if Path(out).exists():
+        raise UserError(f"--out {out} exists already; name a folder that does not.")
+    place = find_model(vae, "vae")
+    opened = open_vae(place)
+    twin = saveable(pipe, opened.build())
+    stored = next((tensor.dtype for tensor in opened.tensors.values() if tensor.is_floating_point()), torch.float32)
+    kept = LatentSpace.of(twin) == opened.space  # else it was folded, which fp16 would round
+    with atomic_folder(out) as part, quiet():
+        shutil.copytree(folder, part, dirs_exist_ok=True, ignore=lambda at, names: ["vae"] if Path(at) == folder else [])
+        (nn.Module.to(twin, stored) if kept else twin).save_pretrained(part / "vae", safe_serialization=True)
+        for name in (CARD_FILE, PREVIEW_FILE):
+            if place.is_dir() and (place / name).is_file():
+                shutil.copy(place / name, part / "vae" / name)
+        index = read_json(folder / "model_index.json")
+        (part / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", type(twin).__name__]}, indent=2) + "\n")
+        card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
+        proof = {"outcome": verdict.outcome, "reason": verdict.reason, "forced": force}
+        card["vae_hash"] = card.get("vae_hash") or vae_hash(folder / "vae")
+        card["swapped_vae"] = {"name": name_of(place, "vae"), "hash": vae_hash(part / "vae"), "verdict": proof}
+        (part / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
+
+
+def fitting(model: str | Path) -> list[tuple[str, Path, Verdict]]:
+    """Every VAE that a name means, with its verdict for a model; those that cannot be opened are left out."""
+    pipe = load_pipeline(find_model(model))
+    found = []
+    for name, path in available("vae").items():
+        try:
+            found.append((name, path, check_swap(pipe, path)))
+        except UserError:
+            continue
+    return found

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from latentpipe import memory, precision, tiles
+from latentpipe.errors import Note, UserError
 from latentpipe.latents import LatentSpace
+
+Tile = int | Literal["auto"] | None
+SMALL = 256 * 256  # pixels of a batch whose memory needs no prediction
 
 
 class VAEStage(nn.Module):
@@ -16,18 +22,25 @@ class VAEStage(nn.Module):
 
     images   B 3 H W, [-1, 1];  latents  B C h w, normalized, h = H / downscale
     digest   content hash of the file that the autoencoder came from; None where it came from none
+    tile     height in pixels of the bands in which pictures are computed, exactly (`latentpipe.tiles`); "auto": bands where
+             the prediction of the memory says that the whole picture does not fit; None: never
+
+    Values that are not finite are computed again in a wider dtype (`latentpipe.precision`), or are an error.
     """
 
-    def __init__(self, vae: nn.Module, space: LatentSpace | None = None, digest: str | None = None) -> None:
+    def __init__(self, vae: nn.Module, space: LatentSpace | None = None, digest: str | None = None, tile: Tile = "auto") -> None:
         super().__init__()
+        if isinstance(tile, int) and tile < 1:
+            raise UserError(f"tile is {tile}; expected a height of at least 1 pixel, auto or None.")
         self.vae: Any = vae
         self.space = space or LatentSpace.of(vae)
         self.digest = digest
+        self.tile = tile
 
     @property
     def decodes(self) -> bool:
         """False for an encoder alone."""
-        return getattr(self.vae, "decoder", None) is not None
+        return getattr(self.vae, "decoder", None) is not None or getattr(self.vae, "decoder_unet", None) is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,8 +74,10 @@ class VAEStage(nn.Module):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B C h w) to images, about [-1, 1] and not clamped."""
+        if not self.decodes:
+            raise UserError("This VAE is an encoder alone; it has no decoder. Give one that has both.")
         raw = self.space.denormalize(latents)
-        return self.vae.decode(raw.to(self.device, self.dtype), return_dict=False)[0]
+        return precision.run_finite(self.vae, "decode", self._run_decoder, raw)
 
     def forward(
         self,
@@ -76,7 +91,7 @@ class VAEStage(nn.Module):
         with the same warp of the images). The sample is ``mean + std * noise`` (Kingma and Welling,
         arXiv:1312.6114, section 2.4), so gradients reach the encoder.
         """
-        posterior = self._encode(images)
+        posterior = _output(self.vae.encode(images.to(self.device, self.dtype)), self.vae)
         raw = posterior if isinstance(posterior, torch.Tensor) else posterior.sample(generator)
         if warp is not None:
             raw = warp(raw)
@@ -85,11 +100,48 @@ class VAEStage(nn.Module):
     def _encode(self, images: torch.Tensor) -> Any:
         """The posterior of a KL autoencoder, the raw latents of one without."""
         self.space.shape(len(images), *images.shape[-2:])
-        encoded = self.vae.encode(images.to(self.device, self.dtype))
-        for name in ("latent_dist", "latents", "latent"):
-            if hasattr(encoded, name):
-                return getattr(encoded, name)
-        raise TypeError(f"{type(self.vae).__name__} returns neither latent_dist, latents nor latent from encode().")
+        return precision.run_finite(self.vae, "encode", self._run_encoder, images)
+
+    def _run_encoder(self, vae: Any, images: torch.Tensor) -> Any:
+        rows = self._rows(vae, "encode", images)
+        return _output(vae.encode(images) if rows is None else tiles.encode(vae, images, rows), vae)
+
+    def _run_decoder(self, vae: Any, raw: torch.Tensor) -> torch.Tensor:
+        rows = self._rows(vae, "decode", raw)
+        if rows is not None:
+            return tiles.decode(vae, raw, rows)
+        if type(vae).__name__ == "ConsistencyDecoderVAE":  # it draws noise: the same for the same picture
+            return vae.decode(raw, generator=torch.Generator().manual_seed(0), return_dict=False)[0]
+        return vae.decode(raw, return_dict=False)[0]
+
+    def _rows(self, vae: Any, direction: memory.Direction, given: torch.Tensor) -> int | None:
+        """The height of the bands for this input, in pixels; None: the whole picture at once."""
+        if self.tile is None or torch.is_grad_enabled() or (self.tile == "auto" and self._is_small(direction, given)):
+            return None
+        if self.tile != "auto":
+            return self.tile
+        free = memory.available(self.device)
+        rows = memory.choose(vae, direction, tuple(given.shape), free)
+        if rows is not None:
+            whole, bands = (memory.predict(vae, direction, tuple(given.shape), height) // 2**20 for height in (None, rows))
+            warnings.warn(
+                f"to {direction} at once would take {whole:,} MB of the {free // 2**20:,} MB that are free: "
+                f"it is done in bands of {rows} rows ({bands:,} MB), with the same result",
+                Note,
+                stacklevel=2,
+            )
+        return rows
+
+    def _is_small(self, direction: memory.Direction, given: torch.Tensor) -> bool:
+        area = given.shape[0] * given.shape[-1] * given.shape[-2]
+        return area * (1 if direction == "encode" else self.space.downscale**2) <= SMALL
+
+
+def _output(encoded: Any, vae: Any) -> Any:
+    for name in ("latent_dist", "latents", "latent"):
+        if hasattr(encoded, name):
+            return getattr(encoded, name)
+    raise TypeError(f"{type(vae).__name__} returns neither latent_dist, latents nor latent from encode().")
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ def replay(
     /,
     model: str | None = None,
     vae: str | None = None,
+    adapter: str | None = None,
     image: Path | None = None,
     device: str | None = None,
     out: Path | None = None,
@@ -26,13 +27,14 @@ def replay(
         picture: A PNG that latentpipe wrote.
         model: Name or folder of the model, where the recipe's name is not installed.
         vae: Name or folder of the VAE, likewise.
+        adapter: Name or file of the adapter, likewise.
         image: The picture that img2img began from.
         device: cpu, cuda or mps.
         out: Where to save the new picture; left out: only compare.
     """
     from latentpipe import replay as run
 
-    result = run(picture, model, vae, image, device)
+    result = run(picture, model, vae, image, device, adapter)
     if out is not None:
         result.picture.save(out)
         print(out)
@@ -107,18 +109,30 @@ def evaluate_prompts(
     print(_json(result) if json else table(result))
 
 
-def ls(kind: Literal["all", "models", "vae", "configs"] = "all", /) -> None:
-    """List the models, VAEs and configs that names refer to.
+def ls(kind: Literal["all", "models", "vae", "adapters", "configs"] = "all", /, fits: str | None = None) -> None:
+    """List the models, VAEs, adapters and configs that names refer to.
 
     Args:
         kind: What to list.
+        fits: Name or folder of a model: list the VAEs with their verdicts, those that fit it first.
     """
-    from latentpipe.weights import available
+    from latentpipe.weights import available, home
+
+    if fits is not None:
+        if kind != "vae":
+            raise UserError("--fits lists VAEs; write 'latentpipe ls vae --fits MODEL'.")
+        from latentpipe.swap import fitting
+
+        for name, path, verdict in sorted(fitting(fits), key=lambda row: not row[2].fits):
+            print(f"{name:20}{verdict.outcome:26}{path}")
+        return
 
     for name in ("models", "vae") if kind == "all" else (kind,):
-        if name != "configs":
+        if name in ("models", "vae"):
             for entry, path in available(name).items():
                 print(f"{name.removesuffix('s'):8}{entry:20}{path}")
+    for path in sorted((home() / "adapters").glob("*.safetensors")) if kind in ("all", "adapters") else ():
+        print(f"{'adapter':8}{path.stem:20}{path}")
     if kind in ("all", "configs"):
         for path in sorted(configs_folder().glob("*.yaml")):
             print(f"{'config':8}{path.stem:20}{path}")

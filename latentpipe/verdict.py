@@ -98,7 +98,8 @@ class Verdict:
                     f"  {'share of its latents explained (R^2)':42}as they are {fit.identity:.3f}, per channel {fit.affine:.3f}, "
                     f"linear {fit.full:.3f}"
                 )
-            lines.append(f"  {'std of the latents, mean over channels':42}host {_mean(seen.host_std):.3f}, VAE {_mean(seen.vae_std):.3f}")
+            spread = f"host {_mean(seen.host_std):.3f}, VAE {_mean(seen.vae_std):.3f}"
+            lines.append(f"  {'std of the latents, mean over channels':42}{spread}")
         return "\n".join(lines)
 
 
@@ -145,9 +146,9 @@ def measure(host: Any, vae: Any, images: torch.Tensor | None = None) -> Evidence
 
 
 def probe_side(*downscales: int) -> int:
-    """A side in pixels that all downscales divide and that leaves at least 8 x 8 latents."""
-    unit = math.lcm(*downscales)
-    return unit * math.ceil(max(128, 8 * max(downscales)) / unit)
+    """A side in pixels that all downscales divide: 16 latents a side, 8 where that would be more than 256 pixels."""
+    unit, most = math.lcm(*downscales), max(downscales)
+    return unit * math.ceil(max(64, min(16 * most, max(256, 8 * most))) / unit)
 
 
 def linear_relation(host: torch.Tensor, vae: torch.Tensor) -> Linear:

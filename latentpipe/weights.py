@@ -1,10 +1,9 @@
-"""Where VAEs live: find, open, save, hash. Safetensors only."""
+"""Where VAEs live: find, open, save, hash. Safetensors only; the formats are in `formats`."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,21 +12,14 @@ from typing import Any
 import torch
 
 from latentpipe.errors import UserError
-from latentpipe.files import atomic_folder, content_hash, load_strictly, read_json, read_tensors
+from latentpipe.files import atomic_folder, content_hash, home
+from latentpipe.formats import opening as formats
+from latentpipe.formats.opening import Given, VAEFile
+from latentpipe.formats.source import CARD_FILE as CARD_FILE
+from latentpipe.formats.source import VAE_FILE as VAE_FILE
 from latentpipe.latents import LatentSpace
 
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AsymmetricAutoencoderKL")
-VAE_FILE = "diffusion_pytorch_model.safetensors"
-CARD_FILE = "card.json"
 PREVIEW_FILE = "latent_rgb.json"
-
-
-def home() -> Path:
-    """People's own files: $LATENTPIPE_HOME, else latentpipe/ in the user's data folder; holds models/, vae/, lora/."""
-    if os.environ.get("LATENTPIPE_HOME"):
-        return Path(os.environ["LATENTPIPE_HOME"])
-    data = os.environ.get("XDG_DATA_HOME") or os.environ.get("LOCALAPPDATA")
-    return Path(data or Path.home() / ".local" / "share") / "latentpipe"
 
 
 def shipped() -> Path:
@@ -37,7 +29,10 @@ def shipped() -> Path:
 
 
 def available(kind: str = "models") -> dict[str, Path]:
-    """Names and folders of all `kind` ("models" or "vae"): the shipped ones, then people's own."""
+    """Names and places of all `kind` ("models" or "vae"): the shipped ones, then people's own.
+
+    A model is a folder; a VAE is a folder or a safetensors file named by its stem (by its whole name where a folder has that).
+    """
     index = "model_index.json" if kind == "models" else "config.json"
     found: dict[str, Path] = {}
     for root in (shipped(), home() / "models"):
@@ -45,39 +40,57 @@ def available(kind: str = "models") -> dict[str, Path]:
             found[path.parent.name] = path.parent if kind == "models" else path.parent / "vae"
     for root in (shipped() / kind, home() / kind):
         found |= {path.parent.name: path.parent for path in sorted(root.glob(f"*/{index}"))}
+        for path in sorted(root.glob("*.safetensors")) if kind == "vae" else ():
+            found[path.name if (root / path.stem).is_dir() else path.stem] = path
     return found
 
 
 def find_model(name: str | Path, kind: str = "models") -> Path:
-    """The folder that a name or a path means; UserError lists the names there are."""
+    """The folder (or a VAE's single file) that a name or a path means; UserError lists the names there are."""
     known = available(kind)
     if str(name) in known:
+        if f"{name}.safetensors" in known:
+            raise UserError(f"{kind} '{name}' is both {known[str(name)]} and {known[f'{name}.safetensors']}; rename one of them.")
         return known[str(name)]
-    if Path(name).is_dir():
-        return Path(name).resolve()
-    raise UserError(f"No {kind.removesuffix('s')} '{name}': neither a folder nor one of {', '.join(known) or 'none installed'}.")
+    path = Path(name)
+    if path.is_dir() or (kind == "vae" and path.is_file()):
+        return path.resolve()
+    kinds = "neither a folder nor a file nor" if kind == "vae" else "neither a folder nor"
+    raise UserError(f"No {kind.removesuffix('s')} '{name}': {kinds} one of {', '.join(known) or 'none installed'}.")
 
 
-def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A diffusers autoencoder from its folder (config.json and safetensors), strictly, in eval mode."""
-    import diffusers
+def open_vae(
+    path: Path,
+    *,
+    scaling_factor: float | None = None,
+    shift_factor: float | None = None,
+    downscale: int | None = None,
+    norm_groups: int | None = None,
+) -> VAEFile:
+    """A VAE's complete config, space and tensors, without building it.
 
-    folder = Path(folder)
-    config = read_json(folder / "config.json")
-    name = config.get("_class_name")
-    if name not in AUTOENCODERS:
-        raise UserError(f"{folder}/config.json: _class_name is {name!r}; expected one of {', '.join(AUTOENCODERS)}.")
-    tensors = read_tensors(folder / VAE_FILE)
-    vae = getattr(diffusers, name).from_config(config)
-    load_strictly(vae, tensors, folder / VAE_FILE)
-    return torch.nn.Module.to(vae, dtype).eval()
+    path  a diffusers folder, or a safetensors file with diffusers', LDM's (also within a checkpoint) or TAESD's keys
+    The other arguments state what a file does not; left out, it is measured on probe images (a Note says so) or asked
+    for (UserError). A factor that is given wins over the file's.
+    """
+    with quiet():
+        return formats.open_vae(Path(path), Given(scaling_factor, shift_factor, downscale, norm_groups))
 
 
-def vae_hash(folder: Path) -> str:
-    """The content hash of a VAE folder: its weights as they lie in the file, and its normalization."""
-    folder = Path(folder)
-    config = read_json(folder / "config.json")
-    return content_hash(read_tensors(folder / VAE_FILE), LatentSpace.from_config(config))
+def load_vae(path: Path, dtype: torch.dtype = torch.float32, **given: Any) -> Any:
+    """An autoencoder from a folder or a file, strictly, in eval mode; arguments as for `open_vae`."""
+    vae = open_vae(path, **given)
+    with quiet():
+        return torch.nn.Module.to(vae.build(), dtype)
+
+
+def vae_hash(path: Path, **given: Any) -> str:
+    """The content hash of a VAE: its weights as stored, by their diffusers names, and its normalization.
+
+    The same for the same weights in a folder, in an LDM file and inside a checkpoint. Arguments as for `open_vae`.
+    """
+    vae = open_vae(path, **given)
+    return content_hash(vae.tensors, vae.space)
 
 
 def save_vae(vae: Any, folder: Path, card: Mapping[str, Any], preview: Any = None) -> str:
@@ -96,9 +109,9 @@ def save_vae(vae: Any, folder: Path, card: Mapping[str, Any], preview: Any = Non
 
 
 def name_of(folder: Path, kind: str = "models") -> str:
-    """The name under which `find_model` finds a folder; a folder elsewhere has its own name."""
+    """The name under which `find_model` finds a folder or file; one elsewhere has its own name."""
     known = {path.resolve(): name for name, path in available(kind).items()}
-    return known.get(folder.resolve(), folder.name)
+    return known.get(folder.resolve(), folder.stem if folder.is_file() else folder.name)
 
 
 @contextmanager

@@ -16,13 +16,18 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 
 # A module imports from those above it, from itself and from its own package only.
 ORDER = [
-    ["errors"], ["version"], ["defaults"], ["images"], ["latents"], ["files"], ["vae"], ["weights"], ["models"], ["recipe"], ["hosts"],
-    ["sampling"], ["pipeline"],
-    ["engine"], ["config"], ["data"], ["train"], ["evaluate"], ["generate", "verbs", "vae_verbs"], ["cli"],
+    ["errors"], ["version"], ["defaults"], ["images"], ["probes"], ["latents"], ["files"],
+    ["bands"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["hosts"], ["weights"], ["rescale"], ["fp16"],
+    ["models"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["recipe"], ["sampling"], ["denoise"], ["pipeline"],
+    ["engine"], ["config"], ["data"], ["train"], ["evaluate"], ["generate", "verbs", "vae_verbs"], ["fit"], ["cli"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 EXEMPT = {"latentpipe/__init__.py", "latentpipe/__main__.py"}
 PUBLIC = {
+    "Verdict",
+    "check_swap",
+    "fit_adapter",
+    "swap_vae",
     "Engine",
     "Finished",
     "LatentPipeline",

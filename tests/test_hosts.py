@@ -14,7 +14,9 @@ from tiny_hosts import BUILDERS, SIDE, call
 from latentpipe import LatentSpace, UserError, VAEStage, hosts
 from latentpipe.files import content_hash
 
-TASKS = [(name, task) for name in BUILDERS for task in ("text", "image", "inpaint") if getattr(hosts.host_of(BUILDERS[name]()), task)]
+TASKS = [
+    (name, task) for name in BUILDERS for task in ("text", "image", "inpaint") if getattr(hosts.host_of(BUILDERS[name]()), task)
+]
 EXACT = {"sd15", "sd3", "flux", "sana", "sprint"}  # SDXL with statistics rounds in another order
 
 
@@ -163,8 +165,9 @@ def test_an_unknown_class_is_taken_for_what_its_latents_are() -> None:
 
 
 def test_a_pipeline_without_a_vae_is_refused() -> None:
-    pipe = diffusers.DDPMPipeline(diffusers.UNet2DModel(sample_size=8, block_out_channels=(4, 4), down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2, norm_num_groups=2), diffusers.DDPMScheduler())  # fmt: skip
+    blocks = {"block_out_channels": (8, 8), "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = diffusers.UNet2DModel(sample_size=8, norm_num_groups=2, attention_head_dim=4, **blocks)
+    pipe = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
     with pytest.raises(UserError, match="DDPMPipeline has no VAE; expected one of StableDiffusionPipeline"):
         hosts.host_of(pipe)
 

@@ -15,6 +15,7 @@ from helpers import draw_shape, grey_levels, tiny_vae
 from PIL import Image
 
 from latentpipe import LatentPipeline, UserError, VAEStage
+from latentpipe.denoise import host_for
 from latentpipe.sampling import SCHEDULERS, Settings
 
 PROMPT = "red circle"
@@ -90,7 +91,7 @@ def test_every_scheduler_is_the_stock_pipelines(pipe: LatentPipeline, stock: Any
 
 def test_no_scheduler_clips_latents(pipe: LatentPipeline) -> None:
     for name in SCHEDULERS:
-        config = pipe._host(Settings(scheduler=name)).scheduler.config
+        config = host_for(pipe.host, pipe.stage, Settings(scheduler=name)).scheduler.config
         assert not config.get("clip_sample"), name
         assert not config.get("thresholding"), name
         assert config["prediction_type"] == "v_prediction"
@@ -99,14 +100,8 @@ def test_no_scheduler_clips_latents(pipe: LatentPipeline) -> None:
 def test_img2img_is_the_stock_pipelines(pipe: LatentPipeline, stock: Any) -> None:
     from diffusers import StableDiffusionImg2ImgPipeline
 
-    class Own(StableDiffusionImg2ImgPipeline):
-        def prepare_latents(self, image: Any, timestep: Any, *rest: Any) -> Any:
-            clean = self.vae.encode(image).latent_dist.mode()  # the stock one samples, and takes 4 channels for latents
-            noise = torch.randn(clean.shape, generator=rest[-1])
-            return self.scheduler.add_noise(clean * self.vae.config.scaling_factor, noise, timestep)
-
     source = draw_shape("blue", "square", 16)
-    host = Own(**stock.components, requires_safety_checker=False)
+    host = StableDiffusionImg2ImgPipeline(**stock.components, requires_safety_checker=False)
     host.set_progress_bar_config(disable=True)
     theirs = by_stock(host, image=source, num_inference_steps=5, strength=0.6, guidance_scale=3.0)
     assert grey_levels(by_us(pipe, image=source, steps=5, strength=0.6), theirs) == 0
@@ -388,7 +383,7 @@ def test_empty_and_odd_prompts_draw(pipe: LatentPipeline) -> None:
 
 def test_a_vae_of_another_shape_is_refused(pipe: LatentPipeline) -> None:
     wide = VAEStage(tiny_vae(latent_channels=8))
-    with pytest.raises(UserError, match="8-channel latents at 1/2 size; this UNet takes 4 channels at 1/2"):
+    with pytest.raises(UserError, match="8-channel latents at 1/2 size; this denoiser takes 4 channels at 1/2"):
         LatentPipeline(pipe.host, wide)
     deep = tiny_vae(
         block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3
@@ -401,8 +396,9 @@ def test_another_vae_decodes(model_folder: Path, tmp_path: Path, pipe: LatentPip
     from latentpipe.weights import save_vae, vae_hash
 
     save_vae(tiny_vae(9), tmp_path / "other", {})
-    with pytest.warns(UserWarning, match="trained on another VAE"):
-        other = LatentPipeline.from_pretrained(model_folder, vae=tmp_path / "other", device="cpu")
+    with pytest.raises(UserError, match=r"was not put in\.\nsame shape, other space"):
+        LatentPipeline.from_pretrained(model_folder, vae=tmp_path / "other", device="cpu")
+    other = LatentPipeline.from_pretrained(model_folder, vae=tmp_path / "other", device="cpu", force=True)
     picture = other(PROMPT, seed=5, steps=2)[0]
     assert picture.recipe.vae == "other"
     assert picture.recipe.hashes == pipe.hashes | {"vae": vae_hash(tmp_path / "other")}

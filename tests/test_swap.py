@@ -104,7 +104,11 @@ def random_weights() -> Any:
 
 FAULTS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "scale off by 1.4": (lambda: raw_of(2.5, 0, scaling_factor=0.4 * 1.4), "broken", r"1\.4 times as large .* should be 0\.4"),
-    "scale off by 1/1.4": (lambda: raw_of(2.5, 0, scaling_factor=0.4 / 1.4), "broken", r"0\.714 times as large .* should be 0\.4"),
+    "scale off by 1/1.4": (
+        lambda: raw_of(2.5, 0, scaling_factor=0.4 / 1.4),
+        "broken",
+        r"0\.714 times as large .* should be 0\.4",
+    ),
     "shift dropped": (lambda: raw_of(2.5, 0.3, scaling_factor=0.4), "broken", r"a shift of 0\.3 .*missing"),
     "a shift as small as FLUX's": (lambda: raw_of(2.77, 0.1159, scaling_factor=0.3611), "broken", r"a shift of 0\.11.* missing"),
     "mean and std twice": (lambda: statistics_vae(twice=True), "broken", "applied twice"),
@@ -222,7 +226,9 @@ def test_swapping_in_the_same_vae_changes_nothing(name: str) -> None:
     assert new is not pipe
     expected = pipe(**tiny_hosts.call(name), output_type="pt").images
     assert torch.equal(new(**tiny_hosts.call(name), output_type="pt").images, expected)
-    assert {key: content_hash(part.state_dict()) for key, part in pipe.components.items() if hasattr(part, "state_dict")} == before
+    assert {
+        key: content_hash(part.state_dict()) for key, part in pipe.components.items() if hasattr(part, "state_dict")
+    } == before
     assert {key: dict(part.config) for key, part in pipe.components.items() if part is not None} == configs
 
 
@@ -284,5 +290,5 @@ def test_a_pipeline_that_does_not_fit_itself_is_refused(emoji: Any) -> None:
 def test_a_vae_without_factors_is_asked_for(emoji: Any) -> None:
     vae = copy.deepcopy(tiny_vae())
     vae.register_to_config(scaling_factor=None)
-    with pytest.raises(UserError, match="AutoencoderKL: .*scaling_factor"):
+    with pytest.raises(UserError, match=r"AutoencoderKL: .*scaling_factor"):
         check_swap(emoji, vae)

@@ -203,3 +203,80 @@ def call(name: str, n: int = 1, **more: Any) -> dict[str, Any]:
     if name not in ("sana", "sprint") and "image" not in more:
         arguments |= {"height": SIDE, "width": SIDE}
     return arguments | more
+
+
+# --- complete pipelines, with text ---------------------------------------------------------------------------
+
+
+def clip(projection: bool, width: int = 8) -> Any:
+    """A CLIP text encoder."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(2)
+    config = CLIPTextConfig(
+        vocab_size=4000,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        projection_dim=width,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def words() -> Any:
+    """A tokenizer with a word for each letter, as T5's and Gemma's are used."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=16
+    )
+
+
+def complete(name: str) -> Any:
+    """A pipeline of a family with tokenizers and text encoders, ready to be saved."""
+    from transformers import CLIPTokenizer, Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
+
+    from latentpipe.weights import find_model
+
+    tokenizer = CLIPTokenizer.from_pretrained(find_model("emoji") / "tokenizer")
+    pipe = BUILDERS[name]()
+    parts = {key: value for key, value in pipe.components.items() if value is not None}
+    t5 = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    torch.manual_seed(2)
+    if name == "sdxl":
+        parts["unet"] = unet(
+            4,
+            16,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=6 * 4 + 8,
+            transformer_layers_per_block=(1, 1),
+        )
+        text = {"text_encoder": clip(False), "text_encoder_2": clip(True), "tokenizer": tokenizer, "tokenizer_2": tokenizer}
+    elif name == "sd3":
+        text = {"text_encoder": clip(True, 4), "text_encoder_2": clip(True, 4), "tokenizer": tokenizer, "tokenizer_2": tokenizer}
+        text |= {"text_encoder_3": T5EncoderModel(t5).eval(), "tokenizer_3": words()}
+    elif name == "flux":
+        text = {
+            "text_encoder": clip(False),
+            "tokenizer": tokenizer,
+            "text_encoder_2": T5EncoderModel(t5).eval(),
+            "tokenizer_2": words(),
+        }
+    else:
+        gemma = Gemma2Config(
+            vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=4, pad_token_id=0, eos_token_id=1, bos_token_id=1,
+        )  # fmt: skip
+        text = {"text_encoder": Gemma2Model(gemma).eval(), "tokenizer": words()}
+    from latentpipe import hosts
+
+    return hosts.rebuild(pipe, **parts | text)

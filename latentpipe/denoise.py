@@ -1,0 +1,139 @@
+"""Prompts to latents through a host: which pipeline class, which arguments, and the step callback of each family."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from latentpipe import hosts
+from latentpipe.errors import UserError
+from latentpipe.images import flatten
+from latentpipe.sampling import SCHEDULER_OPTIONS, SCHEDULERS, Guide, OnStep, Settings, Step
+from latentpipe.weights import quiet
+
+
+def denoise(
+    host: Any, stage: Any, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, on_step: OnStep | None = None
+) -> torch.Tensor:
+    """Prompts to latents (B C h w) through the host; noise comes from one CPU generator for each seed.
+
+    `stage` encodes the picture that img2img begins from. `settings` are checked and have a size.
+    """
+    assert settings.size is not None
+    width, height = settings.size
+    twin = host_for(host, stage, settings)
+    arguments: dict[str, Any] = {
+        "num_inference_steps": settings.steps,
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        "output_type": "latent",
+    }
+    wanted = inspect.signature(type(twin).__call__).parameters
+    if settings.image is not None:
+        arguments |= {"image": _resized(settings.image, width, height), "strength": settings.strength}
+    if settings.image is None or "height" in wanted:
+        arguments |= {"width": width, "height": height}
+    if "use_resolution_binning" in wanted:
+        arguments["use_resolution_binning"] = False  # the size asked for is the size drawn
+    if is_classic(host):
+        latents, stopped = _guided(twin, prompts, settings, on_step, arguments)
+    else:
+        latents, stopped = _plain(twin, prompts, settings, on_step, arguments)
+    return latents if stopped else hosts.unpack(host, latents, height, width)
+
+
+def is_classic(host: Any) -> bool:
+    """Whether a host is of Stable Diffusion 1 or 2, whose guidance can be switched step by step."""
+    return hosts.host_of(host) is hosts.HOSTS[0]
+
+
+def native_size(host: Any) -> tuple[int, int]:
+    """Width and height in pixels that a host's denoiser was trained at."""
+    config = getattr(host, hosts.host_of(host).denoiser).config
+    sample = config.get("sample_size") or getattr(host, "default_sample_size", 128)
+    height, width = sample if isinstance(sample, (tuple, list)) else (sample, sample)
+    return width * host.vae_scale_factor, height * host.vae_scale_factor
+
+
+def size_unit(host: Any) -> int:
+    """The number that both sides of a picture must be multiples of."""
+    family = hosts.host_of(host)
+    config = getattr(host, family.denoiser).config
+    if family.denoiser == "unet":
+        # Halving inside the UNet needs whole numbers too; the host itself asks for multiples of 8.
+        return math.lcm(8, host.vae_scale_factor * 2 ** (len(config.block_out_channels) - 1))
+    return host.vae_scale_factor * max(family.patch, config.get("patch_size") or 1)
+
+
+def check_family(host: Any, settings: Settings) -> None:
+    """UserError for settings that a host's family cannot follow."""
+    family = hosts.host_of(host)
+    wrong = ""
+    if settings.image is not None and not family.image:
+        wrong = f"{family.name} has no pipeline that begins from a picture; leave the picture out."
+    elif settings.guidance_interval != (0.0, 1.0) and not is_classic(host):
+        wrong = f"{family.name} cannot switch its guidance step by step; leave guidance_interval out."
+    elif settings.scheduler and family.denoiser != "unet":
+        wrong = f"{family.name} draws by flow matching with its own scheduler; leave the scheduler out."
+    elif settings.negative and "true_cfg_scale" in inspect.signature(type(host).__call__).parameters:
+        wrong = f"{family.name} has its guidance built in and takes no negative prompt; leave it out."
+    if wrong:
+        raise UserError(wrong)
+
+
+def _guided(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnStep | None, arguments: dict[str, Any]) -> Any:
+    """Run Stable Diffusion 1/2 with guidance in its interval only."""
+    guided = settings.guidance > 1
+    with quiet():  # what is cut from a long prompt is said once, with the recipe
+        positive, negative = twin.encode_prompt(
+            list(prompts), twin.device, 1, guided, [settings.negative] * len(prompts) if guided else None
+        )
+    guide = Guide(settings, positive, negative, settings.steps_to_run, on_step)
+    latents = twin(
+        **guide.start(),
+        callback_on_step_end=guide,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+        **arguments,
+    ).images
+    return (guide.estimate, True) if guide.stopped else (latents, False)
+
+
+def _plain(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnStep | None, arguments: dict[str, Any]) -> Any:
+    """Run any other family with its own prompt encoding and guidance."""
+    last: list[torch.Tensor] = []
+    width, height = settings.size or native_size(twin)
+
+    def watch(host: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        latents = hosts.unpack(host, tensors["latents"], height, width)
+        if on_step is not None and on_step(Step(step + 1, settings.steps_to_run, latents)) and step + 1 < settings.steps_to_run:
+            host._interrupt = True
+            last.append(latents)
+        return {}
+
+    if settings.negative:
+        arguments["negative_prompt"] = [settings.negative] * len(prompts)
+    with quiet():
+        latents = twin(prompt=list(prompts), guidance_scale=settings.guidance, callback_on_step_end=watch, **arguments).images
+    return (last[0], True) if last else (latents, False)
+
+
+def host_for(host: Any, stage: Any, settings: Settings) -> Any:
+    """The host, or its img2img twin, around the stage; with a fresh scheduler, so that the lent one keeps its state."""
+    import diffusers
+
+    parts = {}
+    name = SCHEDULERS[settings.scheduler] if settings.scheduler else type(host.scheduler).__name__
+    if hosts.host_of(host).denoiser == "unet":
+        parts["scheduler"] = getattr(diffusers, name).from_config(host.scheduler.config, **SCHEDULER_OPTIONS.get(name, {}))
+    cls = None if settings.image is None else getattr(diffusers, hosts.host_of(host).image)
+    twin = hosts.rebuild(host, cls, vae=hosts.Canonical(stage), **parts)
+    twin.set_progress_bar_config(disable=True)
+    return twin
+
+
+def _resized(picture: Image.Image, width: int, height: int) -> Image.Image:
+    return flatten(picture).resize((width, height), Image.Resampling.LANCZOS)
