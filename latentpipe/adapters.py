@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from latentpipe.errors import UserError
-from latentpipe.files import HASH_LENGTH, atomic_file, content_hash, load_strictly, read_tensors
+from latentpipe.files import HASH_LENGTH, atomic_file, content_hash, load_strictly, read_header, read_tensors
 from latentpipe.latents import LatentSpace
 from latentpipe.vae import VAEStage
 from latentpipe.weights import home
@@ -129,13 +129,14 @@ def save_adapter(adapter: Adapter, card: AdapterCard, path: Path) -> str:
     return content_hash(tensors)
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a safetensors file says that it is an adapter."""
+    return read_header(path).metadata.get("format") == FORMAT
+
+
 def read_card(path: Path) -> AdapterCard:
     """The card of an adapter file; UserError where the file is none."""
-    from safetensors import safe_open
-
-    read_tensors(path)  # says what is wrong with a file that is none
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
+    metadata = read_header(path).metadata
     try:
         if metadata.get("format") != FORMAT:
             raise ValueError

@@ -50,7 +50,7 @@ class Map:
 
 
 class Moments:
-    """Per channel, of all bands so far: mean and sum of squared deviations, float64.
+    """Per channel, of all bands so far: mean and sum of squared deviations, in float64.
 
     Bands are merged as in Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing
     sample variances". Within a band the values are centred first, so a large mean costs no digits.
@@ -63,9 +63,9 @@ class Moments:
 
     def add(self, band: torch.Tensor) -> None:
         """Merge a band, 1 C R W."""
-        values = band[0].permute(1, 2, 0).float()  # R W C
+        values = _wide(band[0].permute(1, 2, 0))  # R W C
         n = values.shape[0] * values.shape[1]
-        centre = (_total(values) / n).float()
+        centre = (_total(values) / n).to(values.dtype)
         rest = values - centre
         first, second = _total(rest), _total(rest.square_())
         mean, square = centre + first / n, second - first.square() / n
@@ -76,7 +76,7 @@ class Moments:
         self.n = both
 
     def affine(self, norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and shift, float32 1 C 1 1 each, that do what `norm` does to the whole map (Wu and He, arXiv:1803.08494)."""
+        """Scale and shift, 1 C 1 1 each, that do what `norm` does to the whole map (Wu and He, arXiv:1803.08494)."""
         assert isinstance(self.mean, torch.Tensor)
         assert isinstance(self.square, torch.Tensor)
         groups = (norm.num_groups, -1)
@@ -87,15 +87,21 @@ class Moments:
         scale = scale if norm.weight is None else scale * norm.weight
         shift = -mean.expand_as(means).reshape(-1) * scale
         shift = shift if norm.bias is None else shift + norm.bias
-        return scale.float().view(1, -1, 1, 1), shift.float().view(1, -1, 1, 1)
+        return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    """At least float32."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _total(values: torch.Tensor) -> torch.Tensor:
     """R W C summed over R and W, to float64. As a product on a CPU, where reductions over leading axes are slow."""
-    if values.device.type == "cuda":
-        return values.sum(1).double().sum(0)
-    ones = values.new_ones(1, values.shape[1])
-    return torch.matmul(ones, values).double().sum((0, 1))
+    if values.device.type not in ("cpu", "meta"):
+        sums = values.sum(1)
+    else:
+        sums = torch.matmul(values.new_ones(1, values.shape[1]), values)[:, 0]
+    return sums.sum(0) if values.device.type == "mps" else sums.double().sum(0)  # MPS has no float64
 
 
 def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -127,6 +133,7 @@ def store(m: Map, rows: int, over: torch.Tensor | None = None, into: torch.Tenso
 
     When it writes over its own source, a finished band waits until no later band reads the rows below it.
     """
+    give_back(m.like.device)
     out = over if over is not None else into
     if out is None:
         out = _empty(m.like, m.channels, m.height, m.width)
@@ -134,7 +141,6 @@ def store(m: Map, rows: int, over: torch.Tensor | None = None, into: torch.Tenso
     moments = Moments()
     waiting: deque[tuple[int, int, torch.Tensor]] = deque()
     for a, b in bands(m, rows):
-        give_back(m.like.device)
         band = m.rows(a, b)
         if into is None:
             moments.add(band)
@@ -211,7 +217,7 @@ def upsample_conv(m: Map, module: nn.Conv2d) -> Map:
     Of the nine values under the kernel only four differ, so each of the four output parities is a 2x2 convolution of
     the small map with sums of taps: 4/9 of the work (the sub-pixel form of Shi et al., arXiv:1609.05158, section 3).
     """
-    taps = module.weight.float()
+    taps = _wide(module.weight)
     halves = [
         torch.stack([taps[:, :, 0], taps[:, :, 1] + taps[:, :, 2]], 2),
         torch.stack([taps[:, :, 0] + taps[:, :, 1], taps[:, :, 2]], 2),
@@ -242,7 +248,7 @@ def norm(m: Map, module: nn.GroupNorm, act: Any, rows: int) -> Map:
         m.moments = Moments()
         for a, b in bands(m, rows):
             m.moments.add(m.rows(a, b))
-    scale, shift = m.moments.affine(module)
+    scale, shift = (factor.to(_wide(m.like[:0]).dtype) for factor in m.moments.affine(module))
 
     def make(a: int, b: int) -> torch.Tensor:
         return activate(torch.addcmul(shift, m.rows(a, b), scale), act).to(m.like.dtype)

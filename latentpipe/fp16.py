@@ -177,9 +177,8 @@ def _observe(vae: Any, images: torch.Tensor, raw: torch.Tensor | None = None, ro
 def _stage(vae: Any) -> VAEStage:
     """A stage whose latents are the VAE's own units."""
     space = LatentSpace.of(vae)
-    return VAEStage(
-        vae, LatentSpace(space.channels, space.downscale, (1.0,) * space.channels, (0.0,) * space.channels), tile=None
-    )
+    ones, zeros = (1.0,) * space.channels, (0.0,) * space.channels
+    return VAEStage(vae, LatentSpace(space.channels, space.downscale, ones, zeros), tile=None)
 
 
 def _change(before: tuple[torch.Tensor, ...], after: tuple[torch.Tensor, ...], half: tuple[torch.Tensor, ...]) -> Change:

@@ -184,7 +184,7 @@ def rebuild(pipe: Any, cls: type | None = None, **parts: Any) -> Any:
     """
     cls = cls or type(pipe)
     components = {**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler), **parts}
-    wanted = inspect.signature(cls.__init__).parameters
+    wanted = inspect.signature(cls).parameters
     flags = {name: pipe.config[name] for name in wanted if name in pipe.config and name not in components}
     if "add_watermarker" in wanted:
         flags["add_watermarker"] = getattr(pipe, "watermark", None) is not None

@@ -153,7 +153,8 @@ def _other(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
 def _remark(seen: Evidence, outcome: Outcome) -> str:
     """What weakens a verdict, or should be looked at besides."""
     remarks = []
-    if seen.host is not None and seen.host < seen.flat + REBUILDS_DB:
+    blind = seen.host is not None and seen.host < seen.flat + REBUILDS_DB
+    if blind and seen.linear is not None:
         remarks.append(
             f"The host's own VAE does not rebuild these pictures ({seen.host:.1f} dB), so the encoders alone were compared."
         )
@@ -161,7 +162,7 @@ def _remark(seen: Evidence, outcome: Outcome) -> str:
         flat = f"one colour for each gives {seen.flat:.1f} dB"
         remarks.append(f"It does not rebuild these pictures either ({seen.vae:.1f} dB; {flat}).")
     ours, theirs = statistics.fmean(seen.vae_std), statistics.fmean(seen.host_std)
-    if outcome in ("other shape", "same shape, other space") and not 0.4 < ours / max(theirs, 1e-6) < 2.5:
+    if outcome in ("other shape", "same shape, other space") and not blind and not 0.4 < ours / max(theirs, 1e-6) < 2.5:
         remarks.append(
             f"Its latents have a standard deviation of {ours:.2f}, the host's {theirs:.2f}: its scaling_factor may be wrong too."
         )

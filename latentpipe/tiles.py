@@ -87,7 +87,9 @@ def _reason_against_part(part: Any) -> str:
         plain = type(a) is Attention and a.group_norm is not None and a.spatial_norm is None
         if a is not None and not (plain and a.norm_q is None and a.norm_k is None and a.residual_connection):
             return "its middle block has an unusual attention"
-    return "" if isinstance(part.conv_norm_out, nn.GroupNorm) else f"its last normalization is a {type(part.conv_norm_out).__name__}"
+    return (
+        "" if isinstance(part.conv_norm_out, nn.GroupNorm) else f"its last normalization is a {type(part.conv_norm_out).__name__}"
+    )
 
 
 def _reason_against_tiny(part: Any) -> str:
@@ -120,6 +122,7 @@ def _each(batch: torch.Tensor, rows: int, build: Any) -> torch.Tensor:
         if out is None:
             out = batch.new_empty((len(batch), m.channels, m.height, m.width))
         store(m, rows, into=out[index : index + 1])
+        del m  # it holds maps that the next picture needs room for
     if out is None:
         raise UserError("An empty batch was given; expected one picture or more.")
     return out
@@ -202,7 +205,8 @@ def _resnet(m: Map, block: Any, rows: int, most: int) -> Map:
     shortcut = m if block.conv_shortcut is None else conv(m, block.conv_shortcut)
     factor = block.output_scale_factor
     out = add(shortcut, outer, None if factor == 1 else lambda band: band / factor)
-    return store(out, rows, over=inner.tensor if inner.tensor is not None else m.tensor)
+    fits = m.tensor is not None and m.channels == out.channels
+    return store(out, rows, over=m.tensor if fits else inner.tensor)
 
 
 def _attention(m: Map, module: Any, rows: int) -> Map:

@@ -121,9 +121,11 @@ class VAEStage(nn.Module):
         if self.tile != "auto":
             return self.tile
         free = memory.available(self.device)
-        rows = memory.choose(vae, direction, tuple(given.shape), free)
+        n, channels, height, width = given.shape
+        shape = (n, channels, height, width)
+        rows = memory.choose(vae, direction, shape, free)
         if rows is not None:
-            whole, bands = (memory.predict(vae, direction, tuple(given.shape), height) // 2**20 for height in (None, rows))
+            whole, bands = (memory.predict(vae, direction, shape, high) // 2**20 for high in (None, rows))
             warnings.warn(
                 f"to {direction} at once would take {whole:,} MB of the {free // 2**20:,} MB that are free: "
                 f"it is done in bands of {rows} rows ({bands:,} MB), with the same result",

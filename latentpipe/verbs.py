@@ -139,13 +139,20 @@ def ls(kind: Literal["all", "models", "vae", "adapters", "configs"] = "all", /, 
 
 
 def inspect(path: str, /) -> None:
-    """Print what a model, a VAE or a picture says about itself, as JSON.
+    """Print what a model, a VAE, an adapter or a picture says about itself, as JSON.
 
     Args:
-        path: A name, a model or VAE folder, or a PNG.
+        path: A name, a model or VAE folder, a .safetensors file, or a PNG.
     """
     from latentpipe.models import describe
 
+    if Path(path).suffix == ".safetensors" and Path(path).is_file():
+        from dataclasses import asdict
+
+        from latentpipe.adapters import is_adapter, read_card
+
+        print(_json(asdict(read_card(Path(path))) if is_adapter(Path(path)) else describe(path)))
+        return
     if Path(path).is_file():
         from latentpipe.recipe import read
 

@@ -171,9 +171,9 @@ def test_a_missing_part_is_a_user_error(model_copy: Path, part: str) -> None:
     assert part in str(error.value)
 
 
-def test_another_pipeline_class_is_refused(model_copy: Path) -> None:
-    edit_json(model_copy / "model_index.json", _class_name="StableDiffusionXLPipeline")
-    with pytest.raises(UserError, match="expected a StableDiffusionPipeline"):
+def test_a_pipeline_class_that_diffusers_lacks_is_refused(model_copy: Path) -> None:
+    edit_json(model_copy / "model_index.json", _class_name="NoSuchPipeline")
+    with pytest.raises(UserError, match="holds a NoSuchPipeline; expected a pipeline with a VAE of diffusers"):
         models.load_pipeline(model_copy)
 
 

@@ -94,15 +94,15 @@ def fit_adapter(
         latents = torch.cat([adapter(part) for part in x[held].split(64)])
         scores.append(score(rung, latents, _free_parameters(adapter))[0])
     bound, _ = score("upper bound", y[held], 0)
-    chosen = _smallest_within(scores)
+    chosen = _smallest_within(rungs, scores)
     ladder = Ladder(scores, bound, chosen, int((~held).sum()), int(held.sum()), pictures, images.shape[-1])
     return fitted[chosen], ladder
 
 
-def _smallest_within(scores: list[Score]) -> Rung:
+def _smallest_within(rungs: list[Rung], scores: list[Score]) -> Rung:
     """The first rung whose mean lies within the interval of the best one."""
     best = max(scores, key=lambda score: score.psnr_db)
-    return next(score.name for score in scores if score.psnr_db >= best.low)  # type: ignore[return-value]
+    return next(rung for rung, score in zip(rungs, scores, strict=True) if score.psnr_db >= best.low)
 
 
 def interval(values: torch.Tensor, seed: int = 0) -> tuple[float, float]:
@@ -151,13 +151,13 @@ def _descend(adapter: Adapter, x: torch.Tensor, y: torch.Tensor, steps: int, see
     """Train the convolution on the squared error, Adam with a cosine decay; the last layer begins at zero."""
     generator = torch.Generator().manual_seed(seed)
     assert adapter.curve is not None
-    first, _, last = adapter.curve
+    weight, bias, *last = adapter.curve.parameters()
     with torch.no_grad():
-        bound = (first.in_channels * 9) ** -0.5
-        for tensor in (first.weight, first.bias):
+        bound = weight[0].numel() ** -0.5
+        for tensor in (weight, bias):
             tensor.uniform_(-bound, bound, generator=generator)
-        last.weight.zero_()
-        last.bias.zero_()
+        for tensor in last:
+            tensor.zero_()
     x, y = adapter.fold(x), functional.pixel_unshuffle(y, adapter.up)
     optimizer = torch.optim.Adam(adapter.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
