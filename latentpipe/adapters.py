@@ -95,6 +95,10 @@ class Adapted(nn.Module):
         """Where the decoder's weights are."""
         return self.decoder.device
 
+    def check_memory(self, n: int, height: int, width: int) -> None:
+        """As `VAEStage.check_memory`, of the decoder."""
+        self.decoder.check_memory(n, height, width)
+
     def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Images to the host's latents."""
         return self.encoder.encode(images, generator)

@@ -28,7 +28,9 @@ SHARE = 0.8  # of what is free; the rest is for what the prediction does not see
 HEIGHTS = (256, 128, 64, 32, 16, 8)  # of a band, in rows
 AREA = 2**17  # pixels of a band beyond which a larger one is no faster
 MB = 2**20
-KEPT = 16 * MB  # what glibc holds between blocks of different sizes: 0 to 50 MB were measured
+# glibc's malloc maps blocks of 32 MB and more one by one. Smaller ones come from a heap that keeps what is freed, up to 64 MB at
+# its end, and whose holes not every block fits: a factor fitted to measured peaks. Between bands `tiles` has it give back.
+MAPPED, TRIMMED, HOLES, KEPT = 32 * MB, 64 * MB, 1.6, 16 * MB
 
 _known: dict[Any, int] = {}
 
@@ -59,7 +61,9 @@ def _predict(vae: Any, direction: Direction, shape: Shape, rows: int | None) -> 
     with _FusedAttention(), _Peak([*bare, given], first.device.type) as peak:
         result = getattr(twin if rows is None else tiles, direction)(*((given,) if rows is None else (twin, given, rows)))
         del result
-    return peak.most + (min(KEPT, peak.most // 6) if first.device.type == "cpu" else 0)
+    if first.device.type != "cpu":
+        return peak.most
+    return max(peak.most, peak.untrimmed) if rows is None else peak.most + min(KEPT, peak.most // 6)
 
 
 def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -77,11 +81,16 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _Peak(TorchDispatchMode):
-    """Adds up the storages that are alive; `most` is the peak in bytes, with the scratch memory of each operation."""
+    """Adds up the storages that are alive, with the scratch memory of each operation.
+
+    most       the peak in bytes
+    untrimmed  the same where what small storages once took is never given back
+    """
 
     def __init__(self, free: list[torch.Tensor], device: str) -> None:
         super().__init__()
-        self.device, self.live, self.most = device, 0, 0
+        self.device, self.live, self.small = device, 0, 0
+        self.most, self.small_most, self.untrimmed = 0, 0, 0
         self.seen = {tensor.untyped_storage()._cdata for tensor in free}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,19 +101,27 @@ class _Peak(TorchDispatchMode):
         scratch = 0
         if self.device == "cpu" and func is torch.ops.aten.convolution.default:
             scratch = _scratch(args[0], args[1], result)
-        self.most = max(self.most, self.live + scratch)
+        self._note(scratch)
         return result
+
+    def _note(self, scratch: int) -> None:
+        both = self.live + scratch
+        small = self.small + (scratch if scratch < MAPPED else 0)
+        self.most, self.small_most = max(self.most, both), max(self.small_most, small)
+        self.untrimmed = max(self.untrimmed, both + min(TRIMMED, int(HOLES * self.small_most) - small))
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self.seen:
             self.seen.add(key)
             self.live += size
+            self.small += size if size < MAPPED else 0
             weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
         self.seen.discard(key)
         self.live -= size
+        self.small -= size if size < MAPPED else 0
 
 
 def _scratch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> int:

@@ -94,6 +94,8 @@ class LatentPipeline:
             raise UserError(f"device is {device!r}; expected cpu, mps, cuda or cuda:NUMBER.")
         if adapter is not None and vae is None:
             raise UserError(f"adapter '{adapter}' needs the VAE that it was fitted to; give that one as well (vae).")
+        if device == "cpu" and dtype == "fp16":
+            warnings.warn("CPUs compute fp16 very slowly; bf16 is as small and much faster", Note, stacklevel=2)
         folder = find_model(model)
         host = load_pipeline(folder, DTYPES[dtype])
         try:
@@ -145,6 +147,8 @@ class LatentPipeline:
             raise UserError("the prompt holds bytes that are no text; expected UTF-8.")
         if max(len(prompt), len(chosen.negative)) > recipes.MAX_PROMPT:
             raise UserError(f"the prompt has {len(prompt):,} characters; at most {recipes.MAX_PROMPT:,} are taken.")
+        assert chosen.size is not None
+        self.stage.check_memory(n, *reversed(chosen.size))  # now, not after the sampling
         done = 0
 
         def watch(step: Step) -> bool:

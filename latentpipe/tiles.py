@@ -16,6 +16,8 @@ from torch import nn
 from latentpipe.bands import Map, activate, add, bands, conv, norm, point, shared, source, store, upsample_conv
 from latentpipe.errors import UserError
 
+TINY = "latentpipe.formats.tiny"
+
 
 @torch.no_grad()
 def decode(vae: Any, raw: torch.Tensor, rows: int) -> torch.Tensor:
@@ -49,14 +51,15 @@ def reason_against(vae: Any) -> str:
     from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny
 
     name = type(vae).__name__
-    known = next((kind for kind in (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderTiny) if isinstance(vae, kind)), None)
+    kinds = (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderTiny)
+    known = type(vae) if _is_own_tiny(vae) else next((kind for kind in kinds if isinstance(vae, kind)), None)
     if known is None:
-        return f"{name} cannot work in bands: AutoencoderKL, AsymmetricAutoencoderKL and AutoencoderTiny can."
+        return f"{name} cannot work in bands: AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderTiny and TinyVAE can."
     for method in ("encode", "decode", "_encode", "_decode"):
         if getattr(type(vae), method, None) is not getattr(known, method, None):
             return f"{name} cannot work in bands: it has a {method}() of its own."
     for part in (vae.encoder, vae.decoder):
-        reason = _reason_against_tiny(part) if known is AutoencoderTiny else _reason_against_part(part)
+        reason = "" if part is None else _reason_against_tiny(part) if _is_tiny(vae) else _reason_against_part(part)
         if reason:
             return f"{name} cannot work in bands: {reason}."
     for path, module in vae.named_modules():
@@ -95,12 +98,15 @@ def _reason_against_part(part: Any) -> str:
 def _reason_against_tiny(part: Any) -> str:
     from diffusers.models.autoencoders.vae import DecoderTiny, EncoderTiny
 
-    if type(part).forward not in (EncoderTiny.forward, DecoderTiny.forward):
+    own = type(part).forward in (EncoderTiny.forward, DecoderTiny.forward) or type(part).__module__ == TINY
+    if not own:
         return f"its {type(part).__name__} has a forward() of its own"
-    for layer in part.layers:
+    layers = list(part.layers)
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
         if isinstance(layer, nn.Upsample):
-            if float(layer.scale_factor) != 2 or layer.mode != "nearest":  # type: ignore[arg-type]
-                return "it enlarges by something else than nearest neighbour x2"
+            fits = isinstance(following, nn.Conv2d) and (following.kernel_size, following.stride) == ((3, 3), (1, 1))
+            if float(layer.scale_factor) != 2 or layer.mode != "nearest" or not fits:  # type: ignore[arg-type]
+                return "it enlarges by something else than nearest neighbour x2 and a 3x3 convolution"
         elif not (isinstance(layer, nn.Conv2d) or _is_tiny_block(layer) or _is_pointwise(layer)):
             return f"it has a {type(layer).__name__}"
     return ""
@@ -243,7 +249,11 @@ def _attention(m: Map, module: Any, rows: int) -> Map:
 def _is_tiny(vae: Any) -> bool:
     from diffusers import AutoencoderTiny
 
-    return isinstance(vae, AutoencoderTiny)
+    return isinstance(vae, AutoencoderTiny) or _is_own_tiny(vae)
+
+
+def _is_own_tiny(vae: Any) -> bool:
+    return type(vae).__name__ == "TinyVAE" and type(vae).__module__ == TINY  # formats come after this module
 
 
 def _is_tiny_block(layer: Any) -> bool:
@@ -281,7 +291,8 @@ def _sequence(m: Map, layers: Any, rows: int) -> Map:
         elif _is_tiny_block(layer):
             m, deep = (store(m, rows), False) if deep else (m, False)
             out = _tiny_block(m, layer, rows)
-            m, deep = (out, True) if m.tensor is None else (store(out, rows, over=m.tensor), False)
+            over = m.tensor if m.channels == out.channels else None
+            m, deep = (out, True) if m.tensor is None else (store(out, rows, over=over), False)
         else:
             m = point(m, lambda band, act=layer: act(band))  # type: ignore[misc]
     return m

@@ -97,6 +97,13 @@ class VAEStage(nn.Module):
             raw = warp(raw)
         return self.vae.decode(raw, return_dict=False)[0], posterior
 
+    def check_memory(self, n: int, height: int, width: int) -> None:
+        """UserError where decoding `n` pictures of that size in pixels fits into the free memory neither whole nor in bands."""
+        area = n * height * width
+        if self.tile == "auto" and area > SMALL:
+            shape = self.space.shape(n, height, width)
+            memory.choose(self.vae, "decode", shape, memory.available(self.device))
+
     def _encode(self, images: torch.Tensor) -> Any:
         """The posterior of a KL autoencoder, the raw latents of one without."""
         self.space.shape(len(images), *images.shape[-2:])

@@ -66,7 +66,7 @@ def shape(direction: str, side: int, n: int = 1) -> tuple[int, int, int, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_prediction_is_within_a_fifth_of_what_is_measured(wide: Any) -> None:
-    side = 384
+    side = 512
     command = [sys.executable, "-c", MEASURE, json.dumps(WIDE), str(side)]
     paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=paths, check=True)
@@ -82,7 +82,7 @@ def test_more_pixels_and_taller_bands_take_more(wide: Any, direction: Any) -> No
     by_rows = [predict(wide, direction, shape(direction, 1024), rows) for rows in (8, 16, 64, 256)]
     assert by_side == sorted(by_side)
     assert by_rows == sorted(by_rows)
-    assert by_rows[0] * 3 <= by_side[-1]  # bands are worth it
+    assert by_rows[0] * 2.5 <= by_side[-1]  # bands are worth it
     assert predict(wide, direction, shape(direction, 256, 2)) > by_side[2] * 1.5
     # with bands a further picture costs no more than its result
     one, two = (predict(wide, direction, shape(direction, 1024, n), 16) for n in (1, 2))
