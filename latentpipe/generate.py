@@ -65,6 +65,8 @@ def run(options: Generate) -> None:
     """Draw, save and print the paths; KeyboardInterrupt after partial pictures were saved."""
     if options.lora is not None:
         raise UserError(f"--lora {options.lora}: this version cannot load one yet; leave --lora out.")
+    if options.adapter is not None and options.vae is None:
+        raise UserError(f"--adapter {options.adapter} needs --vae as well: the VAE that it was fitted to.")
     from latentpipe.images import open_picture
 
     names = ("n", "seed", "negative", "steps", "guidance", "guidance_interval", "scheduler", "strength")

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from latentpipe.bandable import is_tiny, is_tiny_block, reason_against
 from latentpipe.bands import Map, activate, add, bands, conv, norm, point, shared, source, store, upsample_conv
 from latentpipe.errors import UserError
 
-TINY = "latentpipe.formats.tiny"
+RELU = nn.ReLU()
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def decode(vae: Any, raw: torch.Tensor, rows: int) -> torch.Tensor:
     smaller maps have more channels, so no band is larger than `rows` rows of the picture's size.
     """
     _check(vae, rows)
-    build = _tiny_decoded if _is_tiny(vae) else _decoded
+    build = _tiny_decoded if is_tiny(vae) else _decoded
     return _each(raw, rows, lambda one: build(vae, one, rows))
 
 
@@ -35,7 +36,7 @@ def decode(vae: Any, raw: torch.Tensor, rows: int) -> torch.Tensor:
 def encode(vae: Any, images: torch.Tensor, rows: int) -> Any:
     """What ``vae.encode(images)`` gives (with ``latent_dist`` or ``latents``), in bands of `rows` rows; B 3 H W in [-1, 1]."""
     _check(vae, rows)
-    if _is_tiny(vae):
+    if is_tiny(vae):
         from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 
         return AutoencoderTinyOutput(latents=_each(images, rows, lambda one: _tiny_encoded(vae, one, rows)))
@@ -44,72 +45,6 @@ def encode(vae: Any, images: torch.Tensor, rows: int) -> Any:
 
     moments = _each(images, rows, lambda one: _encoded(vae, one, rows))
     return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
-
-
-def reason_against(vae: Any) -> str:
-    """Empty where this autoencoder can work in bands, else one sentence that says why it cannot."""
-    from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny
-
-    name = type(vae).__name__
-    kinds = (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderTiny)
-    known = type(vae) if _is_own_tiny(vae) else next((kind for kind in kinds if isinstance(vae, kind)), None)
-    if known is None:
-        return f"{name} cannot work in bands: AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderTiny and TinyVAE can."
-    for method in ("encode", "decode", "_encode", "_decode"):
-        if getattr(type(vae), method, None) is not getattr(known, method, None):
-            return f"{name} cannot work in bands: it has a {method}() of its own."
-    for part in (vae.encoder, vae.decoder):
-        reason = "" if part is None else _reason_against_tiny(part) if _is_tiny(vae) else _reason_against_part(part)
-        if reason:
-            return f"{name} cannot work in bands: {reason}."
-    for path, module in vae.named_modules():
-        if isinstance(module, nn.Conv2d) and (
-            module.padding_mode != "zeros" or isinstance(module.padding, str) or tuple(module.dilation) != (1, 1)
-        ):
-            return f"{name} cannot work in bands: {path} is a convolution that is dilated or does not pad with zeros."
-    return ""
-
-
-def _reason_against_part(part: Any) -> str:
-    from diffusers.models.attention_processor import Attention
-    from diffusers.models.autoencoders.vae import Decoder, Encoder, MaskConditionDecoder
-    from diffusers.models.resnet import ResnetBlock2D
-    from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UpDecoderBlock2D
-
-    if type(part) not in (Encoder, Decoder, MaskConditionDecoder):
-        return f"its {type(part).__name__} is not diffusers' own"
-    blocks = list(part.down_blocks if hasattr(part, "down_blocks") else part.up_blocks)
-    for block in blocks:
-        if type(block) not in (DownEncoderBlock2D, UpDecoderBlock2D):
-            return f"it has a {type(block).__name__}"
-    for block in [part.mid_block, *blocks]:
-        for r in block.resnets:
-            if type(r) is not ResnetBlock2D or r.time_emb_proj is not None or r.upsample or r.downsample:
-                return f"it has a {type(r).__name__} with more than two convolutions and a shortcut"
-    for a in part.mid_block.attentions or []:
-        plain = type(a) is Attention and a.group_norm is not None and a.spatial_norm is None
-        if a is not None and not (plain and a.norm_q is None and a.norm_k is None and a.residual_connection):
-            return "its middle block has an unusual attention"
-    return (
-        "" if isinstance(part.conv_norm_out, nn.GroupNorm) else f"its last normalization is a {type(part.conv_norm_out).__name__}"
-    )
-
-
-def _reason_against_tiny(part: Any) -> str:
-    from diffusers.models.autoencoders.vae import DecoderTiny, EncoderTiny
-
-    own = type(part).forward in (EncoderTiny.forward, DecoderTiny.forward) or type(part).__module__ == TINY
-    if not own:
-        return f"its {type(part).__name__} has a forward() of its own"
-    layers = list(part.layers)
-    for layer, following in zip(layers, [*layers[1:], None], strict=True):
-        if isinstance(layer, nn.Upsample):
-            fits = isinstance(following, nn.Conv2d) and (following.kernel_size, following.stride) == ((3, 3), (1, 1))
-            if float(layer.scale_factor) != 2 or layer.mode != "nearest" or not fits:  # type: ignore[arg-type]
-                return "it enlarges by something else than nearest neighbour x2 and a 3x3 convolution"
-        elif not (isinstance(layer, nn.Conv2d) or _is_tiny_block(layer) or _is_pointwise(layer)):
-            return f"it has a {type(layer).__name__}"
-    return ""
 
 
 def _check(vae: Any, rows: int) -> None:
@@ -246,25 +181,6 @@ def _attention(m: Map, module: Any, rows: int) -> Map:
 # ---------------------------------------------------------------- tiny autoencoders
 
 
-def _is_tiny(vae: Any) -> bool:
-    from diffusers import AutoencoderTiny
-
-    return isinstance(vae, AutoencoderTiny) or _is_own_tiny(vae)
-
-
-def _is_own_tiny(vae: Any) -> bool:
-    return type(vae).__name__ == "TinyVAE" and type(vae).__module__ == TINY  # formats come after this module
-
-
-def _is_tiny_block(layer: Any) -> bool:
-    """An AutoencoderTinyBlock, or one with a further branch `pool` before its convolutions: x = x + pool(x)."""
-    return all(hasattr(layer, name) for name in ("conv", "skip", "fuse"))
-
-
-def _is_pointwise(layer: Any) -> bool:
-    return isinstance(layer, nn.ReLU | nn.SiLU | nn.GELU | nn.Mish | nn.LeakyReLU | nn.Identity)
-
-
 def _tiny_decoded(vae: Any, raw: torch.Tensor, rows: int) -> Map:
     m = point(source(raw), lambda band: torch.tanh(band / 3) * 3)
     return point(_sequence(m, vae.decoder.layers, rows), lambda band: band.mul(2).sub(1))
@@ -288,7 +204,7 @@ def _sequence(m: Map, layers: Any, rows: int) -> Map:
                 m, deep = store(m, rows), False
         elif isinstance(layer, nn.GroupNorm):
             m = norm(m, layer, None, rows)
-        elif _is_tiny_block(layer):
+        elif is_tiny_block(layer):
             m, deep = (store(m, rows), False) if deep else (m, False)
             out = _tiny_block(m, layer, rows)
             over = m.tensor if m.channels == out.channels else None
@@ -305,4 +221,4 @@ def _tiny_block(m: Map, block: Any, rows: int) -> Map:
         m = add(m, _sequence(m, pool, rows))
     m = shared(m)
     skip = m if isinstance(block.skip, nn.Identity) else conv(m, block.skip)
-    return add(skip, _sequence(m, block.conv, rows), lambda band: activate(band, block.fuse))
+    return add(skip, _sequence(m, block.conv, rows), lambda band: activate(band, getattr(block, "fuse", RELU)))

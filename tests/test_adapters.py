@@ -239,7 +239,7 @@ def test_an_adapter_for_another_vae_is_refused(fitted: Path, installed: str, own
     assert main(["generate", "x", "--model", installed, "--vae", "other", "--adapter", "mine"]) == 2
     assert f"fitted to VAE {vae_hash(own_home / 'vae' / 'coarse')[:16]}" in capsys.readouterr().err
     assert main(["generate", "x", "--model", installed, "--adapter", "mine"]) == 2
-    assert "needs the VAE that it was fitted to" in capsys.readouterr().err
+    assert "--adapter mine needs --vae as well" in capsys.readouterr().err
 
 
 def test_pictures_begin_from_the_hosts_own_encoding(fitted: Path, installed: str, own_home: Path) -> None:

@@ -17,7 +17,8 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 # A module imports from those above it, from itself and from its own package only.
 ORDER = [
     ["errors"], ["version"], ["defaults"], ["images"], ["probes"], ["latents"], ["files"],
-    ["bands"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["hosts"], ["weights"], ["rescale"], ["fp16"],
+    ["bands"], ["bandable"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["hosts"], ["weights"],
+    ["rescale"], ["fp16"],
     ["models"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["recipe"], ["sampling"], ["denoise"], ["pipeline"],
     ["engine"], ["config"], ["data"], ["train"], ["evaluate"], ["generate", "verbs", "vae_verbs"], ["fit"], ["cli"],
 ]  # fmt: skip

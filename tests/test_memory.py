@@ -94,7 +94,7 @@ def test_the_prediction_takes_no_memory_and_knows_the_dtype(wide: Any) -> None:
     assert predict(wide, "decode", huge) > 100 * GB
     half = tiny_vae(**WIDE).to(torch.bfloat16)
     ratio = predict(half, "decode", shape("decode", 512)) / predict(wide, "decode", shape("decode", 512))
-    assert 0.45 < ratio < 0.55
+    assert 0.45 < ratio < 0.6
 
 
 def test_attention_makes_no_matrix_of_all_pairs() -> None:

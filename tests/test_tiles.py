@@ -15,9 +15,11 @@ from latentpipe import tiles
 from latentpipe.bands import Moments, source, store, upsample_conv
 from latentpipe.errors import UserError
 from latentpipe.files import content_hash
+from latentpipe.formats.tiny import TinyVAE
+from latentpipe.latents import downscale_of
 
 ROWS = (1, 3, 8, 17, 10**6)
-KINDS = ("plain", "attention", "three", "one", "bare", "asymmetric", "tiny", "pool")
+KINDS = ("plain", "attention", "three", "one", "bare", "asymmetric", "tiny", "pool", "own")
 
 
 class PoolBlock(nn.Module):
@@ -56,6 +58,21 @@ def build(kind: str) -> Any:
         torch.manual_seed(2)
         widths = {"down_block_out_channels": (8, 8, 16), "up_block_out_channels": (8, 16, 16)}
         vae = AsymmetricAutoencoderKL(**three, **widths, layers_per_up_block=2, norm_num_groups=4).eval()
+    elif kind == "own":
+        torch.manual_seed(3)
+        up = [["up"], ["conv", 8, 8, 1, False]]
+        encoder = [["conv", 3, 8, 1, True], ["conv", 8, 8, 2, False], ["block", 8, 12, True], ["conv", 12, 8, 2, False]]
+        decoder = [
+            ["conv", 4, 8, 1, True],
+            ["relu"],
+            ["block", 8, 8, True],
+            *up,
+            ["block", 8, 8, True],
+            ["block", 8, 8, True],
+            *up,
+        ]
+        last = [["conv", 8, 4, 1, True]]
+        vae = TinyVAE(4, 4, [*encoder, *last], [*decoder, ["block", 8, 8, False], ["conv", 8, 3, 1, True]]).eval()
     elif kind in ("tiny", "pool"):
         vae = small_tiny(kind == "pool")
     else:
@@ -82,7 +99,7 @@ def vaes() -> dict[str, Any]:
 
 def factor(vae: Any) -> int:
     """Picture side / latent side."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    return downscale_of(vae.config)
 
 
 def values(encoded: Any) -> torch.Tensor:
