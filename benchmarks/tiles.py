@@ -30,9 +30,9 @@ def load(folder: str | None) -> Any:
     from diffusers import AutoencoderKL
 
     if folder:
-        from latentpipe.weights import open_vae
+        from latentpipe.weights import load_vae
 
-        return open_vae(Path(folder)).vae.eval()
+        return load_vae(Path(folder))
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     return AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512).eval()

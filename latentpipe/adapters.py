@@ -22,6 +22,7 @@ FORMAT = "latentpipe.adapter.1"
 Rung = Literal["per channel", "linear 1x1", "linear 3x3", "convolution"]
 RUNGS: tuple[Rung, ...] = ("per channel", "linear 1x1", "linear 3x3", "convolution")
 HIDDEN = 64
+MOST = 4096  # channels or downscale that a file may name
 
 
 class Adapter(nn.Module):
@@ -146,6 +147,9 @@ def read_card(path: Path) -> AdapterCard:
             raise ValueError
         card = json.loads(metadata["card"])
         card |= {"source": tuple(card["source"]), "target": tuple(card["target"])}
+        sizes = [*card["source"], *card["target"]]
+        if len(sizes) != 4 or not all(type(size) is int and 0 < size <= MOST for size in sizes) or card["rung"] not in RUNGS:
+            raise ValueError
         return AdapterCard(**card)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not an adapter of this version; make one with 'latentpipe fit-adapter'.") from None

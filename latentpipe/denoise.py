@@ -39,6 +39,8 @@ def denoise(
         arguments |= {"width": width, "height": height}
     if "use_resolution_binning" in wanted:
         arguments["use_resolution_binning"] = False  # the size asked for is the size drawn
+    if "intermediate_timesteps" in wanted and settings.steps != 2:
+        arguments["intermediate_timesteps"] = None  # Sana Sprint's default is for two steps
     if is_classic(host):
         latents, stopped = _guided(twin, prompts, settings, on_step, arguments)
     else:
@@ -72,6 +74,7 @@ def size_unit(host: Any) -> int:
 def check_family(host: Any, settings: Settings) -> None:
     """UserError for settings that a host's family cannot follow."""
     family = hosts.host_of(host)
+    wanted = inspect.signature(type(host).__call__).parameters
     wrong = ""
     if settings.image is not None and not family.image:
         wrong = f"{family.name} has no pipeline that begins from a picture; leave the picture out."
@@ -79,7 +82,7 @@ def check_family(host: Any, settings: Settings) -> None:
         wrong = f"{family.name} cannot switch its guidance step by step; leave guidance_interval out."
     elif settings.scheduler and family.denoiser != "unet":
         wrong = f"{family.name} draws by flow matching with its own scheduler; leave the scheduler out."
-    elif settings.negative and "true_cfg_scale" in inspect.signature(type(host).__call__).parameters:
+    elif settings.negative and ("true_cfg_scale" in wanted or "negative_prompt" not in wanted):
         wrong = f"{family.name} has its guidance built in and takes no negative prompt; leave it out."
     if wrong:
         raise UserError(wrong)

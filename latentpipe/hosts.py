@@ -152,6 +152,13 @@ class Canonical(nn.Module):
         """Images to an object with `latent_dist` and `latent`, both in latents."""
         return _Encoded(self.stage, images)
 
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """UserError: it has no file."""
+        raise UserError(
+            "This pipeline's VAE stands behind a facade that stock diffusers cannot open; save it with 'latentpipe swap --out', "
+            "which folds the normalization in, or keep the pipeline and the VAE apart."
+        )
+
     def decode(self, latents: torch.Tensor, return_dict: bool = True, generator: Any = None, **_: Any) -> Any:
         """Latents to images."""
         from diffusers.models.autoencoders.vae import DecoderOutput

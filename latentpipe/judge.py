@@ -6,16 +6,18 @@ import statistics
 from typing import Any
 
 from latentpipe.latents import LatentSpace
-from latentpipe.verdict import DECODE_LOSS_DB, REBUILDS_DB, SAME_ENCODER, SAME_SPACE, Evidence, Linear, Outcome, Verdict
+from latentpipe.verdict import DAMAGE_DB, DECODE_LOSS_DB, SAME_ENCODER, SAME_SPACE, Evidence, Linear, Outcome, Verdict
 
 FIT = "latentpipe fit-adapter --from HOST_VAE --to THIS_VAE --images DIR"
 SWAP = "swap it."
+BLIND_DB = 20.0  # likeness of two decodings where the pictures themselves cannot tell
+COPY = 0.998  # R^2 of a per-channel map between the latents of two copies of one encoder
 REPAIR = "fetch or export this VAE again, or correct scaling_factor, shift_factor, latents_mean, latents_std in its config.json."
 
 
 def judge(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Verdict:
     """The verdict on a VAE of space `vae` beside a host whose own VAE has the space `host`."""
-    for rule in (_shape, _faulty, _normalization, _same, _other):
+    for rule in (_shape, _faulty, _normalization, _decoder, _same, _other):
         found = rule(host, vae, seen)
         if found is not None:
             outcome, reason, step = found
@@ -32,15 +34,14 @@ def _faulty(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
         return "broken", "it encodes pictures to values that are not finite.", "load it in fp32, or fetch it again."
     if seen.vae is None:
         return "broken", "it has an encoder alone, so nothing decodes with it.", "add its decoder ('latentpipe convert')."
-    if seen.unit_range is not None and seen.unit_range > max(seen.vae, seen.flat) + REBUILDS_DB:
+    if seen.unit_range is not None and seen.unit_range > max(seen.vae, seen.flat) + 3:
         return (
             "broken",
             f"it takes and gives images in [0, 1] instead of [-1, 1]: {seen.unit_range:.1f} dB in that range, "
             f"{seen.vae:.1f} dB as diffusers calls it.",
             "fold the range into its first and last convolution, or export it again for [-1, 1].",
         )
-    works = seen.host is not None and seen.host >= seen.flat + REBUILDS_DB
-    if seen.vae < seen.flat + REBUILDS_DB and works:
+    if seen.vae < seen.flat and not _blind(seen):
         return (
             "broken",
             f"it does not rebuild pictures: {seen.vae:.1f} dB, where one colour for each picture gives {seen.flat:.1f} dB and "
@@ -66,9 +67,9 @@ def _normalization(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found
     """The same latents up to a gain and an offset in each channel: the declared normalization is off."""
     fit = seen.linear
     assert fit is not None
-    if fit.affine < SAME_ENCODER:
+    if fit.affine < COPY:
         return None
-    tolerance = 0.02 if fit.affine > 0.998 else 0.1
+    tolerance = 0.02
     scale = [max(std, 1e-6) for std in seen.host_std]
     offset = [value / std for value, std in zip(fit.offset, scale, strict=True)]
     if all(abs(gain - 1) <= tolerance for gain in fit.gain) and all(abs(value) <= tolerance for value in offset):
@@ -84,13 +85,6 @@ def _diagnosis(vae: LatentSpace, fit: Linear, tolerance: float) -> str:
     def close(first: list[float], second: Any) -> bool:
         return all(abs(a - b) <= near * max(1.0, abs(b)) for a, b in zip(first, second, strict=True))
 
-    twice = [-shift * scale for shift, scale in zip(vae.shift, vae.scale, strict=True)]
-    nontrivial = not close(list(vae.scale), [1.0] * vae.channels) or not close(twice, [0.0] * vae.channels)
-    if nontrivial and close(gains, vae.scale) and close(offsets, twice):
-        return (
-            "its normalization (mean and std) is applied twice: the weights contain it already and the config declares it again "
-            "(scaling_factor 1 and no shift or statistics would be right)"
-        )
     common = statistics.fmean(gains)
     uniform = close(gains, [common] * vae.channels)
     if uniform and abs(common - 1) > tolerance and close(offsets, [0.0] * vae.channels):
@@ -98,14 +92,53 @@ def _diagnosis(vae: LatentSpace, fit: Linear, tolerance: float) -> str:
             f"its latents come out {common:.3g} times as large as the host's: the declared scale {vae.scale[0]:.5g} should be "
             f"{vae.scale[0] / common:.5g}"
         )
+    twice = [-shift * scale for shift, scale in zip(vae.shift, vae.scale, strict=True)]
+    nontrivial = not close(list(vae.scale), [1.0] * vae.channels) or not close(twice, [0.0] * vae.channels)
+    if nontrivial and close(gains, vae.scale) and close(offsets, twice):
+        return (
+            "its normalization (mean and std) is applied twice: the weights contain it already and the config declares it again "
+            "(scaling_factor 1 and no shift or statistics would be right)"
+        )
     if uniform and abs(common - 1) <= tolerance:
         raw = statistics.fmean(value / scale for value, scale in zip(offsets, vae.scale, strict=True))
         off = statistics.fmean(offsets)
+        if any(vae.shift):
+            declared = statistics.fmean(vae.shift)
+            return f"its latents lie off the host's by {off:+.3g}: the declared shift {declared:.4g} should be {declared + raw:.4g}"
         return f"its latents lie off the host's by {off:+.3g}: a shift of {raw:.4g} (raw units) is missing from its config"
     return (
         f"its normalization is not what the weights do: against the host's, its channels have gains {_range(gains)} "
         f"and offsets {_range(offsets)}"
     )
+
+
+def _decoder(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
+    """The host's encoder, but a decoder that makes less of the host's latents than a smaller one would."""
+    fit = seen.linear
+    assert fit is not None
+    assert seen.vae_of_host is not None
+    if fit.identity < SAME_SPACE or seen.host is None:
+        return None
+    if _blind(seen) and (seen.decoders or 0) < BLIND_DB:
+        return (
+            "same shape, other space",
+            f"its latents are the host's (R^2 {fit.identity:.3f}), but the two decoders make different pictures of them "
+            f"({seen.decoders:.1f} dB from each other).",
+            "measure on pictures that the host's VAE can rebuild (--images DIR).",
+        )
+    if not _blind(seen) and seen.vae_of_host < seen.host - DAMAGE_DB:
+        return (
+            "broken",
+            f"its latents are the host's (R^2 {fit.identity:.3f}), but its decoder is damaged, or another VAE's: it decodes the "
+            f"host's latents at {seen.vae_of_host:.1f} dB, the host's own at {seen.host:.1f} dB.",
+            "fetch or export this VAE again; to use it all the same, force the swap.",
+        )
+    return None
+
+
+def _blind(seen: Evidence) -> bool:
+    """Whether the host's own VAE rebuilds these pictures no better than one colour for each would."""
+    return seen.host is not None and seen.host < seen.flat
 
 
 def _same(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
@@ -115,7 +148,7 @@ def _same(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
     assert seen.vae is not None
     assert seen.vae_of_host is not None
     loss = seen.vae - seen.vae_of_host
-    reads = loss <= DECODE_LOSS_DB and seen.vae_of_host >= seen.flat + REBUILDS_DB
+    reads = loss <= DECODE_LOSS_DB and seen.vae_of_host >= seen.flat
     if fit.identity >= SAME_ENCODER and loss <= DECODE_LOSS_DB:
         reason = f"its latents are the host's (R^2 {fit.identity:.4f}), and it decodes them at {seen.vae_of_host:.1f} dB."
         return "same space", reason, SWAP
@@ -139,7 +172,7 @@ def _other(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
         return "same shape, other space", reason, f"reorder them; the linear rung of an adapter does it exactly ({FIT})."
     numbers = f"R^2 {max(0.0, fit.identity):.2f} as they are, {max(0.0, fit.full):.2f} by a linear map"
     step = f"fit an adapter ({FIT}), or tune the denoiser's first and last layer."
-    if loss <= DECODE_LOSS_DB and seen.vae_of_host >= seen.flat + REBUILDS_DB:
+    if loss <= DECODE_LOSS_DB and seen.vae_of_host >= seen.flat:
         reason = (
             f"its decoder reads the host's latents ({seen.vae_of_host:.1f} dB), but its encoder has moved away ({numbers}): "
             "pictures that begin from a picture would be wrong."
@@ -153,12 +186,12 @@ def _other(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
 def _remark(seen: Evidence, outcome: Outcome) -> str:
     """What weakens a verdict, or should be looked at besides."""
     remarks = []
-    blind = seen.host is not None and seen.host < seen.flat + REBUILDS_DB
+    blind = _blind(seen)
     if blind and seen.linear is not None:
-        remarks.append(
-            f"The host's own VAE does not rebuild these pictures ({seen.host:.1f} dB), so the encoders alone were compared."
-        )
-    if outcome == "other shape" and seen.vae is not None and seen.vae < seen.flat + REBUILDS_DB:
+        remarks.append(f"The host's own VAE does not rebuild these pictures ({seen.host:.1f} dB), so the VAEs were compared only.")
+    if outcome == "same space" and not blind and seen.host is not None and (lost := seen.host - (seen.vae_of_host or 0)) > 1:
+        remarks.append(f"It decodes them {lost:.1f} dB worse than the host's own.")
+    if outcome == "other shape" and seen.vae is not None and seen.vae < seen.flat:
         flat = f"one colour for each gives {seen.flat:.1f} dB"
         remarks.append(f"It does not rebuild these pictures either ({seen.vae:.1f} dB; {flat}).")
     ours, theirs = statistics.fmean(seen.vae_std), statistics.fmean(seen.host_std)

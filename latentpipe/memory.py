@@ -28,9 +28,7 @@ SHARE = 0.8  # of what is free; the rest is for what the prediction does not see
 HEIGHTS = (256, 128, 64, 32, 16, 8)  # of a band, in rows
 AREA = 2**17  # pixels of a band beyond which a larger one is no faster
 MB = 2**20
-# glibc's malloc maps blocks of 32 MB and more one by one. Smaller ones come from a heap that keeps what is freed, up to 64 MB at
-# its end, and whose holes not every block fits: a factor fitted to measured peaks. Between bands `tiles` has it give back.
-MAPPED, TRIMMED, HOLES, KEPT = 32 * MB, 64 * MB, 1.6, 16 * MB
+SPARE = 1.04  # what is too small to be counted
 
 _known: dict[Any, int] = {}
 
@@ -38,7 +36,8 @@ _known: dict[Any, int] = {}
 def predict(vae: Any, direction: Direction, shape: Shape, rows: int | None = None) -> int:
     """Peak bytes above the weights and the input, for images (encode) or raw latents (decode) of `shape`.
 
-    `rows`: the height of a band; None: the whole picture at once, as diffusers does it.
+    `rows`: the height of a band; None: the whole picture at once, as diffusers does it, within `bands.mapped`. (Without
+    that, what glibc keeps of maps below 32 MB comes to it, which depends on what ran before: up to 40 % were measured.)
     """
     tensors = [*vae.named_parameters(), *vae.named_buffers()]
     weights = tuple((name, tensor.shape, tensor.dtype, str(tensor.device)) for name, tensor in tensors)
@@ -61,9 +60,7 @@ def _predict(vae: Any, direction: Direction, shape: Shape, rows: int | None) -> 
     with _FusedAttention(), _Peak([*bare, given], first.device.type) as peak:
         result = getattr(twin if rows is None else tiles, direction)(*((given,) if rows is None else (twin, given, rows)))
         del result
-    if first.device.type != "cpu":
-        return peak.most
-    return max(peak.most, peak.untrimmed) if rows is None else peak.most + min(KEPT, peak.most // 6)
+    return int(peak.most * SPARE)
 
 
 def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,47 +78,36 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _Peak(TorchDispatchMode):
-    """Adds up the storages that are alive, with the scratch memory of each operation.
-
-    most       the peak in bytes
-    untrimmed  the same where what small storages once took is never given back
-    """
+    """Adds up the storages that are alive; `most` is the peak in bytes, with the scratch memory of each operation."""
 
     def __init__(self, free: list[torch.Tensor], device: str) -> None:
         super().__init__()
-        self.device, self.live, self.small = device, 0, 0
-        self.most, self.small_most, self.untrimmed = 0, 0, 0
+        self.device, self.live, self.most = device, 0, 0
         self.seen = {tensor.untyped_storage()._cdata for tensor in free}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        scratch = 0
+        if func is torch.ops.aten.convolution.default:
+            if _channels_last(args[0]):  # real devices keep the layout, meta tensors do not
+                result = result.contiguous(memory_format=torch.channels_last)
+            scratch = _scratch(args[0], args[1], result) if self.device == "cpu" else 0
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf.untyped_storage())
-        scratch = 0
-        if self.device == "cpu" and func is torch.ops.aten.convolution.default:
-            scratch = _scratch(args[0], args[1], result)
-        self._note(scratch)
+        self.most = max(self.most, self.live + scratch)
         return result
-
-    def _note(self, scratch: int) -> None:
-        both = self.live + scratch
-        small = self.small + (scratch if scratch < MAPPED else 0)
-        self.most, self.small_most = max(self.most, both), max(self.small_most, small)
-        self.untrimmed = max(self.untrimmed, both + min(TRIMMED, int(HOLES * self.small_most) - small))
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self.seen:
             self.seen.add(key)
             self.live += size
-            self.small += size if size < MAPPED else 0
             weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
         self.seen.discard(key)
         self.live -= size
-        self.small -= size if size < MAPPED else 0
 
 
 def _scratch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> int:
@@ -133,15 +119,19 @@ def _scratch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> int:
     """
     if x.dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         kernel = weight.shape[2] * weight.shape[3]
-        return 0 if kernel == 1 else x.element_size() * kernel * x.shape[1] * out[:, 0].numel()
+        return 0 if kernel == 1 and not _channels_last(x) else x.element_size() * kernel * x.shape[1] * out[:, 0].numel()
     extra = weight.numel() * weight.element_size()
-    if x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1:
+    if _channels_last(x):
         return extra
     inside, outside = (
         math.ceil(t.shape[1] / 16) * 16 * t.shape[0] * t.shape[2] * t.shape[3] * t.element_size() if t.shape[1] > 4 else 0
         for t in (x, out)
     )
     return extra + max(inside + outside - out.numel() * out.element_size(), outside)
+
+
+def _channels_last(x: torch.Tensor) -> bool:
+    return x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def available(device: torch.device, root: Path = Path("/")) -> int:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from latentpipe.bandable import is_tiny, is_tiny_block, reason_against
-from latentpipe.bands import Map, activate, add, bands, conv, norm, point, shared, source, store, upsample_conv
+from latentpipe.bands import Map, activate, add, bands, conv, mapped, norm, point, shared, source, store, upsample_conv
 from latentpipe.errors import UserError
 
 RELU = nn.ReLU()
@@ -58,12 +58,13 @@ def _check(vae: Any, rows: int) -> None:
 def _each(batch: torch.Tensor, rows: int, build: Any) -> torch.Tensor:
     """Store what `build` makes of each picture of a batch, B C H W."""
     out: torch.Tensor | None = None
-    for index in range(len(batch)):
-        m = build(batch[index : index + 1])
-        if out is None:
-            out = batch.new_empty((len(batch), m.channels, m.height, m.width))
-        store(m, rows, into=out[index : index + 1])
-        del m  # it holds maps that the next picture needs room for
+    with mapped(batch.device):
+        for index in range(len(batch)):
+            m = build(batch[index : index + 1])
+            if out is None:
+                out = batch.new_empty((len(batch), m.channels, m.height, m.width))
+            store(m, rows, into=out[index : index + 1])
+            del m  # it holds maps that the next picture needs room for
     if out is None:
         raise UserError("An empty batch was given; expected one picture or more.")
     return out

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from latentpipe.errors import UserError
 from latentpipe.images import psnr, to_bytes
 from latentpipe.latents import LatentSpace
 from latentpipe.probes import probe_images
@@ -20,7 +21,8 @@ PROBES = 12
 SAME_ENCODER = 0.98  # R^2 of a per-channel affine map; a copy in bf16 has 0.9999, a distilled encoder about 0.95
 SAME_SPACE = 0.85  # R^2 of the identity that an approximate encoder of the same space reaches
 DECODE_LOSS_DB = 2.0  # what a decoder of the same space may lose on the host's latents against its own
-REBUILDS_DB = 3.0  # what a working VAE gains at least over one grey for each picture
+DAMAGE_DB = 3.0  # what it may lose against the host's own decoder, as a small decoder does
+FEWEST = 4  # pictures that a verdict takes at least
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Evidence:
     host, vae         each VAE's own round trip; None where it has no decoder
     vae_of_host       the VAE decodes the host's latents: what sampling will show
     host_of_vae       the host's VAE decodes the VAE's latents
+    decoders          the two decodings of the host's latents, against each other
     flat              one mean colour for each picture: what a decoder that knows nothing gets
     unit_range        the VAE's own round trip with images in [0, 1]
     """
@@ -63,6 +66,7 @@ class Evidence:
     vae_std: list[float]
     vae_of_host: float | None = None
     host_of_vae: float | None = None
+    decoders: float | None = None
     linear: Linear | None = None
 
 
@@ -109,6 +113,7 @@ def _roads(seen: Evidence) -> dict[str, float | None]:
         "this VAE, round trip": seen.vae,
         "this VAE decodes the host's latents": seen.vae_of_host,
         "host's VAE decodes this VAE's latents": seen.host_of_vae,
+        "both decode the host's, one against other": seen.decoders,
         "one colour for each picture": seen.flat,
     }
 
@@ -119,15 +124,19 @@ def measure(host: Any, vae: Any, images: torch.Tensor | None = None) -> Evidence
     pictures = "pictures given" if images is not None else "bundled probes"
     if images is None:
         images = probe_images(PROBES, probe_side(host.space.downscale, vae.space.downscale))
+    _check(images)
     theirs, ours = (_each(stage.encode, images) for stage in (host, vae))
     round_trip = _quality(vae, ours, images)
     flat = psnr(to_bytes(images.mean((2, 3), keepdim=True).expand_as(images)), to_bytes(images)).mean().item()
     unit = None
-    if round_trip is not None and round_trip < flat + 2 * REBUILDS_DB:
+    if round_trip is not None and round_trip < flat + 6:
         unit = _quality(vae, _each(vae.encode, images / 2 + 0.5), images, unit=True)
     cross: dict[str, Any] = {}
     if theirs.shape == ours.shape:
-        cross = {"vae_of_host": _quality(vae, theirs, images), "host_of_vae": _quality(host, ours, images)}
+        if vae.decodes and host.decodes:
+            pair = [to_bytes(_each(stage.decode, theirs).nan_to_num(0.0)) for stage in (host, vae)]
+            cross = {"decoders": psnr(*pair).clamp_max(99.0).mean().item()}
+        cross |= {"vae_of_host": _quality(vae, theirs, images), "host_of_vae": _quality(host, ours, images)}
         cross["linear"] = linear_relation(theirs, ours)
     return Evidence(
         n=len(images),
@@ -143,6 +152,20 @@ def measure(host: Any, vae: Any, images: torch.Tensor | None = None) -> Evidence
         vae_std=ours.std((0, 2, 3)).tolist(),
         **cross,
     )
+
+
+def _check(images: torch.Tensor) -> None:
+    """UserError where these are no images to measure on."""
+    wrong = ""
+    if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        shape = f"{images.dtype}, shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
+        wrong = f"given {shape}; expected a float tensor, B 3 H W"
+    elif len(images) < FEWEST:
+        wrong = f"{len(images)} are too few to tell two VAEs apart; give at least {FEWEST}"
+    elif not -1.01 <= images.min() <= images.max() <= 1.01:
+        wrong = f"values reach from {images.min():.3g} to {images.max():.3g}; expected [-1, 1]"
+    if wrong:
+        raise UserError(f"Images to measure on: {wrong}.")
 
 
 def probe_side(*downscales: int) -> int:

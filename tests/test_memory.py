@@ -25,6 +25,7 @@ import ctypes, json, sys
 import torch
 from helpers import tiny_vae
 from latentpipe import tiles
+from latentpipe.bands import mapped
 
 def status(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
@@ -36,7 +37,8 @@ def call(side):
     trim(0)
     open("/proc/self/clear_refs", "w").write("5")
     before = status("VmRSS")
-    getattr(tiles, direction)(vae, given, rows) if rows else getattr(vae, direction)(given)
+    with mapped(given.device):
+        getattr(tiles, direction)(vae, given, rows) if rows else getattr(vae, direction)(given)
     return status("VmHWM") - before
 
 torch.set_num_threads(1)
@@ -45,12 +47,13 @@ trim = ctypes.CDLL(None).malloc_trim
 config = json.loads(sys.argv[1])
 vae = tiny_vae(**config)
 found = {}
-for direction, rows in (("encode", 16), ("decode", 16), ("encode", 0), ("decode", 0)):
+rows = int(sys.argv[3])
+for direction in ("encode", "decode"):
     call(32)
-    found[f"{direction} {rows}"] = call(int(sys.argv[2]))
+    found[direction] = call(int(sys.argv[2]))
 print(json.dumps(found))
 """
-WIDE = {"block_out_channels": (32, 64), "norm_num_groups": 8}
+WIDE = {"block_out_channels": (48, 48), "norm_num_groups": 8}
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +68,19 @@ def shape(direction: str, side: int, n: int = 1) -> tuple[int, int, int, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_prediction_is_within_a_fifth_of_what_is_measured(wide: Any) -> None:
-    side = 512
-    command = [sys.executable, "-c", MEASURE, json.dumps(WIDE), str(side)]
+@pytest.mark.parametrize("rows", [None, 16])
+def test_the_prediction_is_within_a_fifth_of_what_is_measured(wide: Any, rows: int | None) -> None:
+    side = 384
+    command = [sys.executable, "-c", MEASURE, json.dumps(WIDE), str(side), str(rows or 0)]
     paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=paths, check=True)
-    for name, measured in json.loads(done.stdout.splitlines()[-1]).items():
-        direction, rows = name.split()
-        predicted = predict(wide, direction, shape(direction, side), int(rows) or None)
-        assert abs(predicted - measured) <= 0.2 * measured, f"{name}: {predicted / MB:.1f} MB, measured {measured / MB:.1f} MB"
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 2
+    for direction, measured in found.items():
+        predicted = predict(wide, direction, shape(direction, side), rows)
+        assert abs(predicted - measured) <= 0.2 * measured, (
+            f"{direction}: {predicted / MB:.0f} MB, measured {measured / MB:.0f} MB"
+        )
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
@@ -94,7 +101,7 @@ def test_the_prediction_takes_no_memory_and_knows_the_dtype(wide: Any) -> None:
     assert predict(wide, "decode", huge) > 100 * GB
     half = tiny_vae(**WIDE).to(torch.bfloat16)
     ratio = predict(half, "decode", shape("decode", 512)) / predict(wide, "decode", shape("decode", 512))
-    assert 0.45 < ratio < 0.6
+    assert 0.45 < ratio < 0.55
 
 
 def test_attention_makes_no_matrix_of_all_pairs() -> None:

@@ -48,3 +48,25 @@ def test_a_vae_of_another_family_is_refused_beside_the_embedded_model(tmp_path: 
     assert "32-channel latents at 1/8 size; this denoiser takes 8 channels at 1/4" in verdict.reason
     with pytest.raises(UserError, match="other shape"):
         swap_vae(pipe, tmp_path / "tiny")
+
+
+def test_the_flux2_tiny_vae_works_in_bands_on_a_photograph(assets: Path, tmp_path: Path) -> None:
+    import torch
+
+    from latentpipe.formats.convert import convert
+    from latentpipe.formats.opening import Given
+    from latentpipe.images import open_picture, psnr, to_bytes, to_images
+
+    files = [assets / "weights" / "taesd" / f"taef2_{half}.pth" for half in ("encoder", "decoder")]
+    convert(files, tmp_path / "taef2", None, Given(), None)
+    vae = load_vae(tmp_path / "taef2")
+    images = to_images(open_picture(assets / "data" / "photos" / "chelsea.png").crop((40, 20, 424, 276)))
+    with torch.no_grad():
+        whole = VAEStage(vae, tile=None)
+        latents = whole.encode(images)
+        rebuilt = whole.decode(latents)
+        for rows in (17, 64):
+            bands = VAEStage(vae, tile=rows)
+            assert (bands.encode(images) - latents).abs().max() <= 1e-4
+            assert (bands.decode(latents) - rebuilt).abs().max() <= 1e-4
+    assert psnr(to_bytes(rebuilt), to_bytes(images)).item() > 28
