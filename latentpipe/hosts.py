@@ -206,6 +206,8 @@ def rebuild(pipe: Any, cls: type | None = None, **parts: Any) -> Any:
                 components[name]._internal_dict = config
     if "requires_safety_checker" in flags and "requires_safety_checker" in pipe.config:
         new.register_to_config(requires_safety_checker=pipe.config["requires_safety_checker"])
+    if isinstance(new.vae, Canonical):
+        new.save_pretrained = new.vae.save_pretrained  # diffusers would write a folder without a VAE
     new.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return new
 

@@ -103,8 +103,8 @@ def _diagnosis(vae: LatentSpace, fit: Linear, tolerance: float) -> str:
         raw = statistics.fmean(value / scale for value, scale in zip(offsets, vae.scale, strict=True))
         off = statistics.fmean(offsets)
         if any(vae.shift):
-            declared = statistics.fmean(vae.shift)
-            return f"its latents lie off the host's by {off:+.3g}: the declared shift {declared:.4g} should be {declared + raw:.4g}"
+            shift = statistics.fmean(vae.shift)
+            return f"its latents lie off the host's by {off:+.3g}: the declared shift {shift:.4g} should be {shift + raw:.4g}"
         return f"its latents lie off the host's by {off:+.3g}: a shift of {raw:.4g} (raw units) is missing from its config"
     return (
         f"its normalization is not what the weights do: against the host's, its channels have gains {_range(gains)} "
@@ -188,7 +188,7 @@ def _remark(seen: Evidence, outcome: Outcome) -> str:
     remarks = []
     blind = _blind(seen)
     if blind and seen.linear is not None:
-        remarks.append(f"The host's own VAE does not rebuild these pictures ({seen.host:.1f} dB), so the VAEs were compared only.")
+        remarks.append(f"The host's own VAE does not rebuild these pictures ({seen.host:.1f} dB): the two were compared only.")
     if outcome == "same space" and not blind and seen.host is not None and (lost := seen.host - (seen.vae_of_host or 0)) > 1:
         remarks.append(f"It decodes them {lost:.1f} dB worse than the host's own.")
     if outcome == "other shape" and seen.vae is not None and seen.vae < seen.flat:

@@ -26,7 +26,7 @@ Shape = tuple[int, int, int, int]
 
 SHARE = 0.8  # of what is free; the rest is for what the prediction does not see
 HEIGHTS = (256, 128, 64, 32, 16, 8)  # of a band, in rows
-AREA = 2**17  # pixels of a band beyond which a larger one is no faster
+AREA = 2**16  # pixels of a band beyond which a larger one is no faster
 MB = 2**20
 SPARE = 1.04  # what is too small to be counted
 

@@ -171,6 +171,17 @@ def enforce_chain(folder: Path) -> None:
         )
 
 
+def check_reference(folder: Path) -> None:
+    """UserError where a model's VAE was put in by force: nothing can be measured against that one."""
+    card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
+    swapped = card.get("swapped_vae") or {}
+    if (swapped.get("verdict") or {}).get("forced"):
+        raise UserError(
+            f"{folder}: its VAE was put in by force ({swapped.get('name')}), so other VAEs cannot be judged beside it. "
+            f"Its denoiser was trained on VAE {str(card.get('vae_hash'))[:HASH_LENGTH]}; give the model that has that one."
+        )
+
+
 def _restore_prefix(path: Path) -> None:
     """transformers >= 5.6 writes CLIP text encoders without ``text_model.``; older readers need it."""
     from safetensors.torch import save_file

@@ -21,7 +21,7 @@ from latentpipe.errors import Note, UserError
 from latentpipe.files import content_hash, read_json
 from latentpipe.hosts import finish, host_of, takes
 from latentpipe.images import flatten, to_pixels
-from latentpipe.models import hashes, load_pipeline
+from latentpipe.models import check_reference, hashes, load_pipeline
 from latentpipe.sampling import OnStep, Settings, Step, check_settings
 from latentpipe.swap import check_swap, stage_of
 from latentpipe.vae import VAEStage
@@ -103,9 +103,9 @@ class LatentPipeline:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
         pipe = cls(host, name=name_of(folder), hashes=hashes(folder), preview_map=_preview_map(folder / "vae"))
-        return pipe if vae is None else pipe._with_vae(vae, adapter, force)
+        return pipe if vae is None else pipe._with_vae(vae, adapter, force, folder)
 
-    def _with_vae(self, vae: str | Path, adapter: str | Path | None, force: bool) -> LatentPipeline:
+    def _with_vae(self, vae: str | Path, adapter: str | Path | None, force: bool, folder: Path) -> LatentPipeline:
         """The pipeline around another VAE, which an adapter or a verdict vouches for."""
         own = VAEStage(self.host.vae, digest=self.hashes["vae"])
         stage = stage_of(vae, own)
@@ -118,6 +118,7 @@ class LatentPipeline:
             found["adapter"] = content_hash(mapping.state_dict())
             changes |= {"stage": adapted(own, stage, mapping), "adapter_name": path.stem}
         elif found["vae"] != self.hashes["vae"] and not force:
+            check_reference(folder)
             verdict = check_swap(self, stage)
             if not verdict.fits:
                 raise UserError(f"VAE {vae} was not put in.\n{verdict}")

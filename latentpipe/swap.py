@@ -18,7 +18,7 @@ from latentpipe.errors import UserError
 from latentpipe.files import atomic_folder, content_hash, read_json
 from latentpipe.judge import judge
 from latentpipe.latents import LatentSpace
-from latentpipe.models import load_pipeline
+from latentpipe.models import check_reference, load_pipeline
 from latentpipe.vae import VAEStage, fold_normalization
 from latentpipe.verdict import Verdict, measure
 from latentpipe.weights import (
@@ -34,6 +34,7 @@ from latentpipe.weights import (
 )
 
 VAE = str | Path | nn.Module
+GIVEN = "(given)"  # the recipe's name for what came as an object: a replay asks for its file
 
 
 def stage_of(vae: VAE, like: VAEStage | None = None) -> VAEStage:
@@ -44,6 +45,8 @@ def stage_of(vae: VAE, like: VAEStage | None = None) -> VAEStage:
         path = find_model(vae, "vae")
         loaded = VAEStage(load_vae(path, like.dtype if like else torch.float32), digest=vae_hash(path))
         return loaded.to(like.device) if like else loaded
+    if not isinstance(vae, nn.Module) or not hasattr(vae, "config"):
+        raise UserError(f"{type(vae).__name__} is no VAE; expected a name, a path, a diffusers autoencoder or a VAEStage.")
     try:
         return VAEStage(vae)
     except ValueError as error:
@@ -124,10 +127,12 @@ def _refuse_shape(host: LatentSpace, vae: LatentSpace) -> None:
 
 def _with_stage(pipe: Any, stage: Any) -> Any:
     if hasattr(pipe, "host"):  # a LatentPipeline decodes by its stage and leaves the host alone
-        found = dict(pipe.hashes)
-        if found and isinstance(stage, VAEStage):
-            found["vae"] = stage.digest or content_hash(stage.vae.state_dict(), stage.space)
-        return dataclasses.replace(pipe, stage=stage, hashes=found)
+        decoder = stage if isinstance(stage, VAEStage) else stage.decoder
+        found = pipe.hashes | {"vae": decoder.digest or content_hash(decoder.vae.state_dict(), decoder.space)}
+        if decoder is stage:
+            return dataclasses.replace(pipe, stage=stage, hashes=found, vae_name=GIVEN)
+        found["adapter"] = content_hash(stage.adapter.state_dict())
+        return dataclasses.replace(pipe, stage=stage, hashes=found, vae_name=GIVEN, adapter_name=GIVEN)
     if isinstance(stage, VAEStage) and not hosts.host_of(pipe).honours(stage.space, stage.vae):
         return hosts.rebuild(pipe, vae=with_factors(stage.vae, stage.space, hosts.host_of(pipe)))
     return hosts.rebuild(pipe, vae=hosts.Canonical(stage))
@@ -189,8 +194,8 @@ def save_swapped(pipe: Any, folder: Path, vae: str | Path, out: Path, verdict: V
         _refuse_shape(verdict.host_space, verdict.vae_space)
     elif not verdict.fits:
         raise UserError(f"Nothing was saved: this VAE does not fit (--force saves it all the same).\n{verdict}")
-    if Path(out).exists():
-        raise UserError(f"--out {out} exists already; name a folder that does not.")
+    if Path(out).exists() or Path(out).resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--out {out} exists already, or lies within the model; name a folder that does not.")
     place = find_model(vae, "vae")
     opened = open_vae(place)
     twin = saveable(pipe, opened.build())
@@ -206,14 +211,18 @@ def save_swapped(pipe: Any, folder: Path, vae: str | Path, out: Path, verdict: V
         (part / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", type(twin).__name__]}, indent=2) + "\n")
         card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
         proof = {"outcome": verdict.outcome, "reason": verdict.reason, "forced": force}
+        new = vae_hash(part / "vae")
         card["vae_hash"] = card.get("vae_hash") or vae_hash(folder / "vae")
-        card["swapped_vae"] = {"name": name_of(place, "vae"), "hash": vae_hash(part / "vae"), "verdict": proof}
+        card["swapped_vae"] = {"name": name_of(place, "vae"), "hash": new, "verdict": proof}
+        if "hashes" in card:
+            card["hashes"] = card["hashes"] | {"vae": new}
         (part / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
 
 
 def fitting(model: str | Path) -> list[tuple[str, Path, Verdict]]:
     """Every VAE that a name means, with its verdict for a model; those that cannot be opened are left out."""
     pipe = load_pipeline(find_model(model))
+    check_reference(find_model(model))
     found = []
     for name, path in available("vae").items():
         try:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from latentpipe import memory, precision, tiles
+from latentpipe import bands, memory, precision, tiles
 from latentpipe.errors import Note, UserError
 from latentpipe.latents import LatentSpace
 
@@ -111,15 +112,24 @@ class VAEStage(nn.Module):
 
     def _run_encoder(self, vae: Any, images: torch.Tensor) -> Any:
         rows = self._rows(vae, "encode", images)
-        return _output(vae.encode(images) if rows is None else tiles.encode(vae, images, rows), vae)
+        if rows is not None:
+            return _output(tiles.encode(vae, images, rows), vae)
+        with self._as_predicted("encode", images):
+            return _output(vae.encode(images), vae)
+
+    def _as_predicted(self, direction: memory.Direction, given: torch.Tensor) -> AbstractContextManager[None]:
+        """Freed blocks go back to the system at once, where the memory of a whole picture was predicted."""
+        predicted = self.tile == "auto" and not torch.is_grad_enabled() and not self._is_small(direction, given)
+        return bands.mapped(self.device) if predicted else nullcontext()
 
     def _run_decoder(self, vae: Any, raw: torch.Tensor) -> torch.Tensor:
         rows = self._rows(vae, "decode", raw)
         if rows is not None:
             return tiles.decode(vae, raw, rows)
-        if type(vae).__name__ == "ConsistencyDecoderVAE":  # it draws noise: the same for the same picture
-            return vae.decode(raw, generator=torch.Generator().manual_seed(0), return_dict=False)[0]
-        return vae.decode(raw, return_dict=False)[0]
+        # the consistency decoder draws noise: the same for the same picture
+        noise = {"generator": torch.Generator().manual_seed(0)} if type(vae).__name__ == "ConsistencyDecoderVAE" else {}
+        with self._as_predicted("decode", raw):
+            return vae.decode(raw, **noise, return_dict=False)[0]
 
     def _rows(self, vae: Any, direction: memory.Direction, given: torch.Tensor) -> int | None:
         """The height of the bands for this input, in pixels; None: the whole picture at once."""
@@ -132,10 +142,10 @@ class VAEStage(nn.Module):
         shape = (n, channels, height, width)
         rows = memory.choose(vae, direction, shape, free)
         if rows is not None:
-            whole, bands = (memory.predict(vae, direction, shape, high) // 2**20 for high in (None, rows))
+            whole, part = (memory.predict(vae, direction, shape, high) // 2**20 for high in (None, rows))
             warnings.warn(
                 f"to {direction} at once would take {whole:,} MB of the {free // 2**20:,} MB that are free: "
-                f"it is done in bands of {rows} rows ({bands:,} MB), with the same result",
+                f"it is done in bands of {rows} rows ({part:,} MB), with the same result",
                 Note,
                 stacklevel=2,
             )

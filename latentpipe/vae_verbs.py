@@ -105,14 +105,16 @@ def swap(
     """
     from json import dumps
 
-    from latentpipe.models import load_pipeline
+    from latentpipe.models import check_reference, load_pipeline
     from latentpipe.swap import check_swap, save_swapped
     from latentpipe.weights import find_model
 
     folder = find_model(model)
+    check_reference(folder)
     pipe = load_pipeline(folder)
     verdict = check_swap(pipe, vae, _verdict_images(images, pipe, vae) if images else None)
-    print(dumps(verdict.as_dict(), indent=2) if json else verdict)
+    if out is None or verdict.fits or force:
+        print(dumps(verdict.as_dict(), indent=2) if json else verdict)
     if out is not None:
         save_swapped(pipe, folder, vae, out, verdict, force)
         if not json:

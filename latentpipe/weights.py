@@ -53,6 +53,8 @@ def find_model(name: str | Path, kind: str = "models") -> Path:
             raise UserError(f"{kind} '{name}' is both {known[str(name)]} and {known[f'{name}.safetensors']}; rename one of them.")
         return known[str(name)]
     path = Path(name)
+    if kind == "vae" and (path / "model_index.json").is_file() and (path / "vae").is_dir():
+        return (path / "vae").resolve()  # a whole model stands for its VAE
     if path.is_dir() or (kind == "vae" and path.is_file()):
         return path.resolve()
     kinds = "neither a folder nor a file nor" if kind == "vae" else "neither a folder nor"

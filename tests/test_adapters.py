@@ -178,6 +178,16 @@ def test_files_that_are_none_are_refused(tmp_path: Path, card: AdapterCard, vae_
         open_adapter(tmp_path / "wrong.safetensors", ["a" * 64], ["b" * 64])
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"source": (8, 0)}, {"source": ("8", 4)}, {"target": (6, -4)}, {"rung": "foo"}, {"target": (10**9, 4)}, {"target": (6,)}],
+)
+def test_tampered_cards_are_refused(tmp_path: Path, card: AdapterCard, change: dict[str, Any]) -> None:
+    save_adapter(Adapter((4, 2), (6, 4), "convolution"), replace(card, **change), tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="not an adapter of this version"):
+        read_card(tmp_path / "x.safetensors")
+
+
 # --- in use -------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +208,11 @@ def test_swapped_in_through_an_adapter(pipe: LatentPipeline) -> None:
         wanted = other.decode(adapter(drawn[0]))
     assert (drawn[1] - (wanted / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-5
     assert hashed(host) == before
-    ours = swap_vae(pipe, other, adapter=adapter)("red circle", seed=1, steps=2)[0].image
+    swapped = swap_vae(replace(pipe, hashes=pipe.hashes), other, adapter=adapter)("red circle", seed=1, steps=2)[0]
+    assert (swapped.recipe.vae, swapped.recipe.adapter) == ("(given)", "(given)")
+    assert swapped.recipe.hashes["vae"] != pipe.hashes["vae"]
+    assert "adapter" in swapped.recipe.hashes
+    ours = swapped.image
     assert ours.size == pipe("red circle", seed=1, steps=2)[0].image.size
 
 

@@ -17,7 +17,7 @@ from latentpipe import LatentPipeline, UserError, replay
 from latentpipe.cli import main
 from latentpipe.models import load_pipeline
 
-NAMES = ("sdxl", "sd3", "flux", "sana")
+NAMES = ("sdxl", "sd3", "flux", "sana", "sprint")
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -34,14 +34,14 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(family: str) -> dict[str, Any]:
-    return {"size": (64, 64) if family == "sana" else (32, 32), "steps": 2, "guidance": 2.0}
+    return {"size": (64, 64) if family in ("sana", "sprint") else (32, 32), "steps": 2, "guidance": 2.0}
 
 
 def test_pictures_are_the_hosts_own(family: str, folder: Path) -> None:
     pipe = LatentPipeline.from_pretrained(folder, device="cpu")
     ours = pipe("abc", seed=4, **settings(family))[0]
     width, height = settings(family)["size"]
-    more = {"use_resolution_binning": False} if family == "sana" else {}
+    more = {"use_resolution_binning": False} if family in ("sana", "sprint") else {}
     stock = tiny_hosts.quiet(load_pipeline(folder))
     theirs = stock(
         prompt=["abc"], width=width, height=height, num_inference_steps=2, guidance_scale=2.0,
@@ -94,7 +94,7 @@ def test_what_a_family_cannot_do_is_refused(family: str, folder: Path) -> None:
     if family != "sdxl":
         with pytest.raises(UserError, match="draws by flow matching"):
             pipe("abc", seed=1, scheduler="ddim", **settings(family))
-    if family == "flux":
+    if family in ("flux", "sprint"):
         with pytest.raises(UserError, match="takes no negative prompt"):
             pipe("abc", seed=1, negative="x", **settings(family))
     with pytest.raises(UserError, match="sides must be multiples of"):

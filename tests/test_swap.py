@@ -204,6 +204,66 @@ def test_a_reduced_decoder_is_told_by_its_decibels(emoji: Any, probes: torch.Ten
     json.dumps(verdict.as_dict())
 
 
+def damaged(share: float) -> Any:
+    """The embedded VAE with noise on its decoder's weights, as a share of their standard deviation."""
+    vae, random = embedded(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in vae.decoder.parameters():
+            if weight.ndim > 1:
+                weight += torch.randn(weight.shape, generator=random) * weight.std() * share
+    return vae
+
+
+def test_a_damaged_decoder_behind_a_sound_encoder_is_broken(emoji: Any, probes: torch.Tensor) -> None:
+    verdict = check_swap(emoji, damaged(1.0), probes)
+    assert verdict.outcome == "broken"
+    assert "its decoder is damaged, or another VAE's" in verdict.reason
+    slight = check_swap(emoji, damaged(0.5), probes)
+    assert slight.fits
+    assert "worse than the host's own" in slight.reason
+
+
+def test_an_encoder_near_the_hosts_is_not_taken_for_a_wrong_scale(emoji: Any, probes: torch.Tensor) -> None:
+    vae, random = embedded(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in vae.encoder.parameters():
+            if weight.ndim > 1:
+                weight += torch.randn(weight.shape, generator=random) * weight.std() * 0.8
+    verdict = check_swap(emoji, vae, probes)
+    assert verdict.outcome == "same shape, other space"
+    assert "scale" not in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (some_images(3, 64), "3 are too few to tell two VAEs apart; give at least 4"),
+        (some_images(4, 64)[0], r"shape \(3, 64, 64\); expected a float tensor, B 3 H W"),
+        ((some_images(4, 64) * 127 + 127).byte(), r"torch\.uint8"),
+        (some_images(4, 64) * 255, r"expected \[-1, 1\]"),
+        ([1, 2], "given list"),
+    ],
+)
+def test_images_that_cannot_be_measured_on_are_refused(emoji: Any, images: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_swap(emoji, embedded(), images)
+
+
+def test_what_is_no_vae_is_refused(emoji: Any) -> None:
+    with pytest.raises(UserError, match="int is no VAE"):
+        check_swap(emoji, 3)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="str has no VAE"):
+        check_swap("emoji", "emoji")
+
+
+def test_a_facade_is_never_saved_halfway(tmp_path: Path) -> None:
+    pipe = tiny_hosts.sd15()
+    vae = tiny_hosts.kl(4, seed=3)
+    vae.register_to_config(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0])
+    with pytest.raises(UserError, match="swap --out"):
+        swap_vae(pipe, vae, force=True).save_pretrained(tmp_path / "x")
+
+
 def test_weights_that_are_not_finite_are_broken(emoji: Any, probes: torch.Tensor) -> None:
     vae = embedded()
     with torch.no_grad():
@@ -277,6 +337,7 @@ def test_a_latent_pipeline_swaps_its_stage(emoji: Any, probes: torch.Tensor) -> 
     assert new.host is pipe.host
     assert new.hashes["unet"] == "u"
     assert new.hashes["vae"] != "old" == pipe.hashes["vae"]
+    assert (new.vae_name, pipe.vae_name) == ("(given)", None)
     old, other = (p("red apple", seed=3, steps=2)[0].image for p in (pipe, new))
     assert grey_levels(old, other) <= 2
 

@@ -65,6 +65,10 @@ def test_a_vae_that_does_not(model_folder: Path, tmp_path: Path, capsys: Any) ->
     assert card["swapped_vae"]["verdict"]["forced"] is True
     assert card["vae_hash"] == vae_hash(model_folder / "vae")
     assert load_pipeline(tmp_path / "out") is not None
+    forced = ["--model", str(tmp_path / "out"), "--vae", str(model_folder / "vae")]
+    assert "was put in by force (other), so other VAEs cannot be judged beside it" in verdict(capsys, *forced)[2]
+    with pytest.raises(UserError, match="was put in by force"):
+        LatentPipeline.from_pretrained(tmp_path / "out", vae=model_folder / "vae", device="cpu")
 
 
 def test_measured_on_your_own_pictures(same_space: Path, pictures: Path, capsys: Any) -> None:
@@ -106,7 +110,11 @@ def test_nothing_is_written_over(same_space: Path, tmp_path: Path, capsys: Any) 
     (tmp_path / "out").mkdir()
     status, _, err = verdict(capsys, "--vae", str(same_space), "--out", str(tmp_path / "out"))
     assert status == 2
-    assert "exists already; name a folder that does not" in err
+    assert "exists already, or lies within the model" in err
+    model = Path(shutil.copytree(find_model("emoji"), tmp_path / "model"))
+    status, _, err = verdict(capsys, "--vae", str(same_space), "--model", str(model), "--out", str(model / "unet" / "x"))
+    assert status == 2
+    assert "lies within the model" in err
 
 
 @pytest.mark.parametrize("form", ["ldm", "diffusers"])

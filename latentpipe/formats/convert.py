@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from latentpipe.errors import UserError
+from latentpipe.errors import Note, UserError
 from latentpipe.files import atomic_file, atomic_folder, content_hash, file_hash
 from latentpipe.formats import kl
 from latentpipe.formats.opening import Given, VAEFile, resolve
 from latentpipe.formats.source import CARD_FILE, CONFIG_KEY, VAE_FILE, Source, open_source, pair
 from latentpipe.formats.taesd import OPENS_HERE_ONLY
+from latentpipe.images import psnr, to_bytes
+from latentpipe.probes import probe_images
+from latentpipe.vae import VAEStage
 
 Layout = Literal["diffusers", "ldm"]
 CARD_KEY = "latentpipe.card"
@@ -39,7 +43,10 @@ def convert(
     vae = resolve(source, given or Given())
     tensors = {name: _cast(tensor, dtype) for name, tensor in vae.tensors.items()}
     vae = VAEFile(vae.path, vae.config, tensors)
-    vae = VAEFile(vae.path, json.loads(vae.build().to_json_string()), tensors)
+    model = vae.build()
+    vae = VAEFile(vae.path, json.loads(model.to_json_string()), tensors)
+    if len(sources) == 2:
+        _check_pair(model, vae)
     digest = content_hash(tensors, vae.space)
     card = {
         "source": [{"file": file.name, "sha256": file_hash(file)} for file in source.files],
@@ -50,6 +57,22 @@ def convert(
     else:
         _write_folder(vae, out, card)
     return digest
+
+
+@torch.no_grad()
+def _check_pair(model: Any, vae: VAEFile) -> None:
+    """A Note where the two halves do not rebuild pictures together: they may come from two autoencoders."""
+    stage = VAEStage(model, vae.space)
+    images = probe_images(4, 16 * stage.space.downscale)
+    flat = images.mean((2, 3), keepdim=True).expand_as(images)
+    rebuilt, plain = (psnr(to_bytes(guess), to_bytes(images)).mean() for guess in (stage.decode(stage.encode(images)), flat))
+    if rebuilt < plain:
+        warnings.warn(
+            f"the two halves do not rebuild pictures together ({rebuilt:.1f} dB; one colour for each gives {plain:.1f} dB): "
+            "are they of the same autoencoder?",
+            Note,
+            stacklevel=3,
+        )
 
 
 def _source(sources: Sequence[Path]) -> Source:
