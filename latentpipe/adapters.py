@@ -169,24 +169,26 @@ def open_adapter(path: Path, source: Collection[str], target: Collection[str]) -
     return adapter.eval()
 
 
+def own_adapters() -> dict[str, Path]:
+    """Names and files of the adapters in ``$LATENTPIPE_HOME/adapters``."""
+    return {path.stem: path for path in sorted((home() / "adapters").glob("*.safetensors"))}
+
+
 def own_adapter(name: str) -> Path:
     """The file of a name in ``$LATENTPIPE_HOME/adapters``; a path is none."""
-    path = home() / "adapters" / f"{name}.safetensors"
-    if Path(name).name != name or not path.is_file():
+    if name not in own_adapters():
         raise UserError(f"The recipe names the adapter '{name}', which is not installed; give its file with --adapter.")
-    return path
+    return own_adapters()[name]
 
 
 def find_adapter(name: str | Path) -> Path:
     """The file that a path, or a name in ``$LATENTPIPE_HOME/adapters``, means."""
-    folder = home() / "adapters"
-    named = folder / f"{name}.safetensors"
-    if Path(name).name == str(name) and named.is_file():
-        return named
+    known = own_adapters()
+    if str(name) in known:
+        return known[str(name)]
     if Path(name).is_file():
         return Path(name)
-    known = ", ".join(sorted(path.stem for path in folder.glob("*.safetensors"))) or "none installed"
-    raise UserError(f"No adapter '{name}': neither a file nor one of {known}.")
+    raise UserError(f"No adapter '{name}': neither a file nor one of {', '.join(known) or 'none installed'}.")
 
 
 def adapted(host: VAEStage, vae: VAEStage, adapter: Adapter) -> Adapted:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from latentpipe import tiles
 from latentpipe.errors import UserError
+from latentpipe.latents import downscale_of
 
 Direction = Literal["encode", "decode"]
 Shape = tuple[int, int, int, int]
@@ -220,6 +221,4 @@ def _of(direction: Direction, shape: Shape) -> str:
 
 
 def _factor(vae: Any) -> int:
-    from latentpipe.latents import downscale_of
-
     return downscale_of(vae.config)

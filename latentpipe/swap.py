@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from latentpipe import hosts
 from latentpipe.adapters import Adapter, adapted, find_adapter, open_adapter
-from latentpipe.errors import UserError
+from latentpipe.errors import Note, UserError
 from latentpipe.files import atomic_folder, content_hash, read_json
 from latentpipe.judge import judge
 from latentpipe.latents import LatentSpace
@@ -26,7 +27,6 @@ from latentpipe.weights import (
     PREVIEW_FILE,
     available,
     find_model,
-    load_vae,
     name_of,
     open_vae,
     quiet,
@@ -42,9 +42,9 @@ def stage_of(vae: VAE, like: VAEStage | None = None) -> VAEStage:
     if isinstance(vae, VAEStage):
         return vae
     if isinstance(vae, (str, Path)):
-        path = find_model(vae, "vae")
-        loaded = VAEStage(load_vae(path, like.dtype if like else torch.float32), digest=vae_hash(path))
-        return loaded.to(like.device) if like else loaded
+        opened = open_vae(find_model(vae, "vae"))
+        loaded = VAEStage(opened.build(), digest=content_hash(opened.tensors, opened.space))
+        return loaded.to(like.device, like.dtype) if like else loaded
     if not isinstance(vae, nn.Module) or not hasattr(vae, "config"):
         raise UserError(f"{type(vae).__name__} is no VAE; expected a name, a path, a diffusers autoencoder or a VAEStage.")
     try:
@@ -133,7 +133,7 @@ def _with_stage(pipe: Any, stage: Any) -> Any:
             return dataclasses.replace(pipe, stage=stage, hashes=found, vae_name=GIVEN)
         found["adapter"] = content_hash(stage.adapter.state_dict())
         return dataclasses.replace(pipe, stage=stage, hashes=found, vae_name=GIVEN, adapter_name=GIVEN)
-    if isinstance(stage, VAEStage) and not hosts.host_of(pipe).honours(stage.space, stage.vae):
+    if isinstance(stage, VAEStage) and not hosts.misreads(pipe, stage):
         return hosts.rebuild(pipe, vae=with_factors(stage.vae, stage.space, hosts.host_of(pipe)))
     return hosts.rebuild(pipe, vae=hosts.Canonical(stage))
 
@@ -220,13 +220,13 @@ def save_swapped(pipe: Any, folder: Path, vae: str | Path, out: Path, verdict: V
 
 
 def fitting(model: str | Path) -> list[tuple[str, Path, Verdict]]:
-    """Every VAE that a name means, with its verdict for a model; those that cannot be opened are left out."""
+    """Every VAE that a name means, with its verdict for a model; a Note says which cannot be opened."""
     pipe = load_pipeline(find_model(model))
     check_reference(find_model(model))
     found = []
     for name, path in available("vae").items():
         try:
             found.append((name, path, check_swap(pipe, path)))
-        except UserError:
-            continue
+        except UserError as error:
+            warnings.warn(Note(f"left out: {name}: {error}"), stacklevel=2)
     return found

@@ -30,15 +30,13 @@ def make_fp16_safe(
 
     import torch
 
-    from latentpipe.data.folder import read_pictures
     from latentpipe.fp16 import convert
-    from latentpipe.images import to_images
     from latentpipe.pipeline import best_device
     from latentpipe.probes import probe_images
     from latentpipe.weights import find_model
 
     def measured(side: int) -> torch.Tensor:
-        return probe_images(16, min(side, 128)) if images is None else to_images(read_pictures(images, side).pixels[:most])
+        return probe_images(16, min(side, 128)) if images is None else pictures_of(images, side, most)
 
     image_set = "probes" if images is None else images.resolve().name
     report = convert(find_model(vae, "vae"), measured, image_set, out, device or best_device())
@@ -123,12 +121,18 @@ def swap(
         raise SystemExit(1)
 
 
-def pictures_of(folder: Path, side: int) -> Any:
-    """Pictures of a folder as images, at a side that suits a verdict or a fit."""
+def pictures_of(folder: Path, side: int, most: int | None = None) -> Any:
+    """Pictures of a folder (the first `most`) as images of `side` pixels; the files that were skipped are told."""
+    import warnings
+
     from latentpipe.data.folder import read_pictures
+    from latentpipe.errors import Note
     from latentpipe.images import to_images
 
-    return to_images(read_pictures(folder, side).pixels)
+    pictures = read_pictures(folder, side, most)
+    if pictures.skipped:
+        warnings.warn(Note(f"{folder}: {pictures.report()}"), stacklevel=2)
+    return to_images(pictures.pixels)
 
 
 def _verdict_images(folder: Path, pipe: Any, vae: str) -> Any:
@@ -136,4 +140,4 @@ def _verdict_images(folder: Path, pipe: Any, vae: str) -> Any:
     from latentpipe.verdict import probe_side
     from latentpipe.weights import find_model, open_vae
 
-    return pictures_of(folder, probe_side(pipe.vae_scale_factor, open_vae(find_model(vae, "vae")).space.downscale))[:32]
+    return pictures_of(folder, probe_side(pipe.vae_scale_factor, open_vae(find_model(vae, "vae")).space.downscale), 32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,7 +117,8 @@ def ls(kind: Literal["all", "models", "vae", "adapters", "configs"] = "all", /, 
         kind: What to list.
         fits: Name or folder of a model: list the VAEs with their verdicts, those that fit it first.
     """
-    from latentpipe.weights import available, home
+    from latentpipe.adapters import own_adapters
+    from latentpipe.weights import available
 
     if fits is not None:
         if kind != "vae":
@@ -131,8 +133,8 @@ def ls(kind: Literal["all", "models", "vae", "adapters", "configs"] = "all", /, 
         if name in ("models", "vae"):
             for entry, path in available(name).items():
                 print(f"{name.removesuffix('s'):8}{entry:20}{path}")
-    for path in sorted((home() / "adapters").glob("*.safetensors")) if kind in ("all", "adapters") else ():
-        print(f"{'adapter':8}{path.stem:20}{path}")
+    for entry, path in own_adapters().items() if kind in ("all", "adapters") else ():
+        print(f"{'adapter':8}{entry:20}{path}")
     if kind in ("all", "configs"):
         for path in sorted(configs_folder().glob("*.yaml")):
             print(f"{'config':8}{path.stem:20}{path}")
@@ -144,14 +146,12 @@ def inspect(path: str, /) -> None:
     Args:
         path: A name, a model or VAE folder, a .safetensors file, or a PNG.
     """
+    from latentpipe.adapters import is_adapter, own_adapters, read_card
     from latentpipe.models import describe
 
-    if Path(path).suffix == ".safetensors" and Path(path).is_file():
-        from dataclasses import asdict
-
-        from latentpipe.adapters import is_adapter, read_card
-
-        print(_json(asdict(read_card(Path(path))) if is_adapter(Path(path)) else describe(path)))
+    file = own_adapters().get(path, Path(path))
+    if file.suffix == ".safetensors" and file.is_file():
+        print(_json(asdict(read_card(file)) if is_adapter(file) else describe(path)))
         return
     if Path(path).is_file():
         from latentpipe.recipe import read

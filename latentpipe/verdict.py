@@ -126,23 +126,24 @@ def measure(host: Any, vae: Any, images: torch.Tensor | None = None) -> Evidence
         images = probe_images(PROBES, probe_side(host.space.downscale, vae.space.downscale))
     _check(images)
     theirs, ours = (_each(stage.encode, images) for stage in (host, vae))
-    round_trip = _quality(vae, ours, images)
-    flat = psnr(to_bytes(images.mean((2, 3), keepdim=True).expand_as(images)), to_bytes(images)).mean().item()
+    truth = to_bytes(images)
+    by_host, by_vae = _decoded(host, theirs), _decoded(vae, ours)
+    round_trip = _quality(by_vae, truth)
+    flat = psnr(to_bytes(images.mean((2, 3), keepdim=True).expand_as(images)), truth).mean().item()
     unit = None
     if round_trip is not None and round_trip < flat + 6:
-        unit = _quality(vae, _each(vae.encode, images / 2 + 0.5), images, unit=True)
+        unit = _quality(_decoded(vae, _each(vae.encode, images / 2 + 0.5), unit=True), truth)
     cross: dict[str, Any] = {}
     if theirs.shape == ours.shape:
-        if vae.decodes and host.decodes:
-            pair = [to_bytes(_each(stage.decode, theirs).nan_to_num(0.0)) for stage in (host, vae)]
-            cross = {"decoders": psnr(*pair).clamp_max(99.0).mean().item()}
-        cross |= {"vae_of_host": _quality(vae, theirs, images), "host_of_vae": _quality(host, ours, images)}
+        crossed = _decoded(vae, theirs)
+        cross = {"vae_of_host": _quality(crossed, truth), "host_of_vae": _quality(_decoded(host, ours), truth)}
+        cross["decoders"] = None if by_host is None else _quality(crossed, by_host)
         cross["linear"] = linear_relation(theirs, ours)
     return Evidence(
         n=len(images),
         side_px=images.shape[-1],
         pictures=pictures,
-        host=_quality(host, theirs, images),
+        host=_quality(by_host, truth),
         vae=round_trip,
         flat=flat,
         unit_range=unit,
@@ -217,13 +218,17 @@ def _each(function: Any, batch: torch.Tensor, size: int = 4) -> torch.Tensor:
     return torch.cat([function(part).float().cpu() for part in batch.split(size)])
 
 
-def _quality(stage: Any, latents: torch.Tensor, images: torch.Tensor, unit: bool = False) -> float | None:
-    """Mean PSNR in dB of the decoded latents against the images; None where the stage cannot decode."""
+def _decoded(stage: Any, latents: torch.Tensor, unit: bool = False) -> torch.Tensor | None:
+    """Latents as pixels (uint8, B 3 H W); None where the stage cannot decode. `unit`: it gives images in [0, 1]."""
     if not stage.decodes:
         return None
-    rebuilt = _each(stage.decode, latents)
-    rebuilt = (rebuilt * 2 - 1 if unit else rebuilt).nan_to_num(0.0, 1.0, -1.0)
-    return psnr(to_bytes(rebuilt), to_bytes(images)).clamp_max(99.0).mean().item()
+    images = _each(stage.decode, latents)
+    return to_bytes(images * 2 - 1 if unit else images)
+
+
+def _quality(pixels: torch.Tensor | None, truth: torch.Tensor) -> float | None:
+    """Mean PSNR in dB, equal pictures counting as 99; None where nothing was decoded."""
+    return None if pixels is None else psnr(pixels, truth).clamp_max(99.0).mean().item()
 
 
 def _db(value: float) -> str:

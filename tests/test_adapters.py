@@ -228,6 +228,7 @@ def fitted(model_folder: Path, own_home: Path, pictures: Path, tmp_path: Path) -
 
 def test_fit_draw_replay(fitted: Path, installed: str, tmp_path: Path) -> None:
     assert read_card(fitted).report["bound"]["name"] == "upper bound"
+    assert main(["inspect", "mine"]) == 0
     arguments = ["generate", "red circle", "--model", installed, "--steps", "2", "--seed", "3", "--out", str(tmp_path)]
     assert main([*arguments, "--vae", "coarse", "--adapter", "mine"]) == 0
     picture = next(tmp_path.glob("*.png"))

@@ -136,7 +136,9 @@ def test_the_list_of_vaes_says_which_fit(same_space: Path, own_home: Path, capsy
     save_vae(tiny_vae(), own_home / "vae" / "small", {})
     (own_home / "vae" / "noise.safetensors").write_bytes(b"\x00" * 50)
     assert main(["ls", "vae", "--fits", "emoji"]) == 0
-    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    out, err = capsys.readouterr()
+    assert "left out: noise:" in err
+    rows = {line.split()[0]: line for line in out.splitlines()}
     assert "same space" in rows["emoji"]
     assert "same space" in rows["declared"]
     assert "other shape" in rows["small"]

@@ -64,14 +64,14 @@ def read_index(folder: Path) -> list[Item]:
     return [Item(folder / name, tuple(texts)) for name, texts in captions.items()]
 
 
-def read_pictures(folder: Path, size_px: int) -> Pictures:
-    """Every readable picture as an upright RGB square of `size_px` (alpha on white, centre square, Lanczos).
+def read_pictures(folder: Path, size_px: int, most: int | None = None) -> Pictures:
+    """Every readable picture (or the first `most` files) as an upright RGB square of `size_px` (alpha on white, Lanczos).
 
     Bad files are skipped and listed with the reason; UserError when nothing is left.
     """
     arrays: list[np.ndarray] = []
     result = Pictures(np.empty((0, size_px, size_px, 3), np.uint8), [], [])
-    for item in read_index(folder):
+    for item in read_index(folder)[:most]:
         name = item.path.relative_to(folder).as_posix()
         try:
             with Image.open(item.path) as picture:
