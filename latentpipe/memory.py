@@ -216,7 +216,7 @@ _LESS = "Take a smaller picture or fewer pictures at once, or close other progra
 
 def _of(direction: Direction, shape: Shape) -> str:
     n, _, height, width = shape
-    what = "picture" if direction == "encode" else "map of latents"
+    what = "picture" if direction == "encode" else "latent map"
     return f"{n} {what}{'s' if n != 1 else ''} of {width} x {height}"
 
 

@@ -47,6 +47,8 @@ def available(kind: str = "models") -> dict[str, Path]:
 
 def find_model(name: str | Path, kind: str = "models") -> Path:
     """The folder (or a VAE's single file) that a name or a path means; UserError lists the names there are."""
+    if not str(name).strip():
+        raise UserError(f"The {kind.removesuffix('s')} has an empty name; give a name ('latentpipe ls'), a folder or a file.")
     known = available(kind)
     if str(name) in known:
         if f"{name}.safetensors" in known:
