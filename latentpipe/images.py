@@ -27,6 +27,8 @@ def flatten(picture: Image.Image, background: tuple[int, int, int] = WHITE) -> I
     if picture.mode.startswith("I") or picture.mode == "F":
         # 16-bit greys: Pillow's own conversion clips at 255 instead of scaling.
         values = np.asarray(picture, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("it holds values that are not finite (NaN or infinity)")
         # "I;16" is 16 bits by name; in "I" and "F" only the values tell.
         top = 65535.0 if picture.mode.startswith("I;16") or values.max(initial=0.0) > 255 else 255.0
         picture = Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))

@@ -84,16 +84,21 @@ class VAEStage(nn.Module):
         self,
         images: torch.Tensor,
         warp: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        generator: torch.Generator | None = None,
+        noise: torch.Tensor | None = None,
+        given: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Any]:
-        """Training pass: images to (reconstruction of one posterior sample, the posterior).
+        """Training pass: images to (reconstruction of one posterior sample, the posterior; raw latents where there is none).
 
-        `warp` acts on the sampled raw latents before decoding (an equivariance loss compares the result
-        with the same warp of the images). The sample is ``mean + std * noise`` (Kingma and Welling,
-        arXiv:1312.6114, section 2.4), so gradients reach the encoder.
+        noise  standard normal, B C h w: the sample is ``mean + std * noise`` (Kingma and Welling, arXiv:1312.6114,
+               section 2.4), so gradients reach the encoder; left out: the posterior's mode
+        warp   acts on the sampled raw latents before decoding (an equivariance loss compares the result with the same
+               warp of the images)
+        given  raw latents to decode in place of the sample (a decoder that learns from another VAE's latents)
+
+        One call, so that processes which average gradients see every parameter in it.
         """
         posterior = _output(self.vae.encode(images.to(self.device, self.dtype)), self.vae)
-        raw = posterior if isinstance(posterior, torch.Tensor) else posterior.sample(generator)
+        raw = sampled(posterior, noise) if given is None else given
         if warp is not None:
             raw = warp(raw)
         return self.vae.decode(raw, return_dict=False)[0], posterior
@@ -161,6 +166,34 @@ def _output(encoded: Any, vae: Any) -> Any:
         if hasattr(encoded, name):
             return getattr(encoded, name)
     raise TypeError(f"{type(vae).__name__} returns neither latent_dist, latents nor latent from encode().")
+
+
+def sampled(posterior: Any, noise: torch.Tensor | None) -> torch.Tensor:
+    """Raw latents (B C h w) drawn with standard normal `noise`: ``mean + std * noise``; the mode where there is none."""
+    if isinstance(posterior, torch.Tensor):
+        return posterior
+    if noise is None:
+        return posterior.mode()
+    # in fp32: under autocast a narrow posterior would be lost between two bf16 numbers
+    return posterior.mean.float() + posterior.std.float() * noise
+
+
+def declare_normalization(vae: Any, space: LatentSpace) -> None:
+    """Make a measured space what the autoencoder declares, in place, so that every host of its class reads it.
+
+    Folded into quant_conv and post_quant_conv where there are both; else one scale and one shift (means over the channels)
+    in the config fields that the class has (Stable Diffusion 3, FLUX.1, tiny autoencoders; a scale alone for DC-AE).
+    """
+    if getattr(vae, "quant_conv", None) is not None and getattr(vae, "post_quant_conv", None) is not None:
+        fold_normalization(vae, space)
+        return
+    c = space.channels
+    shift = sum(space.shift) / c
+    # the variance of all latents about the common shift: within the channels, and between their means
+    spread = sum(scale**-2 + (mean - shift) ** 2 for scale, mean in zip(space.scale, space.shift, strict=True)) / c
+    fields: dict[str, Any] = {"scaling_factor": spread**-0.5, "shift_factor": shift}
+    fields |= {"latents_mean": None, "latents_std": None}
+    vae.register_to_config(**{name: value for name, value in fields.items() if name in vae.config})
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ ORDER = [
     ["bands"], ["bandable"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["hosts"], ["weights"],
     ["rescale"], ["fp16"],
     ["models"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["recipe"], ["sampling"], ["denoise"], ["pipeline"],
-    ["engine"], ["config"], ["data"], ["train"], ["evaluate"], ["generate", "verbs", "vae_verbs"], ["fit"], ["cli"],
+    ["engine"], ["config"], ["data"], ["evaluate"], ["train"], ["generate", "verbs", "vae_verbs"], ["fit"], ["cli"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 EXEMPT = {"latentpipe/__init__.py", "latentpipe/__main__.py"}

@@ -46,7 +46,8 @@ def test_the_space_is_the_autoencoders_own_by_default() -> None:
 @torch.no_grad()
 def test_forward_reconstructs_one_posterior_sample() -> None:
     vae, images = tiny_vae(), some_images()
-    rebuilt, posterior = VAEStage(vae, SPACE)(images, generator=torch.Generator().manual_seed(3))
+    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    rebuilt, posterior = VAEStage(vae, SPACE)(images, noise=noise)
     raw = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(3))
     assert torch.equal(rebuilt, vae.decode(raw).sample)
     assert torch.equal(posterior.mean, vae.encode(images).latent_dist.mean)
@@ -55,9 +56,17 @@ def test_forward_reconstructs_one_posterior_sample() -> None:
 @torch.no_grad()
 def test_the_warp_acts_on_the_sampled_raw_latents() -> None:
     vae, images = tiny_vae(), some_images()
-    rebuilt, _ = VAEStage(vae, SPACE)(images, warp=lambda raw: raw.flip(3), generator=torch.Generator().manual_seed(3))
-    raw = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(3))
-    assert torch.equal(rebuilt, vae.decode(raw.flip(3)).sample)
+    rebuilt, _ = VAEStage(vae, SPACE)(images, warp=lambda raw: raw.flip(3))
+    assert torch.equal(rebuilt, vae.decode(vae.encode(images).latent_dist.mode().flip(3)).sample)
+
+
+@torch.no_grad()
+def test_given_latents_are_decoded_in_place_of_the_sample() -> None:
+    vae, images = tiny_vae(), some_images()
+    given = torch.randn(4, 4, 8, 8)
+    rebuilt, posterior = VAEStage(vae, SPACE)(images, given=given)
+    assert torch.equal(rebuilt, vae.decode(given).sample)
+    assert torch.equal(posterior.mean, vae.encode(images).latent_dist.mean)
 
 
 def test_forward_carries_gradients_to_encoder_and_decoder() -> None:

@@ -6,16 +6,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 
 from latentpipe.adapters import RUNGS, Adapter, Rung
 from latentpipe.errors import UserError
+from latentpipe.evaluate.bootstrap import interval
 from latentpipe.images import psnr, to_bytes
 
 RIDGE = 1e-5  # of the mean diagonal of the Gram matrix
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def fit_adapter(
 
     def score(name: str, latents: torch.Tensor, parameters: int) -> tuple[Score, torch.Tensor]:
         values = psnr(to_bytes(_decode(target, latents)), truth).clamp_max(99.0)
-        low, high = interval(values)
+        low, high = interval(values.numpy())
         r2 = 1 - (y[held] - latents).square().sum() / (y[held] - y[held].mean((0, 2, 3), keepdim=True)).square().sum()
         return Score(name, values.mean().item(), low, high, r2.item(), parameters), values
 
@@ -103,15 +102,6 @@ def _smallest_within(rungs: list[Rung], scores: list[Score]) -> Rung:
     """The first rung whose mean lies within the interval of the best one."""
     best = max(scores, key=lambda score: score.psnr_db)
     return next(rung for rung, score in zip(rungs, scores, strict=True) if score.psnr_db >= best.low)
-
-
-def interval(values: torch.Tensor, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean (Efron 1979), over pictures."""
-    random = np.random.default_rng(seed)
-    array = values.double().numpy()
-    means = array[random.integers(0, len(array), (RESAMPLES, len(array)))].mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
 
 
 @torch.no_grad()

@@ -16,14 +16,17 @@ from latentpipe.images import sheet
 from latentpipe.models import load_pipeline, save_pipeline
 from latentpipe.pipeline import LatentPipeline
 from latentpipe.train import loop
-from latentpipe.train.loop import refuse_other_shape
 from latentpipe.train.losses import l2, velocity_target
+from latentpipe.train.progress import Progress
+from latentpipe.train.start import begin, refuse_other_shape
+from latentpipe.train.team import refuse_several
 from latentpipe.train.text import build_text_encoder, token_ids, train_tokenizer
 from latentpipe.weights import find_model, load_vae, quiet
 
 
 def train_denoiser(config: TrainDenoiser) -> Path:
     """Run `latentpipe train-denoiser`: returns the folder of a complete StableDiffusionPipeline (fp16 safetensors)."""
+    refuse_several("train-denoiser")
     torch.manual_seed(config.run.seed)
     vae_folder = find_model(config.data.vae, "vae")
     cache = open_cache(config.data.cache, vae_folder)
@@ -37,7 +40,7 @@ def train_denoiser(config: TrainDenoiser) -> Path:
     tokenizer, text_encoder, unet = _build(config, cache, vae)
     scheduler = build_scheduler(config.diffusion)
     alpha_bar = training_alphas(scheduler)
-    loop.begin(config, config.run)
+    begin(config, config.run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
     print(f"Training on {len(captioned)} captioned pictures of {config.data.cache}")
@@ -59,12 +62,12 @@ def train_denoiser(config: TrainDenoiser) -> Path:
 
     prompts = list(config.sample_prompts) or [cache.captions[index][0] for index in captioned[:8]]
 
-    def sample(step: int) -> dict[str, float]:
+    def sample(step: int, log: Progress) -> dict[str, float]:
         pipe = LatentPipeline(_pipeline(vae, text_encoder, tokenizer, unet, scheduler))
         both.eval()
         pictures = [pipe(prompt, seed=index)[0].image for index, prompt in enumerate(prompts)]
         both.train()
-        sheet(pictures, 8, prompts).save(config.run.work / f"samples-{step:06d}.png")
+        log.sheet(step, "samples", sheet(pictures, 8, prompts))
         return {}
 
     loop.fit(both, config.optim, config.run, losses_of, sample)

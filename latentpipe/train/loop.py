@@ -6,30 +6,29 @@ Everything random in a step comes from a generator seeded by (seed, step), and t
 
 from __future__ import annotations
 
-import json
 import math
+import signal
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
-from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
-from latentpipe.config import Optimization, Run, Strict, dump
-from latentpipe.errors import Note, UserError
-from latentpipe.files import atomic_file
-from latentpipe.train import checkpoint
+from latentpipe.config import Optimization, Run
+from latentpipe.errors import UserError
+from latentpipe.train.guard import TRIES
+from latentpipe.train.progress import Progress
+from latentpipe.train.state import State, Stateful
+from latentpipe.train.team import Team
 
 Losses = dict[str, torch.Tensor]
+Figures = dict[str, float]
+Batches = Losses | Generator[Losses, None, Figures]
 
 
 def generator_for(seed: int, step: int, device: str = "cpu") -> torch.Generator:
@@ -71,194 +70,182 @@ def has_bf16_units() -> bool:
 def fast_forward(run: Run, device: torch.device) -> Iterator[None]:
     """The fastest exact way to compute a forward pass here.
 
-    bf16 autocast where the run wants it (auto: where the processor has the units); on a CPU plain attention,
+    bf16 or fp16 autocast where the run wants it (auto: bf16 where the processor has the units); on a CPU plain attention,
     whose backward pass is several times faster than the fused one on the short sequences of small latents.
     """
-    wanted = run.precision == "bf16" or (run.precision == "auto" and has_bf16_units())
+    dtype = torch.float16 if run.precision == "fp16" else torch.bfloat16
+    wanted = run.precision in ("bf16", "fp16") or (run.precision == "auto" and has_bf16_units())
     with ExitStack() as stack:
         if wanted:
-            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+            stack.enter_context(torch.autocast(device.type, dtype))
         if device.type == "cpu":
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
-
-
-def begin(config: Strict, run: Run) -> None:
-    """Prepare the work folder: refuse to mix two runs, write the resolved config."""
-    out, work = run.out.resolve(), run.work.resolve()
-    if work == out or work.is_relative_to(out):
-        raise UserError(
-            f"run.work ({run.work}) lies in run.out ({run.out}), which is replaced at the end; choose another folder."
-        )
-    if out.exists() and any(out.iterdir()) and not any((out / name).is_file() for name in ("config.json", "model_index.json")):
-        raise UserError(f"run.out ({run.out}) holds something that is no model, and would be replaced; choose another folder.")
-    started = (run.work / "checkpoints").is_dir() and any((run.work / "checkpoints").iterdir())
-    if started and not run.resume:
-        raise UserError(
-            f"{run.work} holds checkpoints of an earlier run; add --run.resume to go on from there, or choose another --run.work."
-        )
-    run.work.mkdir(parents=True, exist_ok=True)
-    record = run.work / "config.yaml"
-    if run.resume and record.is_file():
-        before, now = _flat(yaml.safe_load(record.read_text())), _flat(config.model_dump(mode="json"))
-        free = {"run.resume", "run.out", "run.work", "run.save_every_steps", "run.sample_every_steps"}
-        changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if key not in free and before.get(key) != now[key]]
-        if changed:
-            warnings.warn(f"this run goes on with another config: {', '.join(changed)}", Note, stacklevel=3)
-    with atomic_file(record) as part:
-        part.write_text(dump(config))
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots."""
-    if not isinstance(values, dict):
-        return {prefix.rstrip("."): values}
-    return {name: value for key, inner in values.items() for name, value in _flat(inner, f"{prefix}{key}.").items()}
-
-
-def refuse_other_shape(source: Path, found: Mapping[str, Any], wanted: dict[str, Any]) -> None:
-    """UserError where the model to warm-start from differs from the config in one of `wanted`."""
-    pairs = {name: (_plain(found[name]), _plain(value)) for name, value in wanted.items()}
-    other = [f"{name} {mine} (config: {value})" for name, (mine, value) in pairs.items() if mine != value]
-    if other:
-        raise UserError(f"run.warm_start {source} is a model of another shape: {', '.join(other)}.")
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def fit(
     module: nn.Module,
     optim: Optimization,
     run: Run,
-    losses_of: Callable[[int, torch.Generator], Losses],
-    sample: Callable[[int], dict[str, float]],
-) -> None:
-    """Train `module` for ``optim.steps`` steps; on return it holds the EMA weights.
+    losses_of: Callable[[int, torch.Generator], Batches],
+    sample: Callable[[int, Progress], Figures],
+    team: Team | None = None,
+    extras: tuple[Stateful, ...] = (),
+    parts: int = 1,
+    patience: int = 0,
+) -> int:
+    """Train `module` for ``optim.steps`` steps; on return it holds the EMA weights. Returns the steps that were taken.
 
-    losses_of(step, generator)  the weighted loss terms by name; their sum is minimized
-    sample(step)                draws sheets with the EMA weights in place and returns figures for the log
+    losses_of(step, generator)  the weighted loss terms by name, whose sum is minimized; or, in `parts`, one after the other
+                                (each is averaged in), and at the end further figures for the log
+    sample(step, log)           draws sheets with the EMA weights in place and returns figures for the log
+    extras                      what else changes from step to step and belongs to a checkpoint
+    patience                    ends the run after so many "validation_psnr_db" in a row that are no better than the best
+
+    A step whose loss jumps or is not finite sends the run back to its last checkpoint with half the learning rate, three
+    times at most. Ctrl-C and SIGTERM leave a checkpoint of the last whole step.
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay)
-    ema = EMAModel(parameters, decay=optim.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    first = _resume(module, optimizer, ema, run)
-    log = Progress(run.work / "log.jsonl", optim.steps, first)
+    state = State.new(module, optim, run, extras)
+    done = state.resume(run.work) if run.resume else 0
+    origin = _clones(state) if done == 0 else None
+    told = team is None or team.is_first
+    log = Progress(run.work / "log.jsonl", optim.steps, done, run.tensorboard, told)
 
     def save(step: int) -> None:
         log.flush()
-        tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
-        tensors |= {f"ema.{index}": value for index, value in enumerate(ema.shadow_params)}
-        checkpoint.save(run.work, step, tensors | checkpoint.optimizer_tensors(optimizer), {"ema_steps": ema.optimization_step})
+        if told:
+            state.save(run.work, step)
+        if team is not None:
+            team.wait()
 
-    done, whole = first, True
+    def validate(step: int) -> None:
+        figures = state.with_ema(partial(sample, step, log))
+        log.figures(step, figures)
+        if patience:
+            state.note(figures["validation_psnr_db"], run.work, told)
+
     try:
-        for step in range(first, optim.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(optim, step)
-            losses = losses_of(step, generator_for(run.seed, step))
-            total = torch.stack(list(losses.values())).sum()
-            if not torch.isfinite(total):
-                raise UserError(
-                    f"The loss is not finite at step {step}: {_figures(losses)}. Lower optim.learning_rate, then --run.resume."
-                )
-            total.backward()
-            whole = False
-            norm = nn.utils.clip_grad_norm_(parameters, optim.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.step(parameters)
-            done, whole = step + 1, True  # from here on weights and EMA are those of `done` steps
-            log.step(done, {**_figures(losses), "gradient_norm": float(norm)})
-            if done % run.save_every_steps == 0 and done < optim.steps:
-                save(done)
-            if done % run.sample_every_steps == 0 and done < optim.steps:
-                log.figures(done, _with_ema(ema, parameters, partial(sample, done)))
-    except KeyboardInterrupt:
-        if whole:  # in the middle of an update only the checkpoint before it is exact
+        with _on_sigterm() as stopped:
+            while done < optim.steps and not (patience and state.misses >= patience):
+                figures = _step(state, optim, run, losses_of, done, parts, team)
+                if figures is None:
+                    done = _roll_back(state, run, done, origin, log)
+                    continue
+                done, state.whole = done + 1, True  # from here on weights and EMA are those of `done` steps
+                log.step(done, figures)
+                if stopped:
+                    save(done)
+                    print(f"Stopped after {done} of {optim.steps} steps; go on with --run.resume.", file=sys.stderr)
+                    raise SystemExit(128 + signal.SIGTERM)
+                if done % run.sample_every_steps == 0 and done < optim.steps:
+                    validate(done)
+                if done % run.save_every_steps == 0 and done < optim.steps:
+                    save(done)
+                    origin = None
+            if patience and done == optim.steps:
+                validate(done)
             save(done)
-        log.close()
+    except KeyboardInterrupt:
+        if state.whole:  # in the middle of an update only the checkpoint before it is exact
+            save(done)
         print(f"Stopped after {done} of {optim.steps} steps; go on with --run.resume.", file=sys.stderr)
         raise
-    save(optim.steps)
-    log.close()
-    ema.copy_to(parameters)
-
-
-def _with_ema(ema: EMAModel, parameters: list[nn.Parameter], call: Callable[[], dict[str, float]]) -> dict[str, float]:
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        return call()
     finally:
-        ema.restore(parameters)
+        log.close()
+    if patience:
+        state.take_best(run.work)
+    state.ema.copy_to(state.parameters)
+    return done
 
 
-def _resume(module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel, run: Run) -> int:
-    found = checkpoint.newest(run.work) if run.resume else None
-    if found is None:
-        return 0
-    tensors, state = found
-    weights = {name.removeprefix("module."): value for name, value in tensors.items() if name.startswith("module.")}
+def _step(
+    state: State,
+    optim: Optimization,
+    run: Run,
+    losses_of: Callable[[int, torch.Generator], Batches],
+    step: int,
+    parts: int,
+    team: Team | None,
+) -> Figures | None:
+    """One update; what to log, or None where it was not taken: the loss jumped or is not finite."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(optim, step) * 0.5**state.guard.detours
+    # after a detour the same pictures come with other crops and other noise
+    batches = losses_of(step, generator_for(run.seed, step + state.guard.detours * 2**32))
+    seen, further = _backward(batches, parts, state)
+    names = list(seen[0])
+    values = torch.stack([torch.stack([losses[name].float() for name in names]) for losses in seen]).mean(0)
+    figures = dict(zip(names, (values if team is None else team.mean(values)).tolist(), strict=True))
+    state.scaler.unscale_(state.optimizer)
+    norm = float(nn.utils.clip_grad_norm_(state.parameters, optim.clip_norm))
+    watched = figures if state.scaler.is_enabled() else {**figures, "gradient": 0.0 if math.isfinite(norm) else norm}
+    if state.guard.is_spike(watched):
+        state.refused = ", ".join(f"{name} {value:.6g}" for name, value in {**figures, "gradient_norm": norm}.items())
+        state.optimizer.zero_grad(set_to_none=True)
+        return None
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.ema.step(state.parameters)
+    return {**figures, "gradient_norm": norm, **further}
+
+
+def _backward(batches: Batches, parts: int, state: State) -> tuple[list[Losses], Figures]:
+    """Gradients of the mean over the parts; the terms of each part without gradient, and the further figures."""
+    generator = _one(batches) if isinstance(batches, dict) else batches
+    seen: list[Losses] = []
+    while True:
+        try:
+            losses = next(generator)
+        except StopIteration as end:
+            return seen, end.value or {}
+        total = torch.stack(list(losses.values())).sum()
+        state.whole = False
+        state.scaler.scale(total / parts).backward()
+        seen.append({name: value.detach() for name, value in losses.items()})
+
+
+def _one(losses: Losses) -> Generator[Losses, None, Figures]:
+    yield losses
+    return {}
+
+
+Snapshot = tuple[dict[str, torch.Tensor], dict[str, object]]
+
+
+def _clones(state: State) -> Snapshot:
+    tensors, figures = state.snapshot()
+    return {name: value.detach().clone() for name, value in tensors.items()}, figures
+
+
+def _roll_back(state: State, run: Run, step: int, origin: Snapshot | None, log: Progress) -> int:
+    """To the last checkpoint (the beginning where there is none); returns its step."""
+    detours = state.guard.detours + 1
+    if detours > TRIES:
+        raise UserError(
+            f"The loss is not finite or jumps at step {step} ({state.refused}), also after going back {TRIES} times. "
+            "Lower optim.learning_rate (or the weight of the adversarial term), then --run.resume."
+        )
+    if origin is not None:
+        state.restore({name: value.clone() for name, value in origin[0].items()}, origin[1])
+        done = 0
+    else:
+        done = state.resume(run.work)
+    state.guard.detours, state.whole = detours, True
+    log.rewind(done)
+    log.say(f"step {step}: the loss jumped or is not finite ({state.refused}); back to step {done}, with half the learning rate")
+    return done
+
+
+@contextmanager
+def _on_sigterm() -> Iterator[list[int]]:
+    """A list that holds the signal once SIGTERM has come; the step that is under way is finished first."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"The checkpoint in {run.work} is of another model: {str(error).splitlines()[1].strip()}") from None
-    checkpoint.restore_optimizer(optimizer, tensors)
-    ema.shadow_params = [tensors[f"ema.{index}"].to(shadow.device) for index, shadow in enumerate(ema.shadow_params)]
-    ema.optimization_step = state["ema_steps"]
-    return int(state["step"])
-
-
-def _figures(losses: Losses) -> dict[str, float]:
-    return {name: float(value.detach()) for name, value in losses.items()}
-
-
-class Progress:
-    """A progress bar with ETA on stderr, and one JSON line for every step in log.jsonl."""
-
-    def __init__(self, path: Path, steps: int, first: int) -> None:
-        self.path = path
-        if first and path.is_file():  # a resumed run rewrites what came after its checkpoint
-            kept = [line for line in path.read_text().splitlines() if 0 < _step_of(line) <= first]
-            with atomic_file(path) as part:
-                part.write_text("".join(f"{line}\n" for line in kept))
-        self.file = path.open("a" if first else "w")
-        quiet = not sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=first, mininterval=30.0 if quiet else 0.5, unit="step", dynamic_ncols=not quiet)
-        self.begin = time.monotonic()
-
-    def step(self, step: int, figures: dict[str, float]) -> None:
-        """Log one step."""
-        self._write(step, {"seconds": round(time.monotonic() - self.begin, 2), **figures})
-        shown = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.update()
-
-    def figures(self, step: int, figures: dict[str, float]) -> None:
-        """Log validation figures and show them above the bar."""
-        self._write(step, figures)
-        self.file.flush()
-        self.bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()), file=sys.stderr)
-
-    def flush(self) -> None:
-        """Put what was logged on the disk."""
-        self.file.flush()
-
-    def close(self) -> None:
-        """Close the bar and the log."""
-        self.bar.close()
-        self.file.close()
-
-    def _write(self, step: int, figures: dict[str, float]) -> None:
-        rounded = {name: round(value, 6) for name, value in figures.items()}
-        self.file.write(json.dumps({"step": step, **rounded}) + "\n")
-
-
-def _step_of(line: str) -> int:
-    """The step of a log line; 0 for the torn last line of a run that was killed."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 0
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,92 +1,144 @@
-"""Train the VAE: images -> (reconstruction, posterior) -> losses; then fold the measured normalization in."""
+"""Train the VAE: images -> (reconstruction, posterior) -> losses; then write down the normalization of what it became."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Generator
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch.nn import functional
 
-from latentpipe.config import Crops, TrainVAE, VAEShape
-from latentpipe.data.folder import Pictures, read_pictures
-from latentpipe.errors import UserError
+from latentpipe.config import TrainVAE
+from latentpipe.data.folder import read_pictures
+from latentpipe.data.stream import PictureStream
+from latentpipe.errors import Note, UserError
+from latentpipe.evaluate import health
+from latentpipe.evaluate.alarms import alarms
 from latentpipe.images import bytes_to_images, psnr, sheet, to_bytes, to_pixels
-from latentpipe.latents import LatentSpace, Measured
-from latentpipe.train import loop, losses
-from latentpipe.train.loop import refuse_other_shape
-from latentpipe.vae import VAEStage, fold_normalization
-from latentpipe.weights import find_model, load_vae, save_vae
+from latentpipe.train import finish, freeze, loop
+from latentpipe.train.adversarial import last_layer
+from latentpipe.train.build import build_vae, open_teacher, training_space
+from latentpipe.train.crops import draw_cut
+from latentpipe.train.memory import parts_that_fit
+from latentpipe.train.objective import Objective
+from latentpipe.train.progress import Progress
+from latentpipe.train.start import begin
+from latentpipe.train.team import Team
+from latentpipe.train.warp import SCALES, Warp, draw_warp
+from latentpipe.vae import VAEStage
+
+SHARES_EVERY = 50  # steps between the shares of the terms in the last layer's gradient
+WATCHED = 64  # pictures whose latents are looked at with every sheet
 
 
 def train_vae(config: TrainVAE) -> Path:
-    """Run `latentpipe train-vae`: returns the folder of the finished VAE (diffusers AutoencoderKL, fp16 safetensors)."""
+    """Run `latentpipe train-vae`: returns the folder of the finished VAE (a diffusers autoencoder, fp16 safetensors).
+
+    In several processes (``accelerate launch -m latentpipe train-vae ...``) each computes its share of every batch, with the
+    gradients of one process that computes all of it.
+    """
+    team = Team()
     torch.manual_seed(config.run.seed)
-    vae = _build(config)
-    size = config.crops.size_px
-    _check_size(config)
-    loop.begin(config, config.run)
-    pictures = read_pictures(config.data.train, config.data.read_size_px)
-    print(f"Training on {config.data.train}: {pictures.report()}")
-    train = torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2)  # uint8, N 3 H W
-    held = _validation(config, size)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # Raw values are the latents while training; the normalization is measured afterwards.
-    c = config.model.channels
-    stage = VAEStage(vae, LatentSpace(c, 2 ** (len(config.model.blocks) - 1), (1.0,) * c, (0.0,) * c)).to(device)
+    teacher = open_teacher(config)
+    vae = build_vae(config, teacher)
+    freeze.choose(vae, config.mode, config.parts)
+    stage = VAEStage(vae, training_space(vae, config), tile=None)
+    _check_size(config, stage)
+    if team.is_first:
+        begin(config, config.run)
+        print(freeze.table(vae))
+    team.wait()
+    pictures = PictureStream(config.data.train, config.data.read_size_px)
+    held = _validation(config)
+    if team.is_first:
+        print(f"Training on {config.data.train}: {pictures.report()}")
+    stage.to(team.device)
+    objective = Objective(config, vae, team)
+    parts = parts_that_fit(config, stage, team)
+    training = Training(config, team, stage, teacher, pictures, objective, parts)
+    watched = held if held is not None else finish.first_pictures(pictures, config.crops.size_px, WATCHED)
 
-    def losses_of(step: int, generator: torch.Generator) -> loop.Losses:
-        chosen = loop.batch_indices(len(train), config.optim.batch_size, config.run.seed, step)
-        images = crop(train[chosen], config.crops, generator).to(device)
-        warp = halve if torch.rand((), generator=generator).item() < config.loss.equivariance else None
-        noise = generator if device.type == "cpu" else loop.generator_for(config.run.seed, step, device.type)
-        with loop.fast_forward(config.run, device):
-            rebuilt, posterior = stage(images, warp=warp, generator=noise)
-        target = warp(images) if warp else images
-        weights = config.loss
-        return {
-            "l1": weights.l1 * losses.l1(target, rebuilt.float()),
-            "l2": weights.l2 * losses.l2(target, rebuilt.float()),
-            "kl": weights.kl * losses.kl(posterior, images[0].numel()),
-        }
+    def sample(step: int, log: Progress) -> dict[str, float]:
+        stage.eval()
+        found = _figures(config, stage, watched, held is not None, step, log)
+        stage.train()
+        return found
 
-    def sample(step: int) -> dict[str, float]:
-        if held is None:
-            return {}
-        rebuilt = reconstruct(stage, held)
-        first = [picture for pair in zip(to_pixels(held[:16]), to_pixels(rebuilt[:16]), strict=True) for picture in pair]
-        sheet(first, 8).save(config.run.work / f"rebuilt-{step:06d}.png")
-        return {"validation_psnr_db": psnr(to_bytes(held), to_bytes(rebuilt)).mean().item()}
-
-    loop.fit(vae, config.optim, config.run, losses_of, sample)
+    steps = loop.fit(
+        vae, config.optim, config.run, training.losses_of, sample, team, (objective,), len(training.shares), config.run.patience
+    )
     stage.eval()
-    measured = LatentSpace.measure(_posteriors(stage, pictures, size), stage.space.downscale)
-    fold_normalization(vae, measured.space)
-    return _finish(config, vae, measured, held, pictures)
+    if team.is_first:
+        finish.finish(config, stage, pictures, held, steps)
+    team.wait()
+    return config.run.out
 
 
-def crop(pixels: torch.Tensor, crops: Crops, generator: torch.Generator) -> torch.Tensor:
-    """A batch of uint8 pictures (B 3 H W) as images of ``crops.size_px``: whole, or cut by one random square."""
-    side = pixels.shape[-1]
-    if torch.rand((), generator=generator).item() >= crops.whole and side > crops.size_px:
-        cut = int(torch.randint(crops.size_px, side + 1, (), generator=generator))
-        top, left = (int(torch.randint(0, side - cut + 1, (), generator=generator)) for _ in range(2))
-        pixels = pixels[:, :, top : top + cut, left : left + cut]
-    if crops.flip:
-        mirrored = torch.rand(len(pixels), generator=generator) < 0.5
-        pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(3), pixels)
-    images = bytes_to_images(pixels)
-    if images.shape[-1] != crops.size_px:
-        images = functional.interpolate(images, size=crops.size_px, mode="bicubic", antialias=True).clamp(-1, 1)
-    return images
+class Training:
+    """One step's pictures through the stage: the same draws in every process, each computing its own rows."""
 
+    def __init__(
+        self,
+        config: TrainVAE,
+        team: Team,
+        stage: VAEStage,
+        teacher: VAEStage | None,
+        pictures: PictureStream,
+        objective: Objective,
+        parts: int,
+    ) -> None:
+        self.config, self.team, self.stage, self.pictures, self.objective = config, team, stage, pictures, objective
+        self.teacher = teacher.to(team.device) if teacher is not None else None
+        trains = any(parameter.requires_grad for parameter in stage.vae.decoder.parameters() if parameter.ndim == 4)
+        self.last = last_layer(stage.vae) if trains else None
+        self.shares = team.shares(config.optim.batch_size, parts)
+        forward = torch.compile(stage) if config.run.compile else stage
+        self.wrapped = team.wrap(forward)  # type: ignore[arg-type]
 
-def halve(values: torch.Tensor) -> torch.Tensor:
-    """Half the size by averaging 2 x 2: the warp of the scale-equivariance term (arXiv:2502.09509, 2502.14831)."""
-    return functional.avg_pool2d(values, 2)
+    def losses_of(self, step: int, generator: torch.Generator) -> Generator[loop.Losses, None, loop.Figures]:
+        """The terms of each part of this process's share of the step; then the discriminator and the controller learn."""
+        config, objective = self.config, self.objective
+        chosen, following = (self._chosen(at) for at in (step, step + 1))
+        cut = draw_cut(len(chosen), config.data.read_size_px, config.crops, generator)
+        warp = self._warp(generator)
+        c, side = self.stage.space.channels, config.crops.size_px // self.stage.space.downscale
+        noise = torch.randn(len(chosen), c, side, side, generator=generator)
+        mine = slice(self.shares[0].start, self.shares[-1].stop)
+        pixels = self.pictures.batch(chosen[mine].tolist(), following[mine].tolist())
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        figures: loop.Figures = {}
+        for rows in self.shares:
+            own = pixels[rows.start - mine.start : rows.stop - mine.start]
+            images = cut.apply(own, rows).to(self.team.device)
+            last = rows is self.shares[-1]
+            with self.team.gathering(self.wrapped, last), loop.fast_forward(config.run, self.team.device):
+                target = self._teacher_latents(images)
+                rebuilt, posterior = self.wrapped(images, warp=warp, noise=noise[rows].to(self.team.device), given=target)
+            wanted = warp(images) if warp is not None else images
+            losses = objective(wanted, rebuilt, posterior, step, warp is not None, target)
+            if last and step % SHARES_EVERY == 0 and self.last is not None:
+                shares = health.gradient_shares(losses, self.last)
+                figures |= {f"share.{name}": share for name, share in shares.items()}
+            if objective.judges(step) and warp is None:
+                seen.append((wanted, rebuilt.detach().float()))
+            yield losses
+        pair = (torch.cat([one for one, _ in seen]), torch.cat([other for _, other in seen])) if seen else None
+        return figures | objective.end_step(step, pair)
+
+    def _chosen(self, step: int) -> torch.Tensor:
+        return loop.batch_indices(len(self.pictures), self.config.optim.batch_size, self.config.run.seed, step)
+
+    def _warp(self, generator: torch.Generator) -> Warp | None:
+        loss = self.config.loss
+        if torch.rand((), generator=generator).item() >= loss.equivariance:
+            return None
+        scales = SCALES if "scale" in loss.warps else (0.5,) if "half" in loss.warps else (1.0,)
+        downscale = self.stage.space.downscale
+        return draw_warp(generator, self.config.crops.size_px, downscale, scales, "rotate" in loss.warps, "flip" in loss.warps)
+
+    @torch.no_grad()
+    def _teacher_latents(self, images: torch.Tensor) -> torch.Tensor | None:
+        return self.teacher.encode(images).float() if self.teacher is not None else None
 
 
 @torch.no_grad()
@@ -95,66 +147,26 @@ def reconstruct(stage: VAEStage, images: torch.Tensor, batch: int = 64) -> torch
     return torch.cat([stage.decode(stage.encode(part)).float().cpu() for part in images.split(batch)])
 
 
-@torch.no_grad()
-def _posteriors(stage: VAEStage, pictures: Pictures, size: int, batch: int = 64) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    pixels = torch.from_numpy(resized(pictures.pixels, size)).permute(0, 3, 1, 2)
-    for part in pixels.split(batch):
-        mean, std = stage.raw_posterior(bytes_to_images(part))
-        yield mean.float().cpu(), std.float().cpu()
+def _figures(config: TrainVAE, stage: VAEStage, images: torch.Tensor, validates: bool, step: int, log: Progress) -> loop.Figures:
+    """The sheet, the latents' health with its alarms, and the validation figure."""
+    rebuilt = reconstruct(stage, images)
+    pairs = zip(to_pixels(images[:16]), to_pixels(rebuilt[:16]), strict=True)
+    log.sheet(step, "rebuilt", sheet([picture for pair in pairs for picture in pair], 8))
+    found = health.measure(stage, images[:WATCHED].split(32))
+    for alarm in alarms(found, {f"loss.{name}": value for name, value in config.loss.model_dump().items()}):
+        log.say(f"step {step}: {alarm}")
+    figures = {"health.active_share": found.active_share}
+    if found.kl_bits is not None:
+        figures["health.kl_bits"] = sum(found.kl_bits) / len(found.kl_bits)
+    if found.high_frequency is not None:
+        figures["health.high_frequency"] = found.high_frequency
+    if validates:
+        figures["validation_psnr_db"] = psnr(to_bytes(images), to_bytes(rebuilt)).mean().item()
+    return figures
 
 
-@torch.no_grad()
-def preview_map(stage: VAEStage, pictures: Pictures, size: int, n: int = 512) -> dict[str, list]:
-    """The affine map from latents to RGB in [-1, 1] that is nearest (least squares) to the area-averaged pictures."""
-    images = bytes_to_images(torch.from_numpy(resized(pictures.pixels[:n], size)).permute(0, 3, 1, 2))
-    latents = stage.float().cpu().encode(images)
-    colours = functional.avg_pool2d(images, stage.space.downscale).permute(0, 2, 3, 1).reshape(-1, 3)
-    values = latents.permute(0, 2, 3, 1).reshape(-1, stage.space.channels)
-    design = torch.cat([values, torch.ones(len(values), 1)], dim=1).double()
-    solution = torch.linalg.lstsq(design, colours.double()).solution
-    return {"factors": solution[:-1].tolist(), "bias": solution[-1].tolist()}
-
-
-def resized(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Uint8 pictures N H W 3 at `size` x `size` (Lanczos)."""
-    from PIL import Image
-
-    from latentpipe.images import fit_square, stack
-
-    return stack(fit_square(Image.fromarray(array), size) for array in pixels)
-
-
-def _build(config: TrainVAE):
-    from diffusers import AutoencoderKL
-
-    shape: VAEShape = config.model
-    if config.run.warm_start:
-        vae = load_vae(find_model(config.run.warm_start, "vae")).train()
-        wanted = {
-            "latent_channels": shape.channels,
-            "block_out_channels": shape.blocks,
-            "layers_per_block": shape.layers_per_block,
-            "norm_num_groups": shape.norm_groups,
-            "mid_block_add_attention": shape.attention,
-        }
-        refuse_other_shape(config.run.warm_start, vae.config, wanted)
-        return vae
-    levels = len(shape.blocks)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=shape.blocks,
-        layers_per_block=shape.layers_per_block,
-        latent_channels=shape.channels,
-        norm_num_groups=shape.norm_groups,
-        mid_block_add_attention=shape.attention,
-        sample_size=config.crops.size_px,
-        scaling_factor=1.0,
-    )
-
-
-def _check_size(config: TrainVAE) -> None:
-    unit = 2 ** (len(config.model.blocks) - 1) * (2 if config.loss.equivariance else 1)
+def _check_size(config: TrainVAE, stage: VAEStage) -> None:
+    unit = stage.space.downscale
     if config.crops.size_px % unit or config.crops.size_px > config.data.read_size_px:
         raise UserError(
             f"crops.size_px is {config.crops.size_px}; this model needs a multiple of {unit} "
@@ -162,31 +174,11 @@ def _check_size(config: TrainVAE) -> None:
         )
 
 
-def _validation(config: TrainVAE, size: int) -> torch.Tensor | None:
+def _validation(config: TrainVAE) -> torch.Tensor | None:
+    """The validation pictures as images (N 3 H W) of the crops' size."""
     if config.data.validation is None:
         return None
     pictures = read_pictures(config.data.validation, config.data.read_size_px)
-    print(f"Validating on {config.data.validation}: {pictures.report()}")
-    return bytes_to_images(torch.from_numpy(resized(pictures.pixels, size)).permute(0, 3, 1, 2))
-
-
-def _finish(config: TrainVAE, vae, measured: Measured, held: torch.Tensor | None, pictures: Pictures) -> Path:
-    """Save in fp16, then measure what was saved."""
-    card = {
-        "data": str(config.data.train),
-        "pictures": len(pictures.names),
-        "size_px": config.crops.size_px,
-        "steps": config.optim.steps,
-        "latent_mean_standard_error": [round(value, 5) if math.isfinite(value) else None for value in measured.standard_error],
-        "normalization_measured_on": measured.n,
-    }
-    vae = vae.half().float().eval()  # what will be saved is what is measured
-    if held is not None:
-        rebuilt = reconstruct(VAEStage(vae), held)
-        values = psnr(to_bytes(held), to_bytes(rebuilt))
-        card["validation"] = {"set": str(config.data.validation), "n": len(held), "psnr_db": round(values.mean().item(), 3)}
-        print(f"Validation PSNR of the mode: {values.mean():.2f} dB, n = {len(held)}, {config.crops.size_px} px")
-    save_vae(vae, config.run.out, card, preview_map(VAEStage(vae), pictures, config.crops.size_px))
-    (config.run.work / "result.json").write_text(json.dumps(card, indent=2))
-    print(f"VAE: {config.run.out}")
-    return config.run.out
+    if pictures.skipped:
+        warnings.warn(Note(f"{config.data.validation}: {pictures.report()}"), stacklevel=2)
+    return bytes_to_images(torch.from_numpy(finish.resized(pictures.pixels, config.crops.size_px)).permute(0, 3, 1, 2))

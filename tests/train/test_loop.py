@@ -17,7 +17,7 @@ from torch import nn
 from latentpipe import UserError
 from latentpipe.config import Optimization, Run, TrainVAE
 from latentpipe.errors import Note
-from latentpipe.train import checkpoint, loop
+from latentpipe.train import checkpoint, loop, progress, start
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 1000), st.integers(1, 4))
@@ -107,7 +107,7 @@ def fit(work: Path, optim: Optimization | None = None, stop_at: int | None = Non
         x = torch.randn(8, 2, generator=generator)
         return {"l2": (model(x) - x.sum(1, keepdim=True)).square().mean(), "size": 1e-3 * model.moving.weight.square().sum()}
 
-    loop.fit(model, optim, run, losses_of, sample or (lambda step: {}))
+    loop.fit(model, optim, run, losses_of, sample or (lambda *_: {}))
     return model
 
 
@@ -135,7 +135,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, stop
 @pytest.mark.parametrize("place", ["log", "sample", "save"])
 def test_an_interrupt_after_the_update_is_resumed_exactly(tmp_path: Path, place: str) -> None:
     whole = fit(tmp_path / "a")
-    original = {"log": loop.Progress.step, "save": checkpoint.save}
+    original = {"log": progress.Progress.step, "save": checkpoint.save}
 
     def in_log(self: Any, step: int, figures: dict[str, float]) -> None:
         if step == 4:
@@ -150,12 +150,12 @@ def test_an_interrupt_after_the_update_is_resumed_exactly(tmp_path: Path, place:
             raise KeyboardInterrupt
         return original["save"](*arguments, **named)
 
-    def in_sample(step: int) -> dict[str, float]:
+    def in_sample(step: int, log: Any) -> dict[str, float]:
         raise KeyboardInterrupt
 
     patch = pytest.MonkeyPatch()
     if place == "log":
-        patch.setattr(loop.Progress, "step", in_log)
+        patch.setattr(progress.Progress, "step", in_log)
     if place == "save":
         patch.setattr(checkpoint, "save", in_save)
     with pytest.raises(KeyboardInterrupt):
@@ -181,7 +181,7 @@ def test_a_crash_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
     run = run_of(tmp_path / "b", save_every_steps=3)
     run.work.mkdir(parents=True)
     with pytest.raises(Power):
-        loop.fit(model, Optimization(steps=10, warmup_steps=2, ema_decay=0.8), run, losses_of, lambda step: {})
+        loop.fit(model, Optimization(steps=10, warmup_steps=2, ema_decay=0.8), run, losses_of, lambda *_: {})
     assert checkpoint.newest(run.work)[1]["step"] == 6  # type: ignore[index]
     with (run.work / "log.jsonl").open("a") as log:
         log.write('{"step": 7, "seco')  # a kill tears the last line
@@ -237,7 +237,7 @@ def test_sheets_are_drawn_with_the_average_in_place(tmp_path: Path) -> None:
         holder.append(model.moving.weight.detach().clone())
         return {"l2": model(torch.randn(8, 2, generator=generator)).square().mean()}
 
-    def sample(step: int) -> dict[str, float]:
+    def sample(step: int, log: Any) -> dict[str, float]:
         seen.append((step, model.moving.weight.detach().clone()))
         return {"score": 1.5}
 
@@ -261,8 +261,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_figures(tmp_path: Path) -> Non
     def losses_of(step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         return {"l2": model(torch.ones(1, 2)).sum() * (math.nan if step == 3 else 1.0)}
 
-    with pytest.raises(UserError, match=r"not finite at step 3.*l2"):
-        loop.fit(model, Optimization(steps=5), run, losses_of, lambda step: {})
+    with pytest.raises(UserError, match=r"not finite or jumps at step 3 \(l2 nan):
+        loop.fit(model, Optimization(steps=5), run, losses_of, lambda *_: {})
     assert torch.isfinite(model.moving.weight).all()
 
 
@@ -309,7 +309,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     fit(tmp_path)
     other, run = nn.Linear(3, 3), run_of(tmp_path, resume=True)
     with pytest.raises(UserError, match="another model"):
-        loop.fit(other, Optimization(steps=20), run, lambda *_: {"x": other.weight.sum()}, lambda step: {})
+        loop.fit(other, Optimization(steps=20), run, lambda *_: {"x": other.weight.sum()}, lambda *_: {})
 
 
 # --- begin --------------------------------------------------------------------------------------------------
@@ -325,36 +325,36 @@ def test_begin_writes_the_resolved_config(tmp_path: Path) -> None:
     from latentpipe.config import load
 
     config = config_of(tmp_path)
-    loop.begin(config, config.run)
+    start.begin(config, config.run)
     assert load(tmp_path / "work" / "config.yaml", TrainVAE) == config
 
 
 def test_going_on_with_another_config_is_said(tmp_path: Path) -> None:
     first = config_of(tmp_path)
-    loop.begin(first, first.run)
+    start.begin(first, first.run)
     again = config_of(tmp_path, resume=True, seed=9)
     with pytest.warns(Note, match=r"run\.seed 0 -> 9"):
-        loop.begin(again, again.run)
+        start.begin(again, again.run)
     same_again = config_of(tmp_path, resume=True, seed=9)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loop.begin(same_again, same_again.run)
+        start.begin(same_again, same_again.run)
 
 
 def test_two_runs_are_not_mixed(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "work", 5, {"a": torch.zeros(3)}, {})
     config = config_of(tmp_path)
     with pytest.raises(UserError, match=r"--run\.resume"):
-        loop.begin(config, config.run)
+        start.begin(config, config.run)
     again = config_of(tmp_path, resume=True)
-    loop.begin(again, again.run)
+    start.begin(again, again.run)
 
 
 @pytest.mark.parametrize("work", ["out", "out/work"])
 def test_a_work_folder_inside_the_result_is_refused(tmp_path: Path, work: str) -> None:
     config = config_of(tmp_path, work=tmp_path / work)
     with pytest.raises(UserError, match=r"run\.work"):
-        loop.begin(config, config.run)
+        start.begin(config, config.run)
 
 
 def test_a_folder_of_other_things_is_not_replaced(tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_a_folder_of_other_things_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "out" / "thesis.txt").write_text("years")
     config = config_of(tmp_path)
     with pytest.raises(UserError, match="would be replaced"):
-        loop.begin(config, config.run)
+        start.begin(config, config.run)
 
 
 def test_autocast_follows_the_precision(tmp_path: Path) -> None:

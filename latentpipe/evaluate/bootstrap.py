@@ -1,0 +1,31 @@
+"""Bootstrap intervals over pictures: percentile (Efron, Annals of Statistics 7, 1979), 95 %, with a fixed seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of `values` (N)."""
+    array = np.asarray(values, np.float64)
+    low, high = np.quantile(resampled_means(array, seed), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def paired(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of ``first - second`` over the same pictures and its 95 % interval: (difference, low, high)."""
+    if len(first) != len(second):
+        raise ValueError(f"Paired values are of the same pictures; given {len(first)} and {len(second)}.")
+    difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
+    return float(difference.mean()), *interval(difference, seed)
+
+
+def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Means (RESAMPLES) of resamples of `values` (N), drawn with replacement."""
+    random = np.random.default_rng(seed)
+    n = len(values)
+    return np.array([values[random.integers(0, n, n)].mean() for _ in range(RESAMPLES)])

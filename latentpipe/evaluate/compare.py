@@ -1,0 +1,292 @@
+"""Which VAE is better? Evaluations of several VAEs on the same pictures, compared in pairs.
+
+For every metric and every pair: the mean of the differences over the pictures with its 95 % bootstrap interval, and the p-value
+of the sign-flip test (R. A. Fisher, The Design of Experiments, 1935, section 21), adjusted for all comparisons that are made
+(S. Holm, Scandinavian Journal of Statistics 6, 1979). A difference is clear where its interval leaves zero out and the adjusted
+p-value is at most 0.05; a winner is named only where its difference to every other VAE is clear. Distances between sets, which
+no single picture has, have paired intervals where they are given, and a p-value from the interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from latentpipe.errors import UserError
+from latentpipe.evaluate.bootstrap import paired
+from latentpipe.evaluate.results import Evaluation, Score
+from latentpipe.evaluate.significance import holm, p_of_interval, sign_flip
+from latentpipe.files import HASH_LENGTH
+
+LEVEL = 0.05
+SetDifferences = Mapping[tuple[str, int, int], tuple[float, float, float]]
+EXTREMES = 3
+
+RULE = (
+    "A difference is clear where its 95 % paired bootstrap interval leaves zero out and its p-value (sign-flip test over the "
+    "pictures; for distances between sets from the interval), adjusted by Holm for all {count} comparisons, is at most 0.05. "
+    "A winner is named only where the difference to every other VAE is clear."
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of ``first - second`` over the pictures (n), in the metric's unit, with its 95 % interval.
+
+    first, second  labels of two VAEs
+    p, adjusted    sign-flip p-value, alone and adjusted by Holm for all differences of the comparison
+    clear          the interval leaves zero out and adjusted <= 0.05
+    better         the label of the better one where the difference is clear and the metric has a better end, else None
+    """
+
+    metric: str
+    unit: str
+    first: str
+    second: str
+    value: float
+    low: float
+    high: float
+    n: int
+    p: float
+    adjusted: float
+    clear: bool
+    better: str | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Who wins a metric: `winner`, or None and the labels that are `open`: the best mean and all not clearly worse than it."""
+
+    winner: str | None
+    open: list[str]
+
+    def __str__(self) -> str:
+        if self.winner is not None:
+            return self.winner
+        return f"no clear winner: {', '.join(self.open[:-1])} or {self.open[-1]}" if self.open else "not tested"
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """A picture on which `first` is better than `second` by `value` (> 0) of a metric."""
+
+    metric: str
+    picture: str
+    first: str
+    second: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several VAEs on the same pictures: evaluations by label, differences of all pairs, outcomes by metric.
+
+    extremes  the pictures on which the first VAE beats each other one the most, and the other way round
+    notes     what a reader must know, as that two VAEs are the same weights
+    """
+
+    labels: list[str]
+    evaluations: list[Evaluation]
+    differences: list[Difference]
+    outcomes: dict[str, Outcome]
+    extremes: list[Extreme]
+    notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; figures of an evaluation that are not finite are None."""
+        return asdict(self) | {"evaluations": [evaluation.as_dict() for evaluation in self.evaluations], "rule": self.rule()}
+
+    def rule(self) -> str:
+        """When a difference is clear and a winner named, in words."""
+        return RULE.format(count=len(self.differences))
+
+    def metrics(self) -> list[str]:
+        """Names of the scores, in the order of the evaluations."""
+        return list(dict.fromkeys(name for evaluation in self.evaluations for name in evaluation.scores))
+
+    def __str__(self) -> str:
+        first = self.evaluations[0]
+        size = f"{first.pictures['size_px']} px" if first.pictures.get("size_px") else "each at its own size"
+        head = (
+            f"{first.pictures['set']}: {first.pictures['n']} pictures, {size}; protocol {first.protocol.get('name', 'unnamed')}"
+        )
+        rows = [["", *self.labels, "winner"]]
+        for metric in self.metrics():
+            scores = [evaluation.scores.get(metric) for evaluation in self.evaluations]
+            outcome = self.outcomes.get(metric)
+            rows.append([heading(metric, scores), *map(figure, scores), str(outcome) if outcome else ""])
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        hashes = [f"{label}  {one.hash[:HASH_LENGTH]}" for label, one in zip(self.labels, self.evaluations, strict=True)]
+        return "\n".join([head, *hashes, "", *table, "", self.rule(), *(f"Note: {note}" for note in self.notes)])
+
+
+def compare(evaluations: Sequence[Evaluation], sets: SetDifferences | None = None) -> Comparison:
+    """Compare two or more evaluations of the same pictures; UserError where the pictures or the protocol differ.
+
+    sets  for distances between sets, by metric and the places of two VAEs: ``first - second`` and its 95 % interval
+    """
+    check_same(evaluations)
+    labels = labels_of([evaluation.name for evaluation in evaluations])
+    differences = differences_of(labels, evaluations, sets or {})
+    outcomes: dict[str, Outcome] = {}
+    for evaluation in evaluations:
+        for metric, score in evaluation.scores.items():
+            if metric not in outcomes and score.better != "neither":
+                outcomes[metric] = outcome_of(metric, labels, evaluations, differences)
+    extremes = [entry for index in range(1, len(labels)) for entry in extremes_of(labels, evaluations, index)]
+    return Comparison(labels, list(evaluations), differences, outcomes, extremes, notes_of(labels, evaluations))
+
+
+def check_same(evaluations: Sequence[Evaluation]) -> None:
+    """UserError unless there are two or more evaluations, all of the same pictures at the same size by the same protocol."""
+    if len(evaluations) < 2:
+        raise UserError(f"A comparison takes two VAEs or more; given {len(evaluations)}. Name another.")
+    first = evaluations[0]
+    for other in evaluations[1:]:
+        for key in ("n", "size_px", "sha256"):
+            mine, theirs = first.pictures.get(key), other.pictures.get(key)
+            if mine != theirs:
+                raise UserError(
+                    f"{first.name} was measured on pictures with {key} {mine}, {other.name} with {key} {theirs}; expected the "
+                    "same pictures at the same size. Measure both on one folder with one --size."
+                )
+        if first.names != other.names:
+            raise UserError(f"{first.name} and {other.name} were measured on files of different names. Measure both again.")
+        if first.protocol != other.protocol:
+            raise UserError(f"{first.name} and {other.name} were measured by different protocols. Measure both by one.")
+
+
+def labels_of(names: Sequence[str]) -> list[str]:
+    """Names made unique: a name that comes again gets " (2)", " (3)", ..."""
+    labels: list[str] = []
+    for name in names:
+        label, count = name, 1
+        while label in labels:
+            count += 1
+            label = f"{name} ({count})"
+        labels.append(label)
+    return labels
+
+
+def notes_of(labels: Sequence[str], evaluations: Sequence[Evaluation]) -> list[str]:
+    """VAEs of equal weights, pictures that were skipped, and sets too small for a winner."""
+    notes = [
+        f"{labels[a]} and {labels[b]} are the same weights ({evaluations[a].hash[:HASH_LENGTH]})."
+        for a, b in combinations(range(len(labels)), 2)
+        if evaluations[a].hash == evaluations[b].hash
+    ]
+    skipped = evaluations[0].pictures.get("skipped")
+    if skipped:
+        notes.append(f"Skipped pictures: {skipped if isinstance(skipped, int | str) else len(skipped)}.")
+    n = len(evaluations[0].names)
+    if 2.0 ** (1 - n) > LEVEL:
+        notes.append(
+            f"{n} pictures are too few for any winner: the smallest p-value of a sign-flip test is {2.0 ** (1 - n):.3g}."
+        )
+    return notes
+
+
+def differences_of(labels: Sequence[str], evaluations: Sequence[Evaluation], sets: SetDifferences) -> list[Difference]:
+    """Paired differences of every pair in every metric that has a better end and is in `sets` or has values for each picture."""
+    kept: list[tuple[str, int, int]] = []
+    found: list[tuple[float, float, float, int, float]] = []  # difference, low, high, pictures, p
+    for metric, score in evaluations[0].scores.items():
+        columns = [] if score.better == "neither" else list(combinations(range(len(labels)), 2))
+        for a, b in columns:
+            first, second = evaluations[a], evaluations[b]
+            if (metric, a, b) in sets:
+                # never surer than a test over so few pictures could be
+                found.append((*sets[metric, a, b], score.n, max(p_of_interval(*sets[metric, a, b]), 2.0 ** (1 - score.n))))
+            elif metric in first.per_picture and metric in second.per_picture:
+                values = _paired_values(first, second, metric)
+                values = values[np.isfinite(values)]
+                if not len(values):
+                    continue
+                found.append((*paired(values, np.zeros_like(values)), len(values), sign_flip(values)))
+            else:
+                continue
+            kept.append((metric, a, b))
+    adjusted = holm([p for *_, p in found])
+    return [
+        _judged(evaluations[0].scores[metric], metric, (labels[a], labels[b]), values, float(p))
+        for (metric, a, b), values, p in zip(kept, found, adjusted, strict=True)
+    ]
+
+
+def _judged(
+    score: Score, metric: str, names: tuple[str, str], values: tuple[float, float, float, int, float], adjusted: float
+) -> Difference:
+    value, low, high, n, p = values
+    clear = (low > 0 or high < 0) and adjusted <= LEVEL
+    better = names[0] if (value > 0) == (score.better == "higher") else names[1]
+    return Difference(metric, score.unit, *names, value, low, high, n, p, adjusted, clear, better if clear else None)
+
+
+def outcome_of(
+    metric: str, labels: Sequence[str], evaluations: Sequence[Evaluation], differences: Sequence[Difference]
+) -> Outcome:
+    """The winner of a metric, or the labels between which it is open; neither where no pair was tested."""
+    tested = [difference for difference in differences if difference.metric == metric]
+    if len(tested) < math.comb(len(labels), 2):
+        return Outcome(None, [])
+    scores = [evaluation.scores[metric] for evaluation in evaluations]
+    sign = 1 if scores[0].better == "higher" else -1
+    best = max(range(len(labels)), key=lambda index: sign * scores[index].value)
+    beaten = {d.first if d.better == d.second else d.second for d in tested if d.better == labels[best]}
+    still = [labels[best], *(label for label in labels if label != labels[best] and label not in beaten)]
+    return Outcome(labels[best] if len(still) == 1 else None, [] if len(still) == 1 else still)
+
+
+def extremes_of(labels: Sequence[str], evaluations: Sequence[Evaluation], index: int) -> list[Extreme]:
+    """The pictures on which the first VAE is better than the one at `index` the most, and the other way round, by PSNR.
+
+    Where there is no PSNR: by the first metric with values for each picture and a better end.
+    """
+    first, other = evaluations[0], evaluations[index]
+    names = [name for name in first.per_picture if name in other.per_picture and first.scores[name].better != "neither"]
+    if not names:
+        return []
+    metric = "PSNR" if "PSNR" in names else names[0]
+    values = _paired_values(first, other, metric) * (1 if first.scores[metric].better == "higher" else -1)
+    order = [int(row) for row in np.argsort(-values, kind="stable") if np.isfinite(values[row])]
+    ahead = [row for row in order if values[row] > 0][:EXTREMES]
+    behind = [row for row in reversed(order) if values[row] < 0][:EXTREMES]
+    found = [Extreme(metric, first.names[row], labels[0], labels[index], float(values[row])) for row in ahead]
+    return found + [Extreme(metric, first.names[row], labels[index], labels[0], float(-values[row])) for row in behind]
+
+
+def heading(metric: str, scores: Sequence[Score | None]) -> str:
+    """A metric's name with its unit and an arrow to its better end."""
+    score = next(score for score in scores if score is not None)
+    unit = f" ({score.unit})" if score.unit else ""
+    return f"{metric}{unit}{ {'higher': ' ↑', 'lower': ' ↓'}.get(score.better, '') }"
+
+
+def figure(score: Score | None) -> str:
+    """A score with its interval, rounded to two digits of the interval's half-width."""
+    if score is None:
+        return "not measured"
+    value, low, high = rounded(score.value, score.low, score.high)
+    return f"{value} ({low} to {high})"
+
+
+def rounded(value: float, low: float, high: float) -> tuple[str, str, str]:
+    """Three figures as text, all with the decimals that show two digits of the half-width of low to high."""
+    half = (high - low) / 2
+    if not (math.isfinite(half) and half > 0):
+        return (f"{value:.4g}", f"{low:.4g}", f"{high:.4g}")
+    decimals = min(max(1 - math.floor(math.log10(half)), 0), 8)
+    value_, low_, high_ = (f"{number:.{decimals}f}".replace("-", "−") for number in (value, low, high))
+    return value_, low_, high_
+
+
+def _paired_values(first: Evaluation, second: Evaluation, metric: str) -> np.ndarray:
+    """``first - second`` for each picture (N); not finite where one of the two is not."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(first.per_picture[metric], np.float64) - np.asarray(second.per_picture[metric], np.float64)

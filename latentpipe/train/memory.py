@@ -1,0 +1,55 @@
+"""How many parts a step's pictures must be computed in, so that it fits into the free memory."""
+
+from __future__ import annotations
+
+import torch
+
+from latentpipe import memory
+from latentpipe.config import TrainVAE
+from latentpipe.errors import UserError
+from latentpipe.train import loop
+from latentpipe.train.team import Team
+from latentpipe.vae import VAEStage
+
+SHARE = 0.6  # of the free memory; the rest is for gradients, the optimizer and what other programs take
+
+
+def parts_that_fit(config: TrainVAE, stage: VAEStage, team: Team) -> int:
+    """``optim.accumulate``; where it is "auto", the fewest equal parts of a step whose activations fit.
+
+    The bytes that one picture keeps for the backward pass are counted (saved tensors), nothing is tried until it fails.
+    """
+    if config.optim.accumulate != "auto":
+        return config.optim.accumulate
+    own = config.optim.batch_size // team.world
+    each = saved_bytes(config, stage, team.device)
+    room = int(memory.available(team.device) * SHARE) // (team.world if team.device.type == "cpu" else 1)
+    fitting = [parts for parts in range(1, own + 1) if own % parts == 0 and own // parts * each <= room]
+    if not fitting:
+        raise UserError(
+            f"One picture of {config.crops.size_px} px takes {each / 2**20:,.0f} MB in a training step, and "
+            f"{room / 2**20:,.0f} MB are free for it. Use smaller crops, or --run.gradient-checkpointing."
+        )
+    if team.is_first and fitting[0] > 1:
+        print(f"Each step is computed in {fitting[0]} parts of {own // fitting[0]} pictures, to fit into memory.")
+    return fitting[0]
+
+
+def saved_bytes(config: TrainVAE, stage: VAEStage, device: torch.device) -> int:
+    """Bytes that the forward pass of one picture keeps for its backward pass (weights not counted)."""
+    side = config.crops.size_px
+    own = {parameter.data_ptr() for parameter in stage.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = max(kept.get(tensor.data_ptr(), 0), tensor.untyped_storage().nbytes())
+        return tensor
+
+    images = torch.zeros(1, 3, side, side, device=device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with loop.fast_forward(config.run, device):
+            rebuilt, posterior = stage(images)
+        total = (rebuilt.float() - images).square().mean()
+    del total, posterior
+    return sum(kept.values())

@@ -1,0 +1,142 @@
+"""Everything that a run's next step depends on, into checkpoints and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from latentpipe.config import Optimization, Run
+from latentpipe.errors import UserError
+from latentpipe.files import atomic_file
+from latentpipe.train import checkpoint
+from latentpipe.train.guard import Guard
+
+BEST_FILE = "best.safetensors"
+
+
+class Stateful(Protocol):
+    """What else a checkpoint holds: a discriminator, a controller."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its state as tensors of names that nothing else has."""
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The inverse of `tensors`; other entries are left alone."""
+
+
+@dataclass
+class State:
+    """The model, its average and its optimizer, the guard, the loss scale of fp16, and the best validation figure so far.
+
+    misses  validation figures in a row that were no better
+    whole   False in the middle of an update
+    refused the figures of the last step that was not taken
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMAModel
+    scaler: torch.amp.GradScaler
+    extras: tuple[Stateful, ...] = ()
+    guard: Guard = field(default_factory=Guard)
+    best: float | None = None
+    misses: int = 0
+    whole: bool = True
+    refused: str = ""
+
+    @classmethod
+    def new(cls, module: nn.Module, optim: Optimization, run: Run, extras: tuple[Stateful, ...] = ()) -> State:
+        """The state before the first step; UserError where nothing trains."""
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise UserError("Nothing trains: every parameter of the model is frozen.")
+        device = parameters[0].device
+        optimizer = torch.optim.AdamW(parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay)
+        ema = EMAModel(parameters, decay=optim.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        return cls(module, optimizer, ema, torch.amp.GradScaler(device.type, enabled=run.precision == "fp16"), extras)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that train."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and figures of a checkpoint."""
+        tensors = {f"module.{name}": value for name, value in self.module.state_dict().items()}
+        tensors |= {f"ema.{index}": value for index, value in enumerate(self.ema.shadow_params)}
+        tensors |= checkpoint.optimizer_tensors(self.optimizer)
+        for extra in self.extras:
+            tensors |= extra.tensors()
+        figures = {"ema_steps": self.ema.optimization_step, "guard": self.guard.state(), "scaler": self.scaler.state_dict()}
+        return tensors, {**figures, "best": self.best, "misses": self.misses}
+
+    def save(self, work: Path, step: int) -> None:
+        """Write a checkpoint; UserError where the disk does not take it (the ones before are kept)."""
+        tensors, figures = self.snapshot()
+        try:
+            checkpoint.save(work, step, tensors, figures)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"The checkpoint of step {step} could not be written to {work} ({error}). The ones before it are kept: "
+                "free some space, then go on with --run.resume."
+            ) from None
+
+    def resume(self, work: Path) -> int:
+        """Go on from the newest checkpoint; returns its step, 0 where there is none."""
+        found = checkpoint.newest(work)
+        if found is None:
+            return 0
+        try:
+            self.restore(*found)
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"The checkpoint in {work} is of another model: {reason}") from None
+        return int(found[1]["step"])
+
+    def restore(self, tensors: dict[str, torch.Tensor], figures: dict[str, Any]) -> None:
+        """The inverse of `snapshot`."""
+        weights = {name.removeprefix("module."): value for name, value in tensors.items() if name.startswith("module.")}
+        self.module.load_state_dict(weights)
+        checkpoint.restore_optimizer(self.optimizer, tensors)
+        shadows = enumerate(self.ema.shadow_params)
+        self.ema.shadow_params = [tensors[f"ema.{index}"].clone().to(shadow.device) for index, shadow in shadows]
+        self.ema.optimization_step = figures["ema_steps"]
+        for extra in self.extras:
+            extra.restore(tensors)
+        self.guard.restore(figures["guard"])
+        if figures["scaler"]:
+            self.scaler.load_state_dict(figures["scaler"])
+        self.best, self.misses = figures["best"], figures["misses"]
+
+    def with_ema(self, call: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Call with the averaged weights in place."""
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            return call()
+        finally:
+            self.ema.restore(self.parameters)
+
+    def note(self, figure: float, work: Path, writes: bool) -> None:
+        """Take in a validation figure (higher is better); the averaged weights of the best are kept beside the log."""
+        if self.best is not None and figure <= self.best:
+            self.misses += 1
+            return
+        self.best, self.misses = figure, 0
+        if writes:
+            with atomic_file(work / BEST_FILE) as part:
+                save_file({f"{index}": value for index, value in enumerate(self.ema.shadow_params)}, part)
+
+    def take_best(self, work: Path) -> None:
+        """Make the averaged weights those of the best validation figure."""
+        if (work / BEST_FILE).is_file():
+            found = load_file(work / BEST_FILE)
+            self.ema.shadow_params = [found[str(index)].to(old.device) for index, old in enumerate(self.ema.shadow_params)]
