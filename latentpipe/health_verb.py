@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+BATCH = 8  # pictures at once
+
 
 def health(
     vae: str,
@@ -11,7 +13,6 @@ def health(
     images: Path,
     size: int | None = None,
     most: int = 256,
-    batch: int = 8,
     json: bool = False,
 ) -> None:
     """Measure how much each latent channel says; tell in plain words what is wrong. Exit status 1 where something is.
@@ -21,7 +22,6 @@ def health(
         images: Folder of pictures to measure on.
         size: Side in pixels that the pictures are measured at; left out: 128, or the next multiple that the VAE takes.
         most: Use at most so many pictures of the folder.
-        batch: Pictures at once.
         json: Print one JSON object only.
     """
     from json import dumps
@@ -36,13 +36,13 @@ def health(
     path = find_model(vae, "vae")
     file = open_vae(path)
     unit = file.space.downscale
-    side = size or -(-128 // unit) * unit
-    if side % unit or side < 1 or most < 1 or batch < 1:
+    side = -(-128 // unit) * unit if size is None else size
+    if side % unit or side < 1 or most < 1:
         raise UserError(
-            f"Given --size {side}, --most {most}, --batch {batch}; expected a size that is a multiple of {unit} (this VAE's "
+            f"Given --size {side}, --most {most}; expected a size that is a multiple of {unit} (this VAE's "
             f"downscale), and at least one picture."
         )
-    found = measure(VAEStage(file.build(), file.space), pictures_of(images, side, most).split(batch))
+    found = measure(VAEStage(file.build(), file.space), pictures_of(images, side, most).split(BATCH))
     training = _training(path)
     wrong, worth = alarms(found, training), notes(found, training)
     if json:

@@ -71,6 +71,8 @@ class VAELoss(Strict):
     """Distance of `perceptual_net`, one value for each picture."""
     perceptual_net: Literal["nlpd", "lpips-alex", "lpips-vgg", "lpips-squeeze", "dists"] = "nlpd"
     """nlpd needs no weights; the others read theirs from LATENTPIPE_HOME/metrics."""
+    perceptual_weights: Path | None = None
+    """Its weights, a safetensors file, in place of the installed ones."""
     kl: Weight = 1e-4
     """Beta: KL to N(0, I), summed over latents and divided by 3HW."""
     schedule: Literal["constant", "linear", "cosine", "cyclical"] = "constant"

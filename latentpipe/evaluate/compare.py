@@ -21,6 +21,7 @@ from latentpipe.errors import UserError
 from latentpipe.evaluate.bootstrap import paired
 from latentpipe.evaluate.results import Evaluation, Score
 from latentpipe.evaluate.significance import holm, p_of_interval, sign_flip
+from latentpipe.evaluate.wording import figure, heading
 from latentpipe.files import HASH_LENGTH
 
 LEVEL = 0.05
@@ -259,31 +260,6 @@ def extremes_of(labels: Sequence[str], evaluations: Sequence[Evaluation], index:
     behind = [row for row in reversed(order) if values[row] < 0][:EXTREMES]
     found = [Extreme(metric, first.names[row], labels[0], labels[index], float(values[row])) for row in ahead]
     return found + [Extreme(metric, first.names[row], labels[index], labels[0], float(-values[row])) for row in behind]
-
-
-def heading(metric: str, scores: Sequence[Score | None]) -> str:
-    """A metric's name with its unit and an arrow to its better end."""
-    score = next(score for score in scores if score is not None)
-    unit = f" ({score.unit})" if score.unit else ""
-    return f"{metric}{unit}{ {'higher': ' ↑', 'lower': ' ↓'}.get(score.better, '') }"
-
-
-def figure(score: Score | None) -> str:
-    """A score with its interval, rounded to two digits of the interval's half-width."""
-    if score is None:
-        return "not measured"
-    value, low, high = rounded(score.value, score.low, score.high)
-    return f"{value} ({low} to {high})"
-
-
-def rounded(value: float, low: float, high: float) -> tuple[str, str, str]:
-    """Three figures as text, all with the decimals that show two digits of the half-width of low to high."""
-    half = (high - low) / 2
-    if not (math.isfinite(half) and half > 0):
-        return (f"{value:.4g}", f"{low:.4g}", f"{high:.4g}")
-    decimals = min(max(1 - math.floor(math.log10(half)), 0), 8)
-    value_, low_, high_ = (f"{number:.{decimals}f}".replace("-", "−") for number in (value, low, high))
-    return value_, low_, high_
 
 
 def _paired_values(first: Evaluation, second: Evaluation, metric: str) -> np.ndarray:

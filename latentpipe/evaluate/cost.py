@@ -27,7 +27,8 @@ def measure_cost(stage: VAEStage, height: int, width: int, repeats: int = REPEAT
 
     encode, decode  {"milliseconds": median of `repeats` runs after a warm-up, "least", "most", "peak_mb": memory above the
                     weights and what else was there before, in MB of 2^20 bytes, None where it cannot be measured}
-    and size_px (the side; of no square [height, width]), threads, device, dtype, repeats, and `memory`: how the memory was measured.
+    and size_px (the side; where it is no square [height, width]), threads, device, dtype, repeats, and `memory`: how the
+    memory was measured.
 
     Memory: on a GPU the allocator's peak; on Linux the peak of the resident set, reset for each run; elsewhere None.
     The picture is a fixed random one: no layer's time depends on values.

@@ -30,7 +30,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, subsets: int = 100, size: int 
 
     Kernel (x.y / D + 1)^3, unbiased estimate, which may be negative; features (N, D) and (M, D). Each subset draws `size`
     rows of each set (at most the smaller set) without replacement. The deviation says how subsets differ, not how sure
-    the mean is. UserError below 2 pictures.
+    the mean is; for reconstructions see `kernel_score`. UserError below 2 pictures.
     """
     _check(a, b)
     random = np.random.default_rng(seed)
@@ -39,7 +39,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, subsets: int = 100, size: int 
     for _ in range(subsets):
         x, y = (rows[random.choice(len(rows), size, replace=False)] for rows in (a, b))
         once = np.ones(size)
-        values.append(_mmd(_kernel(x, x), _kernel(x, y), _kernel(y, y), once))
+        values.append(_apart(_kernel(x, x), once) + _apart(_kernel(y, y), once) - 2 * _kernel(x, y).mean())
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -63,11 +63,11 @@ def paired_frechet(reference: np.ndarray, a: np.ndarray, b: np.ndarray, seed: in
 
 
 def kernel_score(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """The squared MMD of whole sets, features of the same pictures, and its 95 % interval: (value, low, high).
+    """The squared MMD of features of the same pictures, with the kernel of KID, and its 95 % interval: (value, low, high).
 
-    Up to 1000 pictures the value is that of `kernel_distance`; above, it uses all pairs where that uses subsets. Originals
-    and their reconstructions are not independent samples: the estimate is then biased downwards and below 0 for a perfect
-    reconstruction.
+    `kernel_distance` takes its sets for independent: pairs of a picture and its own reconstruction bias it by O(1 / N), so
+    that among few pictures a worse reconstruction can score better. They are left out here (Gretton et al. 2012, eq. 4):
+    unbiased for originals and reconstructions, 0 for a perfect one, and all pairs are used instead of subsets.
     """
     _check_paired(a, b)
     return _interval(*_kernels(a, b, seed))
@@ -97,7 +97,7 @@ def _kernels(a: np.ndarray, b: np.ndarray, seed: int) -> tuple[float, np.ndarray
     """The squared MMD, and those of resamples."""
     kernels = _kernel(a, a), _kernel(a, b), _kernel(b, b)
     draws = _draws(len(a), resamples(*a.shape), seed)
-    return _mmd(*kernels, np.ones(len(a))), np.array([_mmd(*kernels, counts) for counts in draws])
+    return _paired_mmd(*kernels, np.ones(len(a))), np.array([_paired_mmd(*kernels, counts) for counts in draws])
 
 
 def _draws(n: int, times: int, seed: int) -> np.ndarray:
@@ -125,7 +125,7 @@ def _moments(rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarr
     total = counts.sum()
     mean = counts @ rows / total
     root = (rows - mean) * np.sqrt(counts / (total - 1))[:, None]
-    return mean, root if len(root) <= root.shape[1] else np.linalg.qr(root, mode="r")
+    return mean, root if len(root) <= root.shape[1] else np.asarray(np.linalg.qr(root, mode="r"))
 
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -133,19 +133,16 @@ def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x.astype(np.float64) @ y.T.astype(np.float64) / x.shape[1] + 1) ** 3
 
 
-def _mmd(xx: np.ndarray, xy: np.ndarray, yy: np.ndarray, counts: np.ndarray) -> float:
-    """Unbiased squared MMD of rows that count `counts` times; a row is never paired with its own copies.
+def _paired_mmd(xx: np.ndarray, xy: np.ndarray, yy: np.ndarray, counts: np.ndarray) -> float:
+    """The squared MMD over pairs of different pictures (Gretton et al., JMLR 13, 2012, eq. 4), each counted `counts` times."""
+    first, second, between = (_apart(kernel, counts) for kernel in (xx, yy, xy))
+    return first + second - 2 * between
 
-    Between the sets all n^2 pairs count, n of them of a row with its namesake: its copies make `counts` of those, not
-    `counts` squared, which would widen an interval several times.
-    """
-    n = counts.sum()
-    apart = n**2 - np.square(counts).sum()
-    first, second, between = (
-        (counts @ kernel @ counts - np.square(counts) @ np.diag(kernel)) / apart for kernel in (xx, yy, xy)
-    )
-    namesakes = counts @ np.diag(xy) / n
-    return float(first + second - 2 * ((n - 1) * between + namesakes) / n)
+
+def _apart(kernel: np.ndarray, counts: np.ndarray) -> float:
+    """Mean of a kernel (n, n) off its diagonal; a row is never paired with itself, nor with its copies."""
+    squares = np.square(counts)
+    return float((counts @ kernel @ counts - squares @ np.diag(kernel)) / (counts.sum() ** 2 - squares.sum()))
 
 
 def _check(a: np.ndarray, b: np.ndarray) -> None:

@@ -85,6 +85,8 @@ class SqueezeNet10(nn.Module):
     The classifier `conv_final` is in the file and is not used.
     """
 
+    mean: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 96, 7, 2)

@@ -11,6 +11,7 @@ from latentpipe.evaluate.axes import Axis
 from latentpipe.evaluate.charts import Interval, Series, bars, forest, lines, marker, scatter
 from latentpipe.evaluate.compare import Comparison
 from latentpipe.evaluate.results import Evaluation, Score
+from latentpipe.evaluate.wording import size_words
 
 PIXELS = "spectrum of pictures"
 REBUILT = "spectrum of reconstructions"
@@ -149,7 +150,7 @@ def decode_ms(evaluation: Evaluation) -> float | None:
 def machine(evaluation: Evaluation) -> str:
     """Where and on what the times were measured, in words; empty where nothing was timed."""
     cost = evaluation.cost
-    size = f"{cost['size_px'][1]} × {cost['size_px'][0]} px" if cost.get("size_px") else ""
+    size = size_words(cost["size_px"]) if cost.get("size_px") else ""
     threads = f"{cost['threads']} thread{'s' if cost['threads'] != 1 else ''}" if cost.get("threads") else ""
     told = [part for part in (size, threads, cost.get("device"), cost.get("dtype")) if part]
     return f"Measured at {', '.join(told)}." if told else ""

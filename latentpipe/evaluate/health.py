@@ -141,12 +141,13 @@ def measure(stage: VAEStage, batches: Iterable[torch.Tensor], seed: int = 0) -> 
         raise UserError("There is no picture to measure the VAE on; expected at least one batch of images, B 3 H W.")
     found = moments.result()
     gap = posteriors.gaussian_gap(found["mean"], found["std"]) / NATS
+    aggregate: dict[str, Any] = {name: tuple(values.tolist()) for name, values in found.items()}
     return Health(
         n=seen.n,
         shape=seen.shape,
         active=tuple((found["mean_variance"] > ACTIVE_VARIANCE).tolist()),
         gaussian_gap_bits=tuple(gap.tolist()),
-        **{name: tuple(values.tolist()) for name, values in found.items()},
+        **aggregate,
         **seen.posterior_figures(),
         **seen.picture_figures(),
     )

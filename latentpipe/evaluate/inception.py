@@ -55,6 +55,11 @@ class Inception(nn.Module):
 class FrozenNorm(nn.Module):
     """Batch normalization with stored statistics (B C H W, eps 0.001); unlike torch's it keeps no counter."""
 
+    weight: torch.Tensor
+    bias: torch.Tensor
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         for name, value in {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}.items():
@@ -115,16 +120,15 @@ class BlockC(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        wide, high = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
         self.branch1x1 = Conv(width, 192, 1)
         self.branch7x7_1 = Conv(width, inner, 1)
-        self.branch7x7_2 = Conv(inner, inner, **wide)
-        self.branch7x7_3 = Conv(inner, 192, **high)
+        self.branch7x7_2 = Conv(inner, inner, (1, 7), padding=(0, 3))
+        self.branch7x7_3 = Conv(inner, 192, (7, 1), padding=(3, 0))
         self.branch7x7dbl_1 = Conv(width, inner, 1)
-        self.branch7x7dbl_2 = Conv(inner, inner, **high)
-        self.branch7x7dbl_3 = Conv(inner, inner, **wide)
-        self.branch7x7dbl_4 = Conv(inner, inner, **high)
-        self.branch7x7dbl_5 = Conv(inner, 192, **wide)
+        self.branch7x7dbl_2 = Conv(inner, inner, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_3 = Conv(inner, inner, (1, 7), padding=(0, 3))
+        self.branch7x7dbl_4 = Conv(inner, inner, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_5 = Conv(inner, 192, (1, 7), padding=(0, 3))
         self.branch_pool = Conv(width, 192, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

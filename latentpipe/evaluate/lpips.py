@@ -32,6 +32,8 @@ class LPIPS(nn.Module):
     """
 
     hash = ""  # of the weights
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, net: Net) -> None:
         super().__init__()
@@ -67,6 +69,8 @@ class DISTS(nn.Module):
 
     hash = ""  # of the weights
     name = "DISTS"
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,6 +115,8 @@ def open_dists(path: Path | None = None) -> DISTS:
 
 class L2Pooling(nn.Module):
     """sqrt(blur(x^2)) at every second position: a pooling without aliases (DISTS, eq. 2; Hann window of 3 x 3)."""
+
+    window: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()

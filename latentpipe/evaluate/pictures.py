@@ -111,14 +111,21 @@ def upright_size(path: Path) -> tuple[int, int]:
     return (h, w) if turned else (w, h)
 
 
-def read(plan: Plan, names: Sequence[str], batch: int) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """The named files in batches: (names, images B 3 H W). Broken files are left out and noted in `plan.skipped`."""
+def read(plan: Plan, names: Sequence[str], batch: int, again: bool = False) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """The named files in batches: (names, images B 3 H W). Broken files are left out and noted in `plan.skipped`.
+
+    `again`: they were read before, so that a broken one has been changed meanwhile, which is a UserError.
+    """
     kept: list[str] = []
     images: list[torch.Tensor] = []
     for name in names:
         try:
             picture = open_picture(plan.folder / name)
         except (UserError, *UNREADABLE) as error:
+            if again:
+                raise UserError(
+                    f"{name} was changed while it was measured ({error}). Leave the folder alone meanwhile."
+                ) from None
             plan.skipped[name] = str(error) or type(error).__name__
             continue
         kept.append(name)

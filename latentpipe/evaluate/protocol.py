@@ -38,6 +38,7 @@ class Protocol:
     size_px    side of the pictures; None: chosen from the folder (`pictures.plan`)
     enlarge    enlarge smaller pictures, as scripts with a fixed resize do; False: they are skipped and named
     ssim_on    bytes: uint8, range 255; floats: clamped to [-1, 1] and never rounded, range 2
+               (not the same figure: SSIM compares means as ratios)
     ssim_mirrored  also count windows over mirrored borders, as torchmetrics does; False: windows inside the picture only
     lpips_net  alex (to measure, says its author) or vgg
     lpips_on   bytes or floats, as above

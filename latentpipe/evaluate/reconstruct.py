@@ -171,7 +171,7 @@ def _probe(stage: VAEStage, plan: Plan, protocol: Protocol, names: list[str]) ->
     """Round trips and equivariance on the named pictures."""
     found: dict[str, list[float]] = {}
     seed = 0
-    for part, images in _bar(pictures.read(plan, names, batch_of(plan)), plan, len(names), "probe"):
+    for part, images in _bar(pictures.read(plan, names, batch_of(plan), again=True), plan, len(names), "probe"):
         images = images.to(stage.device)
         seeds = range(seed, seed + len(part))
         for metric, values in (cycles(stage, images, protocol, seeds) | equivariance(stage, images, protocol)).items():
@@ -197,11 +197,11 @@ def _interpolate(stage: VAEStage, plan: Plan, tally: Tally, tools: Tools) -> dic
     places = {name: index for index, name in enumerate(tally.names)}
     midpoints: list[np.ndarray] = []
     faded: list[np.ndarray] = []
-    for names, images in _bar(pictures.read(plan, tally.names[:n], batch_of(plan)), plan, n, "interpolate"):
+    for names, images in _bar(pictures.read(plan, tally.names[:n], batch_of(plan), again=True), plan, n, "interpolate"):
         mine = [places[name] for name in names]
         theirs = [partners[index] for index in mine]
         wanted = [tally.names[index] for index in theirs]
-        others = {part[0]: image[0] for part, image in pictures.read(plan, wanted, 1)}
+        others = {part[0]: image[0] for part, image in pictures.read(plan, wanted, 1, again=True)}
         between = slerp(latents[mine].float(), latents[theirs].float())
         decoded = bytes_to_images(round_images(stage.decode(between.to(stage.device)).cpu(), "nearest"))
         second = torch.stack([others[name] for name in wanted])
@@ -217,7 +217,7 @@ def _save_sheet(stage: VAEStage, plan: Plan, protocol: Protocol, tally: Tally, p
     """Rebuild the best, median and worst picture again, and write them."""
     originals, rebuilt, labels = [], [], []
     for word, index in examples(tally.values["PSNR"]).items():
-        [(_, images)] = pictures.read(plan, [tally.names[index]], 1)
+        [(_, images)] = pictures.read(plan, [tally.names[index]], 1, again=True)
         latents = draw(*stage.posterior(images), protocol, [index])
         originals.append(images)
         rebuilt.append(stage.decode(latents).float().cpu())

@@ -13,10 +13,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from latentpipe.evaluate.compare import Comparison, Difference, heading, rounded
+from latentpipe.evaluate.compare import Comparison, Difference
 from latentpipe.evaluate.crops import GAIN, Strip, Tile
 from latentpipe.evaluate.figures import Figure, figures, forests, machine, mark
 from latentpipe.evaluate.results import Score
+from latentpipe.evaluate.wording import heading, rounded, size_words
 from latentpipe.files import HASH_LENGTH, atomic_file
 from latentpipe.version import VERSION
 
@@ -71,7 +72,7 @@ def _summary(comparison: Comparison) -> str:
     if open_:
         said.append(f"No clear winner in {escape(_list(open_))}.")
     first = comparison.evaluations[0]
-    size = _size(first.pictures)
+    size = size_words(first.pictures.get("size_px"))
     told = f"{len(comparison.labels)} VAEs on the same {first.pictures['n']} pictures ({size})."
     return f'<p class="lede">{escape(told)} {" ".join(said)}</p>'
 
@@ -98,7 +99,7 @@ def _vaes(comparison: Comparison) -> str:
 def _protocol(comparison: Comparison) -> str:
     """Set, size and protocol, as a list of terms."""
     first = comparison.evaluations[0]
-    pictures = {"set": first.pictures["set"], "pictures": first.pictures["n"], "size": _size(first.pictures)}
+    pictures = {"set": first.pictures["set"], "pictures": first.pictures["n"], "size": size_words(first.pictures.get("size_px"))}
     rest = {key: value for key, value in first.pictures.items() if key not in ("set", "n", "size_px")}
     return f"<dl>{_terms(pictures | rest)}{_terms({f'protocol: {key}': value for key, value in first.protocol.items()})}</dl>"
 
@@ -244,14 +245,6 @@ def _cell(value: Any, kind: str = "") -> str:
 
 def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _size(pictures: Mapping[str, Any]) -> str:
-    size = pictures.get("size_px")
-    if size is None:
-        return "each at its own size"
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return f"{width} × {height} px"
 
 
 def _words(value: Any) -> str:

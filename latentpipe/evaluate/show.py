@@ -17,6 +17,7 @@ from latentpipe.images import sheet, to_pixels
 
 ARROWS = {"higher": " ↑", "lower": " ↓", "neither": ""}
 GAIN = 4  # of the difference that is shown
+SHOWN = 10  # skipped files
 STATISTICS = ("mean", "std", "skewness", "excess kurtosis")
 
 
@@ -77,13 +78,18 @@ def _provenance(evaluation: Evaluation) -> list[str]:
         f"Pictures: {pictures['set']}, n {pictures['n']}, {pictures['chosen']}",
         f"  sha256 of their pixels {pictures['sha256']}",
         *(f"  note: {note}" for note in pictures["notes"]),
-        *(f"  skipped {name}: {reason}" for name, reason in pictures["skipped"].items()),
+        *_skipped(pictures["skipped"]),
         f"Protocol: {name}",
         *(f"  {key} {value}" for key, value in protocol.items() if value is not None),
         *(f"  not repeated here: {point}" for point in open_points),
         f"VAE: sha256 {evaluation.hash}",
     ]
     return lines
+
+
+def _skipped(skipped: dict[str, str]) -> list[str]:
+    lines = [f"  skipped {name}: {reason}" for name, reason in skipped.items()]
+    return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"  and {len(lines) - SHOWN} more skipped; --json names all"]
 
 
 def _size(size: int | list[int]) -> str:

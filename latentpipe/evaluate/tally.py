@@ -128,20 +128,23 @@ class Tally:
         """Take in pictures and their reconstructions (B 3 H W, on the CPU, not clamped)."""
         before, after = round_images(images, "nearest"), protocol.to_bytes(rebuilt)
         self.names += names
-        self.digest.update(repr(tuple(before.shape[1:])).encode() + before.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+        for pixels in before.permute(0, 2, 3, 1).contiguous().numpy():
+            self.digest.update(repr(pixels.shape).encode() + pixels.tobytes())
         difference = before.double() - after.double()
         self.errors += difference.square().flatten(1).mean(1).tolist()
         self._append("PSNR", decibels(after, before))
         self._append("L1", difference.abs().flatten(1).mean(1))
         rounded = (bytes_to_images(before), bytes_to_images(after))
         floats = (images, rebuilt.clamp(-1, 1))
+        # SSIM is not invariant to a shift, so that [-1, 1] and 0..255 give different values
+        grey = (before.float(), after.float())
         if tools.ssim:
-            pair = rounded if protocol.ssim_on == "bytes" else floats
+            first, second = grey if protocol.ssim_on == "bytes" else floats
             if protocol.ssim_mirrored:
-                pair = tuple(torch.nn.functional.pad(part, (WINDOW // 2,) * 4, mode="reflect") for part in pair)
-            self._append("SSIM", ssim(*pair, 2.0))
+                first, second = (torch.nn.functional.pad(part, (WINDOW // 2,) * 4, mode="reflect") for part in (first, second))
+            self._append("SSIM", ssim(first, second, 255.0 if protocol.ssim_on == "bytes" else 2.0))
         if tools.ms_ssim:
-            self._append(tools.ms_ssim, ms_ssim(*rounded, 2.0))
+            self._append(tools.ms_ssim, ms_ssim(*grey, 255.0))
         for network in tools.networks:
             self._append(network.name, network(*(rounded if protocol.lpips_on == "bytes" else floats)))
         if tools.features is not None:
@@ -153,7 +156,10 @@ class Tally:
         self.spectra = [self.spectra[0] + sums] if self.spectra else [sums]
 
     def add_latents(self, latents: torch.Tensor, normalized: Any, raw: Any) -> None:
-        """Take in latents (B C h w) and their posteriors (mean, std), normalized and raw."""
+        """Take in latents (B C h w) and their posteriors (mean, std), normalized and raw.
+
+        The KL of a posterior with std 0 is infinite, so one such value is enough for the VAE to count as deterministic.
+        """
         self.positions = latents.shape[-1] * latents.shape[-2]
         self.moments.append(powers(*normalized).cpu().numpy())
         if bool((raw[1] > 0).all()):

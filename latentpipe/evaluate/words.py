@@ -101,7 +101,8 @@ def fit(images: torch.Tensor, truth: torch.Tensor, steps: int, seed: int) -> Wor
     """AdamW with a one-cycle rate and binary cross-entropy; fp32 weights, bf16 products."""
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
-    network = WordNetwork(truth.shape[1]).to(memory_format=torch.channels_last)
+    network = WordNetwork(truth.shape[1])
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from its stubs
     optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
     for _ in tqdm(range(steps), desc="emoji-words", unit="step", disable=None, file=sys.stderr):

@@ -64,6 +64,12 @@ def moves_the_latents(vae: nn.Module) -> bool:
     return any(parameter.requires_grad for name, parameter in vae.named_parameters() if stage_of(name).startswith("encoder"))
 
 
+def _place(stage: str) -> int:
+    """Where a stage stands on the way of the data; those of one kind keep their order."""
+    kinds = [pattern.replace("\\1", "").replace("\\2", "").rstrip(".") for _, pattern in STAGES[:-1]]
+    return next((index for index, kind in enumerate(kinds) if stage.startswith(kind)), len(kinds) * stage.startswith("decoder"))
+
+
 def table(vae: Any) -> str:
     """Stages, their parameters, and which of them train."""
     counts: dict[str, list[int]] = {}
@@ -71,7 +77,7 @@ def table(vae: Any) -> str:
         row = counts.setdefault(stage_of(name), [0, 0])
         row[0] += parameter.numel()
         row[1] += parameter.numel() * parameter.requires_grad
-    order = sorted(counts, key=lambda stage: not stage.startswith("encoder"))
+    order = sorted(counts, key=_place)
     lines = [f"{'stage':18}{'parameters':>12}{'train':>12}"]
     for stage in order:
         total, training = counts[stage]

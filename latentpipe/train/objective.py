@@ -17,7 +17,7 @@ from latentpipe.train.loop import Losses
 from latentpipe.train.perceptual import perceptual
 from latentpipe.train.team import Team
 
-STRUCTURE_PX = 44  # the smallest side with three scales of 11-pixel windows
+SMALLEST_PX = {"structure": 44, "perceptual": 32}  # sides of warped pictures below which a term sits the step out
 
 Term = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -65,7 +65,7 @@ class Objective:
         found = {
             name: weight * term(images, rebuilt)
             for name, (weight, term) in self.terms.items()
-            if name != "structure" or images.shape[-1] >= STRUCTURE_PX
+            if not warped or images.shape[-1] >= SMALLEST_PX.get(name, 0)
         }
         mean = posterior if isinstance(posterior, torch.Tensor) else posterior.mean
         if self.judges(step) and not warped:
@@ -132,6 +132,6 @@ def picture_terms(loss: VAELoss, device: torch.device) -> dict[str, tuple[float,
     named: dict[str, Term] = {"l1": losses.l1, "l2": losses.l2, "charbonnier": losses.charbonnier, "structure": losses.structure}
     found = {name: (getattr(loss, name), term) for name, term in named.items() if getattr(loss, name)}
     if loss.perceptual:
-        distance = perceptual(loss.perceptual_net, device)
+        distance = perceptual(loss.perceptual_net, loss.perceptual_weights, device)
         found["perceptual"] = (loss.perceptual, lambda images, rebuilt: distance(images, rebuilt).mean())
     return found

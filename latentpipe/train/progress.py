@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ class Progress:
         self.path, self.steps, self.told = path, steps, told
         self.board = _board(path.parent / "tensorboard", first) if tensorboard and told else None
         self.begin = time.monotonic()
+        self.warned: set[str] = set()
         self.bar: Any = None
         if told:
             self._open(first)
@@ -30,7 +32,7 @@ class Progress:
         if not self.told:
             return
         self._write(step, {"seconds": round(time.monotonic() - self.begin, 2), **figures})
-        shown = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        shown = " ".join(f"{name} {value:.4f}" for name, value in figures.items() if "." not in name)
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
 
@@ -57,6 +59,13 @@ class Progress:
         """A sentence above the bar."""
         if self.told:
             self.bar.write(sentence, file=sys.stderr)
+
+    def warn(self, step: int, sentence: str) -> None:
+        """A sentence above the bar, once: the same one with other numbers is not repeated."""
+        kind = re.sub(r"[\d.,]+", "", sentence)
+        if kind not in self.warned:
+            self.warned.add(kind)
+            self.say(f"step {step}: {sentence}")
 
     def rewind(self, step: int) -> None:
         """Forget what came after `step`."""

@@ -154,7 +154,7 @@ def _figures(config: TrainVAE, stage: VAEStage, images: torch.Tensor, validates:
     log.sheet(step, "rebuilt", sheet([picture for pair in pairs for picture in pair], 8))
     found = health.measure(stage, images[:WATCHED].split(32))
     for alarm in alarms(found, {f"loss.{name}": value for name, value in config.loss.model_dump().items()}):
-        log.say(f"step {step}: {alarm}")
+        log.warn(step, alarm)
     figures = {"health.active_share": found.active_share}
     if found.kl_bits is not None:
         figures["health.kl_bits"] = sum(found.kl_bits) / len(found.kl_bits)

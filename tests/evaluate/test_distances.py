@@ -27,7 +27,9 @@ from latentpipe.evaluate.distances import (
 def drawn(n: int, size: int, seed: int = 0, spread: float = 1.0) -> np.ndarray:
     """Correlated features (n, size)."""
     random = np.random.default_rng(seed)
-    return spread * random.normal(size=(n, size)) @ np.random.default_rng(99).normal(size=(size, size)) / np.sqrt(size) + 0.1 * seed
+    return (
+        spread * random.normal(size=(n, size)) @ np.random.default_rng(99).normal(size=(size, size)) / np.sqrt(size) + 0.1 * seed
+    )
 
 
 def exactly(mean: np.ndarray, deviations: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -102,7 +104,22 @@ def test_kernel_distance_equals_torchmetrics(n: int) -> None:
     mean, deviation = kernel_distance(a, b, subsets=3)
     assert mean == pytest.approx(expected, rel=1e-9)
     assert deviation == pytest.approx(0, abs=1e-9)  # each subset is the whole set
+
+
+def test_a_kernel_score_leaves_out_pairs_of_a_picture_and_its_own_reconstruction() -> None:
+    a, b = drawn(20, 16, 0), drawn(20, 16, 1)
+    cross = distances._kernel(a, b)
+    apart = cross[~np.eye(20, dtype=bool)].mean()
+    expected = poly_mmd(torch.from_numpy(a), torch.from_numpy(b)).item() + 2 * cross.mean() - 2 * apart
     assert kernel_score(a, b)[0] == pytest.approx(expected, rel=1e-9)
+    assert kernel_score(a, a) == pytest.approx((0, 0, 0), abs=1e-9)
+
+
+def test_a_kernel_score_ranks_reconstructions_where_independent_sets_would_not() -> None:
+    reference = np.random.default_rng(0).normal(size=(100, 64))
+    near, far = reference + 0.1 * np.random.default_rng(1).normal(size=(100, 64)), 1.1 * reference
+    assert kernel_distance(reference, near)[0] > kernel_distance(reference, far)[0]  # the bias of pairs
+    assert kernel_score(reference, near)[0] < kernel_score(reference, far)[0]
 
 
 def test_kernel_distance_of_subsets_keeps_the_mean() -> None:
@@ -141,12 +158,12 @@ def test_intervals_narrow_with_more_pictures() -> None:
 
 @pytest.mark.parametrize("paired", [paired_frechet, paired_kernel])
 def test_a_paired_interval_finds_the_nearer_one(paired: object) -> None:
-    reference = other(60, 1)
-    near, far = reference + 0.1 * other(60, 2), reference + 0.6 * other(60, 3)
+    reference = other(200, 1)
+    near, far = reference + 0.1 * other(200, 2), reference + 0.8 * other(200, 3)
     difference, low, high = paired(reference, near, far)  # type: ignore[operator]
     assert low < difference < high < 0
     assert paired(reference, far, near) == pytest.approx((-difference, -high, -low))  # type: ignore[operator]
-    difference, low, high = paired(reference, near, reference + 0.1 * other(60, 4))  # type: ignore[operator]
+    difference, low, high = paired(reference, near, reference + 0.1 * other(200, 4))  # type: ignore[operator]
     assert low < 0 < high
 
 

@@ -208,6 +208,9 @@ def test_a_step_is_the_plain_step_with_the_gradient_clipped() -> None:
     logged = its.update(images, rebuilt)
     for name, value in weights(its.net).items():
         assert torch.allclose(value, other.net.state_dict()[name], atol=1e-5), name
+    # The first step of Adam forgets the gradient's length; its moment does not: 1 - 0.5 of a gradient of length 1.
+    moments = [state["exp_avg"].flatten() for state in its.optimizer.state.values()]
+    assert torch.cat(moments).norm().item() == pytest.approx(0.5, rel=1e-4)
     assert logged["critic"] == pytest.approx(loss.item(), rel=1e-4)
     assert logged["critic_real"] == pytest.approx(real.mean().item(), abs=1e-5)
     assert logged["critic_fake"] == pytest.approx(fake.mean().item(), abs=1e-5)

@@ -261,7 +261,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_figures(tmp_path: Path) -> Non
     def losses_of(step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         return {"l2": model(torch.ones(1, 2)).sum() * (math.nan if step == 3 else 1.0)}
 
-    with pytest.raises(UserError, match=r"not finite or jumps at step 3 \(l2 nan):
+    with pytest.raises(UserError, match=r"not finite or jumps at step 3 \(l2 nan"):
         loop.fit(model, Optimization(steps=5), run, losses_of, lambda *_: {})
     assert torch.isfinite(model.moving.weight).all()
 

@@ -197,6 +197,8 @@ def test_a_learned_distance_trains_the_pictures_and_not_itself(name: str, tmp_pa
     assert values.shape == (2,)
     assert values.dtype == torch.float32
     assert torch.allclose(values, network(images, rebuilt), rtol=1e-5)
+    half = [each.detach().bfloat16() for each in (images, rebuilt)]
+    assert torch.equal(distance(*half), distance(*(each.float() for each in half)))
     values.mean().backward()
     assert rebuilt.grad is not None
     assert rebuilt.grad.abs().sum() > 0
