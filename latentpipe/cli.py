@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latentpipe import vae_verbs, verbs
+from latentpipe import compare_verb, evaluate_verbs, health_verb, vae_verbs, verbs
 from latentpipe.errors import Note, UserError
 from latentpipe.verbs import configs_folder
 
@@ -71,6 +71,9 @@ VERBS: dict[str, Verb] = {
     "train-denoiser": train_denoiser,
     "emoji": _function("emoji", verbs.emoji),
     "evaluate prompts": _function("evaluate prompts", verbs.evaluate_prompts),
+    "evaluate vae": _function("evaluate vae", evaluate_verbs.evaluate_vae),
+    "compare": _function("compare", compare_verb.compare),
+    "health": _function("health", health_verb.health),
     "make-fp16-safe": _function("make-fp16-safe", vae_verbs.make_fp16_safe),
     "convert": _function("convert", vae_verbs.convert),
     "swap": _function("swap", vae_verbs.swap),

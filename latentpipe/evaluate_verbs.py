@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from latentpipe.evaluate.results import Evaluation
 
 
 def evaluate_vae(
@@ -41,31 +44,28 @@ def evaluate_vae(
         sheet: Write a PNG of the best, median and worst picture: original, rebuilt, difference.
         json: Print one JSON object only.
     """
-    from json import dumps
-
     from latentpipe.evaluate.protocol import find_protocol
     from latentpipe.evaluate.reconstruct import evaluate_vae as run
-    from latentpipe.evaluate.show import table, write_csv
     from latentpipe.pipeline import best_device
 
     _check_file(csv, "--csv", ".csv")
     _check_file(sheet, "--sheet", ".png")
-    result = run(
-        vae,
-        images,
-        protocol=find_protocol(protocol, posterior, rounding, size),
-        most=most,
-        features=features,
-        probe=probe,
-        cost=cost,
-        device=device or best_device(),
-        sheet=sheet,
-    )
+    way, where = find_protocol(protocol, posterior, rounding, size), device or best_device()
+    found = run(vae, images, protocol=way, most=most, features=features, probe=probe, cost=cost, device=where, sheet=sheet)
+    _tell(found, csv, sheet, json)
+
+
+def _tell(found: Evaluation, csv: Path | None, sheet: Path | None, json: bool) -> None:
+    """Write the CSV file, and print the table or the JSON object."""
+    from json import dumps
+
+    from latentpipe.evaluate.show import table, write_csv
+
     if csv is not None:
-        write_csv(result, csv)
-    print(dumps(result.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) if json else table(result))
-    for path in (csv, sheet) if not json else ():
-        if path is not None:
+        write_csv(found, csv)
+    print(dumps(found.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) if json else table(found))
+    for path in (csv, sheet):
+        if path is not None and not json:
             print(path)
 
 

@@ -51,20 +51,21 @@ def convert(
     /,
     *,
     out: Path,
-    to: Literal["diffusers", "ldm"] | None = None,
+    to: Literal["diffusers", "ldm", "tensors"] | None = None,
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
     downscale: int | None = None,
     norm_groups: int | None = None,
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
 ) -> None:
-    """Turn a VAE into a diffusers folder, or into one safetensors file as A1111 and ComfyUI read it.
+    """Turn a VAE into a diffusers folder or one safetensors file; or any weights into safetensors, names unchanged.
 
     Args:
         source: A VAE: name, folder, .safetensors, .ckpt, .pt, .pth or .bin.
-        source2: The other half of a tiny autoencoder that comes as encoder and decoder.
+        source2: The other half of a tiny autoencoder that comes as encoder and decoder; with --to tensors a second file.
         out: What to write: a folder, or a file that ends in .safetensors.
-        to: diffusers (a folder) or ldm (a file); left out: by the ending of --out.
+        to: diffusers (a folder), ldm (a file as A1111 and ComfyUI read it) or tensors (plain weights, such as a metric's, of
+            both files in one); left out: the first two by the ending of --out.
         scaling_factor: latents = (raw - shift) * factor, where the file does not say it.
         shift_factor: The shift, likewise.
         downscale: Picture side / latent side, where the file does not tell it.
@@ -76,6 +77,12 @@ def convert(
     from latentpipe.formats.opening import Given
     from latentpipe.weights import find_model, quiet
 
+    if to == "tensors":
+        from latentpipe.formats.merge import merge
+
+        digest = merge([Path(name) for name in (source, source2) if name is not None], out)
+        print(f"{out}  {digest[:HASH_LENGTH]}")
+        return
     places = [Path(name) if Path(name).exists() else find_model(name, "vae") for name in (source, source2) if name is not None]
     with quiet():
         digest = run(places, out, to, Given(scaling_factor, shift_factor, downscale, norm_groups), dtype)

@@ -11,6 +11,7 @@ FONT = 12  # px
 LETTER = 0.58 * FONT  # px, a generous mean width of a letter: nothing is cut off
 GREY = "stroke:var(--rule,#c8c8c8);stroke-width:1"
 TEXT = "fill:currentColor"
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Number = float | None
 
@@ -106,7 +107,8 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
 def _names(marks: Sequence[float], log: bool) -> list[str]:
     """Tick labels: powers of ten where the numbers are long, else as short as they are."""
     if log and any(mark >= 1e5 or mark < 1e-3 for mark in marks):
-        return [f"{mark:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e") for mark in marks]
+        parts = [f"{mark:.0e}".split("e") for mark in marks]
+        return [("" if digit == "1" else f"{digit}·") + "10" + str(int(power)).translate(RAISED) for digit, power in parts]
     return [f"{mark:,.10g}".replace("-", "−") for mark in marks]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 RESAMPLES = 2000
+CHUNK = 2**20  # values that are drawn at once
 
 
 def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -26,6 +27,7 @@ def paired(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.nda
 
 def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
     """Means (RESAMPLES) of resamples of `values` (N), drawn with replacement."""
-    random = np.random.default_rng(seed)
-    n = len(values)
-    return np.array([values[random.integers(0, n, n)].mean() for _ in range(RESAMPLES)])
+    random, n = np.random.default_rng(seed), len(values)
+    rows = max(1, CHUNK // n)
+    parts = [values[random.integers(0, n, (min(rows, RESAMPLES - first), n))].mean(1) for first in range(0, RESAMPLES, rows)]
+    return np.concatenate(parts)

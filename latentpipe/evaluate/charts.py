@@ -61,7 +61,7 @@ def bars(
 ) -> str:
     """One bar for each of `values` (numbered from 0), in the colour of series `style`; `top` fixes the end of the axis."""
     height = 220
-    shown = [(index, float(value)) for index, value in enumerate(values) if drawable(value)]
+    shown = [(index, value) for index, value in enumerate(values) if value is not None and drawable(value)]
     high = max([value for _, value in shown] + [0.0]) if top is None else top
     low = min([value for _, value in shown] + [0.0])
     frame = frame_of(width, height, 12, (-0.6, max(len(values), 1) - 0.4), (low, high or 1.0), Axis(x.label), y, whole_x=True)
@@ -73,30 +73,30 @@ def bars(
             f'<rect x="{frame.x(index) - half:.1f}" y="{upper:.1f}" width="{2 * half:.1f}" '
             f'height="{max(lower - upper, 0.5):.1f}" style="fill:{colour(style)}"><title>{index}: {value:.4g}</title></rect>'
         )
-    return _svg(title, width, height, [*frame.parts, *_left_out(len(values) - len(shown), width, height)])
+    return _svg(title, width, height, frame.parts, len(values) - len(shown))
 
 
 def forest(title: str, rows: Sequence[Interval], x: Axis, width: int = 320) -> str:
     """Intervals beneath each other about a dashed zero: filled where the row is clear of it, hollow where not."""
     shown = [row for row in rows if all(drawable(value) for value in (row.value, row.low, row.high))]
     labels = [_cut(row.label, 44) for row in shown]
-    height = 68 + 36 * max(len(shown), 1)
+    height = 68 + 40 * max(len(shown), 1)
     ends = [0.0] + [value for row in shown for value in (row.low, row.high)]
     frame = frame_of(width, height, 10, (min(ends), max(ends)), (0, 1), x, Axis(""), rows=True)
     left, top, _, bottom = frame.box
     zero = frame.x(0)
     frame.parts.append(f'<path d="M{zero:.1f} {top}V{bottom}" style="stroke:currentColor;stroke-dasharray:3 3"/>')
     for index, (row, label) in enumerate(zip(shown, labels, strict=True)):
-        y = top + 36 * index + 26
+        y = top + 40 * index + 29
         ink = colour(0) if row.clear else "currentColor"
         fill = ink if row.clear else "var(--page,#fff)"
         frame.parts += [
-            f'<text x="{left}" y="{y - 10:.1f}" style="{TEXT};{HALO}">{label}</text>',
+            f'<text x="{left}" y="{y - 13:.1f}" style="{TEXT};{HALO}">{label}</text>',
             f'<path d="M{frame.x(row.low):.1f} {y}H{frame.x(row.high):.1f}" style="stroke:{ink};stroke-width:2"/>',
             f'<circle cx="{frame.x(row.value):.1f}" cy="{y}" r="4.5" style="fill:{fill};stroke:{ink};stroke-width:1.8">'
             f"<title>{row.value:.4g} ({row.low:.4g} to {row.high:.4g})</title></circle>",
         ]
-    return _svg(title, width, height, [*frame.parts, *_left_out(len(rows) - len(shown), width, height)])
+    return _svg(title, width, height, frame.parts, len(rows) - len(shown))
 
 
 def colour(index: int) -> str:
@@ -149,7 +149,7 @@ def _points(title: str, series: Sequence[Series], x: Axis, y: Axis, width: int, 
         if not one.plain:
             marked = _apart(spots, 8.0 * index) if joined else spots
             frame.parts += [marker(index, a, b, 4 if joined else 5.5) for a, b in marked]
-    return _svg(title, width, height, [*legend, *frame.parts, *_left_out(missing, width, height)])
+    return _svg(title, width, height, [*legend, *frame.parts], missing)
 
 
 def _whisker(index: int, x: float, low: float, high: float) -> str:
@@ -205,17 +205,15 @@ def _legend(series: Sequence[Series], width: int) -> tuple[list[str], float]:
     return parts, y + 14
 
 
-def _left_out(count: int, width: int, height: int) -> list[str]:
-    if not count:
-        return []
-    return [text_at(width - 16, height - 2, f"{count} value{'s' if count > 1 else ''} left out: cannot be drawn", "end")]
-
-
 def _cut(text: str, most: int) -> str:
     return escape(text if len(text) <= most else text[: most - 1] + "…")
 
 
-def _svg(title: str, width: int, height: int, parts: Sequence[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"'
+def _svg(title: str, width: int, height: int, parts: Sequence[str], missing: int) -> str:
+    """The chart, with a line at its foot where `missing` values were left out."""
+    foot = f"{missing} value{'s' if missing > 1 else ''} left out: cannot be drawn" if missing else ""
+    high = height if missing else height - 14
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {high}" width="{width}" height="{high}" role="img"'
     style = f"font-size:{FONT}px;font-family:system-ui,sans-serif;font-variant-numeric:tabular-nums"
-    return f'{head} aria-label="{escape(title)}" style="{style}"><title>{escape(title)}</title>{"".join(parts)}</svg>'
+    body = "".join([*parts, *([text_at(width - 16, height - 3, foot, "end")] if missing else [])])
+    return f'{head} aria-label="{escape(title)}" style="{style}"><title>{escape(title)}</title>{body}</svg>'

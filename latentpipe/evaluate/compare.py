@@ -20,8 +20,8 @@ import numpy as np
 from latentpipe.errors import UserError
 from latentpipe.evaluate.bootstrap import paired
 from latentpipe.evaluate.results import Evaluation, Score
-from latentpipe.evaluate.significance import holm, p_of_interval, sign_flip
-from latentpipe.evaluate.wording import figure, heading
+from latentpipe.evaluate.significance import holm, least_p, p_of_interval, sign_flip
+from latentpipe.evaluate.wording import figure, heading, size_words
 from latentpipe.files import HASH_LENGTH
 
 LEVEL = 0.05
@@ -30,8 +30,8 @@ EXTREMES = 3
 
 RULE = (
     "A difference is clear where its 95 % paired bootstrap interval leaves zero out and its p-value (sign-flip test over the "
-    "pictures; for distances between sets from the interval), adjusted by Holm for all {count} comparisons, is at most 0.05. "
-    "A winner is named only where the difference to every other VAE is clear."
+    "pictures; for distances between sets from the interval) is at most 0.05 after Holm's adjustment for the number of "
+    "comparisons made here ({count}). A winner is named only where the difference to every other VAE is clear."
 )
 
 
@@ -112,7 +112,7 @@ class Comparison:
 
     def __str__(self) -> str:
         first = self.evaluations[0]
-        size = f"{first.pictures['size_px']} px" if first.pictures.get("size_px") else "each at its own size"
+        size = size_words(first.pictures.get("size_px"))
         head = (
             f"{first.pictures['set']}: {first.pictures['n']} pictures, {size}; protocol {first.protocol.get('name', 'unnamed')}"
         )
@@ -141,7 +141,7 @@ def compare(evaluations: Sequence[Evaluation], sets: SetDifferences | None = Non
             if metric not in outcomes and score.better != "neither":
                 outcomes[metric] = outcome_of(metric, labels, evaluations, differences)
     extremes = [entry for index in range(1, len(labels)) for entry in extremes_of(labels, evaluations, index)]
-    return Comparison(labels, list(evaluations), differences, outcomes, extremes, notes_of(labels, evaluations))
+    return Comparison(labels, list(evaluations), differences, outcomes, extremes, notes_of(labels, evaluations, len(differences)))
 
 
 def check_same(evaluations: Sequence[Evaluation]) -> None:
@@ -175,7 +175,7 @@ def labels_of(names: Sequence[str]) -> list[str]:
     return labels
 
 
-def notes_of(labels: Sequence[str], evaluations: Sequence[Evaluation]) -> list[str]:
+def notes_of(labels: Sequence[str], evaluations: Sequence[Evaluation], comparisons: int) -> list[str]:
     """VAEs of equal weights, pictures that were skipped, and sets too small for a winner."""
     notes = [
         f"{labels[a]} and {labels[b]} are the same weights ({evaluations[a].hash[:HASH_LENGTH]})."
@@ -186,9 +186,10 @@ def notes_of(labels: Sequence[str], evaluations: Sequence[Evaluation]) -> list[s
     if skipped:
         notes.append(f"Skipped pictures: {skipped if isinstance(skipped, int | str) else len(skipped)}.")
     n = len(evaluations[0].names)
-    if 2.0 ** (1 - n) > LEVEL:
+    if least_p(n) * comparisons > LEVEL:
         notes.append(
-            f"{n} pictures are too few for any winner: the smallest p-value of a sign-flip test is {2.0 ** (1 - n):.3g}."
+            f"{n} pictures are too few for any winner in {comparisons} comparisons: the smallest p-value of a sign-flip test "
+            f"over them is {least_p(n):.2g}, and {least_p(n) * comparisons:.2g} when adjusted. Give more pictures."
         )
     return notes
 
@@ -203,7 +204,7 @@ def differences_of(labels: Sequence[str], evaluations: Sequence[Evaluation], set
             first, second = evaluations[a], evaluations[b]
             if (metric, a, b) in sets:
                 # never surer than a test over so few pictures could be
-                found.append((*sets[metric, a, b], score.n, max(p_of_interval(*sets[metric, a, b]), 2.0 ** (1 - score.n))))
+                found.append((*sets[metric, a, b], score.n, max(p_of_interval(*sets[metric, a, b]), least_p(score.n))))
             elif metric in first.per_picture and metric in second.per_picture:
                 values = _paired_values(first, second, metric)
                 values = values[np.isfinite(values)]
@@ -250,7 +251,8 @@ def extremes_of(labels: Sequence[str], evaluations: Sequence[Evaluation], index:
     Where there is no PSNR: by the first metric with values for each picture and a better end.
     """
     first, other = evaluations[0], evaluations[index]
-    names = [name for name in first.per_picture if name in other.per_picture and first.scores[name].better != "neither"]
+    judged = [name for name, score in first.scores.items() if score.better != "neither"]
+    names = [name for name in judged if name in first.per_picture and name in other.per_picture]
     if not names:
         return []
     metric = "PSNR" if "PSNR" in names else names[0]

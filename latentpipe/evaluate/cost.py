@@ -25,7 +25,7 @@ STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def measure_cost(stage: VAEStage, height: int, width: int, repeats: int = REPEATS) -> dict[str, Any]:
     """Cost of one picture of `height` x `width` pixels, as the stage runs it.
 
-    encode, decode  {"milliseconds": median of `repeats` runs after a warm-up, "least", "most", "peak_mb": memory above the
+    encode, decode  {"ms": median of `repeats` runs after a warm-up, "least", "most", "peak_mb": memory above the
                     weights and what else was there before, in MB of 2^20 bytes, None where it cannot be measured}
     and size_px (the side; where it is no square [height, width]), threads, device, dtype, repeats, and `memory`: how the
     memory was measured.
@@ -40,9 +40,10 @@ def measure_cost(stage: VAEStage, height: int, width: int, repeats: int = REPEAT
     if stage.decodes:
         runs["decode"] = lambda: stage.decode(latents)
     how = {"cuda": "peak of torch's allocator", "cpu": "peak resident set"}.get(stage.device.type, "")
-    peaks = {name: _peak(run, stage.device) for name, run in runs.items()}
+    times = {name: _times(run, stage.device, repeats) for name, run in runs.items()}
+    peaks = {name: _peak(run, stage.device) for name, run in runs.items()}  # after the warm-up, whose caches stay
     return {
-        **{name: _times(run, stage.device, repeats) | {"peak_mb": peaks[name]} for name, run in runs.items()},
+        **{name: times[name] | {"peak_mb": peaks[name]} for name in runs},
         "size_px": height if height == width else [height, width],
         "threads": torch.get_num_threads(),
         "device": str(stage.device),
@@ -61,7 +62,7 @@ def _times(run: Callable[[], Any], device: torch.device, repeats: int) -> dict[s
         _wait(device)
         taken.append(1000 * (time.perf_counter() - start))
     taken = taken[WARM_UP:]
-    return {"milliseconds": statistics.median(taken), "least": min(taken), "most": max(taken)}
+    return {"ms": statistics.median(taken), "least": min(taken), "most": max(taken)}
 
 
 def _peak(run: Callable[[], Any], device: torch.device) -> float | None:

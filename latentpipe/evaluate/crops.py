@@ -19,11 +19,10 @@ GAIN = 4  # of the shown error
 
 @dataclass(frozen=True)
 class Tile:
-    """One small picture: `png` (bytes of the file), what it shows, and a line beneath it."""
+    """One small picture: `png` (bytes of the file) and what it shows, in words."""
 
     png: bytes
     alt: str
-    caption: str
 
     def data_uri(self) -> str:
         """The picture as the src of an img."""
@@ -32,9 +31,9 @@ class Tile:
 
 @dataclass(frozen=True)
 class Strip:
-    """A picture's tiles: the original, then for each VAE the reconstruction and the error; `size` (W, H) in px on the page.
+    """A picture's tiles: the original, and for each VAE the reconstruction, its error and a caption.
 
-    picture  file name;  why  what it was chosen for;  place  which part is shown, in words
+    picture  file name;  why  what it was chosen for;  place  which part is shown, in words;  size  W, H in px on the page
     """
 
     picture: str
@@ -44,6 +43,7 @@ class Strip:
     original: Tile
     rebuilt: list[Tile]
     errors: list[Tile]
+    captions: list[str]
 
 
 def choose(comparison: Comparison) -> dict[str, str]:
@@ -85,19 +85,16 @@ def strip(
         why,
         place,
         (width * factor, height * factor),
-        Tile(png(original[cut]), f"{picture}, original", "original"),
+        Tile(png(original[cut]), f"{picture}, original"),
         [
-            Tile(png(other[cut]), f"{picture}, reconstruction by {label}, PSNR {value:.2f} dB", f"{label}: {value:.2f} dB")
+            Tile(png(other[cut]), f"{picture}, reconstruction by {label}, PSNR {value:.2f} dB")
             for label, other, value in zip(labels, rebuilt, psnr, strict=True)
         ],
         [
-            Tile(
-                png((error[cut] * GAIN).clip(0, 255).astype(np.uint8)),
-                f"{picture}, error of {label} times {GAIN}",
-                f"error × {GAIN}",
-            )
+            Tile(png((error[cut] * GAIN).clip(0, 255).astype(np.uint8)), f"{picture}, error of {label} times {GAIN}")
             for label, error in zip(labels, errors, strict=True)
         ],
+        [f"{label}: {value:.2f} dB" for label, value in zip(labels, psnr, strict=True)],
     )
 
 

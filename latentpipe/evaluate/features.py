@@ -20,7 +20,7 @@ from latentpipe.evaluate import inception, word_network
 from latentpipe.evaluate.inception import Inception
 from latentpipe.evaluate.metric_weights import fill, metric_file
 from latentpipe.evaluate.word_network import WordNetwork
-from latentpipe.files import content_hash, home, load_strictly, read_tensors
+from latentpipe.files import content_hash, load_strictly, read_tensors
 from latentpipe.weights import shipped
 
 NAMES = ("inception", "squeezenet10", "emoji-words")
@@ -66,11 +66,6 @@ def open_features(name: str, path: Path | None = None) -> Features:
     return Features(name, size, network, fill(network, metric_file(name, path)))
 
 
-def available_features() -> list[str]:
-    """Names whose weights are installed or ship."""
-    return [name for name in NAMES if name == "emoji-words" or (home() / "metrics" / f"{name}.safetensors").is_file()]
-
-
 def metric_names(features: str) -> tuple[str, str]:
     """What the Frechet and the kernel distance on these features are called."""
     if features == "inception":
@@ -98,6 +93,7 @@ class SqueezeNet10(nn.Module):
         self.register_buffer("mean", torch.tensor([104.0, 117.0, 123.0]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features (B, 512) of images B 3 H W in [-1, 1]."""
         x = F.relu(self.conv1((images.flip(1) + 1) * 127.5 - self.mean))
         for number in FIRES:
             if number in (2, 5, 9):

@@ -43,7 +43,7 @@ def forests(comparison: Comparison) -> list[Figure]:
         shown = [Interval(f"{one.first} − {one.second}", one.value, one.low, one.high, one.clear) for one in rows]
         unit = f" ({rows[0].unit})" if rows[0].unit else ""
         side = "right" if score.better == "higher" else "left"
-        chart = forest(f"Paired differences in {metric}", shown, Axis(f"difference in {metric}{unit}"))
+        chart = forest(f"Paired differences in {metric}", shown, Axis(f"difference{unit}"))
         told = f"{score.better.capitalize()} is better: to the {side} of zero the VAE named first is ahead. Filled: clear."
         found.append(Figure(metric, chart, told))
     return found
@@ -123,9 +123,13 @@ def kl_bars(comparison: Comparison) -> list[Figure]:
     kept = [(index, label, one.curves[KL]) for index, (label, one) in enumerate(_labelled(comparison)) if KL in one.curves]
     values = [value for _, _, row in kept for value in row if value is not None and math.isfinite(value)]
     top = 1.05 * max(values, default=1.0) or 1.0
-    told = "Mean over pictures and positions; channels near zero carry nothing."
+    told = "Bits for each latent value, mean over pictures and positions; a channel near zero carries nothing."
     return [
-        Figure(f"KL per channel: {label}", bars(f"KL per channel of {label}", row, Axis("channel"), Axis("KL"), index, top), told)
+        Figure(
+            f"KL per channel: {label}",
+            bars(f"KL per channel of {label}", row, Axis("channel"), Axis("KL (bits per value)"), index, top),
+            told,
+        )
         for index, label, row in kept
     ]
 

@@ -172,6 +172,7 @@ class _Seen:
         self.patches = Patches(stage.space.downscale)
 
     def add(self, images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Take in images (B 3 H W) and their raw posteriors (B C h w), all on the CPU in fp32."""
         self.shape = (mean.shape[1], mean.shape[2], mean.shape[3])
         self.is_random = self.is_random or bool(std.any())
         if self.is_random:

@@ -43,6 +43,7 @@ class Inception(nn.Module):
         self.Mixed_7c = BlockE(2048, _max_pool)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features (B, 2048) of images B 3 H W in [-1, 1]."""
         x = F.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # B 64 147 147
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))  # B 192 71 71
@@ -66,6 +67,7 @@ class FrozenNorm(nn.Module):
             self.register_buffer(name, torch.full((width,), value))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """B C H W -> the same, normalized by channel."""
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-3)
 
 
@@ -78,6 +80,7 @@ class Conv(nn.Module):
         self.bn = FrozenNorm(out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """B width H W -> B out h w."""
         return F.relu(self.bn(self.conv(x)))
 
 
@@ -95,6 +98,7 @@ class BlockA(nn.Module):
         self.branch_pool = Conv(width, pool, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Branches 1x1, 5x5, twice 3x3, pool."""
         five = self.branch5x5_2(self.branch5x5_1(x))
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         return torch.cat([self.branch1x1(x), five, double, self.branch_pool(_mean_pool(x))], 1)
@@ -111,6 +115,7 @@ class BlockB(nn.Module):
         self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Branches 3x3, twice 3x3, pool; each of stride 2."""
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, 2)], 1)
 
@@ -132,6 +137,7 @@ class BlockC(nn.Module):
         self.branch_pool = Conv(width, 192, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Branches 1x1, 7x7, twice 7x7, pool."""
         seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
@@ -151,6 +157,7 @@ class BlockD(nn.Module):
         self.branch7x7x3_4 = Conv(192, 192, 3, stride=2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Branches 3x3, 7x7 and 3x3, pool; each of stride 2."""
         three = self.branch3x3_2(self.branch3x3_1(x))
         seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
         return torch.cat([three, seven, F.max_pool2d(x, 3, 2)], 1)
@@ -173,6 +180,7 @@ class BlockE(nn.Module):
         self.branch_pool = Conv(width, 192, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Branches 1x1, 3x3, twice 3x3, pool."""
         three = self.branch3x3_1(x)
         three = torch.cat([self.branch3x3_2a(three), self.branch3x3_2b(three)], 1)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))

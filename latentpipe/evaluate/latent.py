@@ -1,7 +1,7 @@
 """What the latents of a VAE are like: their moments, their rate, and what happens to pictures when they are warped,
 interpolated, or encoded and decoded over and over.
 
-images B 3 H W in [-1, 1];  latents B C h w, normalized;  everything here is deterministic
+images B 3 H W in [-1, 1], on the CPU;  latents B C h w, normalized;  everything here is deterministic
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def cycles(stage: VAEStage, images: torch.Tensor, protocol: Protocol, seeds: Seq
     now, found = images, {}
     for cycle in range(1, CYCLES[-1] + 1):
         latents = draw(*stage.posterior(now), protocol, [seed + cycle - 1 for seed in seeds])
-        saved = protocol.to_bytes(stage.decode(latents))
+        saved = protocol.to_bytes(stage.decode(latents)).cpu()
         now = bytes_to_images(saved)
         if cycle in CYCLES:
             found[f"PSNR after {cycle} cycle{'s' if cycle > 1 else ''}"] = decibels(saved, first).tolist()
@@ -128,7 +128,7 @@ def equivariance(stage: VAEStage, images: torch.Tensor, protocol: Protocol) -> d
         if warp is half and (latents.shape[-1] % 2 or latents.shape[-2] % 2):
             continue
         target, warped = warp(images), warp(latents)
-        rebuilt = protocol.to_bytes(stage.decode(warped))
+        rebuilt = protocol.to_bytes(stage.decode(warped)).cpu()
         found[f"equivariance PSNR ({name})"] = decibels(rebuilt, round_images(target, "nearest")).tolist()
         again, _ = stage.posterior(target)
         error = (again - warped).flatten(1).float().norm(dim=1) / again.flatten(1).float().norm(dim=1).clamp_min(1e-12)

@@ -124,6 +124,7 @@ class L2Pooling(nn.Module):
         self.register_buffer("window", torch.outer(window, window)[None, None] / 16, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """B C H W -> B C ceil(H/2) ceil(W/2)."""
         channels = x.shape[1]
         blurred = F.conv2d(x**2, self.window.expand(channels, 1, 3, 3), stride=2, padding=1, groups=channels)
         return (blurred + 1e-12).sqrt()
@@ -139,6 +140,7 @@ class Fire(nn.Module):
         self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """B width H W -> B 2*expand H W."""
         x = F.relu(self.squeeze(x))
         return torch.cat([F.relu(self.expand1x1(x)), F.relu(self.expand3x3(x))], 1)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,35 +67,31 @@ def evaluate_vae(
     if not stage.decodes:
         raise UserError(f"{name} is an encoder alone; it has no decoder, so nothing can be rebuilt. Give one that has both.")
     plan = pictures.plan(Path(folder), chosen, stage.space.downscale, most)
-    tools = open_tools(chosen, features, plan.height, plan.width)
     with torch.no_grad():
-        tally = _rebuild(stage, plan, chosen, tools)
-        scores, rows = summarize(tally, tools)
-        extra = _probe(stage, plan, chosen, tally.names[:probe])
-        for metric, values in extra.items():
-            scores[metric] = Score.of(values, *_unit(metric))
-            rows[metric] = values + [float("nan")] * (len(tally.names) - len(values))
-        if not any("half size" in metric for metric in extra):
-            tools.missing["equivariance (half size)"] = "a side of the latents is odd"
-        scores |= _interpolate(stage, plan, tally, tools)
+        found = _measure(stage, plan, chosen, features, probe, sheet)
         spent = measure_cost(stage, plan.height, plan.width) if cost else {}
-        if sheet is not None:
-            _save_sheet(stage, plan, chosen, tally, sheet)
-    area = plan.height * plan.width
-    scores |= tally.rates(area, tools.missing)
-    used = {key: network.name for key, network in (("features", tools.features),) if network is not None}
+    return replace(found, name=name, hash=digest, cost=spent)
+
+
+def _measure(stage: VAEStage, plan: Plan, protocol: Protocol, features: str, probe: int, sheet: Path | None) -> Evaluation:
+    """Everything but the names and the cost."""
+    tools = open_tools(protocol, features, plan.height, plan.width)
+    tally = _rebuild(stage, plan, protocol, tools)
+    scores, rows = summarize(tally, tools)
+    probed = _probe(stage, plan, protocol, tally.names[:probe])
+    for metric, values in probed.items():
+        scores[metric] = Score.of(values, *_unit(metric))
+        rows[metric] = values + [math.nan] * (len(tally.names) - len(values))
+    if not any("half size" in metric for metric in probed):
+        tools.missing["equivariance (half size)"] = "a side of the latents is odd"
+    scores |= _interpolate(stage, plan, tally, tools) | tally.rates(plan.height * plan.width, tools.missing)
+    if sheet is not None:
+        _save_sheet(stage, plan, protocol, tally, sheet)
+    used = {"features": tools.features.name} if tools.features is not None else {}
+    way = {**protocol.about(), **used, "probed": min(probe, len(tally.names))}
+    curves = tally.curves() | statistics(np.concatenate(tally.moments))
     return Evaluation(
-        name,
-        digest,
-        about(stage),
-        _set(plan, tally, tools),
-        {**chosen.about(), **used, "probed": min(probe, len(tally.names))},
-        scores,
-        rows,
-        tally.names,
-        tally.curves() | statistics(np.concatenate(tally.moments)),
-        spent,
-        tools.missing,
+        "", "", about(stage), _set(plan, tally, tools), way, scores, rows, tally.names, curves, not_measured=tools.missing
     )
 
 
@@ -133,7 +131,7 @@ def _rebuild(stage: VAEStage, plan: Plan, protocol: Protocol, tools: Tools) -> T
     """Every picture encoded and decoded once, and what is kept of that."""
     tally = Tally(stage.space)
     seed = 0
-    for names, images in _bar(pictures.read(plan, plan.names, batch_of(plan)), plan, len(plan.names), "rebuild"):
+    for names, images in _bar(pictures.read(plan, plan.names, batch_of(plan)), len(plan.names), "rebuild"):
         raw_mean, raw_std = stage.raw_posterior(images)
         mean = stage.space.normalize(raw_mean)
         std = raw_std * mean.new_tensor(stage.space.scale).view(1, -1, 1, 1)
@@ -151,11 +149,9 @@ def _rebuild(stage: VAEStage, plan: Plan, protocol: Protocol, tools: Tools) -> T
 def summarize(tally: Tally, tools: Tools) -> tuple[dict[str, Score], dict[str, list[float]]]:
     """The scores of the main pass, and their values for each picture."""
     scores = {metric: Score.of(values, *_unit(metric)) for metric, values in tally.values.items()}
-    if "PSNR" in scores:
-        errors = np.asarray(tally.errors)
-        ends = pooled_psnr(np.quantile(resampled_means(errors), (0.975, 0.025)))
-        value = float(pooled_psnr(errors.mean()))
-        scores["PSNR of the pooled error"] = Score(value, float(ends[0]), float(ends[1]), len(errors), "dB", "higher")
+    errors = np.asarray(tally.errors)
+    low, high = pooled_psnr(np.quantile(resampled_means(errors), (0.975, 0.025))).tolist()
+    scores["PSNR of the pooled error"] = Score(float(pooled_psnr(errors.mean())), low, high, len(errors), "dB", "higher")
     scores |= tally.detail()
     if tools.features is not None:
         scores |= tools.distances(tally.features, tally.rebuilt_features)
@@ -171,8 +167,7 @@ def _probe(stage: VAEStage, plan: Plan, protocol: Protocol, names: list[str]) ->
     """Round trips and equivariance on the named pictures."""
     found: dict[str, list[float]] = {}
     seed = 0
-    for part, images in _bar(pictures.read(plan, names, batch_of(plan), again=True), plan, len(names), "probe"):
-        images = images.to(stage.device)
+    for part, images in _bar(pictures.read(plan, names, batch_of(plan), again=True), len(names), "probe"):
         seeds = range(seed, seed + len(part))
         for metric, values in (cycles(stage, images, protocol, seeds) | equivariance(stage, images, protocol)).items():
             found.setdefault(metric, []).extend(values)
@@ -197,7 +192,7 @@ def _interpolate(stage: VAEStage, plan: Plan, tally: Tally, tools: Tools) -> dic
     places = {name: index for index, name in enumerate(tally.names)}
     midpoints: list[np.ndarray] = []
     faded: list[np.ndarray] = []
-    for names, images in _bar(pictures.read(plan, tally.names[:n], batch_of(plan), again=True), plan, n, "interpolate"):
+    for names, images in _bar(pictures.read(plan, tally.names[:n], batch_of(plan), again=True), n, "interpolate"):
         mine = [places[name] for name in names]
         theirs = [partners[index] for index in mine]
         wanted = [tally.names[index] for index in theirs]
@@ -208,9 +203,9 @@ def _interpolate(stage: VAEStage, plan: Plan, tally: Tally, tools: Tools) -> dic
         midpoints.append(tools.describe(decoded))
         faded.append(tools.describe(bytes_to_images(round_images((images + second) / 2, "nearest"))))
     real = [np.concatenate(tally.features)[:n]]
-    return tools.distances(real, midpoints, "interpolation ", kernel=False) | tools.distances(
-        real, faded, "cross-fade ", kernel=False
-    )
+    found = tools.distances(real, midpoints, "interpolation ", kernel=False)
+    beside = tools.distances(real, faded, "cross-fade ", kernel=False)  # of pixels: nothing that a VAE is better or worse at
+    return found | {metric: replace(score, better="neither") for metric, score in beside.items()}
 
 
 def _save_sheet(stage: VAEStage, plan: Plan, protocol: Protocol, tally: Tally, path: Path) -> None:
@@ -253,7 +248,7 @@ def _unit(metric: str) -> tuple[str, Better]:
     return UNITS[start] if start else ("", "neither")
 
 
-def _bar(batches: Iterable[Any], plan: Plan, total: int, title: str) -> Iterator[Any]:
+def _bar(batches: Iterable[Any], total: int, title: str) -> Iterator[Any]:
     """The same batches, with a bar on stderr that counts pictures."""
     with tqdm(total=total, desc=title, unit="picture", disable=None, leave=False) as bar:
         for names, images in batches:

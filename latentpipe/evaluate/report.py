@@ -28,7 +28,8 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def write_report(path: Path, comparison: Comparison, strips: Sequence[Strip], command: str) -> None:
     """Write the page, atomically; `strips` are the pictures to show, `command` is the one that made it."""
     with atomic_file(path) as part:
-        part.write_text(page(comparison, strips, command), encoding="utf-8")
+        # a file name may hold bytes that are no text
+        part.write_text(page(comparison, strips, command), encoding="utf-8", errors="replace")
 
 
 def page(comparison: Comparison, strips: Sequence[Strip], command: str) -> str:
@@ -92,7 +93,7 @@ def _vaes(comparison: Comparison) -> str:
             _cell(about.get("dtype", "")),
             f'<td><code title="{escape(one.hash)}">{escape(one.hash[:HASH_LENGTH])}</code></td>',
         ]
-        rows.append(f'<tr><th scope="row">{mark(index)}{escape(label)}</th>{"".join(cells)}</tr>')
+        rows.append(f'<tr><th scope="row" class="vae">{mark(index)}{escape(label)}</th>{"".join(cells)}</tr>')
     return _table("", heads, rows, numeric=range(2, 6))
 
 
@@ -136,15 +137,22 @@ def _cost(comparison: Comparison) -> str:
     """Milliseconds and peak memory, for the VAEs that were timed."""
     rows = []
     for index, (label, one) in enumerate(zip(comparison.labels, comparison.evaluations, strict=True)):
-        parts = [one.cost.get(way, {}).get(key) for key in ("ms", "peak_mb") for way in ("encode", "decode")]
-        if any(part is not None for part in parts):
-            cells = "".join(
-                _cell("–" if part is None else f"{part:,.1f}" if part < 100 else f"{part:,.0f}", "n") for part in parts
-            )
-            rows.append(f'<tr><th scope="row">{mark(index)}{escape(label)}</th>{cells}</tr>')
+        ways = [one.cost[way] for way in ("encode", "decode") if way in one.cost]
+        if len(ways) == 2:
+            cells = "".join(map(_time, ways)) + "".join(_cell(_short(way.get("peak_mb")), "n") for way in ways)
+            rows.append(f'<tr><th scope="row" class="vae">{mark(index)}{escape(label)}</th>{cells}</tr>')
     heads = ["VAE", "encode (ms)", "decode (ms)", "encode, peak MB", "decode, peak MB"]
-    caption = f"One picture, median of several runs, without interval. {machine(comparison.evaluations[0])}"
+    caption = f"One picture: median of several runs, and the shortest and longest. {machine(comparison.evaluations[0])}"
     return _table(caption, heads, rows, numeric=range(1, 5)) if rows else ""
+
+
+def _time(way: Mapping[str, Any]) -> str:
+    span = f"{_short(way.get('least'))} to {_short(way.get('most'))}"
+    return f'<td class="n">{_short(way.get("ms"))}<span class="ci">{span}</span></td>'
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def _score(score: Score | None, wins: bool) -> str:
@@ -190,22 +198,25 @@ def _about_strips(strips: Sequence[Strip]) -> str:
     if not strips:
         return "<p>No pictures were asked for.</p>"
     return (
-        f'<p class="small soft">PNG at one picture element for each pixel. Under each reconstruction its absolute error, '
+        '<p class="small soft">Above the original and the reconstructions, below each its absolute error '
         f"times {GAIN}: black is no error. The PSNR is of the whole picture.</p>"
     )
 
 
 def _strip(strip: Strip) -> str:
-    pairs = [[strip.original], *([rebuilt, error] for rebuilt, error in zip(strip.rebuilt, strip.errors, strict=True))]
-    shown = "".join(f'<div class="pair">{"".join(_tile(tile, strip.size) for tile in pair)}</div>' for pair in pairs)
+    shown = [_tiles([strip.original], "original", strip.size)]
+    for rebuilt, error, caption in zip(strip.rebuilt, strip.errors, strip.captions, strict=True):
+        shown.append(_tiles([rebuilt, error], caption, strip.size))
     said = f'<p class="small soft">{escape(strip.why)}. Shown: {escape(strip.place)}.</p>'
-    return f'<h3>{escape(strip.picture)}</h3>{said}<div class="strip">{shown}</div>'
+    return f'<h3>{escape(strip.picture)}</h3>{said}<div class="strip">{"".join(shown)}</div>'
 
 
-def _tile(tile: Tile, size: tuple[int, int]) -> str:
+def _tiles(tiles: Sequence[Tile], caption: str, size: tuple[int, int]) -> str:
     width, height = size
-    image = f'<img src="{tile.data_uri()}" alt="{escape(tile.alt)}" width="{width}" height="{height}">'
-    return f'<figure style="max-width:{max(width, 120) + 2}px">{image}<figcaption>{escape(tile.caption)}</figcaption></figure>'
+    images = "".join(
+        f'<img src="{tile.data_uri()}" alt="{escape(tile.alt)}" width="{width}" height="{height}">' for tile in tiles
+    )
+    return f'<figure style="max-width:{max(width, 120)}px">{images}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _grid(shown: Sequence[Figure], kind: str = "") -> str:
@@ -234,7 +245,7 @@ def _table(caption: str, heads: Sequence[str], rows: Sequence[str], numeric: Seq
     names = "".join(
         f'<th scope="col"{" class=n" if index in numeric else ""}>{escape(head)}</th>' for index, head in enumerate(heads)
     )
-    said = f"<caption>{escape(caption)}</caption>" if caption else ""
+    said = f"<caption><div>{escape(caption)}</div></caption>" if caption else ""
     return f'<div class="wide"><table>{said}<thead><tr>{names}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
@@ -262,5 +273,4 @@ def _list(names: Sequence[str]) -> str:
 
 def _json(value: Any) -> str:
     """JSON that no HTML parser takes for markup."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")

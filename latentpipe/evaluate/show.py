@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from latentpipe.evaluate.compare import rounded
 from latentpipe.evaluate.results import Evaluation
+from latentpipe.evaluate.wording import rounded
 from latentpipe.files import HASH_LENGTH, atomic_file
 from latentpipe.images import sheet, to_pixels
 
@@ -62,7 +62,7 @@ def _cost(evaluation: Evaluation) -> list[str]:
             one = cost[direction]
             memory = "memory not measured" if one["peak_mb"] is None else f"{one['peak_mb']:.0f} MB above the weights"
             spread = f"{one['least']:.1f} to {one['most']:.1f}"
-            lines.append(f"{direction} one picture: {one['milliseconds']:.1f} ms ({spread}), {memory}")
+            lines.append(f"{direction} one picture: {one['ms']:.1f} ms ({spread}), {memory}")
     if lines:
         where = f"{cost['device']}, {cost['dtype']}, {cost['threads']} threads, median of {cost['repeats']}; {cost['memory']}"
         lines = ["", *lines, f"  at {_size(cost['size_px'])}; {where}"]

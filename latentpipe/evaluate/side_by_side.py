@@ -14,6 +14,7 @@ import torch
 from latentpipe.errors import UserError
 from latentpipe.evaluate import pictures
 from latentpipe.evaluate.compare import Comparison, SetDifferences, compare
+from latentpipe.evaluate.cost import measure_cost
 from latentpipe.evaluate.crops import Strip, choose, strip
 from latentpipe.evaluate.distances import paired_frechet, paired_kernel
 from latentpipe.evaluate.features import metric_names, open_features
@@ -55,11 +56,15 @@ def compare_vaes(
     chosen = common_protocol(find_protocol(protocol, size_px=size), stages, folder, most)
     evaluations = [
         replace(
-            evaluate_vae(stage, folder, protocol=chosen, most=most, features=features, cost=cost, device=device),
+            evaluate_vae(stage, folder, protocol=chosen, most=most, features=features, cost=False, device=device),
             name=short_name(path),
         )
         for path, stage in zip(paths, stages, strict=True)
     ]
+    if cost:  # one right after the other, since a machine is not as fast at all times
+        evaluations = [
+            replace(one, cost=measure_cost(stage, *_size(one))) for one, stage in zip(evaluations, stages, strict=True)
+        ]
     comparison = compare(evaluations, set_differences(evaluations, stages, folder, chosen, features))
     return comparison, strips_of(comparison, stages, folder, chosen)
 
@@ -130,12 +135,14 @@ def set_differences(
         if not originals:
             originals = [network(bytes_to_images(before)) for before, _ in parts]
     real = np.concatenate(originals)
-    tests = dict(zip(metric_names(features), ((paired_frechet, len(real)), (paired_kernel, KERNEL)), strict=True))
-    return {
-        (metric, a, b): tests[metric][0](*(part[: tests[metric][1]] for part in (real, rebuilt[a], rebuilt[b])))
-        for metric in measured
-        for a, b in combinations(range(len(stages)), 2)
-    }
+    frechet, kernel = metric_names(features)
+    found: dict[tuple[str, int, int], tuple[float, float, float]] = {}
+    for a, b in combinations(range(len(stages)), 2):
+        if frechet in measured:
+            found[frechet, a, b] = paired_frechet(real, rebuilt[a], rebuilt[b])
+        if kernel in measured:
+            found[kernel, a, b] = paired_kernel(real[:KERNEL], rebuilt[a][:KERNEL], rebuilt[b][:KERNEL])
+    return found
 
 
 def strips_of(comparison: Comparison, stages: Sequence[VAEStage], folder: Path, protocol: Protocol) -> list[Strip]:
@@ -155,6 +162,12 @@ def strips_of(comparison: Comparison, stages: Sequence[VAEStage], folder: Path, 
         strip(name, why, before[name], after[name], comparison.labels, [row[place[name]] for row in rows])
         for name, why in chosen.items()
     ]
+
+
+def _size(evaluation: Evaluation) -> tuple[int, int]:
+    """Height and width of the pictures."""
+    size = evaluation.pictures["size_px"]
+    return (size[0], size[1]) if isinstance(size, list) else (size, size)
 
 
 def _arrays(pixels: torch.Tensor) -> np.ndarray:

@@ -33,9 +33,18 @@ def sign_flip(differences: Sequence[float] | np.ndarray, seed: int = 0) -> float
     return hits / (FLIPS + 1)
 
 
+def least_p(n: int) -> float:
+    """The smallest p-value that the sign-flip test can give for `n` pictures: both patterns without a change of sign."""
+    return 2.0 ** (1 - n) if n <= EXACT else 1 / (FLIPS + 1)
+
+
 def p_of_interval(value: float, low: float, high: float) -> float:
-    """Two-sided p-value of "the value is 0" from a 95 % interval of it, as if normal (Altman and Bland, BMJ 343, d2304, 2011)."""
-    error = (high - low) / (2 * 1.959964)
+    """Two-sided p-value of "the value is 0" from its 95 % interval (Altman and Bland, BMJ 343, d2304, 2011).
+
+    As if normal with the spread of the side that faces 0, since bootstrap intervals are skewed: the p-value is below 0.05
+    exactly where the interval leaves 0 out.
+    """
+    error = (value - low if value > 0 else high - value) / 1.959964
     if not error > 0:
         return 1.0 if value == 0 else 0.0
     return math.erfc(abs(value) / error / math.sqrt(2))

@@ -97,11 +97,18 @@ def _maps(first: torch.Tensor, second: torch.Tensor, data_range: float) -> tuple
 
 
 def _blur(stack: torch.Tensor) -> torch.Tensor:
-    """The Gaussian window over the last two axes, valid positions only."""
-    kernel = _kernel().to(stack)
-    flat = stack.reshape(-1, 1, *stack.shape[-2:])
-    flat = F.conv2d(F.conv2d(flat, kernel[None, None, :, None]), kernel[None, None, None, :])
-    return flat.reshape(*stack.shape[:-2], *flat.shape[-2:])
+    """The Gaussian window over the last two axes, valid positions only: two matrix products, which beat 1-channel convolutions."""
+    rows, columns = (_windows(side).to(stack) for side in stack.shape[-2:])
+    return rows @ (stack @ columns.T)
+
+
+@cache
+def _windows(side: int) -> torch.Tensor:
+    """The window at each of its places along a side: side-10 side."""
+    found = torch.zeros(side - WINDOW + 1, side, dtype=torch.float64)
+    places = torch.arange(side - WINDOW + 1)[:, None]
+    found[places, places + torch.arange(WINDOW)] = _kernel()
+    return found
 
 
 @cache

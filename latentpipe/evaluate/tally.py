@@ -160,11 +160,12 @@ class Tally:
 
         The KL of a posterior with std 0 is infinite, so one such value is enough for the VAE to count as deterministic.
         """
+        normalized, raw = ([part.cpu() for part in pair] for pair in (normalized, raw))  # some devices have no fp64
         self.positions = latents.shape[-1] * latents.shape[-2]
-        self.moments.append(powers(*normalized).cpu().numpy())
+        self.moments.append(powers(*normalized).numpy())
         if bool((raw[1] > 0).all()):
-            self.rate.append(rate_bits(*raw).cpu().numpy())
-            self.rate_normalized.append(rate_bits(*normalized).cpu().numpy())
+            self.rate.append(rate_bits(*raw).numpy())
+            self.rate_normalized.append(rate_bits(*normalized).numpy())
         half = latents.half().cpu()
         size = half.numel() * 2
         if self.kept + size <= NEIGHBOURS and sum(map(len, self.latents)) + len(half) <= MANY:

@@ -27,6 +27,7 @@ class WordNetwork(nn.Module):
         return self.body(resize(images)).mean((2, 3))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (B, words) of images B 3 H W."""
         return self.head(self.features(images))
 
 

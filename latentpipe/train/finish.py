@@ -46,6 +46,7 @@ def finish(config: TrainVAE, stage: VAEStage, pictures: PictureStream, held: tor
     saved = VAEStage(vae.half().float().eval().cpu())  # what will be saved is what is measured
     if held is not None:
         card["validation"] = validation_card(config, saved, held)
+    card["loss"] = config.loss.model_dump(mode="json")
     card["config"] = config.model_dump(mode="json")
     save_vae(saved.vae, config.run.out, card, preview_map(saved, first_pictures(pictures, size, PREVIEWED)))
     with atomic_file(config.run.work / "result.json") as part:

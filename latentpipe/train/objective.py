@@ -17,7 +17,7 @@ from latentpipe.train.loop import Losses
 from latentpipe.train.perceptual import perceptual
 from latentpipe.train.team import Team
 
-SMALLEST_PX = {"structure": 44, "perceptual": 32}  # sides of warped pictures below which a term sits the step out
+SMALLEST_PX = {"structure": 11, "perceptual": 32}  # sides of warped pictures below which a term sits the step out
 
 Term = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -14,7 +14,7 @@ from latentpipe.errors import UserError
 from latentpipe.evaluate.bootstrap import interval
 from latentpipe.evaluate.compare import check_same, compare, labels_of
 from latentpipe.evaluate.results import Evaluation, Score
-from latentpipe.evaluate.significance import EXACT, holm, p_of_interval, sign_flip
+from latentpipe.evaluate.significance import EXACT, holm, least_p, p_of_interval, sign_flip
 from latentpipe.evaluate.wording import rounded
 
 N = 20
@@ -82,6 +82,13 @@ def test_the_p_value_of_an_interval_is_that_of_a_normal_test() -> None:
     assert p_of_interval(1, 1, 1) == 0
 
 
+@given(st.floats(-5, 5), st.floats(0.01, 5), st.floats(0.01, 5))
+def test_the_p_value_of_an_interval_is_small_exactly_where_it_leaves_zero_out(value: float, down: float, up: float) -> None:
+    low, high = value - down, value + up
+    if min(abs(low), abs(high)) > 1e-4:
+        assert (p_of_interval(value, low, high) < 0.05) == (low > 0 or high < 0)
+
+
 def test_holm_is_the_textbooks_example() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert len(holm([])) == 0
@@ -144,20 +151,26 @@ def test_relabelling_changes_no_result(order: tuple[int, ...]) -> None:
 
 
 def test_many_comparisons_cost_certainty() -> None:
-    values = DIFFICULTY + np.where(np.arange(N) % 3 == 0, -0.5, 0.52)
+    values = DIFFICULTY + np.where(np.arange(N) % 4 == 0, -0.5, 0.52)
     alone = compare([evaluation("a", DIFFICULTY), evaluation("b", values)])
-    assert alone.differences[0].p < 0.1
+    assert alone.outcomes["PSNR"].winner == "b"
     crowd = compare([evaluation("a", DIFFICULTY), evaluation("b", values), *(evaluation(f"c{i}", noisy(0, i)) for i in range(5))])
     same = next(one for one in crowd.differences if (one.first, one.second) == ("a", "b"))
     assert same.p == alone.differences[0].p
-    assert same.adjusted > alone.differences[0].adjusted
-    assert f"all {len(list(combinations(range(7), 2)))} comparisons" in crowd.rule()
+    assert same.high < 0
+    assert not same.clear
+    assert f"made here ({len(list(combinations(range(7), 2)))})" in crowd.rule()
 
 
 def test_five_pictures_make_no_winner_and_that_is_said() -> None:
     found = compare([evaluation("a", DIFFICULTY[:5]), evaluation("b", DIFFICULTY[:5] + 9)])
     assert found.outcomes["PSNR"].winner is None
     assert any("5 pictures are too few" in note for note in found.notes)
+    assert found.differences[0].p == least_p(5)
+    assert not compare([evaluation("a", DIFFICULTY[:6]), evaluation("b", DIFFICULTY[:6] + 9)]).notes
+    many = [evaluation(name, DIFFICULTY[:6] + 9 * index) for index, name in enumerate("abc")]
+    assert any("6 pictures are too few for any winner in 3 comparisons" in note for note in compare(many).notes)
+    assert compare(many).outcomes["PSNR"].winner is None
     sets = {("Frechet distance on x", 0, 1): (5.0, 4.9, 5.1)}
     score = {"Frechet distance on x": Score(1.0, 0.9, 1.1, 5, "", "lower")}
     few = [evaluation(name, DIFFICULTY[:5], scores=score, per_picture={}) for name in "ab"]

@@ -17,7 +17,7 @@ from latentpipe.errors import UserError
 from latentpipe.evaluate import inception, words
 from latentpipe.evaluate.bank import open_bank
 from latentpipe.evaluate.distances import frechet, kernel_score
-from latentpipe.evaluate.features import Features, SqueezeNet10, available_features, metric_names, open_features
+from latentpipe.evaluate.features import Features, SqueezeNet10, metric_names, open_features
 from latentpipe.evaluate.inception import Inception
 from latentpipe.evaluate.word_network import WordNetwork
 from latentpipe.files import content_hash, read_tensors
@@ -77,7 +77,6 @@ def test_weights_that_are_not_installed_are_named(own_home: Path) -> None:
         assert str(own_home / "metrics" / f"{name}.safetensors") in str(error.value)
     with pytest.raises(UserError, match="inception, squeezenet10, emoji-words"):
         open_features("vgg")
-    assert available_features() == ["emoji-words"]
 
 
 def test_inception_has_the_parameters_of_the_published_network() -> None:
@@ -104,13 +103,53 @@ def test_inception_pools_as_the_network_of_the_fid() -> None:
     torch.testing.assert_close(norm(images), reference(images))
 
 
+def inception_by_hand(tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """The network of 2015-12-05 from its graph: branches in the order of their concatenation, "a+b" side by side."""
+
+    def conv(x: torch.Tensor, name: str, stride: int = 1, same: bool = True) -> torch.Tensor:
+        weight = tensors[f"{name}.conv.weight"]
+        padding = [side // 2 for side in weight.shape[2:]] if same else [0, 0]
+        mean, variance, gain, offset = (
+            tensors[f"{name}.bn.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return ((F.conv2d(x, weight, stride=stride, padding=padding) - mean) / (variance + 1e-3).sqrt() * gain + offset).relu()
+
+    def chain(x: torch.Tensor, block: str, names: str, last_stride: int = 1) -> torch.Tensor:
+        *first, last = names.split()
+        for name in first:
+            x = conv(x, f"{block}.branch{name}")
+        return torch.cat([conv(x, f"{block}.branch{name}", last_stride, last_stride == 1) for name in last.split("+")], 1)
+
+    def means(x: torch.Tensor) -> torch.Tensor:
+        ones = torch.ones_like(x[:1, :1])
+        counts = F.avg_pool2d(ones, 3, 1, 1)
+        return F.avg_pool2d(x, 3, 1, 1) / counts
+
+    for name, stride, same in (("1a_3x3", 2, False), ("2a_3x3", 1, False), ("2b_3x3", 1, True)):
+        x = conv(x, f"Conv2d_{name}", stride, same)
+    x = conv(conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1"), "Conv2d_4a_3x3", same=False)
+    x = F.max_pool2d(x, 3, 2)
+    a = ("1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3")
+    c = ("1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5")
+    e = ("1x1", "3x3_1 3x3_2a+3x3_2b", "3x3dbl_1 3x3dbl_2 3x3dbl_3a+3x3dbl_3b")
+    b, d = ("3x3", "3x3dbl_1 3x3dbl_2 3x3dbl_3"), ("3x3_1 3x3_2", "7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4")
+    for letters, branches in (("5b 5c 5d", a), ("6a", b), ("6b 6c 6d 6e", c), ("7a", d), ("7b 7c", e)):
+        for letter in letters.split():
+            block = f"Mixed_{letter}"
+            if branches in (b, d):
+                x = torch.cat([*(chain(x, block, names, 2) for names in branches), F.max_pool2d(x, 3, 2)], 1)
+                continue
+            pooled = F.max_pool2d(x, 3, 1, 1) if letter == "7c" else means(x)
+            x = torch.cat([*(chain(x, block, names) for names in branches), conv(pooled, f"{block}.branch_pool")], 1)
+    return x.mean((2, 3))
+
+
 def test_inception_opens_from_its_file_and_resizes_by_itself(tmp_path: Path, own_home: Path) -> None:
     tensors = dict(randomized(Inception()).state_dict())
     path = own_home / "metrics" / "inception.safetensors"
     path.parent.mkdir()
     unread = {"fc.weight": torch.zeros(1008, 2), "Mixed_5b.branch1x1.bn.num_batches_tracked": torch.tensor(0)}
     save_file(tensors | unread, path)
-    assert available_features() == ["inception", "emoji-words"]
     features = open_features("inception")
     images = some_images(2, 40)
     found = features(images)
@@ -118,6 +157,7 @@ def test_inception_opens_from_its_file_and_resizes_by_itself(tmp_path: Path, own
     assert found.std() > 0
     resized = F.interpolate(images, (299, 299), mode="bilinear", align_corners=False)
     np.testing.assert_allclose(features(resized[:1]), found[:1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(inception_by_hand(tensors, resized[:1]).numpy(), found[:1], rtol=1e-3, atol=1e-4)
     tensors.pop("Mixed_7c.branch_pool.conv.weight")
     save_file(tensors, tmp_path / "short.safetensors")
     with pytest.raises(UserError, match=r"missing Mixed_7c\.branch_pool"):

@@ -196,15 +196,15 @@ def test_slerp_of_parallel_latents_is_their_mean() -> None:
 
 def test_the_cost_is_complete_and_near_the_predicted_memory() -> None:
     vae = tiny_vae()
-    cost = measure_cost(VAEStage(vae, tile=None), 256, 256, repeats=3)
-    assert (cost["size_px"], cost["device"], cost["dtype"], cost["threads"]) == (256, "cpu", "fp32", torch.get_num_threads())
-    for direction, shape in (("encode", (1, 3, 256, 256)), ("decode", (1, 4, 128, 128))):
+    cost = measure_cost(VAEStage(vae, tile=None), 512, 512, repeats=1)
+    assert (cost["size_px"], cost["device"], cost["dtype"], cost["threads"]) == (512, "cpu", "fp32", torch.get_num_threads())
+    for direction, shape in (("encode", (1, 3, 512, 512)), ("decode", (1, 4, 256, 256))):
         one = cost[direction]
-        assert 0 < one["least"] <= one["milliseconds"] <= one["most"]
+        assert 0 < one["least"] <= one["ms"] <= one["most"]
         if one["peak_mb"] is None:
             assert cost["memory"] == "cannot be measured on this system"
         else:
-            assert one["peak_mb"] == pytest.approx(predict(vae, direction, shape) / MB, rel=0.4)  # type: ignore[arg-type]
+            assert 0.5 < one["peak_mb"] * MB / predict(vae, direction, shape) < 2  # type: ignore[arg-type]
 
 
 def test_the_cost_of_no_square_names_both_sides() -> None:

@@ -12,12 +12,14 @@ import pytest
 import torch
 from helpers import draw_shape, tiny_vae, write_pictures
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from latentpipe import UserError, VAEStage
-from latentpipe.evaluate import reconstruct
+from latentpipe.evaluate import reconstruct, tally
 from latentpipe.evaluate.distances import frechet
 from latentpipe.evaluate.features import open_features
+from latentpipe.evaluate.lpips import LPIPS
 from latentpipe.evaluate.protocol import PROTOCOLS, find_protocol, round_images
 from latentpipe.evaluate.reconstruct import evaluate_vae
 from latentpipe.evaluate.results import Evaluation
@@ -27,7 +29,6 @@ from latentpipe.images import bytes_to_images, psnr, to_bytes, to_images
 from latentpipe.weights import vae_hash
 
 N = 12
-FROM_ALL = ("PSNR", "L1", "SSIM")
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +220,35 @@ def test_a_deterministic_autoencoder_has_no_rate(pictures: Path) -> None:
     assert found.scores["PSNR"].n == 3
 
 
+def test_lpips_is_measured_where_its_weights_are_installed(stage: VAEStage, tmp_path: Path, own_home: Path) -> None:
+    torch.manual_seed(0)
+    network = LPIPS("alex").eval()
+    (own_home / "metrics").mkdir()
+    save_file(network.state_dict(), own_home / "metrics" / "lpips-alex.safetensors")
+    (tmp_path / "set").mkdir()
+    for colour in ("red", "blue"):
+        draw_shape(colour, "bar", 64).save(tmp_path / "set" / f"{colour}.png")
+    found = quick(stage, tmp_path / "set")
+    images = to_images([Image.open(tmp_path / "set" / name) for name in found.names])
+    with torch.no_grad():
+        wanted = network(images, bytes_to_images(to_bytes(stage.decode(stage.encode(images)))))
+    assert found.per_picture["LPIPS (alex)"] == pytest.approx(wanted.tolist(), rel=1e-3)
+    assert found.scores["LPIPS (alex)"].better == "lower"
+    assert "LPIPS (alex)" not in found.not_measured
+    other = quick(stage, tmp_path / "set", protocol=find_protocol("lightningdit", size_px=64))
+    assert "LPIPS (vgg)" in other.not_measured
+    assert "LPIPS (alex)" not in other.scores
+
+
+def test_interpolation_is_of_the_latents_that_were_kept(stage: VAEStage, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruct, "MOST", 4)
+    monkeypatch.setattr(tally, "NEIGHBOURS", 9 * 4 * 16 * 16 * 2)  # nine pictures: two batches of four
+    found = quick(stage, pictures)
+    assert found.scores["interpolation Frechet distance on emoji-words"].n == 8
+    assert found.scores["Frechet distance on emoji-words"].n == N
+    assert "interpolation is of the first 8 pictures" in " ".join(found.pictures["notes"])
+
+
 def write_odd_pictures(folder: Path) -> Path:
     """Every kind of picture, most of them 32 x 20; five that are left out."""
     folder.mkdir()
@@ -300,9 +330,9 @@ def test_a_picture_that_vanishes_meanwhile_is_told(stage: VAEStage, tmp_path: Pa
     rebuild = reconstruct._rebuild
 
     def then_delete(*given: Any) -> Any:
-        tally = rebuild(*given)
-        (folder / tally.names[0]).unlink()
-        return tally
+        found = rebuild(*given)
+        (folder / found.names[0]).unlink()
+        return found
 
     monkeypatch.setattr(reconstruct, "_rebuild", then_delete)
     with pytest.raises(UserError, match="changed while it was measured"):
@@ -418,6 +448,7 @@ def test_the_flux2_tiny_vae_on_photographs_is_the_published_one(assets: Path, tm
     assert min(values) > 24
 
 
+@pytest.mark.filterwarnings("ignore:the two halves do not rebuild")
 def test_an_autoencoder_of_the_published_layers_needs_no_files(tmp_path: Path) -> None:
     """The sibling with random weights, written as the published files are."""
     torch.manual_seed(0)

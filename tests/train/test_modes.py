@@ -232,7 +232,7 @@ def test_what_cannot_train_is_refused(tmp_path: Path, pictures: Path, source: Pa
         {"new_channels": 6},
         {"loss": {"l1": 0, "l2": 0}},
         {"loss": {"target_bits": 1.0, "free_bits": 0.5}},
-        {"loss": {"structure": 1.0}, "crops": {"size_px": 32}},
+        {"loss": {"l1": 0, "l2": 0, "perceptual": 1.0}},
         {"run": {"out": "a", "work": "b", "patience": 3}},
         {"model": {"kind": "tiny", "blocks": (16, 32)}},
     ],
