@@ -10,21 +10,35 @@ from latentpipe.data.shapes import write
 from latentpipe.verbs import configs_folder
 
 CONFIGS = sorted(configs_folder().glob("*.yaml"))
-SCHEMAS = {"vae": TrainVAE, "denoiser": TrainDenoiser}
+SCHEMAS = {"train-vae": TrainVAE, "train-denoiser": TrainDenoiser}
+
+
+def verb_of(path: Path):
+    return path.read_text().split()[2]
 
 
 def schema_of(path: Path):
-    return SCHEMAS[path.stem.rsplit("-", 1)[1]]
+    return SCHEMAS[verb_of(path)]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_loads_and_names_its_command(path):
     config = load(path, schema_of(path))
-    verb = "train-vae" if schema_of(path) is TrainVAE else "train-denoiser"
-    assert path.read_text().splitlines()[0] == f"# latentpipe {verb} configs/{path.name}"
+    assert path.read_text().splitlines()[0] == f"# latentpipe {verb_of(path)} configs/{path.name}"
     import yaml
 
     assert parse(yaml.safe_load(dump(config)), schema_of(path), "dumped") == config
+
+
+@pytest.mark.parametrize("name", [path.stem for path in CONFIGS if verb_of(path) == "train-vae" and path.stem[-4:] != "-vae"])
+def test_the_other_vaes_launch(name, tmp_path, monkeypatch):
+    """Two steps of each on pictures made by code; what it begins with ships."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "pictures")
+    arguments = ["--data.train", "pictures", "--data.validation", "pictures", "--run.out", "v", "--run.work", "w"]
+    arguments += ["--optim.batch-size", "2", "--optim.steps", "2", "--optim.warmup-steps", "1"]
+    assert cli.main(["train-vae", name, *arguments]) == 0
+    assert cli.main(["inspect", "v"]) == 0
 
 
 @pytest.mark.parametrize("name", ["emoji", "small"])

@@ -10,14 +10,17 @@ RESAMPLES = 2000
 CHUNK = 2**20  # values that are drawn at once
 
 
-def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
+Values = Sequence[float] | np.ndarray
+
+
+def interval(values: Values, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean of `values` (N)."""
     array = np.asarray(values, np.float64)
     low, high = np.quantile(resampled_means(array, seed), (0.025, 0.975))
     return float(low), float(high)
 
 
-def paired(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+def paired(first: Values, second: Values, seed: int = 0) -> tuple[float, float, float]:
     """Mean of ``first - second`` over the same pictures and its 95 % interval: (difference, low, high)."""
     if len(first) != len(second):
         raise ValueError(f"Paired values are of the same pictures; given {len(first)} and {len(second)}.")

@@ -97,7 +97,7 @@ def _maps(first: torch.Tensor, second: torch.Tensor, data_range: float) -> tuple
 
 
 def _blur(stack: torch.Tensor) -> torch.Tensor:
-    """The Gaussian window over the last two axes, valid positions only: two matrix products, which beat 1-channel convolutions."""
+    """The Gaussian window over the last two axes, valid positions only; two matrix products are faster than convolutions."""
     rows, columns = (_windows(side).to(stack) for side in stack.shape[-2:])
     return rows @ (stack @ columns.T)
 

@@ -30,7 +30,7 @@ def merge(sources: Sequence[Path], out: Path) -> str:
         found = read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
         for name, tensor in found.items():
             if name in merged and not torch.equal(merged[name], tensor):
-                raise UserError(f"{path}: '{name}' is in an earlier file too, with other values; these files do not belong together.")
+                raise UserError(f"{path}: '{name}' is in an earlier file too, with other values: they do not belong together.")
             merged[name] = tensor.contiguous()
     origin = [{"file": Path(path).name, "sha256": file_hash(path)} for path in sources]
     with atomic_file(out) as part:

@@ -124,7 +124,7 @@ class Objective:
         last = last_layer(self.vae)
         # of all processes' pictures, so that every process takes the weight that one alone would
         gradients = [self.team.mean(torch.autograd.grad(loss, last, retain_graph=True)[0]) for loss in (reconstruction, term)]
-        return self.adversarial.weight * adaptive_weight(*gradients) * term
+        return self.adversarial.weight * adaptive_weight(gradients[0], gradients[1]) * term
 
 
 def picture_terms(loss: VAELoss, device: torch.device) -> dict[str, tuple[float, Term]]:

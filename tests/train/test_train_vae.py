@@ -244,3 +244,55 @@ def test_the_folder_can_hold_pictures_of_every_size(tmp_path: Path) -> None:
     Image.new("L", (3, 50), 7).save(folder / "thin.png")
     training.train_vae(vae_run(tmp_path, folder, optim={"steps": 1}))
     assert json.loads((tmp_path / "vae" / "card.json").read_text())["pictures"] == 13
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "loss": {"equivariance": 0.5, "warps": ["scale", "rotate", "flip"], "free_bits": 0.2, "schedule": "cyclical"},
+            "adversarial": {"weight": 0.5, "width": 8, "layers": 1, "start_step": 1},
+            "run": {"patience": 3, "sample_every_steps": 2},
+        },
+        {
+            "loss": {"target_bits": 2.0, "kl": 0.01, "equivariance": 0},
+            "mode": "encoder-head",
+            "run": {"warm_start": Path("emoji")},
+        },
+    ],
+)
+def test_resuming_is_exact_with_everything_that_changes(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """EMA, optimizer, schedule, data order, discriminator, controller and patience."""
+
+    def config(name: str, **run: Any) -> Any:
+        data = {"train": pictures, "validation": pictures, "read_size_px": 24}
+        base = vae_run(tmp_path / name, pictures, data=data, loss=changes["loss"], **changes["run"], **run).model_dump()
+        base |= {"model": {}} if "mode" in changes else {}
+        return type(vae_run(tmp_path, pictures)).model_validate(
+            base | {key: value for key, value in changes.items() if key not in ("loss", "run")}
+        )
+
+    training.train_vae(config("a"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            training.train_vae(config("b"))
+    training.train_vae(config("b", resume=True))
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / name / "vae").glob("*.safetensors")} for name in "ab")
+    assert first == second
+    states = [
+        json.loads((sorted((tmp_path / name / "work" / "checkpoints").iterdir())[-1] / "state.json").read_text()) for name in "ab"
+    ]
+    assert states[0] == states[1]
+    rows = [json.loads(line) for line in (tmp_path / "b" / "work" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "l1" in row] == [1, 2, 3, 4]
+
+
+def test_five_steps_give_their_recorded_losses(tmp_path: Path, pictures: Path) -> None:
+    """A refactoring is exact; a change of these numbers is a change of what people train (say so in CHANGELOG.md)."""
+    training.train_vae(vae_run(tmp_path, pictures, optim={"steps": 5}, loss={"structure": 0.1, "perceptual": 0.2}))
+    rows = [json.loads(line) for line in (tmp_path / "work" / "log.jsonl").read_text().splitlines()]
+    totals = [sum(row[name] for name in ("l1", "l2", "kl", "structure", "perceptual") if name in row) for row in rows]
+    assert totals == pytest.approx([2.060918, 1.863928], rel=1e-4)
