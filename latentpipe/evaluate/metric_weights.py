@@ -35,6 +35,7 @@ def metric_file(name: str, given: Path | None = None) -> Path:
     path = home() / "metrics" / f"{name}.safetensors" if given is None else Path(given)
     if not path.is_file():
         title, files = SOURCES[name]
+        path = Path(str(path).replace(str(Path.home()), "~", 1))  # it may stand in a page that is passed on
         raise UserError(
             f"{title} needs its own weights, and {path} is no file. Make it from the published files: "
             f"'latentpipe convert {files} --out {path} --to tensors'."

@@ -1,0 +1,104 @@
+"""The VAEs that ship, on the validation emoji: python benchmarks/shipped.py [--data data/emoji] (writes weights/vae/results.json)
+
+PSNR of the mode (uint8) and Frechet distance on the shipped feature network, each with its paired difference to the embedded
+VAE; equivariance under quarter turns; decoding time of one picture and of 16, in turns with the embedded VAE in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from latentpipe import VAEStage
+from latentpipe.data.folder import read_pictures
+from latentpipe.evaluate.bootstrap import interval, paired
+from latentpipe.evaluate.distances import frechet_score, paired_frechet
+from latentpipe.evaluate.features import open_features
+from latentpipe.images import psnr, to_bytes, to_images
+from latentpipe.train.finish import resized
+from latentpipe.train.vae import reconstruct
+from latentpipe.weights import available, find_model, load_vae, shipped, vae_hash
+
+SIZE = 64
+ROUNDS = 15
+
+
+def decode_ms(stages: dict[str, VAEStage], n: int) -> dict[str, float]:
+    """Median milliseconds of decoding `n` pictures, the VAEs in turns."""
+    times: dict[str, list[float]] = {name: [] for name in stages}
+    for number in range(ROUNDS + 3):
+        for name, stage in stages.items():
+            latents = torch.randn(stage.space.shape(n, SIZE, SIZE))
+            begin = time.perf_counter()
+            with torch.no_grad():
+                stage.decode(latents)
+            if number >= 3:
+                times[name].append(1000 * (time.perf_counter() - begin))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+@torch.no_grad()
+def turned(stage: VAEStage, images: torch.Tensor) -> list[float]:
+    """PSNR of decoding turned latents against the turned pictures."""
+    parts = [stage.decode(stage.encode(part).rot90(1, (2, 3))) for part in images.split(50)]
+    return psnr(to_bytes(torch.cat(parts)), to_bytes(images.rot90(1, (2, 3)))).tolist()
+
+
+def main() -> None:
+    """Measure, print the table of the README, write the figures."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--data", type=Path, default=Path("data/emoji"))
+    given = arguments.parse_args()
+    images = to_images(resized(read_pictures(given.data / "validation", 128).pixels, SIZE))
+    features = open_features("emoji-words")
+    names = [name for name, path in available("vae").items() if path.is_relative_to(shipped())]
+    stages = {name: VAEStage(load_vae(find_model(name, "vae"))) for name in names}
+    truth, own = to_bytes(images), features(images)
+    rebuilt = {name: reconstruct(stage, images) for name, stage in stages.items()}
+    scores = {name: psnr(to_bytes(values), truth).tolist() for name, values in rebuilt.items()}
+    found = {name: features(values.clamp(-1, 1)) for name, values in rebuilt.items()}
+    one, many = decode_ms(stages, 1), decode_ms(stages, 16)
+    results = {}
+    for name, stage in stages.items():
+        results[name] = {
+            "hash": vae_hash(find_model(name, "vae")),
+            "class": type(stage.vae).__name__,
+            "parameters": sum(parameter.numel() for parameter in stage.parameters()),
+            "n": len(images),
+            "size_px": SIZE,
+            "psnr_db": [statistics.fmean(scores[name]), *interval(scores[name])],
+            "psnr_minus_emoji": paired(scores[name], scores["emoji"]),
+            "frechet_emoji_words": frechet_score(own, found[name]),
+            "frechet_minus_emoji": paired_frechet(own, found[name], found["emoji"]),
+            "turned_psnr_db": [statistics.fmean(values := turned(stage, images)), *interval(values)],
+            "decode_ms": {"1": one[name], "16": many[name]},
+            "decode_speed": {"1": one["emoji"] / one[name], "16": many["emoji"] / many[name]},
+        }
+    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    (shipped() / "vae" / "results.json").write_text(json.dumps({"machine": machine, "vaes": results}, indent=1) + "\n")
+    print(table(results))
+
+
+def table(results: dict) -> str:
+    """Rows of the README's table."""
+    heads = ["VAE", "parameters", "PSNR, dB", "minus `emoji`, paired", "Frechet distance on emoji-words", "turned latents, dB"]
+    lines = [f"| {' | '.join(heads)} | decode, against `emoji` |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name, row in results.items():
+        psnr_, apart, far, turn = (row[key] for key in ("psnr_db", "psnr_minus_emoji", "frechet_emoji_words", "turned_psnr_db"))
+        difference = "-" if name == "emoji" else f"{apart[0]:+.2f} ({apart[1]:+.2f} to {apart[2]:+.2f})"
+        lines.append(
+            f"| `{name}` | {row['parameters'] / 1e6:.2f} M | {psnr_[0]:.2f} ({psnr_[1]:.2f} to {psnr_[2]:.2f}) | {difference} "
+            f"| {far[0]:.3f} ({far[1]:.3f} to {far[2]:.3f}) | {turn[0]:.1f} ({turn[1]:.1f} to {turn[2]:.1f}) "
+            f"| {row['decode_speed']['16']:.2f} x |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
