@@ -41,6 +41,8 @@ class VAEShape(Strict):
     """Width of each resolution level."""
     layers_per_block: Positive = 1
     """Residual blocks at each level."""
+    full_size_blocks: int = Field(1, ge=0)
+    """Residual blocks of the decoder at the picture's full size, where they cost most (tiny)."""
     attention: bool = False
     """Self-attention in the middle block (kl)."""
     norm_groups: Positive = 8

@@ -47,7 +47,7 @@ def new_vae(shape: VAEShape, size_px: int) -> Any:
             encoder_block_out_channels=shape.blocks,
             decoder_block_out_channels=shape.blocks,
             num_encoder_blocks=(1, *layers),
-            num_decoder_blocks=(*layers, 1),
+            num_decoder_blocks=(*layers, shape.full_size_blocks),
             latent_channels=shape.channels,
         )
     return AutoencoderKL(

@@ -133,7 +133,7 @@ def fit(
                     continue
                 done, state.whole = done + 1, True  # from here on weights and EMA are those of `done` steps
                 log.step(done, figures)
-                if stopped:
+                if _any(bool(stopped), team):
                     save(done)
                     print(f"Stopped after {done} of {optim.steps} steps; go on with --run.resume.", file=sys.stderr)
                     raise SystemExit(128 + signal.SIGTERM)
@@ -146,8 +146,9 @@ def fit(
                 validate(done)
             save(done)
     except KeyboardInterrupt:
-        if state.whole:  # in the middle of an update only the checkpoint before it is exact
-            save(done)
+        if state.whole and told:  # in the middle of an update only the checkpoint before it is exact
+            log.flush()
+            state.save(run.work, done)
         print(f"Stopped after {done} of {optim.steps} steps; go on with --run.resume.", file=sys.stderr)
         raise
     finally:
@@ -235,6 +236,13 @@ def _roll_back(state: State, run: Run, step: int, origin: Snapshot | None, log: 
     log.rewind(done)
     log.say(f"step {step}: the loss jumped or is not finite ({state.refused}); back to step {done}, with half the learning rate")
     return done
+
+
+def _any(mine: bool, team: Team | None) -> bool:
+    """Whether any process says so: all must leave the loop at the same step."""
+    if team is None or team.world == 1:
+        return mine
+    return bool(team.mean(torch.tensor(float(mine), device=team.device)) > 0)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from latentpipe.config import TrainVAE, VAELoss
-from latentpipe.evaluate.posteriors import NATS
+from latentpipe.evaluate.health import watch
 from latentpipe.latents import LatentSpace
 from latentpipe.train import losses
 from latentpipe.train.adversarial import Critic, adaptive_weight, last_layer
@@ -41,7 +41,7 @@ class Objective:
             torch.manual_seed(config.run.seed)  # the same discriminator in every process, and after every resume
             shape = config.adversarial
             self.critic = Critic(team.device, shape.width, shape.layers, shape.learning_rate, shape.lecam)
-        self.bits: list[torch.Tensor] = []  # KL of the step's parts, bits for each latent value
+        self.watched: list[dict[str, float]] = []  # the posteriors of the step's parts
 
     def beta(self, step: int) -> float:
         """The weight of the KL at a step."""
@@ -86,11 +86,13 @@ class Objective:
         pair  the step's pictures and reconstructions, B 3 H W each; None where the discriminator sat the step out
         """
         figures: dict[str, float] = {}
-        if self.bits:
-            figures = {"kl_bits": float(self.team.mean(torch.stack(self.bits).mean())), "beta": self.beta(step)}
-            self.bits.clear()
+        if self.watched:
+            names = list(self.watched[0])
+            parts = torch.tensor([list(part.values()) for part in self.watched], device=self.team.device)
+            figures = dict(zip(names, self.team.mean(parts.mean(0)).tolist(), strict=True)) | {"beta": self.beta(step)}
+            self.watched.clear()
             if self.rate is not None:
-                self.rate.update(figures["kl_bits"])
+                self.rate.update(figures["kl_bits_per_latent"])
         if self.critic is not None and pair is not None:
             figures |= self.critic.update(*pair, self.team.mean)
         return figures
@@ -112,7 +114,7 @@ class Objective:
     def _kl(self, posterior: Any, step: int) -> torch.Tensor:
         """Beta times the KL, summed over latents (a channel below its free bits counts as those) and divided by 3HW."""
         channels = kl_channels(posterior.mean, posterior.logvar)
-        self.bits.append(channels.detach().mean() / NATS)
+        self.watched.append(watch(posterior.mean.detach(), posterior.logvar.detach()))
         total = with_free_bits(channels, self.loss.free_bits, self.team.mean(channels)) if self.loss.free_bits else channels.sum()
         return self.beta(step) * per_pixel_value(total, 1, 3 * self.downscale**2)
 

@@ -59,8 +59,9 @@ class State:
         if not parameters:
             raise UserError("Nothing trains: every parameter of the model is frozen.")
         device = parameters[0].device
-        optimizer = torch.optim.AdamW(parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay)
-        ema = EMAModel(parameters, decay=optim.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        fused = device.type in ("cpu", "cuda")  # one kernel for all weights
+        optimizer = torch.optim.AdamW(parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=fused)
+        ema = EMAModel(parameters, decay=optim.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75, foreach=True)
         return cls(module, optimizer, ema, torch.amp.GradScaler(device.type, enabled=run.precision == "fp16"), extras)
 
     @property

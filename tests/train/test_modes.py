@@ -106,7 +106,7 @@ def test_the_discriminators_step_leaves_the_vae_untouched(tmp_path: Path, pictur
     gradients = {name: parameter.grad.clone() for name, parameter in vae.named_parameters() if parameter.grad is not None}
     before = {name: value.clone() for name, value in objective.critic.net.state_dict().items()}  # type: ignore[union-attr]
     figures = objective.end_step(0, (images, rebuilt))
-    assert {"critic", "critic_real", "critic_fake", "kl_bits", "beta"} <= set(figures)
+    assert {"critic", "critic_real", "critic_fake", "kl_bits_per_latent", "beta"} <= set(figures)
     assert all(torch.equal(value, weights[name]) for name, value in vae.state_dict().items())
     assert all(torch.equal(vae.get_parameter(name).grad, value) for name, value in gradients.items())
     assert any(not torch.equal(value, before[name]) for name, value in objective.critic.net.state_dict().items())  # type: ignore[union-attr]
