@@ -25,11 +25,11 @@ from latentpipe.vae import VAEStage
 from latentpipe.weights import load_vae
 
 HERE = Path(__file__).parent / "collapse"
-BETA = 8.0
+BETA = 64.0
 RUNS = {
-    "beta 8": {"kl": BETA},
-    "beta 8, 0.25 free bits": {"kl": BETA, "free_bits": 0.25},
-    "beta 8, cyclical": {"kl": BETA, "schedule": "cyclical", "cycles": 4, "ramp": 0.9},
+    "beta 64": {"kl": BETA},
+    "beta 64, 0.25 free bits": {"kl": BETA, "free_bits": 0.25},
+    "beta 64, cyclical": {"kl": BETA, "schedule": "cyclical", "cycles": 4, "ramp": 0.9},
     "beta 0.1": {"kl": 0.1},
 }
 
@@ -39,7 +39,7 @@ def config_of(root: Path, data: Path, loss: dict, seed: int, steps: int) -> Trai
     return TrainVAE.model_validate(
         {
             "data": {"train": data / "train", "validation": data / "validation", "read_size_px": 32},
-            "run": {"out": root / "vae", "work": root / "work", "seed": seed, "sample_every_steps": max(1, steps // 20)},
+            "run": {"out": root / "vae", "work": root / "work", "seed": seed, "sample_every_steps": max(1, steps // 8)},
             "optim": {"steps": steps, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 30, "ema_decay": 0.98},
             "model": {"channels": 8, "blocks": (16, 32, 64)},
             "loss": {"l1": 0.0, "l2": 1.0, "equivariance": 0.0, **loss},

@@ -163,3 +163,36 @@ def test_folded_latents_have_mean_0_and_std_1_in_plain_diffusers(tmp_path: Path)
 def test_a_vae_without_quant_conv_cannot_be_folded() -> None:
     with pytest.raises(ValueError, match="quant_conv"):
         fold_normalization(tiny_vae(use_quant_conv=False, use_post_quant_conv=False), SPACE)
+
+
+@torch.no_grad()
+def test_without_quant_convs_the_normalization_goes_into_the_config() -> None:
+    from latentpipe.vae import declare_normalization
+
+    vae, images = tiny_vae(use_quant_conv=False, use_post_quant_conv=False), some_images(8)
+    before = VAEStage(vae).decode(VAEStage(vae).encode(images))
+    mean, std = VAEStage(vae).raw_posterior(images)
+    measured = LatentSpace.measure([(mean, std)], 2)
+    declare_normalization(vae, measured.space)
+    after = VAEStage(vae)
+    latents = after.encode(images)
+    drawn = (mean.square() + std.square()).mean().item() - mean.mean().item() ** 2  # the variance of all latents, raw
+    assert latents.mean().item() == pytest.approx(0, abs=1e-4)
+    assert after.space.scale[0] == pytest.approx(drawn**-0.5, rel=1e-4)
+    assert len(set(after.space.scale)) == len(set(after.space.shift)) == 1
+    assert torch.allclose(after.decode(latents), before, atol=1e-5)
+
+
+def test_a_class_that_knows_a_scale_alone_gets_that() -> None:
+    from diffusers import AutoencoderDC
+
+    from latentpipe.vae import declare_normalization
+
+    vae = AutoencoderDC(
+        latent_channels=4, attention_head_dim=8, encoder_block_types="ResBlock", decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8, 16), decoder_block_out_channels=(8, 16), encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
+    )  # fmt: skip
+    declare_normalization(vae, LatentSpace(4, 2, (0.5,) * 4, (1.0,) * 4))
+    assert LatentSpace.of(vae).scale == pytest.approx((0.5,) * 4)
+    assert LatentSpace.of(vae).shift == (0.0,) * 4

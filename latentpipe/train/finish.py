@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from latentpipe.config import TrainVAE
 from latentpipe.data.stream import PictureStream
+from latentpipe.errors import UserError
 from latentpipe.evaluate.bootstrap import interval
 from latentpipe.files import HASH_LENGTH, atomic_file
 from latentpipe.images import bytes_to_images, psnr, to_bytes
@@ -76,7 +77,7 @@ def fitting(config: TrainVAE, moved: bool) -> str:
     if origin is None:
         return "It has a latent space of its own: cache latents with 'latentpipe encode', then train a denoiser for it."
     source = vae_hash(find_model(origin, "vae"))
-    models = [name for name, path in available("models").items() if vae_hash(path / "vae") == source]
+    models = [name for name, path in available("models").items() if _hash_of(path / "vae") == source]
     named = f"the denoiser of {', '.join(models)}" if models else f"denoisers that were trained on {origin}"
     if not moved:
         return f"Its latents are those of {origin} ({source[:HASH_LENGTH]}): {named} fits ('latentpipe swap' proves it)."
@@ -85,6 +86,14 @@ def fitting(config: TrainVAE, moved: bool) -> str:
         "fits, nor do latents that were cached with it. 'latentpipe encode' and 'train-denoiser' make new ones; "
         "'latentpipe fit-adapter' maps the old latents to the new."
     )
+
+
+def _hash_of(folder: Path) -> str | None:
+    """The hash of an installed model's VAE; None where it cannot be read, which is not this run's fault."""
+    try:
+        return vae_hash(folder)
+    except UserError:
+        return None
 
 
 @torch.no_grad()
