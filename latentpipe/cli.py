@@ -163,7 +163,8 @@ def _config(verb: str, schema_name: str, arguments: list[str]) -> Any:
 
     schema = getattr(configs, schema_name)
     if not arguments or arguments[0] in ("-h", "--help"):
-        known = ", ".join(sorted(path.stem for path in configs_folder().glob("*.yaml")))
+        paths = sorted(configs_folder().glob("*.yaml"))
+        known = ", ".join(path.stem for path in paths if path.read_text().startswith(f"# latentpipe {verb} "))
         print(f"usage: latentpipe {verb} CONFIG.yaml [--key.name value ...]\n\nShipped configs: {known}\n")
         print(f"'latentpipe {verb} CONFIG.yaml --help' lists every key with its value and meaning.")
         raise SystemExit(0)

@@ -58,12 +58,12 @@ def health(
 
 def _training(path: Path) -> dict[str, float]:
     """The loss weights that a VAE's card names, by their config keys; empty where there is no card."""
-    from json import loads
-
+    from latentpipe.files import read_json
     from latentpipe.weights import CARD_FILE
 
     card = path / CARD_FILE
     if not card.is_file():
         return {}
-    weights = loads(card.read_text()).get("loss") or {}
-    return {f"loss.{name}": value for name, value in weights.items() if isinstance(value, int | float)}
+    weights = read_json(card).get("loss")
+    known = weights.items() if isinstance(weights, dict) else ()
+    return {f"loss.{name}": value for name, value in known if isinstance(value, int | float)}

@@ -19,7 +19,7 @@ Widths = Annotated[tuple[Positive, ...], Field(min_length=1)]
 class Strict(BaseModel):
     """A model that refuses unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class PictureData(Strict):

@@ -76,7 +76,7 @@ class VAELoss(Strict):
     perceptual_weights: Path | None = None
     """Its weights, a safetensors file, in place of the installed ones."""
     kl: Weight = 1e-4
-    """Beta: KL to N(0, I), summed over latents and divided by 3HW."""
+    """Beta: KL to N(0, I), summed over latents and divided by 3HW (not in mode distil, nor without a posterior)."""
     schedule: Literal["constant", "linear", "cosine", "cyclical"] = "constant"
     """How beta rises from 0 to `kl`."""
     ramp: float = Field(0.5, gt=0, le=1)
@@ -109,6 +109,8 @@ class VAELoss(Strict):
     def _one_control(self) -> VAELoss:
         if self.target_bits is not None and (self.schedule != "constant" or self.free_bits or not self.kl):
             raise ValueError("target_bits steers a constant beta above 0; leave out schedule and free_bits")
+        if self.target_bits is not None and not 1e-8 <= self.kl <= 1e4:
+            raise ValueError(f"target_bits steers beta from kl, which is between 1e-8 and 1e4; given {self.kl}")
         return self
 
 
@@ -165,6 +167,10 @@ class TrainVAE(Strict):
     def _mode_is_complete(self) -> TrainVAE:
         if (self.mode == "distil") != (self.teacher is not None):
             raise ValueError("mode distil and a teacher belong together; give both or neither")
+        if self.mode == "distil" and not self.loss.latent:
+            raise ValueError("mode distil learns the teacher's latents; give loss.latent a weight")
+        if self.model.kind == "tiny" and (self.loss.target_bits or self.loss.free_bits or self.loss.schedule != "constant"):
+            raise ValueError("a tiny autoencoder has no posterior; leave out loss.target_bits, free_bits and schedule")
         if self.run.warm_start is None and (self.mode in ("decoder", "encoder-head") or self.parts):
             asked = "parts" if self.parts else f"mode {self.mode}"
             raise ValueError(f"{asked} trains a part of an earlier VAE; give run.warm_start")

@@ -24,15 +24,15 @@ class PictureStream:
     """Pictures of a folder as uint8 squares of `size_px`, in the order of its index.
 
     A file that cannot be read is named once and replaced by the next one that can, so that the order of the others, and
-    with it an exact resume, does not depend on it.
+    with it an exact resume, does not depend on it. Several `processes` share the machine's memory.
     """
 
-    def __init__(self, folder: Path, size_px: int) -> None:
+    def __init__(self, folder: Path, size_px: int, processes: int = 1) -> None:
         self.folder, self.size_px = Path(folder), size_px
         self.items: list[Item] = read_index(self.folder)
         self.skipped: dict[str, str] = {}
         each = size_px * size_px * 3
-        room = int(memory.available(torch.device("cpu")) * KEPT_SHARE) // each
+        room = int(memory.available(torch.device("cpu")) * KEPT_SHARE / processes) // each
         kept = min(len(self.items), max(room, 1))
         self._kept = np.empty((kept, size_px, size_px, 3), np.uint8)  # pages are used only once they are written
         self._known = np.zeros(len(self.items), np.uint8)  # 1: in _kept, 2: cannot be read

@@ -84,7 +84,7 @@ def _inactive(health: Health, training: Training) -> str:
             f"{_channels(dead)} of {c} {_are(dead)} dead (KL at most {kl:.2g} bits): use loss.free_bits {FREE_BITS}, "
             f"or train with {c - len(dead)} channels."
         )
-    cures = f"or use loss.free_bits {FREE_BITS}, loss.schedule cyclical, or loss.target_bits {FREE_BITS}"
+    cures = f"or use loss.free_bits {FREE_BITS}, or loss.target_bits {FREE_BITS}"
     return f"{len(dead)} of {c} channels are inactive (KL at most {kl:.2g} bits each): {_lower(health, training)}, {cures}."
 
 

@@ -189,7 +189,7 @@ def notes_of(labels: Sequence[str], evaluations: Sequence[Evaluation], compariso
     if least_p(n) * comparisons > LEVEL:
         notes.append(
             f"{n} pictures are too few for any winner in {comparisons} comparisons: the smallest p-value of a sign-flip test "
-            f"over them is {least_p(n):.2g}, and {least_p(n) * comparisons:.2g} when adjusted. Give more pictures."
+            f"over them is {least_p(n):.2g}, and {min(1.0, least_p(n) * comparisons):.2g} when adjusted. Give more pictures."
         )
     return notes
 

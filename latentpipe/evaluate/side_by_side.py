@@ -72,7 +72,11 @@ def compare_vaes(
 def open_stage(path: Path, device: str = "cpu") -> VAEStage:
     """A VAE in fp32 on a device, with the hash of its stored weights."""
     opened = open_vae(path)
-    return VAEStage(opened.build().float(), opened.space, content_hash(opened.tensors, opened.space)).to(device)
+    stage = VAEStage(opened.build().float(), opened.space, content_hash(opened.tensors, opened.space))
+    try:
+        return stage.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def short_name(path: Path) -> str:

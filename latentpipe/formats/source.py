@@ -93,6 +93,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason.split(" This file can still be loaded")[0].split(" In PyTorch 2.6")[0]  # no advice to run its code
         raise UserError(f"{path}: not a readable file of torch weights alone ({reason[:200].rstrip('.')}).") from None
     while isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
         value = value["state_dict"]

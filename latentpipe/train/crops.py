@@ -25,7 +25,7 @@ class Cut:
             top, left, side = self.box
             pixels = pixels[:, :, top : top + side, left : left + side]
         pixels = torch.where(self.mirrored[rows].view(-1, 1, 1, 1), pixels.flip(3), pixels)
-        images = bytes_to_images(pixels)
+        images = bytes_to_images(pixels.contiguous())  # channels_last is slower here, and crashes partly frozen GroupNorms
         if images.shape[-1] != self.size_px:
             images = functional.interpolate(images, size=self.size_px, mode="bicubic", antialias=True).clamp(-1, 1)
         return images

@@ -40,7 +40,7 @@ def train_denoiser(config: TrainDenoiser) -> Path:
     tokenizer, text_encoder, unet = _build(config, cache, vae)
     scheduler = build_scheduler(config.diffusion)
     alpha_bar = training_alphas(scheduler)
-    begin(config, config.run)
+    record = begin(config, config.run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
     print(f"Training on {len(captioned)} captioned pictures of {config.data.cache}")
@@ -70,7 +70,7 @@ def train_denoiser(config: TrainDenoiser) -> Path:
         log.sheet(step, "samples", sheet(pictures, 8, prompts))
         return {}
 
-    loop.fit(both, config.optim, config.run, losses_of, sample)
+    loop.fit(both, config.optim, config.run, losses_of, sample, begun=record)
     both.eval().cpu()
     _finish(config, _pipeline(vae, text_encoder, tokenizer, unet, scheduler), cache)
     return config.run.out

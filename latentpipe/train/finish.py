@@ -78,7 +78,7 @@ def fitting(config: TrainVAE, moved: bool) -> str:
         return "It has a latent space of its own: cache latents with 'latentpipe encode', then train a denoiser for it."
     source = vae_hash(find_model(origin, "vae"))
     models = [name for name, path in available("models").items() if _hash_of(path / "vae") == source]
-    named = f"the denoiser of {', '.join(models)}" if models else f"denoisers that were trained on {origin}"
+    named = f"the denoiser of {', '.join(models)}" if models else f"a denoiser that was trained on {origin}"
     if not moved:
         return f"Its latents are those of {origin} ({source[:HASH_LENGTH]}): {named} fits ('latentpipe swap' proves it)."
     return (

@@ -93,6 +93,7 @@ def fit(
     extras: tuple[Stateful, ...] = (),
     parts: int = 1,
     patience: int = 0,
+    begun: Callable[[], None] = lambda: None,
 ) -> int:
     """Train `module` for ``optim.steps`` steps; on return it holds the EMA weights. Returns the steps that were taken.
 
@@ -101,12 +102,16 @@ def fit(
     sample(step, log)           draws sheets with the EMA weights in place and returns figures for the log
     extras                      what else changes from step to step and belongs to a checkpoint
     patience                    ends the run after so many "validation_psnr_db" in a row that are no better than the best
+    begun                       called once the checkpoint to go on from, if any, has been taken
 
     A step whose loss jumps or is not finite sends the run back to its last checkpoint with half the learning rate, three
-    times at most. Ctrl-C and SIGTERM leave a checkpoint of the last whole step.
+    times at most. At Ctrl-C and SIGTERM the step that is under way is finished and saved; a second Ctrl-C ends at once.
     """
     state = State.new(module, optim, run, extras)
     done = state.resume(run.work) if run.resume else 0
+    if done > optim.steps:
+        raise UserError(f"{run.work} holds a checkpoint of step {done}, and optim.steps is {optim.steps}; give at least {done}.")
+    begun()
     origin = _clones(state) if done == 0 else None
     told = team is None or team.is_first
     log = Progress(run.work / "log.jsonl", optim.steps, done, run.tensorboard, told)
@@ -120,12 +125,16 @@ def fit(
 
     def validate(step: int) -> None:
         figures = state.with_ema(partial(sample, step, log))
+        if team is not None and figures:  # one figure for all processes, so that all stop at the same step
+            shared = team.mean(torch.tensor(list(figures.values()), device=team.device)).tolist()
+            figures = dict(zip(figures, shared, strict=True))
         log.figures(step, figures)
         if patience:
             state.note(figures["validation_psnr_db"], run.work, told)
 
+    ended = 0
     try:
-        with _on_sigterm() as stopped:
+        with _on_signals() as came:
             while done < optim.steps and not (patience and state.misses >= patience):
                 figures = _step(state, optim, run, losses_of, done, parts, team)
                 if figures is None:
@@ -133,18 +142,18 @@ def fit(
                     continue
                 done, state.whole = done + 1, True  # from here on weights and EMA are those of `done` steps
                 log.step(done, figures)
-                if _any(bool(stopped), team):
-                    save(done)
-                    print(f"Stopped after {done} of {optim.steps} steps; go on with --run.resume.", file=sys.stderr)
-                    raise SystemExit(128 + signal.SIGTERM)
                 if done % run.sample_every_steps == 0 and done < optim.steps:
                     validate(done)
+                ended = _latest(came, team)
+                if ended:
+                    break
                 if done % run.save_every_steps == 0 and done < optim.steps:
                     save(done)
                     origin = None
             if patience and done == optim.steps:
                 validate(done)
             save(done)
+            state.whole = False  # it is saved
     except KeyboardInterrupt:
         if state.whole and told:  # in the middle of an update only the checkpoint before it is exact
             log.flush()
@@ -153,6 +162,9 @@ def fit(
         raise
     finally:
         log.close()
+    if ended:
+        print(f"Stopped after {done} of {optim.steps} steps; go on with --run.resume.", file=sys.stderr)
+        raise KeyboardInterrupt if ended == signal.SIGINT else SystemExit(128 + ended)
     if patience:
         state.take_best(run.work)
     state.ema.copy_to(state.parameters)
@@ -183,6 +195,7 @@ def _step(
     if state.guard.is_spike(watched):
         state.refused = ", ".join(f"{name} {value:.6g}" for name, value in {**figures, "gradient_norm": norm}.items())
         state.optimizer.zero_grad(set_to_none=True)
+        state.scaler.update()
         return None
     state.scaler.step(state.optimizer)
     state.scaler.update()
@@ -227,33 +240,43 @@ def _roll_back(state: State, run: Run, step: int, origin: Snapshot | None, log: 
             f"The loss is not finite or jumps at step {step} ({state.refused}), also after going back {TRIES} times. "
             "Lower optim.learning_rate (or the weight of the adversarial term), then --run.resume."
         )
+    best = state.best, state.misses  # the file of the best weights is not rolled back
     if origin is not None:
         state.restore({name: value.clone() for name, value in origin[0].items()}, origin[1])
         done = 0
     else:
         done = state.resume(run.work)
     state.guard.detours, state.whole = detours, True
+    state.best, state.misses = best
     log.rewind(done)
     log.say(f"step {step}: the loss jumped or is not finite ({state.refused}); back to step {done}, with half the learning rate")
     return done
 
 
-def _any(mine: bool, team: Team | None) -> bool:
-    """Whether any process says so: all must leave the loop at the same step."""
+def _latest(came: list[int], team: Team | None) -> int:
+    """The signal that has come to any process, 0 for none: all must leave the loop at the same step."""
+    mine = came[-1] if came else 0
     if team is None or team.world == 1:
         return mine
-    return bool(team.mean(torch.tensor(float(mine), device=team.device)) > 0)
+    return team.most(mine)
 
 
 @contextmanager
-def _on_sigterm() -> Iterator[list[int]]:
-    """A list that holds the signal once SIGTERM has come; the step that is under way is finished first."""
+def _on_signals() -> Iterator[list[int]]:
+    """A list that holds SIGTERM or SIGINT once it has come; the step that is under way is finished first."""
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield came
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+
+    def note(number: int, frame: object) -> None:
+        if number == signal.SIGINT and came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield came
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -10,7 +10,6 @@ mean, latents      B C h w, in the units of the VAE that trains
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -44,16 +43,6 @@ def structure(images: torch.Tensor, rebuilt: torch.Tensor) -> torch.Tensor:
     side = min(images.shape[-2:])
     scales = 5 if side >= 176 else max(1, min(3, (side // 11).bit_length()))
     return (1 - ms_ssim(images, rebuilt, data_range=2.0, scales=scales)).mean()
-
-
-def kl(posterior: Any, pixel_values: int) -> torch.Tensor:
-    """KL(q(z|x) || N(0, I)), summed over latents, divided by the `pixel_values` (3HW) of a picture.
-
-    ``0.5 (mu^2 + sigma^2 - 1 - ln sigma^2)`` for each latent (Kingma and Welling, arXiv:1312.6114, appendix B).
-    """
-    mean, logvar = posterior.mean.float(), posterior.logvar.float()
-    per_picture = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3))
-    return per_picture.mean() / pixel_values
 
 
 def outliers(mean: torch.Tensor, limit: float = 3.0) -> torch.Tensor:

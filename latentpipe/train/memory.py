@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 
 from latentpipe import memory
 from latentpipe.config import TrainVAE
 from latentpipe.errors import UserError
+from latentpipe.files import atomic_file
 from latentpipe.train import loop
 from latentpipe.train.team import Team
 from latentpipe.vae import VAEStage
@@ -21,6 +24,9 @@ def parts_that_fit(config: TrainVAE, stage: VAEStage, team: Team) -> int:
     """
     if config.optim.accumulate != "auto":
         return config.optim.accumulate
+    record = config.run.work / "parts.json"
+    if config.run.resume and record.is_file():  # whatever is free now: a resumed run is the same run
+        return int(json.loads(record.read_text()))
     own = config.optim.batch_size // team.world
     each = saved_bytes(config, stage, team.device)
     room = int(memory.available(team.device) * SHARE) // (team.world if team.device.type == "cpu" else 1)
@@ -30,9 +36,13 @@ def parts_that_fit(config: TrainVAE, stage: VAEStage, team: Team) -> int:
             f"One picture of {config.crops.size_px} px takes {each / 2**20:,.0f} MB in a training step, and "
             f"{room / 2**20:,.0f} MB are free for it. Use smaller crops, or --run.gradient-checkpointing."
         )
-    if team.is_first and fitting[0] > 1:
-        print(f"Each step is computed in {fitting[0]} parts of {own // fitting[0]} pictures, to fit into memory.")
-    return fitting[0]
+    parts = team.most(fitting[0])
+    if team.is_first:
+        with atomic_file(record) as part:
+            part.write_text(json.dumps(parts))
+        if parts > 1:
+            print(f"Each step is computed in {parts} parts of {own // parts} pictures, to fit into memory.")
+    return parts
 
 
 def saved_bytes(config: TrainVAE, stage: VAEStage, device: torch.device) -> int:

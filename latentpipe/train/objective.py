@@ -17,6 +17,7 @@ from latentpipe.train.loop import Losses
 from latentpipe.train.perceptual import perceptual
 from latentpipe.train.team import Team
 
+Taught = tuple[torch.Tensor, torch.Tensor]
 SMALLEST_PX = {"structure": 11, "perceptual": 32}  # sides of warped pictures below which a term sits the step out
 
 Term = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -54,12 +55,13 @@ class Objective:
         return self.critic is not None and step >= self.adversarial.start_step
 
     def __call__(
-        self, images: torch.Tensor, rebuilt: torch.Tensor, posterior: Any, step: int, warped: bool, teacher: torch.Tensor | None
+        self, images: torch.Tensor, rebuilt: torch.Tensor, posterior: Any, step: int, warped: bool, teacher: Taught | None
     ) -> Losses:
         """The weighted terms.
 
         images, rebuilt  B 3 H W, both warped on a step of the equivariance term (the discriminator sits those out)
-        posterior        of the pictures before any warp, or raw latents; teacher: the latents that they should be
+        posterior        of the pictures before any warp, or raw latents
+        teacher          mean and standard deviation that they should have (distillation; the prior has no say then)
         """
         rebuilt = rebuilt.float()
         found = {
@@ -71,8 +73,11 @@ class Objective:
         if self.judges(step) and not warped:
             found["adversarial"] = self._adversarial(rebuilt, torch.stack(list(found.values())).sum())
         if teacher is not None:
-            found["latent"] = self.loss.latent * losses.latent_match(mean, teacher)
-        if not isinstance(posterior, torch.Tensor) and (self.loss.kl or self.loss.free_bits):
+            match = losses.latent_match(mean, teacher[0])
+            if not isinstance(posterior, torch.Tensor):
+                match = match + losses.latent_match(posterior.std, teacher[1])
+            found["latent"] = self.loss.latent * match
+        elif not isinstance(posterior, torch.Tensor) and (self.loss.kl or self.loss.free_bits):
             found["kl"] = self._kl(posterior, step)
         for name, term in (("spectrum", losses.spectrum), ("scale", losses.outliers)):
             weight = getattr(self.loss, name)

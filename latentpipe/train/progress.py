@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
@@ -43,7 +44,8 @@ class Progress:
         self._write(step, figures)
         self.file.flush()
         shown = {name: value for name, value in figures.items() if "." not in name}
-        self.say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in shown.items()))
+        if shown:
+            self.say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in shown.items()))
 
     def sheet(self, step: int, name: str, picture: Any) -> None:
         """Write a sheet (PIL) beside the log, and to TensorBoard."""
@@ -98,7 +100,7 @@ class Progress:
         self.bar = tqdm(total=self.steps, initial=first, mininterval=30.0 if quiet else 0.5, unit="step", dynamic_ncols=not quiet)
 
     def _write(self, step: int, figures: dict[str, float]) -> None:
-        rounded = {name: round(value, 6) for name, value in figures.items()}
+        rounded = {name: round(value, 6) if math.isfinite(value) else None for name, value in figures.items()}
         self.file.write(json.dumps({"step": step, **rounded}) + "\n")
         if self.board is not None:
             for name, value in figures.items():

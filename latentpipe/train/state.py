@@ -69,6 +69,11 @@ class State:
         """Those that train."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
+    @property
+    def trained(self) -> list[str]:
+        """Their names; EMA and optimizer are stored in this order."""
+        return [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+
     def snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors and figures of a checkpoint."""
         tensors = {f"module.{name}": value for name, value in self.module.state_dict().items()}
@@ -77,7 +82,7 @@ class State:
         for extra in self.extras:
             tensors |= extra.tensors()
         figures = {"ema_steps": self.ema.optimization_step, "guard": self.guard.state(), "scaler": self.scaler.state_dict()}
-        return tensors, {**figures, "best": self.best, "misses": self.misses}
+        return tensors, {**figures, "best": self.best, "misses": self.misses, "trained": self.trained}
 
     def save(self, work: Path, step: int) -> None:
         """Write a checkpoint; UserError where the disk does not take it (the ones before are kept)."""
@@ -95,12 +100,34 @@ class State:
         found = checkpoint.newest(work)
         if found is None:
             return 0
+        self._refuse_another(work, *found)
         try:
             self.restore(*found)
         except (RuntimeError, KeyError, ValueError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"The checkpoint in {work} is of another model: {reason}") from None
         return int(found[1]["step"])
+
+    def _refuse_another(self, work: Path, tensors: dict[str, torch.Tensor], figures: dict[str, Any]) -> None:
+        """UserError where the checkpoint is of another model, of other parts, or has another discriminator or controller."""
+        own = {f"module.{name}": value.shape for name, value in self.module.state_dict().items()}
+        other = [name for name in own if name not in tensors or tensors[name].shape != own[name]]
+        other += [name for name in tensors if name.startswith("module.") and name not in own]
+        if other:
+            raise UserError(f"The checkpoint in {work} is of another model: {other[0].removeprefix('module.')} differs.")
+        if figures.get("trained") != self.trained:
+            raise UserError(
+                f"The checkpoint in {work} is of a run that trained other parts. Go on with its mode and parts, or begin a new "
+                "run from its result with --run.warm-start."
+            )
+        extra = {name for extra in self.extras for name in extra.tensors()}
+        for prefix, option in (("critic.net.", "adversarial.weight"), ("rate.", "loss.target_bits")):
+            here, there = (any(name.startswith(prefix) for name in names) for names in (extra, tensors))
+            if here != there:
+                raise UserError(
+                    f"The checkpoint in {work} is of a run {'without' if here else 'with'} {option}; go on with the same, or "
+                    "begin a new run from its result with --run.warm-start."
+                )
 
     def restore(self, tensors: dict[str, torch.Tensor], figures: dict[str, Any]) -> None:
         """The inverse of `snapshot`."""

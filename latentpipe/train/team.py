@@ -45,6 +45,12 @@ class Team:
             return tensor.detach()
         return self._accelerator.reduce(tensor.detach().contiguous().clone(), "mean")
 
+    def most(self, value: int) -> int:
+        """The largest of the numbers that the processes have."""
+        if self.world == 1:
+            return value
+        return int(self._accelerator.gather(torch.tensor([value], device=self.device)).max())
+
     def wait(self) -> None:
         """Until every process is here."""
         self._accelerator.wait_for_everyone()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ from latentpipe.train.warp import SCALES, Warp, draw_warp
 from latentpipe.vae import VAEStage
 
 SHARES_EVERY = 50  # steps between the shares of the terms in the last layer's gradient
+VALIDATED = 2000  # pictures at most, which are kept in memory
 WATCHED = 64  # pictures whose latents are looked at with every sheet
 
 
@@ -44,11 +46,12 @@ def train_vae(config: TrainVAE) -> Path:
     freeze.choose(vae, config.mode, config.parts)
     stage = VAEStage(vae, training_space(vae, config), tile=None)
     _check_size(config, stage)
+    record: Callable[[], None] = lambda: None  # noqa: E731
     if team.is_first:
-        begin(config, config.run)
+        record = begin(config, config.run)
         print(freeze.table(vae))
     team.wait()
-    pictures = PictureStream(config.data.train, config.data.read_size_px)
+    pictures = PictureStream(config.data.train, config.data.read_size_px, team.world)
     held = _validation(config)
     if team.is_first:
         print(f"Training on {config.data.train}: {pictures.report()}")
@@ -65,7 +68,16 @@ def train_vae(config: TrainVAE) -> Path:
         return found
 
     steps = loop.fit(
-        vae, config.optim, config.run, training.losses_of, sample, team, (objective,), len(training.shares), config.run.patience
+        vae,
+        config.optim,
+        config.run,
+        training.losses_of,
+        sample,
+        team,
+        extras=(objective,),
+        parts=len(training.shares),
+        patience=config.run.patience,
+        begun=record,
     )
     stage.eval()
     if team.is_first:
@@ -112,8 +124,9 @@ class Training:
             images = cut.apply(own, rows).to(self.team.device)
             last = rows is self.shares[-1]
             with self.team.gathering(self.wrapped, last), loop.fast_forward(config.run, self.team.device):
-                target = self._teacher_latents(images)
-                rebuilt, posterior = self.wrapped(images, warp=warp, noise=noise[rows].to(self.team.device), given=target)
+                target = self._taught(images)
+                given = None if target is None else target[0]
+                rebuilt, posterior = self._forward(images, warp, noise[rows].to(self.team.device), given)
             wanted = warp(images) if warp is not None else images
             losses = objective(wanted, rebuilt, posterior, step, warp is not None, target)
             if last and step % SHARES_EVERY == 0 and self.last is not None:
@@ -136,9 +149,25 @@ class Training:
         downscale = self.stage.space.downscale
         return draw_warp(generator, self.config.crops.size_px, downscale, scales, "rotate" in loss.warps, "flip" in loss.warps)
 
+    def _forward(
+        self, images: torch.Tensor, warp: Warp | None, noise: torch.Tensor, given: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Any]:
+        try:
+            return self.wrapped(images, warp=warp, noise=noise, given=given)
+        except Exception as error:
+            if not self.config.run.compile or isinstance(error, UserError):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"run.compile: torch.compile does not work here ({reason[:200]}); leave the option out.") from None
+
     @torch.no_grad()
-    def _teacher_latents(self, images: torch.Tensor) -> torch.Tensor | None:
-        return self.teacher.encode(images).float() if self.teacher is not None else None
+    def _taught(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Mean and standard deviation of the teacher's latents, in the student's raw units; None where there is no teacher."""
+        if self.teacher is None:
+            return None
+        mean, std = self.teacher.posterior(images)
+        space = self.stage.space
+        return space.denormalize(mean.float()), std.float() / std.new_tensor(space.scale, dtype=torch.float32).view(1, -1, 1, 1)
 
 
 @torch.no_grad()
@@ -156,6 +185,8 @@ def _figures(config: TrainVAE, stage: VAEStage, images: torch.Tensor, validates:
     for alarm in alarms(found, {f"loss.{name}": value for name, value in config.loss.model_dump().items()}):
         log.warn(step, alarm)
     figures = {"health.active_share": found.active_share}
+    # of the raw values, before any normalization is folded in
+    figures["health.prior_gap_bits"] = sum(found.gaussian_gap_bits) / len(found.gaussian_gap_bits)
     if found.kl_bits is not None:
         figures["health.kl_bits"] = sum(found.kl_bits) / len(found.kl_bits)
     if found.high_frequency is not None:
@@ -178,7 +209,9 @@ def _validation(config: TrainVAE) -> torch.Tensor | None:
     """The validation pictures as images (N 3 H W) of the crops' size."""
     if config.data.validation is None:
         return None
-    pictures = read_pictures(config.data.validation, config.data.read_size_px)
+    pictures = read_pictures(config.data.validation, config.data.read_size_px, VALIDATED)
+    if len(pictures.names) + len(pictures.skipped) == VALIDATED:
+        warnings.warn(Note(f"{config.data.validation}: the first {VALIDATED:,} pictures are used"), stacklevel=2)
     if pictures.skipped:
         warnings.warn(Note(f"{config.data.validation}: {pictures.report()}"), stacklevel=2)
     return bytes_to_images(torch.from_numpy(finish.resized(pictures.pixels, config.crops.size_px)).permute(0, 3, 1, 2))

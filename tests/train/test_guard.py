@@ -19,6 +19,7 @@ from torch import nn
 
 from latentpipe import UserError, VAEStage
 from latentpipe.config import Optimization, Run, TrainVAE, dump
+from latentpipe.errors import Note
 from latentpipe.train import checkpoint, loop, state
 from latentpipe.train import vae as training
 from latentpipe.train.guard import JUMP, WARM, Guard
@@ -274,3 +275,127 @@ def test_the_state_of_nothing_is_refused() -> None:
     frozen = Slope().requires_grad_(False)
     with pytest.raises(UserError, match="Nothing trains"):
         state.State.new(frozen, STEADY, Run(out=Path("a"), work=Path("b")))
+
+
+# --- resuming something else --------------------------------------------------------------------------------
+
+
+def trained(root: Path, pictures: Path, **changes: Any) -> None:
+    """A tiny run on the embedded VAE's shape-free tiny sibling; `changes` are keys of the config, run.* under "run"."""
+    run = changes.pop("run", {})
+    optim = changes.pop("optim", {})
+    loss = {"equivariance": 0.0, "kl": 0.01} | changes.pop("loss", {})
+    base = vae_run(root, pictures, optim=optim, loss=loss, **run).model_dump()
+    training.train_vae(TrainVAE.model_validate(base | changes))
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "words"),
+    [
+        ({}, {"adversarial": {"weight": 1.0, "width": 8, "layers": 1}}, r"without adversarial\.weight"),
+        ({"loss": {"target_bits": 1.0}}, {}, r"with loss\.target_bits"),
+        ({}, {"model": {"channels": 3, "blocks": (8, 16), "norm_groups": 4}}, "another model"),
+        ({}, {"optim": {"steps": 2}}, r"step 4, and optim\.steps is 2"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_and_its_config_kept(
+    tmp_path: Path, pictures: Path, first: dict[str, Any], then: dict[str, Any], words: str
+) -> None:
+    trained(tmp_path, pictures, **dict(first))
+    before = (tmp_path / "work" / "config.yaml").read_text()
+    with pytest.warns(Note, match="another config"), pytest.raises(UserError, match=words):
+        trained(tmp_path, pictures, **then, run={"resume": True})
+    assert (tmp_path / "work" / "config.yaml").read_text() == before
+
+
+def test_other_parts_are_not_resumed(tmp_path: Path, pictures: Path) -> None:
+    trained(tmp_path / "a", pictures)
+    start = {"warm_start": tmp_path / "a" / "vae"}
+    trained(tmp_path / "b", pictures, parts=("decoder.mid",), model={}, run=start)
+    with pytest.warns(Note, match="another config"), pytest.raises(UserError, match="trained other parts"):
+        trained(tmp_path / "b", pictures, parts=("encoder.mid",), model={}, run={**start, "resume": True})
+
+
+@pytest.mark.parametrize("files", [("config.json", "thesis.txt"), ("thesis.txt",), ("config.json", "src/main.py")])
+def test_a_folder_with_other_things_in_it_is_not_replaced(tmp_path: Path, pictures: Path, files: tuple[str, ...]) -> None:
+    for name in files:
+        path = tmp_path / "vae" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(UserError, match="would be replaced"):
+        trained(tmp_path, pictures)
+    assert all((tmp_path / "vae" / name).is_file() for name in files)
+
+
+def test_a_model_of_ours_is_replaced(tmp_path: Path, pictures: Path) -> None:
+    trained(tmp_path, pictures)
+    trained(tmp_path, pictures, run={"work": tmp_path / "other", "seed": 5})
+    with pytest.raises(UserError, match="would be replaced"):
+        trained(tmp_path, pictures, run={"work": tmp_path / "third", "out": tmp_path / "third" / "checkpoints"})
+
+
+def test_a_result_that_cannot_be_written_is_found_before_training(tmp_path: Path, pictures: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written to"):
+        trained(tmp_path, pictures, run={"out": Path("/proc/none/vae")})
+    assert not (tmp_path / "work" / "log.jsonl").exists()
+
+
+def test_fp16_survives_a_spike(tmp_path: Path, pictures: Path) -> None:
+    model, run = Slope(), run_of(tmp_path, precision="fp16")
+    factors = {5: [1e9], 25: [math.nan]}
+
+    def losses_of(step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return {"l2": model() * (factors[step].pop() if factors.get(step) else 1.0)}
+
+    loop.fit(model, STEADY, run, losses_of, lambda *_: {})
+    assert torch.isfinite(model.weight).all()
+
+
+def test_ctrl_c_finishes_the_step_and_saves_it(tmp_path: Path) -> None:
+    model = Slope()
+
+    def losses_of(step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        if step == 23:
+            signal.raise_signal(signal.SIGINT)
+        return {"l2": model()}
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.fit(model, STEADY, run_of(tmp_path), losses_of, lambda *_: {})
+    assert checkpoint.newest(tmp_path / "work")[1]["step"] == 24  # type: ignore[index]
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    model = Slope()
+
+    def losses_of(step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        if step == 23:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return {"l2": model()}
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.fit(model, STEADY, run_of(tmp_path), losses_of, lambda *_: {})
+    assert checkpoint.newest(tmp_path / "work")[1]["step"] == 23  # type: ignore[index]
+
+
+def test_a_resumed_run_keeps_its_parts(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(tmp_path, pictures, optim={"accumulate": "auto"})
+    assert json.loads((tmp_path / "work" / "parts.json").read_text()) == 1
+    (tmp_path / "work" / "parts.json").write_text("2")  # as if memory had been short
+    config = TrainVAE.model_validate(vae_run(tmp_path, pictures, optim={"accumulate": "auto"}, resume=True).model_dump())
+    from latentpipe.train.build import build_vae
+
+    assert parts_that_fit(config, VAEStage(build_vae(config, None)), Team()) == 2
+
+
+def test_a_compiler_that_fails_is_named(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(module: Any) -> Any:
+        def forward(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("no working C++ compiler\nand much more")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(Team, "wrap", lambda self, module: module)
+    with pytest.raises(UserError, match=r"run\.compile: .*no working C\+\+ compiler\)"):
+        trained(tmp_path, pictures, run={"compile": True})

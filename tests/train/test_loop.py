@@ -334,7 +334,7 @@ def test_going_on_with_another_config_is_said(tmp_path: Path) -> None:
     start.begin(first, first.run)
     again = config_of(tmp_path, resume=True, seed=9)
     with pytest.warns(Note, match=r"run\.seed 0 -> 9"):
-        start.begin(again, again.run)
+        start.begin(again, again.run)()
     same_again = config_of(tmp_path, resume=True, seed=9)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

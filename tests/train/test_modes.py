@@ -200,7 +200,7 @@ def test_the_teacher_stays_and_the_decoder_learns_from_its_latents(tmp_path: Pat
     vae = build_vae(config, training.open_teacher(config))
     images = some_images(4, 48)
     rebuilt, raw = VAEStage(vae)(images, given=torch.randn(4, 4, 24, 24))
-    terms = Objective(config, vae, Team())(images, rebuilt, raw, 0, False, torch.randn(4, 4, 24, 24))
+    terms = Objective(config, vae, Team())(images, rebuilt, raw, 0, False, (torch.randn(4, 4, 24, 24), torch.zeros(1)))
     assert set(terms) == {"l1", "l2", "latent"}
     halves = {half: {name for name, _ in vae.named_parameters() if name.startswith(half)} for half in ("encoder", "decoder")}
     assert _reached(terms["latent"], vae) == halves["encoder"]
@@ -266,3 +266,25 @@ def test_the_stages_of_other_autoencoders_have_names() -> None:
     assert not any(parameter.requires_grad for parameter in tiny.encoder.parameters())
     assert all(parameter.requires_grad for parameter in tiny.decoder.parameters())
     assert not freeze.moves_the_latents(tiny)
+
+
+def test_a_student_that_declares_a_factor_learns_the_latents_in_its_own_units(tmp_path: Path, pictures: Path) -> None:
+    save_vae(tiny_vae(), tmp_path / "teacher", {})
+    save_vae(tiny_vae(seed=5, scaling_factor=0.2, shift_factor=0.3), tmp_path / "student", {})
+    config = config_of(tmp_path, pictures, tmp_path / "student", mode="distil", teacher=tmp_path / "teacher")
+    teacher = training.open_teacher(config)
+    vae = build_vae(config, teacher)
+    stage = VAEStage(vae, training.training_space(vae, config))
+    step = training.Training(config, Team(), stage, teacher, None, Objective(config, vae, Team()), 1)  # type: ignore[arg-type]
+    images = some_images(2, 48)
+    with torch.no_grad():
+        mean, std = step._taught(images)  # type: ignore[misc]
+        wanted, spread = VAEStage(load_vae(tmp_path / "teacher")).posterior(images)
+    assert torch.allclose(stage.space.normalize(mean), wanted, atol=1e-5)
+    assert torch.allclose(std * 0.2, spread, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [("encoder.down.0",), ("*norm2.weight",)])
+def test_partly_frozen_norms_train(tmp_path: Path, pictures: Path, source: Path, parts: tuple[str, ...]) -> None:
+    training.train_vae(config_of(tmp_path, pictures, source, parts=parts, optim={"steps": 1}))
+    assert (tmp_path / "vae" / "config.json").is_file()
