@@ -142,8 +142,9 @@ def _verb(arguments: list[str]) -> tuple[str | None, list[str]]:
         name = " ".join(arguments[:words])
         if name in VERBS:
             return name, arguments[words:]
-    near = difflib.get_close_matches(arguments[0], VERBS, n=1)
-    hint = f"Did you mean '{near[0]}'?" if near else f"Verbs: {', '.join(VERBS)}."
+    near = [name for name in VERBS if name.startswith(f"{arguments[0]} ")] or difflib.get_close_matches(arguments[0], VERBS, n=1)
+    meant = " or ".join(f"'{name}'" for name in near)
+    hint = f"Did you mean {meant}?" if near else f"Verbs: {', '.join(VERBS)}."
     raise UserError(f"unknown verb '{arguments[0]}'. {hint}")
 
 

@@ -126,7 +126,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("generat", "generate"), ("trian-vae", "train-vae"), ("relpay", "replay"), ("evaluate", "evaluate prompts")],
+    [
+        ("generat", "generate"),
+        ("trian-vae", "train-vae"),
+        ("relpay", "replay"),
+        ("evaluate", "evaluate prompts' or 'evaluate vae"),
+    ],
 )
 def test_a_misspelt_verb_suggests(capsys: pytest.CaptureFixture[str], typed: str, meant: str) -> None:
     assert f"unknown verb '{typed}'. Did you mean '{meant}'?" in refused(capsys, typed)
@@ -428,11 +433,11 @@ def refused_after_start(capsys: pytest.CaptureFixture[str], *arguments: str) -> 
 def test_ls_and_env(capsys: pytest.CaptureFixture[str], installed: str) -> None:
     status, out, _ = call(capsys, "ls")
     assert status == 0
-    assert [line.split()[:2] for line in out.splitlines() if "tiny" in line] == [["model", "tiny"], ["vae", "tiny"]]
+    assert [line.split()[:2] for line in out.splitlines() if line.split()[1] == "tiny"] == [["model", "tiny"], ["vae", "tiny"]]
     status, out, _ = call(capsys, "ls", "configs")
     assert status == 0
     assert "emoji-vae" in out
-    assert "tiny" not in out
+    assert "vae     " not in out
     status, out, _ = call(capsys, "env")
     assert status == 0
     assert json.loads(out)["home"] == os.environ["LATENTPIPE_HOME"]

@@ -57,6 +57,11 @@ def statistics_vae(twice: bool = False) -> Any:
     return vae
 
 
+def _noise(vae: Any, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal of the latents' shape."""
+    return torch.randn(VAEStage(vae).space.shape(len(images), *images.shape[-2:]), generator=generator)
+
+
 def tuned(parts: tuple[str, ...], steps: int, rate: float) -> Any:
     """The embedded VAE after some steps of training of the named parts."""
     vae = embedded().train()
@@ -65,7 +70,7 @@ def tuned(parts: tuple[str, ...], steps: int, rate: float) -> Any:
     images = probe_images(12, 32, seed=9)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        rebuilt, _ = VAEStage(vae)(images, generator=generator)
+        rebuilt, _ = VAEStage(vae)(images, noise=_noise(vae, images, generator))
         loss = (rebuilt - images).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -43,11 +43,15 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> torch.Tensor
     position, missing = first, batch_size
     while missing:
         epoch, offset = divmod(position, n)
-        order = torch.randperm(n, generator=generator_for(seed + 7919, epoch))
-        taken = order[offset : offset + missing]
+        taken = _order(n, seed, epoch)[offset : offset + missing]
         parts.append(taken)
         position, missing = position + len(taken), missing - len(taken)
     return torch.cat(parts)
+
+
+@lru_cache(maxsize=2)
+def _order(n: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(n, generator=generator_for(seed + 7919, epoch))
 
 
 def learning_rate(optim: Optimization, step: int) -> float:
