@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ class PictureStream:
         kept = min(len(self.items), max(room, 1))
         self._kept = np.empty((kept, size_px, size_px, 3), np.uint8)  # pages are used only once they are written
         self._known = np.zeros(len(self.items), np.uint8)  # 1: in _kept, 2: cannot be read
+        self._lock = Lock()
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="pictures")
         self._ahead: dict[int, Future[np.ndarray | None]] = {}
         if len(self.items) <= EAGER:
@@ -88,10 +90,11 @@ class PictureStream:
         try:
             pixels = read_square(item.path, self.size_px)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            self._known[index] = 2
             name = item.path.relative_to(self.folder).as_posix()
-            self.skipped[name] = str(error) or type(error).__name__
-            if len(self.items) > EAGER:
+            with self._lock:  # two readers may have met it at once
+                first, self._known[index] = self._known[index] != 2, 2
+                self.skipped[name] = str(error) or type(error).__name__
+            if first and len(self.items) > EAGER:
                 warnings.warn(Note(f"{self.folder}: skipped {name}: {self.skipped[name]}"), stacklevel=2)
             return None
         if index < len(self._kept):
