@@ -26,7 +26,7 @@ from latentpipe.evaluate.tally import KERNEL
 from latentpipe.files import content_hash
 from latentpipe.images import bytes_to_images
 from latentpipe.vae import VAEStage
-from latentpipe.weights import find_model, name_of, open_vae
+from latentpipe.weights import find_model, name_of, open_vae, quiet
 
 
 def compare_vaes(
@@ -72,7 +72,9 @@ def compare_vaes(
 def open_stage(path: Path, device: str = "cpu") -> VAEStage:
     """A VAE in fp32 on a device, with the hash of its stored weights."""
     opened = open_vae(path)
-    stage = VAEStage(opened.build().float(), opened.space, content_hash(opened.tensors, opened.space))
+    with quiet():
+        built = opened.build()
+    stage = VAEStage(built.float(), opened.space, content_hash(opened.tensors, opened.space))
     try:
         return stage.to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
