@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latentpipe import compare_verb, evaluate_verbs, health_verb, vae_verbs, verbs
+from latentpipe import compare_verb, evaluate_verbs, health_verb, lora_verbs, vae_verbs, verbs
 from latentpipe.errors import Note, UserError
 from latentpipe.verbs import configs_folder
 
@@ -30,6 +30,14 @@ def train_denoiser(arguments: list[str]) -> None:
     """Train UNet, text encoder and tokenizer on cached latents, from a YAML config."""
     config = _config("train-denoiser", "TrainDenoiser", arguments)
     from latentpipe.train.denoiser import train_denoiser as run
+
+    run(config)
+
+
+def train_lora(arguments: list[str]) -> None:
+    """Train a LoRA on UNet, text encoder or VAE decoder from a folder of captioned pictures and a YAML config."""
+    config = _config("train-lora", "TrainLora", arguments)
+    from latentpipe.train.lora import train_lora as run
 
     run(config)
 
@@ -69,6 +77,11 @@ VERBS: dict[str, Verb] = {
     "train-vae": train_vae,
     "encode": _function("encode", verbs.encode),
     "train-denoiser": train_denoiser,
+    "train-lora": train_lora,
+    "lora inspect": _function("lora inspect", lora_verbs.lora_inspect),
+    "lora convert": _function("lora convert", lora_verbs.lora_convert),
+    "lora merge": _function("lora merge", lora_verbs.lora_merge),
+    "lora extract": _function("lora extract", lora_verbs.lora_extract),
     "emoji": _function("emoji", verbs.emoji),
     "evaluate prompts": _function("evaluate prompts", verbs.evaluate_prompts),
     "evaluate vae": _function("evaluate vae", evaluate_verbs.evaluate_vae),

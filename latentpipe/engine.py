@@ -123,8 +123,6 @@ def replay(
     user's own only; `source` is the picture that img2img began from. UserError names every weight that differs.
     """
     old = recipes.read(path)
-    if old.loras:
-        raise UserError(f"{path} was made with a LoRA ({', '.join(old.loras)}), which this version cannot load.")
     if old.vae and vae is None:
         vae = _name(old.vae, "vae")
     if old.adapter and adapter is None:
@@ -132,10 +130,12 @@ def replay(
     model = model or _name(old.model)
     # The hashes below decide; whether the VAE fitted was decided when the picture was drawn.
     pipe = LatentPipeline.from_pretrained(model, vae, device or _device(old), _dtype(old.machine.dtype), adapter, force=True)
+    pipe.set_lora(old.loras, method=old.lora_method)
+    now = pipe.hashes | {f"lora:{name}": pipe.loras.mixer.loaded[name].hash for name in old.loras}
     changed = [
-        f"{part} is {pipe.hashes.get(part, 'missing')[:16]}, the picture's was {digest[:16]}"
+        f"{part} is {now.get(part, 'missing')[:16]}, the picture's was {digest[:16]}"
         for part, digest in old.hashes.items()
-        if pipe.hashes.get(part) != digest
+        if now.get(part) != digest
     ]
     if changed:
         raise UserError(f"{path} was made with other weights: {'; '.join(changed)}. Give the right model with --model.")

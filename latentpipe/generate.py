@@ -55,16 +55,15 @@ class Generate:
     """cpu, cuda or mps; left out: the best one present."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the weights."""
-    lora: str | None = None
-    """Reserved for a later version."""
+    lora: tuple[str, ...] = ()
+    """Names or files of LoRA adapters, each with its weight: flat=0.7 (1 where none is given)."""
     adapter: str | None = None
     """Name or file of an adapter from the model's VAE to --vae ('latentpipe fit-adapter')."""
 
 
 def run(options: Generate) -> None:
     """Draw, save and print the paths; KeyboardInterrupt after partial pictures were saved."""
-    if options.lora is not None:
-        raise UserError(f"--lora {options.lora}: this version cannot load one yet; leave --lora out.")
+    loras = [_weighted(text) for text in options.lora]
     if options.adapter is not None and options.vae is None:
         raise UserError(f"--adapter {options.adapter} needs --vae as well: the VAE that it was fitted to.")
     from latentpipe.images import open_picture
@@ -79,6 +78,8 @@ def run(options: Generate) -> None:
     pipe = LatentPipeline.from_pretrained(
         options.model, options.vae, options.device, options.dtype, options.adapter, options.force
     )
+    for source, weight in loras:
+        print(pipe.attach_lora(source, weight), file=sys.stderr)
     pictures, stopped = _watch(Engine(pipe), options.prompt, settings)
     for picture in pictures:
         print(picture.save(_free_path(options.out, options.prompt, picture.recipe.seed)))
@@ -113,6 +114,17 @@ def _watch(engine: Any, prompt: str, settings: dict[str, Any]) -> tuple[list[Any
     finally:
         if main_thread:
             signal.signal(signal.SIGINT, before)
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """``flat=0.7`` as name and weight."""
+    name, mark, weight = text.rpartition("=")
+    if not mark:
+        return text, 1.0
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise UserError(f"--lora {text}: '{weight}' is no number; expected NAME or NAME=WEIGHT, such as flat=0.7.") from None
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ import torch
 
 from latentpipe.errors import UserError
 from latentpipe.files import HASH_LENGTH, atomic_folder, content_hash, load_strictly, read_header, read_json, read_tensors
-from latentpipe.weights import CARD_FILE, PREVIEW_FILE, VAE_FILE, find_model, load_vae, open_vae, quiet, vae_hash
+from latentpipe.weights import CARD_FILE, PREVIEW_FILE, VAE_FILE, find_model, load_vae, open_vae, quiet, refuse_wrapped, vae_hash
 
 PARTS = {"vae": VAE_FILE, "unet": VAE_FILE, "text_encoder": "model.safetensors"}  # of a Stable Diffusion folder
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
@@ -110,6 +110,9 @@ def save_pipeline(pipe: Any, folder: Path, card: Mapping[str, Any], vae_folder: 
 
     The VAE's card and preview map come along from `vae_folder`; the VAE's hash is written into the card.
     """
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            refuse_wrapped(part, f"The model's {name}")
     with atomic_folder(folder) as part, quiet():
         pipe.to(torch.float16).save_pretrained(part, safe_serialization=True)
         text = part / "text_encoder"

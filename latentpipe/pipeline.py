@@ -6,7 +6,7 @@ import hashlib
 import re
 import secrets
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,11 @@ from latentpipe.errors import Note, UserError
 from latentpipe.files import content_hash, read_json
 from latentpipe.hosts import finish, host_of, takes
 from latentpipe.images import flatten, to_pixels
+from latentpipe.lora.attached import Loras
+from latentpipe.lora.layer import Lora
+from latentpipe.lora.mixer import Weight
+from latentpipe.lora.prompt import split_tags
+from latentpipe.lora.report import Report
 from latentpipe.models import check_reference, hashes, load_pipeline
 from latentpipe.sampling import OnStep, Settings, Step, check_settings
 from latentpipe.swap import check_swap, stage_of
@@ -47,8 +52,9 @@ class Picture:
 class LatentPipeline:
     """A diffusers pipeline of a known family (`latentpipe.hosts`) whose pictures are encoded and decoded by a stage.
 
-    host     the pipeline; it draws latents and is never changed
+    host     the pipeline; it draws latents and is never changed, but for its weights while LoRA adapters are attached
     stage    encodes and decodes; default: the host's own VAE
+    hashes   content hash of each part that makes the pictures; `base`: of the parts that the host came with
     """
 
     host: Any
@@ -57,7 +63,9 @@ class LatentPipeline:
     vae_name: str | None = None
     adapter_name: str | None = None
     hashes: dict[str, str] = field(default_factory=dict)
+    base: dict[str, str] = field(default_factory=dict)
     preview_map: dict[str, list] | None = None
+    loras: Loras = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.stage = self.stage or VAEStage(self.host.vae)
@@ -68,6 +76,8 @@ class LatentPipeline:
                 f"1/{self.stage.space.downscale} size; this denoiser takes {channels} channels at 1/{downscale}. "
                 "Choose a VAE of the same space ('latentpipe ls vae --fits MODEL' lists them), or train a denoiser for this one."
             )
+        self.base = self.base or self.hashes
+        self.loras = Loras(self.host, self.stage, {**self.base, "vae": self.hashes["vae"]} if self.hashes else {})
 
     @classmethod
     def from_pretrained(
@@ -135,9 +145,12 @@ class LatentPipeline:
     ) -> list[Picture]:
         """Draw `n` pictures of a prompt; picture i has the seed `seed` + i (None: a random one).
 
+        ``<lora:NAME:WEIGHT>`` in the prompt switches on an installed adapter for this call.
+
         on_step(Step)  is called after each step; returning True stops there and keeps the partial pictures
         settings       the fields of `Settings`
         """
+        prompt, tagged = split_tags(prompt)
         chosen = self.check(Settings(**settings))
         seed = secrets.randbelow(2**32 - recipes.MAX_BATCH) if seed is None else seed
         if not 1 <= n <= recipes.MAX_BATCH or not 0 <= seed <= recipes.MAX_SEED - n + 1:
@@ -157,10 +170,40 @@ class LatentPipeline:
             done = step.step
             return bool(on_step and on_step(step))
 
-        images = self.draw([prompt] * n, list(range(seed, seed + n)), chosen, watch)
-        total = chosen.steps_to_run
-        base = self._recipe(prompt, seed, n, chosen, done if done < total else None)
+        with self.loras.more(tagged):
+            images = self.draw([prompt] * n, list(range(seed, seed + n)), chosen, watch)
+            base = self._recipe(prompt, seed, n, chosen, done if done < chosen.steps_to_run else None)
         return [Picture(image, base.model_copy(update={"seed": seed + i, "batch_index": i})) for i, image in enumerate(images)]
+
+    def attach_lora(
+        self,
+        lora: str | Path | Lora,
+        weight: Weight = 1.0,
+        *,
+        name: str | None = None,
+        partial: bool = False,
+        force: bool = False,
+    ) -> Report:
+        """Open an adapter (name, file or `Lora`), prove that it fits and moves something, and switch it on beside the others.
+
+        weight   a number, or numbers by component and block (`latentpipe.lora.mixer.Mixer.set`)
+        partial  take a file that fits in part; what is left out stands in the report
+        force    take one that names another base, or that changes the VAE's latents
+
+        UserError where no layer fits; the pipeline is then as it was before.
+        """
+        return self.loras.attach(lora, weight, name, partial, force)
+
+    def set_lora(self, weights: Mapping[str, Weight], fuse: bool = True, method: str = "sum") -> None:
+        """Switch on exactly these adapters with these weights, by name; see `latentpipe.lora.mixer.Mixer.set`."""
+        self.loras.set(weights, fuse, method)
+
+    def detach_lora(self, name: str | None = None) -> None:
+        """Take off one adapter (None: all); the weights are then what they were, to the byte."""
+        if name is not None and name not in self.loras.weights:
+            raise UserError(f"No LoRA '{name}' is attached; attached: {', '.join(self.loras.weights) or 'none'}.")
+        for each in [name] if name else list(self.loras.mixer.loaded):
+            self.loras.mixer.forget(each)
 
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, on_step: OnStep | None = None
@@ -227,7 +270,9 @@ class LatentPipeline:
             adapter=self.adapter_name,
             source=source,
             stopped_after=stopped,
-            hashes=self.hashes,
+            loras={name: dict(weight) if isinstance(weight, Mapping) else weight for name, weight in self.loras.weights.items()},
+            lora_method=self.loras.mixer.method,
+            hashes=self.hashes | {f"lora:{name}": self.loras.mixer.loaded[name].hash for name in self.loras.weights},
             machine=recipes.this_machine(
                 str(self.host.device), str(denoiser.dtype).removeprefix("torch."), torch.get_num_threads()
             ),

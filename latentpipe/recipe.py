@@ -65,7 +65,10 @@ class Recipe(BaseModel):
     model: str = Field(max_length=200)
     vae: str | None = Field(None, max_length=200)
     adapter: str | None = Field(None, max_length=200)
-    loras: dict[str, float] = Field(default_factory=dict)
+    loras: dict[str, float | dict[str, float]] = Field(default_factory=dict, max_length=64)
+    """Adapters and their weights (one, or by component)."""
+    lora_method: str = Field("sum", max_length=32)
+    """How they were put together."""
     source: Source | None = None
     stopped_after: int | None = Field(None, ge=0)
     """Steps done when the job was cancelled; None for a finished picture."""
@@ -142,7 +145,11 @@ def a1111_text(recipe: Recipe) -> str:
     if recipe.source:
         pairs["Denoising strength"] = recipe.source.strength
     pairs |= {"RNG": "CPU", "Version": f"latentpipe {_version('latentpipe')}"}
-    lines = [recipe.prompt] + ([f"Negative prompt: {recipe.negative}"] if recipe.negative else [])
+    plain = {name: weight for name, weight in recipe.loras.items() if not isinstance(weight, dict)}
+    if recipe.loras:
+        pairs["Lora hashes"] = ", ".join(f"{name}: {recipe.hashes.get(f'lora:{name}', 'unknown')[:12]}" for name in recipe.loras)
+    prompt = " ".join([recipe.prompt, *(f"<lora:{name}:{weight:g}>" for name, weight in plain.items())])
+    lines = [prompt] + ([f"Negative prompt: {recipe.negative}"] if recipe.negative else [])
     return "\n".join([*lines, ", ".join(f"{key}: {_quoted(str(value))}" for key, value in pairs.items())])
 
 

@@ -110,8 +110,8 @@ def evaluate_prompts(
     print(_json(result) if json else table(result))
 
 
-def ls(kind: Literal["all", "models", "vae", "adapters", "configs"] = "all", /, fits: str | None = None) -> None:
-    """List the models, VAEs, adapters and configs that names refer to.
+def ls(kind: Literal["all", "models", "vae", "lora", "adapters", "configs"] = "all", /, fits: str | None = None) -> None:
+    """List the models, VAEs, LoRA files, adapters and configs that names refer to.
 
     Args:
         kind: What to list.
@@ -129,8 +129,8 @@ def ls(kind: Literal["all", "models", "vae", "adapters", "configs"] = "all", /, 
             print(f"{name:20}{verdict.outcome:26}{path}")
         return
 
-    for name in ("models", "vae") if kind == "all" else (kind,):
-        if name in ("models", "vae"):
+    for name in ("models", "vae", "lora") if kind == "all" else (kind,):
+        if name in ("models", "vae", "lora"):
             for entry, path in available(name).items():
                 print(f"{name.removesuffix('s'):8}{entry:20}{path}")
     for entry, path in own_adapters().items() if kind in ("all", "adapters") else ():

@@ -29,10 +29,14 @@ def shipped() -> Path:
 
 
 def available(kind: str = "models") -> dict[str, Path]:
-    """Names and places of all `kind` ("models" or "vae"): the shipped ones, then people's own.
+    """Names and places of all `kind` ("models", "vae" or "lora"): the shipped ones, then people's own.
 
-    A model is a folder; a VAE is a folder or a safetensors file named by its stem (by its whole name where a folder has that).
+    A model is a folder; a VAE is a folder or a safetensors file named by its stem (by its whole name where a folder has that);
+    a LoRA is a safetensors file.
     """
+    if kind == "lora":
+        roots = (shipped() / kind, home() / kind)
+        return {path.stem: path for root in roots for path in sorted(root.glob("*.safetensors"))}
     index = "model_index.json" if kind == "models" else "config.json"
     found: dict[str, Path] = {}
     for root in (shipped(), home() / "models"):
@@ -102,6 +106,7 @@ def save_vae(vae: Any, folder: Path, card: Mapping[str, Any], preview: Any = Non
 
     It opens with ``AutoencoderKL.from_pretrained(folder)``; `preview` is the linear latent-to-RGB map.
     """
+    refuse_wrapped(vae, "The VAE")
     half = torch.nn.Module.half(copy.deepcopy(vae))
     digest = content_hash(half.state_dict(), LatentSpace.of(vae))
     with atomic_folder(folder) as part:
@@ -110,6 +115,12 @@ def save_vae(vae: Any, folder: Path, card: Mapping[str, Any], preview: Any = Non
         if preview is not None:
             (part / PREVIEW_FILE).write_text(json.dumps(preview) + "\n")
     return digest
+
+
+def refuse_wrapped(model: torch.nn.Module, what: str) -> None:
+    """UserError where adapters are wrapped around a network: its weights would be written under names that nothing reads."""
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise UserError(f"{what} has adapters attached and was not saved; take them off, or fuse them (set_lora with fuse), first.")
 
 
 def name_of(folder: Path, kind: str = "models") -> str:

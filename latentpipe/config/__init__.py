@@ -12,6 +12,12 @@ from latentpipe.config.denoiser import Diffusion as Diffusion
 from latentpipe.config.denoiser import TextShape as TextShape
 from latentpipe.config.denoiser import TrainDenoiser as TrainDenoiser
 from latentpipe.config.denoiser import UNetShape as UNetShape
+from latentpipe.config.lora import AdapterShape as AdapterShape
+from latentpipe.config.lora import LoraData as LoraData
+from latentpipe.config.lora import LoraLoss as LoraLoss
+from latentpipe.config.lora import LoraRun as LoraRun
+from latentpipe.config.lora import Prior as Prior
+from latentpipe.config.lora import TrainLora as TrainLora
 from latentpipe.config.vae import Adversarial as Adversarial
 from latentpipe.config.vae import Crops as Crops
 from latentpipe.config.vae import Parts as Parts

@@ -1,0 +1,213 @@
+"""The adapters of a LatentPipeline: opened by name or file, checked against the base, proved to move something, mixed."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, finalize, ref
+
+import torch
+from torch import nn
+
+from latentpipe.denoise import denoise, size_unit
+from latentpipe.errors import Note, UserError
+from latentpipe.files import HASH_LENGTH
+from latentpipe.hosts import host_of
+from latentpipe.judge import judge
+from latentpipe.lora.files import base_of, read_lora
+from latentpipe.lora.layer import Lora
+from latentpipe.lora.mixer import Mixer, Weight
+from latentpipe.lora.places import find_lora, named_lora
+from latentpipe.lora.report import Report
+from latentpipe.lora.sites import DENOISERS, TEXT, leaves
+from latentpipe.probes import probe_images
+from latentpipe.sampling import Settings
+from latentpipe.vae import VAEStage
+from latentpipe.verdict import Verdict, measure
+
+PROBE = "a picture"
+_in_use: WeakKeyDictionary[nn.Module, ReferenceType[Loras]] = WeakKeyDictionary()  # networks that adapters are on, and whose
+
+
+class Loras:
+    """What is attached to one pipeline: its host's denoiser and text encoders, and the VAE of its stage.
+
+    hashes  content hash of each component's own weights, where they are known: an adapter that names others is refused
+    """
+
+    def __init__(self, host: Any, stage: Any, hashes: Mapping[str, str]) -> None:
+        self.host, self.stage, self.hashes = host, stage, hashes
+        self.mixer = Mixer(components(host, stage))
+        self._still: dict[str, torch.Tensor] | None = None
+        finalize(self, self.mixer.clear).atexit = False  # a pipeline that is dropped leaves its host as it was
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """Of the adapters that are on."""
+        return self.mixer.weights
+
+    def attach(
+        self, source: Lora | str | Path, weight: Weight, name: str | None = None, partial: bool = False, force: bool = False
+    ) -> Report:
+        """Open, check and switch on one more adapter; see `LatentPipeline.attach_lora`."""
+        lora = source if isinstance(source, Lora) else self.open(source)
+        lora = replace(lora, name=name or lora.name)
+        if lora.name in self.weights:
+            raise UserError(f"A LoRA '{lora.name}' is attached already; set_lora changes its weight, detach_lora takes it off.")
+        self._check_free()
+        checked = self._check_base(lora, force)
+        known = lora.name in self.mixer.loaded
+        report = self.mixer.load(lora, partial)
+        try:
+            lora = self.mixer.loaded[lora.name]
+            verdict = self._verdict(lora)
+            if verdict is not None and not verdict.fits and not force:
+                raise UserError(
+                    f"LoRA '{lora.name}' changes the VAE's encoder, so its latents are no longer those that this denoiser reads; "
+                    f"it was not attached (force attaches it).\n{verdict}"
+                )
+            moved = self._probe(lora)
+            self.set({**self.weights, lora.name: weight}, self.mixer.fused, self.mixer.method)
+        except BaseException:
+            if not known:
+                self.mixer.loaded.pop(lora.name, None)
+            raise
+        parts = {name: replace(part, moved=max(moved[probe] for probe in _probes(name))) for name, part in report.parts.items()}
+        if not any(moved.values()):
+            warnings.warn(f"LoRA '{lora.name}' changes nothing: a probe step, encode and decode are what they were without it", Note, 3)
+        return replace(report, parts=parts, base_checked=checked, verdict=verdict)
+
+    def set(self, weights: Mapping[str, Weight], fuse: bool = True, method: str = "sum") -> None:
+        """Switch on exactly these; names that are not open yet are opened among the installed ones."""
+        self._check_free()
+        opened = []
+        try:
+            for name in weights:
+                if name not in self.mixer.loaded:
+                    lora = replace(self.open(named_lora(name)), name=name)
+                    self._check_base(lora, force=False)
+                    self.mixer.load(lora)
+                    opened.append(name)
+            self.mixer.set(weights, fuse, method)
+        except BaseException:
+            for name in opened:
+                self.mixer.loaded.pop(name, None)
+            raise
+        for model in self.mixer.components.values():
+            if self.weights:
+                _in_use[model] = ref(self)
+            else:
+                _in_use.pop(model, None)
+
+    @contextmanager
+    def more(self, weights: Mapping[str, Weight]) -> Iterator[None]:
+        """These are on as well, inside; a name that is on already gets the new weight."""
+        self._check_free()
+        before = dict(self.weights)
+        if not weights:
+            yield
+            return
+        fused, method = self.mixer.fused, self.mixer.method
+        self.set({**before, **weights}, fused, method)
+        try:
+            yield
+        finally:
+            self.set(before, fused, method)
+
+    def open(self, source: str | Path) -> Lora:
+        """An adapter from a name or a file."""
+        paths = {name: list(leaves(model)) for name, model in self.mixer.components.items()}
+        return read_lora(find_lora(source), base=paths)
+
+    def _check_free(self) -> None:
+        """UserError where another pipeline that shares a network has adapters on it."""
+        for component, model in self.mixer.components.items():
+            entry = _in_use.get(model)
+            owner = entry() if entry else None
+            if owner is not None and owner is not self and owner.weights:
+                raise UserError(
+                    f"The {component} is shared with another pipeline that has LoRA on it ({', '.join(owner.weights)}); "
+                    "take them off there first (detach_lora)."
+                )
+
+    def _check_base(self, lora: Lora, force: bool) -> bool:
+        """Whether the file names its base, and this is it; UserError where it names another one."""
+        wanted = base_of(lora)
+        named = {component for component in lora.parts if component in wanted}
+        named |= {"vae"} if "vae" in wanted and any(component in DENOISERS for component in lora.parts) else set()
+        checked = False
+        for component in sorted(named & set(self.hashes)):
+            checked = True
+            if wanted[component] != self.hashes[component] and not force:
+                raise UserError(
+                    f"LoRA '{lora.name}' was trained with {component} {wanted[component][:HASH_LENGTH]}, this model's is "
+                    f"{self.hashes[component][:HASH_LENGTH]}; choose one that was trained for this model (force attaches it anyhow)."
+                )
+        return checked
+
+    def _verdict(self, lora: Lora) -> Verdict | None:
+        """Whether the VAE with the adapter still makes the host's latents; None where its encoder is left alone."""
+        if not any(path.startswith(("encoder.", "quant_conv")) for path in lora.parts.get("vae", {})):
+            return None
+        with self.mixer.lifted():
+            own = VAEStage(_vae_of(self.stage))
+            twin = copy.deepcopy(own.vae)
+            mixer = Mixer({"vae": twin})
+            mixer.load(Lora({"vae": lora.parts["vae"]}, lora.name))
+            mixer.set({lora.name: 1.0})
+            changed = VAEStage(twin)
+            return judge(own.space, changed.space, measure(own, changed))
+
+    def _probe(self, lora: Lora) -> dict[str, float]:
+        """How far the adapter alone, at weight 1, moves a denoising step, an encode and a decode: ||after - before|| / ||before||."""
+        wanted = {probe for component in lora.parts for probe in _probes(component)}
+        with self.mixer.lifted():
+            before = self._still = self._still or self._outputs({"step", "encode", "decode"})
+            twin = Mixer(self.mixer.components)
+            twin.loaded[lora.name] = lora
+            twin.set({lora.name: 1.0})
+            try:
+                after = self._outputs(wanted)
+            finally:
+                twin.clear()
+        return {
+            name: ((after[name] - before[name]).norm() / before[name].norm().clamp_min(1e-12)).item() if name in after else 0.0
+            for name in before
+        }
+
+    @torch.no_grad()
+    def _outputs(self, wanted: set[str]) -> dict[str, torch.Tensor]:
+        """A step from seeded noise at the smallest size, the latents of a picture, and a decode of seeded latents."""
+        found: dict[str, torch.Tensor] = {}
+        side = size_unit(self.host)
+        if "step" in wanted:
+            settings = Settings(steps=1, guidance=1.0, size=(side, side))
+            found["step"] = denoise(self.host, self.stage, [PROBE], [0], settings).float().cpu()
+        if "encode" in wanted:
+            found["encode"] = self.stage.encode(probe_images(1, side)).float().cpu()
+        if "decode" in wanted:
+            noise = torch.randn(self.stage.space.shape(1, side, side), generator=torch.Generator().manual_seed(0))
+            found["decode"] = self.stage.decode(noise.to(self.stage.device, self.stage.dtype)).float().cpu()
+        return found
+
+
+def components(host: Any, stage: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline that adapters go on, by name."""
+    denoiser = host_of(host).denoiser
+    found: dict[str, nn.Module] = {denoiser: getattr(host, denoiser)}
+    found |= {name: getattr(host, name) for name in TEXT if getattr(host, name, None) is not None}
+    vae = _vae_of(stage)
+    return found | ({"vae": vae} if isinstance(vae, nn.Module) else {})
+
+
+def _vae_of(stage: Any) -> Any:
+    return stage.vae if hasattr(stage, "vae") else stage.decoder.vae
+
+
+def _probes(component: str) -> tuple[str, ...]:
+    return ("encode", "decode") if component == "vae" else ("step",)

@@ -1,0 +1,185 @@
+"""Several adapters on one model: weights set, swapped and taken off; the base's own tensors are kept and put back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentpipe.errors import UserError
+from latentpipe.lora import report
+from latentpipe.lora.attach import attach, detach, wrappers
+from latentpipe.lora.delta import delta
+from latentpipe.lora.layer import Lora
+from latentpipe.lora.sites import leaves
+
+Weight = float | Mapping[str, float]
+LIMIT = 10.0  # beyond this every adapter gives noise
+
+
+class Mixer:
+    """The adapters of one model.
+
+    components  the networks by name ("unet", "text_encoder", "vae", ...); their weights change while adapters are on
+    loaded      adapters by name, whether they are on or not
+    weights     of those that are on
+
+    "fused" (the default): each weight becomes W + sum of w_i dW_i, so that drawing costs what it costs without adapters; the
+    base's tensors themselves are kept and put back. "unfused": the modules are wrapped in peft layers.
+    """
+
+    def __init__(self, components: Mapping[str, nn.Module]) -> None:
+        self.components = dict(components)
+        self.loaded: dict[str, Lora] = {}
+        self.weights: dict[str, Weight] = {}
+        self.fused = True
+        self.method = "sum"
+        self._active: list[tuple[Lora, Weight]] = []
+        self._kept: dict[tuple[str, str], torch.Tensor] = {}
+        self._leaves: dict[str, dict[str, Any]] = {name: leaves(model) for name, model in components.items()}
+
+    def load(self, lora: Lora, partial: bool = False) -> report.Report:
+        """Check an adapter against the model and keep it under its name; nothing is switched on yet.
+
+        UserError where it does not fit (in part: unless `partial`), or the name is taken by another one.
+        """
+        if lora.name in self.loaded and self.loaded[lora.name].hash != lora.hash:
+            raise UserError(f"Two LoRA files have the name '{lora.name}'; give one of them another name.")
+        for component, model in self.components.items():
+            if foreign(model):
+                raise UserError(f"{component} has adapters on it that are not ours; take them off first (unload_lora_weights).")
+        kept, left_out = report.fit(lora, self.components, partial)
+        with self.lifted():
+            parts = report.describe(kept, lora, self.components)
+        self.loaded[lora.name] = kept
+        return report.Report(lora.name, parts, left_out)
+
+    def forget(self, name: str) -> None:
+        """Switch an adapter off and drop it."""
+        if name in self.weights:
+            self.set({other: weight for other, weight in self.weights.items() if other != name}, self.fused, self.method)
+        self.loaded.pop(name, None)
+
+    def set(self, weights: Mapping[str, Weight], fuse: bool = True, method: str = "sum") -> None:
+        """Switch on exactly these adapters with these weights; the others go off. At an error everything stays as it was.
+
+        A weight is a number, or numbers by component and by blocks of it ("unet", "unet.down_blocks.0"; the longest name
+        that a layer's begins with counts, layers that no name covers are left alone).
+        method   "sum": the weighted sum of the changes, exactly; else one of `latentpipe.lora.merge.METHODS`
+        """
+        for name, weight in weights.items():
+            self._check(name, weight)
+        active: list[tuple[Lora, Weight]] = [(self.loaded[name], weight) for name, weight in weights.items()]
+        if method != "sum" and active:
+            from latentpipe.lora.merge import merge
+
+            active = [(merge([lora for lora, _ in active], [weight for _, weight in active], method), 1.0)]
+        self._switch(active, fuse)
+        self.weights, self.method = dict(weights), method
+
+    def clear(self) -> None:
+        """Switch every adapter off; the base is what it was, to the byte."""
+        self.set({})
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Every adapter is off inside."""
+        before = self._active
+        self._switch([], self.fused)
+        try:
+            yield
+        finally:
+            self._switch(before, self.fused)
+
+    def _check(self, name: str, weight: Weight) -> None:
+        """UserError for a name that is not loaded, and for a weight that is no sane number or names nothing."""
+        if name not in self.loaded:
+            raise UserError(f"No LoRA '{name}' is loaded; loaded: {', '.join(self.loaded) or 'none'}.")
+        for place, value in weight.items() if isinstance(weight, Mapping) else [("", weight)]:
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or abs(value) > LIMIT:
+                raise UserError(f"The weight of LoRA '{name}' is {value}; expected a number from {-LIMIT:g} to {LIMIT:g}.")
+            if place and not any(_covers(place, component, path) for component, path, _ in self.loaded[name].layers()):
+                raise UserError(
+                    f"LoRA '{name}' has no layer in '{place}'; it has layers in {', '.join(self.loaded[name].parts)}."
+                )
+
+    def _switch(self, active: list[tuple[Lora, Weight]], fuse: bool) -> None:
+        changed = self._fused(active) if fuse else {}
+        if not fuse:
+            _refuse_dora(active)
+        self._restore()
+        if fuse:
+            for (component, path), value in changed.items():
+                weight = self._leaves[component][path].weight
+                self._kept[component, path] = weight.data
+                weight.data = value
+        else:
+            for lora, amount in active:
+                for component, layers in lora.parts.items():
+                    attach(
+                        self.components[component], layers, lora.name, {path: factor(amount, component, path) for path in layers}
+                    )
+        self._active, self.fused = active, fuse
+
+    @torch.no_grad()
+    def _fused(self, active: list[tuple[Lora, Weight]]) -> dict[tuple[str, str], torch.Tensor]:
+        """The new weights by component and path; UserError where one is not finite."""
+        sums: dict[tuple[str, str], torch.Tensor] = {}
+        for lora, weight in active:
+            for component, path, layer in lora.layers():
+                scale = factor(weight, component, path)
+                if scale:
+                    base = self._base(component, path)
+                    change = delta(layer, base) * scale
+                    sums[component, path] = sums[component, path] + change if (component, path) in sums else change
+        found: dict[tuple[str, str], torch.Tensor] = {}
+        for place, change in sums.items():
+            base = self._base(*place)
+            found[place] = (base.float() + change).to(base.dtype)
+            if not torch.isfinite(found[place]).all():
+                raise UserError(
+                    f"With these weights {'.'.join(place)} is not finite in {str(base.dtype).removeprefix('torch.')}; lower them."
+                )
+        return found
+
+    def _base(self, component: str, path: str) -> torch.Tensor:
+        """The base's own weight, whatever is on it now."""
+        kept = self._kept.get((component, path))
+        return self._leaves[component][path].weight.data if kept is None else kept
+
+    def _restore(self) -> None:
+        for (component, path), value in self._kept.items():
+            weight = self._leaves[component][path].weight
+            weight.data = value.to(weight.device, weight.dtype)  # the very same tensor, unless the model was moved
+        self._kept = {}
+        for model in self.components.values():
+            detach(model)
+
+
+def factor(weight: Weight, component: str, path: str) -> float:
+    """The number that a weight gives to one layer; 0 where it names others only."""
+    if not isinstance(weight, Mapping):
+        return float(weight)
+    names = [place for place in weight if _covers(place, component, path)]
+    return float(weight[max(names, key=len)]) if names else 0.0
+
+
+def _covers(place: str, component: str, path: str) -> bool:
+    return f"{component}.{path}.".startswith(f"{place}.")
+
+
+def _refuse_dora(active: list[tuple[Lora, Weight]]) -> None:
+    """DoRA's change depends on the whole weight, which peft's layers scale otherwise: unfused it stands alone, at weight 1."""
+    with_dora = [(lora, weight) for lora, weight in active if any(layer.dora for _, _, layer in lora.layers())]
+    if with_dora and (len(active) > 1 or any(factor(w, c, p) != 1 for lora, w in with_dora for c, p, _ in lora.layers())):
+        raise UserError(f"The DoRA '{with_dora[0][0].name}' can be mixed or weighted only fused; leave fuse on.")
+
+
+def foreign(model: nn.Module) -> bool:
+    """Whether adapters are on a component that were not put there by us."""
+    ours = {id(wrapper) for _, wrapper in wrappers(model)}
+    return any(hasattr(module, "base_layer") and id(module) not in ours for module in model.modules())

@@ -1,0 +1,31 @@
+"""Where LoRA files live: the shipped ones and people's own, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from latentpipe.errors import UserError
+from latentpipe.weights import available
+
+
+def find_lora(name: str | Path) -> Path:
+    """The file that a name ('latentpipe ls lora') or a path means; UserError lists the names there are."""
+    if not str(name).strip():
+        raise UserError("The LoRA has an empty name; give a name ('latentpipe ls lora') or a file.")
+    known = available("lora")
+    if str(name) in known:
+        return known[str(name)]
+    if Path(name).exists():
+        return Path(name)
+    raise UserError(f"No LoRA '{name}': neither a file nor one of {', '.join(known) or 'none installed'}.")
+
+
+def named_lora(name: str) -> Path:
+    """The file of an installed name; a path is none (names in prompts and pictures never open files elsewhere)."""
+    known = available("lora")
+    if name not in known:
+        raise UserError(
+            f"No LoRA '{name}' is installed; there are: {', '.join(known) or 'none'}. "
+            "Put its file into $LATENTPIPE_HOME/lora, or give it by its path outside of the prompt."
+        )
+    return known[name]
