@@ -117,7 +117,7 @@ def lora_merge(
         dtype: What to store the weights as; left out: the widest of the files'.
     """
     from latentpipe.errors import UserError
-    from latentpipe.lora.files import base_of, card, read_lora, trigger_words
+    from latentpipe.lora.files import read_lora
     from latentpipe.lora.merge import merge
     from latentpipe.lora.places import find_lora
 
@@ -127,16 +127,21 @@ def lora_merge(
     lora = merge(loras, amounts, method, density=density, rank=rank, seed=seed, sign=sign)
     if not lora.parts:
         raise UserError("Every weight is 0, so the merged LoRA would change nothing; give at least one other weight.")
-    said = card(
+    _write(lora, out, to, dtype or _widest(loras), _merged_card(lora, loras, amounts))
+
+
+def _merged_card(lora: Lora, loras: list[Lora], weights: list[Any]) -> dict[str, str]:
+    from latentpipe.lora.files import base_of, card, trigger_words
+
+    return card(
         lora,
         title=lora.name,
         base_hashes=base_of(lora),
         trigger_words=trigger_words(lora),
         base_model=_agreed(loras, "ss_base_model_version"),
         architecture=_agreed(loras, "modelspec.architecture"),
-        loras=dict(zip((one.name for one in loras), amounts, strict=True)),
+        loras=dict(zip((one.name for one in loras), weights, strict=True)),
     )
-    _write(lora, out, to, dtype or _widest(loras), said)
 
 
 def lora_extract(

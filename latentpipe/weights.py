@@ -120,7 +120,9 @@ def save_vae(vae: Any, folder: Path, card: Mapping[str, Any], preview: Any = Non
 def refuse_wrapped(model: torch.nn.Module, what: str) -> None:
     """UserError where adapters are wrapped around a network: its weights would be written under names that nothing reads."""
     if any(hasattr(module, "base_layer") for module in model.modules()):
-        raise UserError(f"{what} has adapters attached and was not saved; take them off, or fuse them (set_lora with fuse), first.")
+        raise UserError(
+            f"{what} has adapters attached and was not saved; take them off, or fuse them (set_lora with fuse), first."
+        )
 
 
 def name_of(folder: Path, kind: str = "models") -> str:

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from latentpipe import cli
-from latentpipe.config import TrainDenoiser, TrainVAE, dump, load, parse
+from latentpipe.config import TrainDenoiser, TrainLora, TrainVAE, dump, load, parse
 from latentpipe.data.shapes import write
 from latentpipe.verbs import configs_folder
 
 CONFIGS = sorted(configs_folder().glob("*.yaml"))
-SCHEMAS = {"train-vae": TrainVAE, "train-denoiser": TrainDenoiser}
+SCHEMAS = {"train-vae": TrainVAE, "train-denoiser": TrainDenoiser, "train-lora": TrainLora}
 
 
 def verb_of(path: Path):
@@ -54,4 +54,16 @@ def test_launches(name, tmp_path, monkeypatch):
     denoiser = ["train-denoiser", f"{name}-denoiser", "--data.cache", "c.safetensors", "--data.vae", "v"]
     assert cli.main([*denoiser, "--run.out", "m", "--run.work", "wd", *run]) == 0
     assert cli.main(["generate", "red circle", "--model", "m", "--steps", "2", "--out", "o"]) == 0
+    assert list(Path("o").glob("red-circle-*.png"))
+
+
+@pytest.mark.parametrize("name", [path.stem for path in CONFIGS if verb_of(path) == "train-lora"])
+def test_the_loras_launch(name, tmp_path, monkeypatch, capsys):
+    """Two steps of each on the embedded model and pictures made by code; the result draws."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "pictures")
+    run = ["--optim.batch-size", "2", "--optim.steps", "2", "--optim.warmup-steps", "1", "--run.out", "l.safetensors", "--run.work", "w"]
+    assert cli.main(["train-lora", name, "--data.train", "pictures", *run]) == 0
+    assert cli.main(["generate", "red circle", "--lora", "l.safetensors=0.8", "--steps", "2", "--out", "o"]) == 0
+    assert "l: " in capsys.readouterr().err
     assert list(Path("o").glob("red-circle-*.png"))

@@ -28,8 +28,8 @@ class LoraData(Strict):
 class Prior(Strict):
     """Prior preservation: pictures that the model should go on drawing as before (DreamBooth, arXiv:2208.12242, section 3.3)."""
 
-    train: Path
-    """Folder of pictures with captions; they get no trigger words."""
+    train: Path | None = None
+    """Folder of pictures with captions, which get no trigger words; each step sees as many of them as of the others."""
     weight: float = Field(1.0, gt=0)
     """Weight of their term."""
 
@@ -75,6 +75,8 @@ class LoraRun(Run):
     """The LoRA to write, a .safetensors file."""
     warm_start: Path | None = None
     """Name or file of an earlier LoRA of the same sites and ranks that this run begins with."""
+    gradient_checkpointing: bool = False
+    """Compute activations of the denoiser and the decoder again in the backward pass: less memory, more time."""
 
 
 class TrainLora(Strict):
@@ -87,8 +89,7 @@ class TrainLora(Strict):
     """Name or folder of the model (Stable Diffusion 1, 2 or XL; any model where only the VAE's decoder is trained)."""
     adapter: AdapterShape = AdapterShape()
     loss: LoraLoss = LoraLoss()
-    prior: Prior | None = None
-    """Pictures that the model should go on drawing as before."""
+    prior: Prior = Prior()
     sample_prompts: tuple[str, ...] = ()
     """Prompts drawn on each sheet, each beside the base's picture; empty: the first eight captions."""
 

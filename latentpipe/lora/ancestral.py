@@ -15,7 +15,7 @@ import torch
 from latentpipe.errors import UserError
 from latentpipe.lora.names import Base
 
-_KEY = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
+_KEY = re.compile(r"(unet|text_encoder):(\d{1,6}):(up|down)")
 _BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)\.transformer_blocks\.(\d+)")
 _SD = [f"down_blocks.{b}.attentions.{n}" for b in range(3) for n in range(2)]
 _SD += [f"up_blocks.{b}.attentions.{n}" for b in range(1, 4) for n in range(3)] + ["mid_block.attentions.0"]
@@ -67,7 +67,8 @@ def rename(
 def _unet_paths(numbered: Mapping[int, Mapping[str, tuple[str, torch.Tensor]]], base: Base | None) -> list[str]:
     blocks = _blocks((base or {}).get("unet", ())) or SD_BLOCKS
     fifth = numbered.get(4, {})
-    forward = len(fifth) == 2 and fifth["lora_B"][1].shape[0] == 8 * fifth["lora_A"][1].shape[1]  # GEGLU: 4 times, twice
+    sizes = [tensor.shape for _, (_, tensor) in sorted(fifth.items()) if tensor.ndim == 2]
+    forward = len(sizes) == 2 and sizes[1][0] == 8 * sizes[0][1]  # GEGLU: 4 times as wide, twice
     inside = [f"attn1.{name}" for name in ATTENTION]
     inside += ["ff.net.0.proj"] * forward + [f"attn2.{name}" for name in ATTENTION]
     if len(numbered) != len(blocks) * len(inside):

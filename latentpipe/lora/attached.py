@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +79,9 @@ class Loras:
             raise
         parts = {name: replace(part, moved=max(moved[probe] for probe in _probes(name))) for name, part in report.parts.items()}
         if not any(moved.values()):
-            warnings.warn(f"LoRA '{lora.name}' changes nothing: a probe step, encode and decode are what they were without it", Note, 3)
+            warnings.warn(
+                f"LoRA '{lora.name}' changes nothing: a probe step, encode and decode are what they were without it", Note, 3
+            )
         return replace(report, parts=parts, base_checked=checked, verdict=verdict)
 
     def set(self, weights: Mapping[str, Weight], fuse: bool = True, method: str = "sum") -> None:
@@ -181,7 +183,7 @@ class Loras:
         }
 
     @torch.no_grad()
-    def _outputs(self, wanted: set[str]) -> dict[str, torch.Tensor]:
+    def _outputs(self, wanted: Collection[str]) -> dict[str, torch.Tensor]:
         """A step from seeded noise at the smallest size, the latents of a picture, and a decode of seeded latents."""
         found: dict[str, torch.Tensor] = {}
         side = size_unit(self.host)

@@ -85,7 +85,7 @@ def _stored(lora: Lora, key: str, default: Any) -> Any:
         return default
     try:
         return json.loads(lora.metadata[key])
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(_damaged(lora, key, "JSON")) from None
 
 

@@ -80,7 +80,7 @@ def read_configs(metadata: Mapping[str, str]) -> dict[str, Config]:
         return {}
     try:
         stored = json.loads(metadata[ADAPTER_KEY])
-    except ValueError:
+    except (ValueError, RecursionError):
         stored = None
     if not isinstance(stored, dict):
         raise UserError(f"its metadata's {ADAPTER_KEY} is no JSON object, so that alpha is unknown; export the LoRA again.")

@@ -170,7 +170,7 @@ def _grouped(
 def _exact(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     try:
         stored = json.loads(metadata.get(LAYERS, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         stored = None
     if not isinstance(stored, dict) or not all(isinstance(value, dict) for value in stored.values()):
         raise UserError(f"its metadata's {LAYERS} is no JSON object of layers; convert the LoRA again.")
@@ -262,7 +262,7 @@ def _say(lora: Lora, to: Layout, path: Path) -> None:
 
 
 def _whole_number(text: str | None) -> int | None:
-    return int(text) if text and text.isdigit() and 0 < int(text) < 10**6 else None
+    return (int(text) or None) if text and text.isdecimal() and len(text) < 7 else None
 
 
 def _save(tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: Path) -> None:
@@ -276,5 +276,6 @@ def _save(tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: Path
     header = {"__metadata__": dict(sorted(metadata.items()))} | json.loads(data[8:start])
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_file(path) as part:
-        part.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+    with atomic_file(path) as part, open(part, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(memoryview(data)[start:])

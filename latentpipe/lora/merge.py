@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from latentpipe.errors import UserError
-from latentpipe.lora.files import base_of, trigger_words
+from latentpipe.lora.file_card import BASE, WORDS, base_of, trigger_words
 from latentpipe.lora.layer import Layer, Lora
 
 SAME_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # they merge A and B apart
@@ -23,6 +23,7 @@ LIMIT = 10.0  # beyond this every adapter gives noise
 MERGED_KEY = "latentpipe.merged"  # in the metadata: what an adapter was merged from
 Weight = float | Mapping[str, float]
 Sign = Literal["total", "frequency"]
+Factors = tuple[torch.Tensor, torch.Tensor]  # A and B
 
 
 def merge(
@@ -68,16 +69,10 @@ def merge(
             place = f"{component}.{path}"
             own = int.from_bytes(hashlib.sha256(f"{seed}|{place}".encode()).digest()[:7], "big")
             parts.setdefault(component, {})[path] = _merged(place, held, method, density, rank, own, sign)
-    sources = [
-        {"name": lora.name, "hash": lora.hash, "weight": dict(weight) if isinstance(weight, Mapping) else weight}
-        for lora, weight in zip(loras, weights, strict=True)
-    ]
-    used = {"method": method, "sources": sources, **_options(method, density, rank, seed, sign)}
-    metadata = {MERGED_KEY: json.dumps(used)} | ({"latentpipe.base": json.dumps(base)} if base else {})
+    used = {"method": method, "sources": _sources(loras, weights), **_options(method, density, rank, seed, sign)}
+    metadata = {MERGED_KEY: json.dumps(used)} | ({BASE: json.dumps(base)} if base else {})
     words = list(dict.fromkeys(word for lora in loras for word in trigger_words(lora)))
-    if words:
-        metadata["latentpipe.trigger_words"] = json.dumps(words)
-    return Lora(parts, "+".join(lora.name for lora in loras), metadata)
+    return Lora(parts, "+".join(lora.name for lora in loras), metadata | ({WORDS: json.dumps(words)} if words else {}))
 
 
 def weight_at(weight: Weight, component: str, path: str) -> float:
@@ -90,6 +85,14 @@ def weight_at(weight: Weight, component: str, path: str) -> float:
 
 def _covers(name: str, component: str, path: str) -> bool:
     return f"{component}.{path}.".startswith(f"{name}.")
+
+
+def _sources(loras: Sequence[Lora], weights: Sequence[Weight]) -> list[dict[str, Any]]:
+    """Name, content hash and weight of each."""
+    return [
+        {"name": lora.name, "hash": lora.hash, "weight": dict(weight) if isinstance(weight, Mapping) else weight}
+        for lora, weight in zip(loras, weights, strict=True)
+    ]
 
 
 def _options(method: str, density: float, rank: int | None, seed: int, sign: str) -> dict[str, Any]:
@@ -189,14 +192,27 @@ def _merged(
         # peft takes "linear" for one adapter alone, whatever it was asked for; a second one of zeros changes no other method
         down, up = pairs[0]
         pairs, scales, factors = [*pairs, (down * 0, up * 0)], [*scales, 1.0], [*factors, 1.0]
-    most = min(rank or max(ranks), *pairs[0][1].shape[:1], *pairs[0][0].shape[1:])
+    pairs, back = _narrowed(pairs) if method == "svd" else (pairs, None)
+    most = min(rank or max(ranks), pairs[0][1].shape[0], pairs[0][0].shape[1])
     down, up = _by_peft(pairs, scales, factors, method, density, most, seed, sign)
+    if back is not None:
+        down, up = down @ back[0].T, back[1] @ up
     if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
         raise UserError(f"With these weights {place} is not finite; lower them.")
     own = down.shape[0]
     down = down.reshape(own, *shape)
     up = up[:, :, None, None] if square else up
     return Layer("lora", {"lora_A": down.contiguous(), "lora_B": up.contiguous()}, own, float(own))
+
+
+def _narrowed(pairs: list[Factors]) -> tuple[list[Factors], Factors]:
+    """The pairs in orthonormal bases of the spaces that they span together, and those bases (in R, out R).
+
+    The sum lies within these spaces, so its singular values are the same there, and the SVD is of R x R instead of out x in.
+    """
+    inside, _ = torch.linalg.qr(torch.cat([down for down, _ in pairs]).T)
+    outside, _ = torch.linalg.qr(torch.cat([up for _, up in pairs], 1))
+    return [(down @ inside, outside.T @ up) for down, up in pairs], (inside, outside)
 
 
 def _shape(place: str, held: list[tuple[str, Layer, float]]) -> tuple[tuple[int, ...], bool]:
@@ -218,7 +234,7 @@ def _words(shape: tuple[int, ...]) -> str:
 
 
 def _by_peft(
-    pairs: list[tuple[torch.Tensor, torch.Tensor]],
+    pairs: list[Factors],
     scales: list[float],
     factors: list[float],
     method: str,
@@ -226,7 +242,7 @@ def _by_peft(
     rank: int,
     seed: int,
     sign: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Factors:
     """A and B of the merged layer by ``LoraModel.add_weighted_adapter``, on a linear layer whose weight takes no memory."""
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
@@ -243,7 +259,6 @@ def _by_peft(
     }
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The density .* no pruning will be performed")
-        torch.manual_seed(seed)
         tuner: Any = LoraModel(carrier, configs, names[0])
         for name in names[1:]:
             tuner.inject_adapter(carrier, name)
@@ -251,7 +266,7 @@ def _by_peft(
         for name, (down, up), scale in zip(names, pairs, scales, strict=True):
             wrapper.lora_A[name].weight.data, wrapper.lora_B[name].weight.data = down, up
             wrapper.scaling[name] = scale
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # here, so that the masks do not depend on what peft drew for its own start
         tuner.add_weighted_adapter(
             names, factors, "merged", method, svd_rank=rank, svd_full_matrices=False, density=density, majority_sign_method=sign
         )

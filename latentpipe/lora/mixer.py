@@ -156,8 +156,10 @@ class Mixer:
             weight = self._leaves[component][path].weight
             weight.data = value.to(weight.device, weight.dtype)  # the very same tensor, unless the model was moved
         self._kept = {}
-        for model in self.components.values():
-            detach(model)
+        if not self.fused:
+            for lora, _ in self._active:
+                for component in lora.parts:
+                    detach(self.components[component], lora.name)
 
 
 def factor(weight: Weight, component: str, path: str) -> float:

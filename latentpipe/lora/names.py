@@ -156,7 +156,7 @@ class Names:
 
     def _parts(self, stem: str) -> tuple[str, str, bool]:
         """Component ("" where none is named), the rest, and whether that is dotted."""
-        if found := _KOHYA_STEM.fullmatch(stem):
+        if found := _KOHYA_STEM.fullmatch(stem.removesuffix("@old")):
             return KOHYA.get(found[1] or "", ""), found[2], False
         if stem.startswith("diffusion_model."):  # LDM's blocks with dots
             return "unet", flat(stem.removeprefix("diffusion_model.")), False
@@ -177,7 +177,7 @@ class Names:
         hits = {component: len(set(paths) & set(known)) for component, known in self.base.items()}
         if hits and max(hits.values()):
             return max(hits, key=lambda component: hits[component])
-        votes = Counter(_looks(name) for name in names)
+        votes = Counter(component for name in names if (component := _looks(name)))
         return votes.most_common(1)[0][0] if votes else "unet"
 
 
@@ -192,7 +192,7 @@ def _dotted(component: str, name: str) -> str:
 
 
 def _looks(path: str) -> str:
-    """The component that a path alone speaks for."""
+    """The component that a path alone speaks for, "" for none."""
     head, _, rest = path.partition(".")
     if head == "text_model" or path.startswith("encoder.layers.") or ".self_attn." in path:
         return "text_encoder"
@@ -202,4 +202,4 @@ def _looks(path: str) -> str:
         return "vae"
     if head in UNET_TOPS:
         return "unet"
-    return "transformer" if "transformer_blocks" in head else "unet"
+    return "transformer" if "transformer_blocks" in head else ""

@@ -27,4 +27,3 @@ def split_tags(prompt: str) -> tuple[str, dict[str, float]]:
             raise UserError(f"'{match[0]}' in the prompt: '{weight}' is no number; expected <lora:NAME:WEIGHT>.") from None
     text = _TAG.sub(" ", prompt)
     return (re.sub(r"\s+([,.;])", r"\1", " ".join(text.split())) if found else prompt), found
-

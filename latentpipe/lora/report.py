@@ -53,7 +53,11 @@ class Report:
     def __str__(self) -> str:
         lines = []
         for component, part in self.parts.items():
-            moved = "" if part.moved is None else f", moves one {'encode or decode' if component == 'vae' else 'step'} by {part.moved:.1%}"
+            moved = (
+                ""
+                if part.moved is None
+                else f", moves one {'encode or decode' if component == 'vae' else 'step'} by {part.moved:.1%}"
+            )
             lines.append(
                 f"{self.name}: {component} {part.matched} of {part.layers} layers, {'/'.join(part.kinds)} "
                 f"rank {_range(part.ranks)}, alpha {_range(part.alphas)}, "

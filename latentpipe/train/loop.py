@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -79,12 +79,13 @@ def fast_forward(run: Run, device: torch.device) -> Iterator[None]:
     """
     dtype = torch.float16 if run.precision == "fp16" else torch.bfloat16
     wanted = run.precision in ("bf16", "fp16") or (run.precision == "auto" and has_bf16_units())
-    with ExitStack() as stack:
-        if wanted:
-            stack.enter_context(torch.autocast(device.type, dtype))
-        if device.type == "cpu":
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    with attention(device), torch.autocast(device.type, dtype) if wanted else nullcontext():
         yield
+
+
+def attention(device: torch.device) -> AbstractContextManager[None]:
+    """Plain attention on a CPU; also around a backward pass, where checkpointing computes it again and must do the same."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def fit(
@@ -189,7 +190,8 @@ def _step(
         group["lr"] = learning_rate(optim, step) * 0.5**state.guard.detours
     # after a detour the same pictures come with other crops and other noise
     batches = losses_of(step, generator_for(run.seed, step + state.guard.detours * 2**32))
-    seen, further = _backward(batches, parts, state)
+    with attention(state.parameters[0].device):
+        seen, further = _backward(batches, parts, state)
     names = list(seen[0])
     values = torch.stack([torch.stack([losses[name].float() for name in names]) for losses in seen]).mean(0)
     figures = dict(zip(names, (values if team is None else team.mean(values)).tolist(), strict=True))

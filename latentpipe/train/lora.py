@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from latentpipe.config import TrainLora
+from latentpipe.data.folder import read_index
 from latentpipe.denoise import denoise, native_size, size_unit
 from latentpipe.errors import UserError
 from latentpipe.hosts import finish as finish_pictures
@@ -44,6 +45,9 @@ def train_lora(config: TrainLora) -> Path:
     plan = choose(config, host)
     earlier = None if config.run.warm_start is None else read_lora(find_lora(config.run.warm_start))
     size_px = _size(config, host, plan)
+    for source in (config.data.train, config.prior.train):
+        if source is not None:
+            read_index(source)  # refused now where it is no folder of pictures
     record = begin_file(config)
     pictures, prior = _pictures(config, host, folder, plan, size_px)
     host.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -78,6 +82,8 @@ class Training:
         self.device: torch.device = host.device
         self.stage = VAEStage(host.vae, tile=None)
         host.vae.train(plan.decodes)  # a training VAE is computed once, as it is
+        if config.run.gradient_checkpointing:
+            _check_points(host, plan)
         self.prompts: list[str] = list(config.sample_prompts)
         if plan.denoises:
             self.schedule = Schedule.of(host.scheduler)
@@ -91,7 +97,7 @@ class Training:
         terms: loop.Losses = {}
         if self.plan.denoises:
             terms[self.schedule.term] = self._denoising(latents, self.pictures, chosen, generator)
-        if self.prior is not None and self.config.prior is not None:
+        if self.prior is not None:
             kept = self._chosen(self.prior, step)
             again = self.prior.cache.sample(kept, generator)
             terms["prior"] = self.config.prior.weight * self._denoising(again, self.prior, kept, generator)
@@ -142,6 +148,15 @@ class Training:
         return weights.l1 * losses.l1(images, rebuilt) + weights.l2 * losses.l2(images, rebuilt)
 
 
+def _check_points(host: Any, plan: Plan) -> None:
+    """Switch on gradient checkpointing in the networks that gradients pass through."""
+    try:
+        for model in [host.unet] * plan.denoises + [host.vae] * plan.decodes:
+            model.enable_gradient_checkpointing()
+    except ValueError as error:
+        raise UserError(f"run.gradient_checkpointing: {error}") from None
+
+
 def _pictures(config: TrainLora, host: Any, folder: Path, plan: Plan, size_px: int) -> tuple[LoraPictures, LoraPictures | None]:
     """The training pictures, and the prior's where there is one."""
     held, vae, work = held_out(config.data.exclude), folder / "vae", config.run.work
@@ -156,7 +171,8 @@ def _pictures(config: TrainLora, host: Any, folder: Path, plan: Plan, size_px: i
         captioned=plan.denoises,
         pixels=plan.decodes,
     )
-    prior = None if config.prior is None else open_pictures(config.prior.train, vae, size_px, work, held_out=held)
+    again = config.prior.train
+    prior = None if again is None else open_pictures(again, vae, size_px, work, held_out=held)
     if plan.denoises:
         note_long_captions(host.tokenizer, pictures.captions)
     return pictures, prior

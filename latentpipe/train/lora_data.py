@@ -63,13 +63,18 @@ def open_pictures(
     held = [index for index, texts in enumerate(cache.captions) if any(plain(text) in held_out for text in texts)]
     rows = [index for index, texts in enumerate(cache.captions) if index not in set(held) and (texts or not captioned)]
     if held:
-        warnings.warn(Note(f"{folder}: {len(held)} of {len(cache.captions)} pictures left out, since their captions are held out"), stacklevel=3)
+        warnings.warn(
+            Note(f"{folder}: {len(held)} of {len(cache.captions)} pictures left out, since their captions are held out"),
+            stacklevel=3,
+        )
     if not rows:
         reason = "are held out" if len(held) == len(cache.captions) else "have no caption: add 'text' to the metadata"
         raise UserError(f"{folder}: none of its {len(cache.captions)} pictures can be trained on; they {reason}.")
     bare = len(cache.captions) - len(held) - len(rows)
     if bare:
-        warnings.warn(Note(f"{folder}: {bare} of {len(cache.captions)} pictures left out, since they have no caption"), stacklevel=3)
+        warnings.warn(
+            Note(f"{folder}: {bare} of {len(cache.captions)} pictures left out, since they have no caption"), stacklevel=3
+        )
     captions = [tuple(f"{trigger} {text}".strip() for text in texts) for texts in cache.captions]
     images = None
     if pixels:

@@ -65,7 +65,7 @@ def finish(config: TrainLora, folder: Path, plan: Plan, pictures: LoraPictures, 
         "loss": config.loss.model_dump(mode="json"),
         "frozen_base": dict(before),
     }
-    if config.prior is not None:
+    if config.prior.train is not None:
         training["prior"] = config.prior.model_dump(mode="json")
     words = (config.data.trigger,) if config.data.trigger else ()
     metadata = card(

@@ -73,7 +73,7 @@ def choose(config: TrainLora, host: Any) -> Plan:
         raise UserError(
             "loss.l1 and loss.l2 are both 0, and the VAE's decoder learns from nothing else; give one of them a weight."
         )
-    if config.prior is not None and not plan.denoises:
+    if config.prior.train is not None and not plan.denoises:
         raise UserError("prior keeps a denoiser's pictures, but adapter.sites reach the VAE alone; leave prior out.")
     _note_large_ranks(shape, plan)
     return plan

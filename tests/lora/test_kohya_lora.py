@@ -95,6 +95,17 @@ def test_the_base_tells_how_many_layers_a_block_has() -> None:
     assert Names([stem]).resolve(stem) == ("unet", "down_blocks.0.attentions.2.proj_in")
 
 
+@pytest.mark.parametrize("prefix", ["lora_unet", "lora_transformer", "lycoris"])
+def test_a_transformer_by_each_of_its_prefixes(prefix: str) -> None:
+    stems = [f"{prefix}_transformer_blocks_0_attn_to_q", f"{prefix}_proj_out", "lora_te1_text_model_encoder_layers_0_mlp_fc1"]
+    names = Names(stems)
+    assert [names.resolve(stem) for stem in stems] == [
+        ("transformer", "transformer_blocks.0.attn.to_q"),
+        ("transformer", "proj_out"),
+        ("text_encoder", "encoder.layers.0.mlp.fc1"),
+    ]
+
+
 @pytest.mark.parametrize("made", [linear(), conv(), conv(side=1)])
 def test_doras_magnitudes_change_their_shape_only(made: Layer, tmp_path: Path) -> None:
     lora = Lora({"unet": {"conv_in": dora(made)}})
@@ -315,7 +326,9 @@ def test_numbered_layers_are_those_of_sd15_or_of_the_base(tmp_path: Path) -> Non
     base = {"unet": list(linears(small))}
     save_file(numbered(4, 8), tmp_path / "c.safetensors")
     assert len(read_lora(tmp_path / "c.safetensors", base).parts["unet"]) == 4 * 2 * len(ATTENTION)
-    assert set(read_lora(tmp_path / "c.safetensors", base).parts["unet"]) <= set(base["unet"])
+    paths = list(read_lora(tmp_path / "c.safetensors", base).parts["unet"])
+    assert set(paths) <= set(base["unet"])
+    assert [path.split("_")[0] for path in paths[:: 2 * len(ATTENTION)]] == ["down", "up", "up", "mid"]
     with pytest.raises(UserError, match="which layer is which cannot be known"):
         read_lora(tmp_path / "c.safetensors")
     with pytest.raises(UserError, match="which layer is which cannot be known"):

@@ -1,0 +1,275 @@
+"""What the shipped LoRA adapters do, on emoji that their training never saw.
+
+python benchmarks/lora.py styles     each style: nearer to that hand's drawing than the base? content kept? two controls
+python benchmarks/lora.py ranks      the flat style at rank 2, 4, 8, 16
+python benchmarks/lora.py merges     ways of putting one, two and three adapters together
+python benchmarks/lora.py speed      drawing without, with fused and with unfused adapters; attaching
+
+Needs data/styles (benchmarks/styles.py). Results go to benchmarks/lora/*.json and, as tables, to the screen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latentpipe import LatentPipeline
+from latentpipe.evaluate.bootstrap import interval
+from latentpipe.evaluate.prompts import wilson
+from latentpipe.images import flatten
+from latentpipe.lora.merge import METHODS
+from latentpipe.sampling import Settings
+
+STYLES = Path("data/styles")
+OUT = Path("benchmarks/lora")
+OWN = "resized"  # the base's own hand
+GLYPH = 48
+BATCH = 16
+
+
+def glyph(picture: Image.Image) -> np.ndarray:
+    """What is not white, fitted to a box of 48 x 48: float32, so that size and place in the frame do not count."""
+    array = np.asarray(flatten(picture))
+    rows, columns = np.nonzero(array.min(2) < 245)
+    if len(rows) == 0:
+        return np.full((GLYPH, GLYPH, 3), 255, np.float32)
+    box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+    return np.asarray(Image.fromarray(array).crop(box).resize((GLYPH, GLYPH), Image.Resampling.LANCZOS), np.float32)
+
+
+@cache
+def drawings(style: str) -> dict[str, np.ndarray]:
+    """Every drawing of a style by its key, as glyphs."""
+    return {path.stem: glyph(Image.open(path)) for path in sorted(STYLES.glob(f"{style}/*/*.png"))}
+
+
+@cache
+def captions(style: str, part: str) -> dict[str, str]:
+    """Key to first caption of a part of a style, in a fixed order that means nothing (sha256 of the key)."""
+    found: dict[str, str] = {}
+    for line in (STYLES / style / part / "metadata.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        found.setdefault(Path(row["file_name"]).stem, row["text"])
+    return dict(sorted(found.items(), key=lambda item: hashlib.sha256(item[0].encode()).hexdigest()))
+
+
+def distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Mean absolute difference in grey levels over the last three axes."""
+    return np.abs(one - other).mean((-3, -2, -1))
+
+
+def draw(pipe: LatentPipeline, prompts: Sequence[str]) -> list[Image.Image]:
+    """One picture for each prompt, seed = its place in the list."""
+    found: list[Image.Image] = []
+    for first in range(0, len(prompts), BATCH):
+        part = list(prompts[first : first + BATCH])
+        found += pipe.draw(part, range(first, first + len(part)), Settings(size=pipe.native_size))
+    return found
+
+
+def content(style: str, keys: Sequence[str], glyphs: np.ndarray) -> dict[str, float]:
+    """Top-1 and top-5 of the nearest drawings (root mean square) in that hand's whole bank, Wilson intervals."""
+    names = list(drawings(style))
+    bank = np.stack([drawings(style)[name] for name in names]).reshape(len(names), -1)
+    flat = glyphs.reshape(len(glyphs), -1)
+    near = np.argsort(np.square(bank).sum(1)[None] - 2 * flat @ bank.T, axis=1, kind="stable")[:, :5]
+    hits = np.array([[names[index] == key for index in row] for key, row in zip(keys, near, strict=True)])
+    one, five, n = int(hits[:, 0].sum()), int(hits.any(1).sum()), len(keys)
+    return {"n": n, "top1": one / n, "top1_ci": wilson(one, n), "top5": five / n, "top5_ci": wilson(five, n)}
+
+
+def nearness(style: str, keys: Sequence[str], base: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
+    """How often a picture is nearer to that hand's drawing of that emoji than the base's picture is, and by how much."""
+    truth = np.stack([drawings(style)[key] for key in keys])
+    before, after = distance(base, truth), distance(drawn, truth)
+    nearer = int((after < before).sum())
+    gain = before - after
+    low, high = interval(gain)
+    return {"nearer": nearer / len(keys), "ci": wilson(nearer, len(keys)), "gain": float(gain.mean()), "gain_ci": (low, high)}
+
+
+def colour_match(style: str, base: np.ndarray) -> np.ndarray:
+    """Control: the base's glyphs with each channel's mean and deviation over ink set to those of the style's training glyphs."""
+    train = set(captions(style, "train"))
+    target = np.stack([value for key, value in drawings(style).items() if key in train])
+    matched = base.copy()
+    for channel in range(3):
+        have, want = (stack[..., channel][stack.min(-1) < 245] for stack in (base, target))
+        ink = base.min(-1) < 245
+        matched[..., channel][ink] = (base[..., channel][ink] - have.mean()) / have.std() * want.std() + want.mean()
+    return matched.clip(0, 255)
+
+
+class Bench:
+    """One model, and its pictures without adapters, which every comparison shares."""
+
+    def __init__(self) -> None:
+        self.pipe = LatentPipeline.from_pretrained("emoji")
+        self._base: dict[tuple[str, ...], np.ndarray] = {}
+
+    def glyphs(self, prompts: Sequence[str], loras: Mapping[str, Any], method: str = "sum") -> tuple[np.ndarray, list[Image.Image]]:
+        """The pictures with these adapters on, as glyphs and as pictures."""
+        self.pipe.set_lora(loras, method=method)
+        pictures = draw(self.pipe, prompts)
+        self.pipe.detach_lora()
+        return np.stack([glyph(picture) for picture in pictures]), pictures
+
+    def base(self, prompts: Sequence[str]) -> np.ndarray:
+        """Without adapters."""
+        return self._base.setdefault(tuple(prompts), self.glyphs(prompts, {})[0]) if tuple(prompts) not in self._base else self._base[tuple(prompts)]
+
+    def load(self, path: Path) -> str:
+        """Attach a file once, so that `set_lora` knows its name."""
+        report = self.pipe.attach_lora(path, name=path.stem)
+        self.pipe.set_lora({})
+        return report.name
+
+    def style(self, style: str, part: str, loras: Mapping[str, Any]) -> dict[str, Any]:
+        """Nearness and content of adapters on a part of a style; the colour match beside it."""
+        found = captions(style, part)
+        keys, prompts = list(found), list(found.values())
+        base, (drawn, _) = self.base(prompts), self.glyphs(prompts, loras)
+        return {
+            **nearness(style, keys, base, drawn),
+            "colour_match": nearness(style, keys, base, colour_match(style, base)),
+            "content": content(style, keys, drawn),
+            "base_content": content(OWN, keys, base),
+        }
+
+
+def styles(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Each adapter on its own style, and the control adapter (trained on resized Noto) on every style."""
+    bench, result = Bench(), {}
+    control = bench.load(folder / f"{OWN}.safetensors") if (folder / f"{OWN}.safetensors").is_file() else None
+    for name in names:
+        bench.load(folder / f"{name}.safetensors")
+        for part in ("held_out", "unseen"):
+            if not (STYLES / name / part).is_dir():
+                continue
+            row = bench.style(name, part, {name: 1.0})
+            if control:
+                row["control"] = bench.style(name, part, {control: 1.0})["nearer"]
+            result[f"{name} {part}"] = row
+            print(line(f"{name} {part}", row), flush=True)
+    return result
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """A row of the table."""
+    content_, base = row["content"], row["base_content"]
+    return (
+        f"{name:20} n {content_['n']:4}  nearer {row['nearer']:.1%} ({row['ci'][0]:.1%} to {row['ci'][1]:.1%})  "
+        f"controls: noto {row.get('control', float('nan')):.1%}, colours {row['colour_match']['nearer']:.1%}  "
+        f"top-1/5 {content_['top1']:.1%}/{content_['top5']:.1%}  base in its own bank {base['top1']:.1%}/{base['top5']:.1%}"
+    )
+
+
+def merges(folder: Path, names: Sequence[str], part: str = "unseen", most: int = 100) -> dict[str, Any]:
+    """Methods x number of adapters: content in the nearest bank, and how often nearer to each hand than the base is."""
+    bench, result = Bench(), {}
+    for name in names:
+        bench.load(folder / f"{name}.safetensors")
+    found = dict(list(captions(names[0], part).items())[:most])
+    keys, prompts = list(found), list(found.values())
+    base = bench.base(prompts)
+    sets = [names[:1], names[:2], names[:3]]
+    for chosen in sets:
+        for method in ("sum", *METHODS) if len(chosen) > 1 else ("sum", "svd", "ties_svd", "dare_linear_svd", "magnitude_prune_svd"):
+            weights = dict.fromkeys(chosen, 1.0 if len(chosen) == 1 else 1.2 / len(chosen))
+            drawn, _ = bench.glyphs(prompts, weights, method)
+            near = [nearness(name, keys, base, drawn) for name in chosen]
+            banks = np.max([hits(name, keys, drawn) for name in [*chosen, OWN]], axis=0)
+            count = int(banks.sum())
+            shares = [row["nearer"] for row in near]
+            total = round(sum(shares) * len(keys))
+            result[f"{len(chosen)} {method}"] = {
+                "adapters": list(chosen),
+                "weight": weights[chosen[0]],
+                "n": len(keys),
+                "nearer": float(np.mean(shares)),
+                "nearer_ci": wilson(total, len(keys) * len(chosen)),
+                "gain": float(np.mean([row["gain"] for row in near])),
+                "top5": count / len(keys),
+                "top5_ci": wilson(count, len(keys)),
+            }
+            row = result[f"{len(chosen)} {method}"]
+            print(f"{len(chosen)} {method:22} nearer {row['nearer']:.1%}  gain {row['gain']:.2f}  top-5 {row['top5']:.1%}", flush=True)
+    return result
+
+
+def hits(style: str, keys: Sequence[str], glyphs: np.ndarray) -> np.ndarray:
+    """Whether the emoji is among the five nearest drawings of a hand."""
+    names = list(drawings(style))
+    bank = np.stack([drawings(style)[name] for name in names]).reshape(len(names), -1)
+    flat = glyphs.reshape(len(glyphs), -1)
+    near = np.argsort(np.square(bank).sum(1)[None] - 2 * flat @ bank.T, axis=1, kind="stable")[:, :5]
+    return np.array([key in [names[index] for index in row] for key, row in zip(keys, near, strict=True)])
+
+
+def speed(path: Path, rounds: int = 12) -> dict[str, float]:
+    """Seconds for one picture (defaults), in turns: base, fused, unfused; and for attaching and taking off."""
+    pipe = LatentPipeline.from_pretrained("emoji")
+    pipe("red apple", seed=0)
+    pipe.attach_lora(path, name="x")
+    pipe.detach_lora()
+    times: dict[str, list[float]] = {"base": [], "fused": [], "unfused": [], "attach": [], "switch": []}
+    for seed in range(rounds):
+        times["base"].append(timed(lambda: pipe("red apple", seed=seed)))
+        times["attach"].append(timed(lambda: pipe.attach_lora(path, name="x")))
+        times["fused"].append(timed(lambda: pipe("red apple", seed=seed)))
+        times["switch"].append(timed(lambda: pipe.set_lora({"x": 0.5})))
+        pipe.set_lora({"x": 1.0}, fuse=False)
+        times["unfused"].append(timed(lambda: pipe("red apple", seed=seed)))
+        pipe.detach_lora()
+    middle = {name: float(np.median(values)) for name, values in times.items()}
+    ratios = {f"{name} / base": float(np.median(np.array(times[name]) / np.array(times["base"]))) for name in ("fused", "unfused")}
+    return middle | ratios
+
+
+def timed(call: Any) -> float:
+    """Seconds of a call."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    """Run what the first argument names; the second is the folder of the adapters."""
+    if len(sys.argv) < 2 or sys.argv[1] not in ("styles", "ranks", "merges", "speed"):
+        sys.exit(__doc__)
+    what, folder = sys.argv[1], Path(sys.argv[2] if len(sys.argv) > 2 else "weights/lora")
+    OUT.mkdir(exist_ok=True)
+    if what == "styles":
+        result: Any = styles(folder, sys.argv[3:] or ["flat", "solid", "pencil"])
+    elif what == "ranks":
+        result = {path.stem: ranked(path) for path in sorted(folder.glob("flat-r*.safetensors"))}
+    elif what == "merges":
+        result = merges(folder, sys.argv[3:] or ["flat", "solid", "pencil"])
+    else:
+        result = speed(folder / "flat.safetensors")
+        print(result)
+    (OUT / f"{what}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def ranked(path: Path) -> dict[str, Any]:
+    """The flat style by an adapter of another rank."""
+    bench = Bench()
+    name = bench.load(path)
+    part = next(iter(bench.pipe.loras.mixer.loaded[name].parts.values()))
+    row = bench.style("flat", "held_out", {name: 1.0})
+    row |= {"parameters": sum(layer.parameters for layer in part.values()), "mb": path.stat().st_size / 1e6}
+    print(line(path.stem, row), f"{row['parameters']:,} parameters, {row['mb']:.2f} MB", flush=True)
+    return row
+
+
+if __name__ == "__main__":
+    main()
