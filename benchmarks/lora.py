@@ -3,6 +3,8 @@
 python benchmarks/lora.py styles     each style: nearer to that hand's drawing than the base? content kept? two controls
 python benchmarks/lora.py ranks      the flat style at rank 2, 4, 8, 16
 python benchmarks/lora.py merges     ways of putting one, two and three adapters together
+python benchmarks/lora.py sheet      one picture of them all
+python benchmarks/lora.py sharp      the adapter on the VAE's decoder: PSNR on the emoji set's validation share
 python benchmarks/lora.py speed      drawing without, with fused and with unfused adapters; attaching
 
 Needs data/styles (benchmarks/styles.py). Results go to benchmarks/lora/*.json and, as tables, to the screen.
@@ -116,16 +118,20 @@ class Bench:
         self.pipe = LatentPipeline.from_pretrained("emoji")
         self._base: dict[tuple[str, ...], np.ndarray] = {}
 
-    def glyphs(self, prompts: Sequence[str], loras: Mapping[str, Any], method: str = "sum") -> tuple[np.ndarray, list[Image.Image]]:
+    def glyphs(
+        self, prompts: Sequence[str], loras: Mapping[str, Any], method: str = "sum"
+    ) -> tuple[np.ndarray, list[Image.Image]]:
         """The pictures with these adapters on, as glyphs and as pictures."""
         self.pipe.set_lora(loras, method=method)
         pictures = draw(self.pipe, prompts)
-        self.pipe.detach_lora()
+        self.pipe.set_lora({})
         return np.stack([glyph(picture) for picture in pictures]), pictures
 
     def base(self, prompts: Sequence[str]) -> np.ndarray:
         """Without adapters."""
-        return self._base.setdefault(tuple(prompts), self.glyphs(prompts, {})[0]) if tuple(prompts) not in self._base else self._base[tuple(prompts)]
+        if tuple(prompts) not in self._base:
+            self._base[tuple(prompts)] = self.glyphs(prompts, {})[0]
+        return self._base[tuple(prompts)]
 
     def load(self, path: Path) -> str:
         """Attach a file once, so that `set_lora` knows its name."""
@@ -183,7 +189,9 @@ def merges(folder: Path, names: Sequence[str], part: str = "unseen", most: int =
     base = bench.base(prompts)
     sets = [names[:1], names[:2], names[:3]]
     for chosen in sets:
-        for method in ("sum", *METHODS) if len(chosen) > 1 else ("sum", "svd", "ties_svd", "dare_linear_svd", "magnitude_prune_svd"):
+        for method in (
+            ("sum", *METHODS) if len(chosen) > 1 else ("sum", "svd", "ties_svd", "dare_linear_svd", "magnitude_prune_svd")
+        ):
             weights = dict.fromkeys(chosen, 1.0 if len(chosen) == 1 else 1.2 / len(chosen))
             drawn, _ = bench.glyphs(prompts, weights, method)
             near = [nearness(name, keys, base, drawn) for name in chosen]
@@ -202,7 +210,10 @@ def merges(folder: Path, names: Sequence[str], part: str = "unseen", most: int =
                 "top5_ci": wilson(count, len(keys)),
             }
             row = result[f"{len(chosen)} {method}"]
-            print(f"{len(chosen)} {method:22} nearer {row['nearer']:.1%}  gain {row['gain']:.2f}  top-5 {row['top5']:.1%}", flush=True)
+            print(
+                f"{len(chosen)} {method:22} nearer {row['nearer']:.1%}  gain {row['gain']:.2f}  top-5 {row['top5']:.1%}",
+                flush=True,
+            )
     return result
 
 
@@ -222,17 +233,70 @@ def speed(path: Path, rounds: int = 12) -> dict[str, float]:
     pipe.attach_lora(path, name="x")
     pipe.detach_lora()
     times: dict[str, list[float]] = {"base": [], "fused": [], "unfused": [], "attach": [], "switch": []}
-    for seed in range(rounds):
-        times["base"].append(timed(lambda: pipe("red apple", seed=seed)))
+
+    def picture() -> None:
+        pipe("red apple", seed=0)
+
+    for _ in range(rounds):
+        times["base"].append(timed(picture))
         times["attach"].append(timed(lambda: pipe.attach_lora(path, name="x")))
-        times["fused"].append(timed(lambda: pipe("red apple", seed=seed)))
+        times["fused"].append(timed(picture))
         times["switch"].append(timed(lambda: pipe.set_lora({"x": 0.5})))
         pipe.set_lora({"x": 1.0}, fuse=False)
-        times["unfused"].append(timed(lambda: pipe("red apple", seed=seed)))
+        times["unfused"].append(timed(picture))
         pipe.detach_lora()
     middle = {name: float(np.median(values)) for name, values in times.items()}
-    ratios = {f"{name} / base": float(np.median(np.array(times[name]) / np.array(times["base"]))) for name in ("fused", "unfused")}
+    ratios = {
+        f"{name} / base": float(np.median(np.array(times[name]) / np.array(times["base"]))) for name in ("fused", "unfused")
+    }
     return middle | ratios
+
+
+def sheet_of(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Rows: base, each adapter, and two of them together; columns: the first four prompts of either unseen list."""
+    from latentpipe.images import sheet
+
+    pipe = LatentPipeline.from_pretrained("emoji")
+    prompts = [text for part in ("held_out", "unseen") for text in list(captions("flat", part).values())[:5]]
+    rows: dict[str, dict[str, float]] = (
+        {"base": {}} | {name: {name: 1.0} for name in names} | {"flat 0.6 + pencil 0.6": {"flat": 0.6, "pencil": 0.6}}
+    )
+    for name in names:
+        pipe.attach_lora(folder / f"{name}.safetensors", name=name)
+    pictures, labels = [], []
+    for row, weights in rows.items():
+        pipe.set_lora(weights)
+        pictures += [picture.resize((128, 128), Image.Resampling.LANCZOS) for picture in draw(pipe, prompts)]
+        labels += [f"{row}: {prompt}" for prompt in prompts]
+    sheet(pictures, len(prompts), labels).save(folder / "samples.png")
+    return {row: ", ".join(weights) for row, weights in rows.items()}
+
+
+def sharp(path: Path) -> dict[str, Any]:
+    """PSNR in dB of the mode on the validation emoji at 64 px (uint8), with and without the decoder's adapter, paired."""
+    import torch
+
+    from latentpipe.data.folder import read_pictures
+    from latentpipe.images import bytes_to_images, psnr, to_bytes
+
+    pipe = LatentPipeline.from_pretrained("emoji")
+    pixels = torch.from_numpy(read_pictures(Path("data/emoji/validation"), 64).pixels).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def measured() -> np.ndarray:
+        rebuilt = [pipe.stage.decode(pipe.stage.encode(bytes_to_images(part))) for part in pixels.split(50)]
+        return psnr(to_bytes(torch.cat(rebuilt)), to_bytes(bytes_to_images(pixels))).numpy()
+
+    before = measured()
+    report = pipe.attach_lora(path)
+    after = measured()
+    found = {"n": len(before), "base": float(before.mean()), "with": float(after.mean()), "gain": float((after - before).mean())}
+    print(report, found | {"gain_ci": interval(after - before)})
+    return found | {
+        "gain_ci": interval(after - before),
+        "parameters": report.parts["vae"].parameters,
+        "mb": path.stat().st_size / 1e6,
+    }
 
 
 def timed(call: Any) -> float:
@@ -244,7 +308,7 @@ def timed(call: Any) -> float:
 
 def main() -> None:
     """Run what the first argument names; the second is the folder of the adapters."""
-    if len(sys.argv) < 2 or sys.argv[1] not in ("styles", "ranks", "merges", "speed"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("styles", "ranks", "merges", "sheet", "sharp", "speed"):
         sys.exit(__doc__)
     what, folder = sys.argv[1], Path(sys.argv[2] if len(sys.argv) > 2 else "weights/lora")
     OUT.mkdir(exist_ok=True)
@@ -254,6 +318,10 @@ def main() -> None:
         result = {path.stem: ranked(path) for path in sorted(folder.glob("flat-r*.safetensors"))}
     elif what == "merges":
         result = merges(folder, sys.argv[3:] or ["flat", "solid", "pencil"])
+    elif what == "sheet":
+        result = sheet_of(folder, sys.argv[3:] or ["flat", "solid", "pencil"])
+    elif what == "sharp":
+        result = sharp(folder / "sharp.safetensors")
     else:
         result = speed(folder / "flat.safetensors")
         print(result)

@@ -23,7 +23,7 @@ from latentpipe.hosts import finish, host_of, takes
 from latentpipe.images import flatten, to_pixels
 from latentpipe.lora.attached import Loras
 from latentpipe.lora.layer import Lora
-from latentpipe.lora.mixer import Weight
+from latentpipe.lora.merge import Weight
 from latentpipe.lora.prompt import split_tags
 from latentpipe.lora.report import Report
 from latentpipe.models import check_reference, hashes, load_pipeline

@@ -62,7 +62,18 @@ def test_the_loras_launch(name, tmp_path, monkeypatch, capsys):
     """Two steps of each on the embedded model and pictures made by code; the result draws."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "pictures")
-    run = ["--optim.batch-size", "2", "--optim.steps", "2", "--optim.warmup-steps", "1", "--run.out", "l.safetensors", "--run.work", "w"]
+    run = [
+        "--optim.batch-size",
+        "2",
+        "--optim.steps",
+        "2",
+        "--optim.warmup-steps",
+        "1",
+        "--run.out",
+        "l.safetensors",
+        "--run.work",
+        "w",
+    ]
     assert cli.main(["train-lora", name, "--data.train", "pictures", *run]) == 0
     assert cli.main(["generate", "red circle", "--lora", "l.safetensors=0.8", "--steps", "2", "--out", "o"]) == 0
     assert "l: " in capsys.readouterr().err

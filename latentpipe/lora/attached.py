@@ -21,7 +21,8 @@ from latentpipe.hosts import host_of
 from latentpipe.judge import judge
 from latentpipe.lora.files import base_of, read_lora
 from latentpipe.lora.layer import Lora
-from latentpipe.lora.mixer import Mixer, Weight
+from latentpipe.lora.merge import Weight
+from latentpipe.lora.mixer import Mixer
 from latentpipe.lora.places import find_lora, named_lora
 from latentpipe.lora.report import Report
 from latentpipe.lora.sites import DENOISERS, TEXT, leaves

@@ -79,11 +79,11 @@ def weight_at(weight: Weight, component: str, path: str) -> float:
     """The number that a weight gives to one layer; 0 where it names others only."""
     if not isinstance(weight, Mapping):
         return float(weight)
-    names = [name for name in weight if _covers(name, component, path)]
+    names = [name for name in weight if covers(name, component, path)]
     return float(weight[max(names, key=len)]) if names else 0.0
 
 
-def _covers(name: str, component: str, path: str) -> bool:
+def covers(name: str, component: str, path: str) -> bool:
     return f"{component}.{path}.".startswith(f"{name}.")
 
 
@@ -131,7 +131,7 @@ def _check(loras: Sequence[Lora], weights: Sequence[Weight], method: str, densit
         raise UserError(f"The sign is elected by '{sign}'; expected total or frequency.")
     for lora, weight in zip(loras, weights, strict=True):
         for name, value in weight.items() if isinstance(weight, Mapping) else [("", weight)]:
-            if name and not any(_covers(name, component, path) for component, path, _ in lora.layers()):
+            if name and not any(covers(name, component, path) for component, path, _ in lora.layers()):
                 raise UserError(f"LoRA '{lora.name}' has no layer in '{name}'; it has some in {', '.join(lora.parts)}.")
             if not math.isfinite(value) or abs(value) > LIMIT:
                 raise UserError(f"The weight of LoRA '{lora.name}' is {value}; expected a number from {-LIMIT:g} to {LIMIT:g}.")

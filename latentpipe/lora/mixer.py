@@ -15,10 +15,10 @@ from latentpipe.lora import report
 from latentpipe.lora.attach import attach, detach, wrappers
 from latentpipe.lora.delta import delta
 from latentpipe.lora.layer import Lora
+from latentpipe.lora.merge import LIMIT, Weight, covers, merge, weight_at
 from latentpipe.lora.sites import leaves
 
-Weight = float | Mapping[str, float]
-LIMIT = 10.0  # beyond this every adapter gives noise
+MOST_CHANGE = 10.0  # ||dW|| / ||W|| at weight 1; adapters in use are below 1
 
 
 class Mixer:
@@ -55,6 +55,12 @@ class Mixer:
         kept, left_out = report.fit(lora, self.components, partial)
         with self.lifted():
             parts = report.describe(kept, lora, self.components)
+        for component, part in parts.items():
+            if not part.change <= MOST_CHANGE:  # also where it is not a number
+                raise UserError(
+                    f"LoRA '{lora.name}' would change the weights of the {component} by {part.change:.0%} of their size; more than "
+                    f"{MOST_CHANGE:.0%} is no adapter but damage. Fetch it again, or look at its alpha ('latentpipe lora inspect')."
+                )
         self.loaded[lora.name] = kept
         return report.Report(lora.name, parts, left_out)
 
@@ -75,8 +81,6 @@ class Mixer:
             self._check(name, weight)
         active: list[tuple[Lora, Weight]] = [(self.loaded[name], weight) for name, weight in weights.items()]
         if method != "sum" and active:
-            from latentpipe.lora.merge import merge
-
             active = [(merge([lora for lora, _ in active], [weight for _, weight in active], method), 1.0)]
         self._switch(active, fuse)
         self.weights, self.method = dict(weights), method
@@ -102,7 +106,7 @@ class Mixer:
         for place, value in weight.items() if isinstance(weight, Mapping) else [("", weight)]:
             if not isinstance(value, (int, float)) or not math.isfinite(value) or abs(value) > LIMIT:
                 raise UserError(f"The weight of LoRA '{name}' is {value}; expected a number from {-LIMIT:g} to {LIMIT:g}.")
-            if place and not any(_covers(place, component, path) for component, path, _ in self.loaded[name].layers()):
+            if place and not any(covers(place, component, path) for component, path, _ in self.loaded[name].layers()):
                 raise UserError(
                     f"LoRA '{name}' has no layer in '{place}'; it has layers in {', '.join(self.loaded[name].parts)}."
                 )
@@ -121,7 +125,10 @@ class Mixer:
             for lora, amount in active:
                 for component, layers in lora.parts.items():
                     attach(
-                        self.components[component], layers, lora.name, {path: factor(amount, component, path) for path in layers}
+                        self.components[component],
+                        layers,
+                        lora.name,
+                        {path: weight_at(amount, component, path) for path in layers},
                     )
         self._active, self.fused = active, fuse
 
@@ -131,7 +138,7 @@ class Mixer:
         sums: dict[tuple[str, str], torch.Tensor] = {}
         for lora, weight in active:
             for component, path, layer in lora.layers():
-                scale = factor(weight, component, path)
+                scale = weight_at(weight, component, path)
                 if scale:
                     base = self._base(component, path)
                     change = delta(layer, base) * scale
@@ -162,22 +169,10 @@ class Mixer:
                     detach(self.components[component], lora.name)
 
 
-def factor(weight: Weight, component: str, path: str) -> float:
-    """The number that a weight gives to one layer; 0 where it names others only."""
-    if not isinstance(weight, Mapping):
-        return float(weight)
-    names = [place for place in weight if _covers(place, component, path)]
-    return float(weight[max(names, key=len)]) if names else 0.0
-
-
-def _covers(place: str, component: str, path: str) -> bool:
-    return f"{component}.{path}.".startswith(f"{place}.")
-
-
 def _refuse_dora(active: list[tuple[Lora, Weight]]) -> None:
     """DoRA's change depends on the whole weight, which peft's layers scale otherwise: unfused it stands alone, at weight 1."""
     with_dora = [(lora, weight) for lora, weight in active if any(layer.dora for _, _, layer in lora.layers())]
-    if with_dora and (len(active) > 1 or any(factor(w, c, p) != 1 for lora, w in with_dora for c, p, _ in lora.layers())):
+    if with_dora and (len(active) > 1 or any(weight_at(w, c, p) != 1 for lora, w in with_dora for c, p, _ in lora.layers())):
         raise UserError(f"The DoRA '{with_dora[0][0].name}' can be mixed or weighted only fused; leave fuse on.")
 
 

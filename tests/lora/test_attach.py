@@ -104,7 +104,7 @@ def test_two_adapters_add_up_and_one_can_leave() -> None:
     second = {path: layer_for(module.weight, 3, 2) for path, module in leaves(plain).items()}
     attach(model, first, "first", 0.5)
     alone = model(IMAGE)
-    attach(model, second, "second", {path: -1.5 for path in second})
+    attach(model, second, "second", dict.fromkeys(second, -1.5))
     together = small()
     for path, module in leaves(together).items():
         module.weight.data += 0.5 * delta(first[path], module.weight) - 1.5 * delta(second[path], module.weight)
@@ -148,7 +148,8 @@ def test_text_encoders_are_addressed_with_and_without_their_prefix() -> None:
     config = CLIPTextConfig(vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     model = CLIPTextModelWithProjection(config).eval()
     paths = select("text_encoder", model, ["text"])
-    assert paths and all(path.startswith("encoder.layers.0.") for path in paths)
+    assert paths
+    assert all(path.startswith("encoder.layers.0.") for path in paths)
     ids = torch.arange(5)[None]
     before = model(ids).text_embeds
     attach(model, {path: layer_for(leaves(model)[path].weight, 2, 1) for path in paths}, "x")
@@ -161,7 +162,8 @@ def test_text_encoders_are_addressed_with_and_without_their_prefix() -> None:
 def test_sites_name_what_they_say(pipe) -> None:
     components = pipe.loras.mixer.components
     attention = select("unet", components["unet"], ["unet.attention"])
-    assert attention and all(path.endswith(("to_q", "to_k", "to_v", "to_out.0")) for path in attention)
+    assert attention
+    assert all(path.endswith(("to_q", "to_k", "to_v", "to_out.0")) for path in attention)
     conv = select("unet", components["unet"], ["unet.conv"])
     assert set(conv) | set(attention) < set(select("unet", components["unet"], ["unet.all"]))
     encoder, decoder = (select("vae", components["vae"], [f"vae.{side}"]) for side in ("encoder", "decoder"))

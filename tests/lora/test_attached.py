@@ -52,13 +52,17 @@ def home(pipe: LatentPipeline, own_home: Path) -> Path:
 def test_an_attached_adapter_is_reported_moves_the_picture_and_leaves_no_trace(pipe: LatentPipeline, home: Path) -> None:
     before, plain = digests(pipe), pipe("red circle", seed=1, steps=2)[0]
     report = pipe.attach_lora("bright", 0.5)
-    assert set(report.parts) == {"unet", "text_encoder"} and report.base_checked and not report.left_out
+    assert set(report.parts) == {"unet", "text_encoder"}
+    assert report.base_checked
+    assert not report.left_out
     assert all(part.matched == part.layers and part.moved and part.moved > 1e-4 for part in report.parts.values())
     drawn = pipe("red circle", seed=1, steps=2)[0]
     assert np.abs(pixels(drawn) - pixels(plain)).max() > 0
-    assert drawn.recipe.loras == {"bright": 0.5} and not plain.recipe.loras
+    assert drawn.recipe.loras == {"bright": 0.5}
+    assert not plain.recipe.loras
     assert drawn.recipe.hashes["lora:bright"] == pipe.loras.mixer.loaded["bright"].hash
-    assert "<lora:bright:0.5>" in a1111_text(drawn.recipe) and "Lora hashes: " in a1111_text(drawn.recipe)
+    assert "<lora:bright:0.5>" in a1111_text(drawn.recipe)
+    assert "Lora hashes: " in a1111_text(drawn.recipe)
     pipe.detach_lora("bright")
     assert digests(pipe) == before
     assert np.array_equal(pixels(pipe("red circle", seed=1, steps=2)[0]), pixels(plain))
@@ -82,7 +86,8 @@ def test_a_tag_switches_an_adapter_on_for_one_call(pipe: LatentPipeline, home: P
     before = digests(pipe)
     pipe.attach_lora("sharp", 0.2)
     tagged = pipe("red circle <lora:bright:0.5>", seed=1, steps=2)[0]
-    assert tagged.recipe.prompt == "red circle" and tagged.recipe.loras == {"sharp": 0.2, "bright": 0.5}
+    assert tagged.recipe.prompt == "red circle"
+    assert tagged.recipe.loras == {"sharp": 0.2, "bright": 0.5}
     assert pipe.loras.weights == {"sharp": 0.2}
     pipe.set_lora({"sharp": 0.2, "bright": 0.5})
     assert np.array_equal(pixels(pipe("red circle", seed=1, steps=2)[0]), pixels(tagged))
@@ -105,7 +110,8 @@ def test_a_bad_tag_is_one_sentence_and_changes_nothing(pipe: LatentPipeline, hom
     with pytest.raises(UserError, match=said) as error:
         pipe(prompt, seed=1, steps=1)
     assert "\n" not in str(error.value)
-    assert digests(pipe) == before and not pipe.loras.weights
+    assert digests(pipe) == before
+    assert not pipe.loras.weights
 
 
 def test_a_picture_with_adapters_is_replayed(installed: str, pipe: LatentPipeline, home: Path, tmp_path: Path) -> None:
@@ -134,7 +140,8 @@ def test_an_adapter_of_another_base_is_refused_and_can_be_forced(pipe: LatentPip
             pipe.set_lora({name: 1.0})
         with pytest.raises(UserError, match=f"was trained with {component}"):
             pipe(f"x <lora:{name}>", steps=1)
-        assert digests(pipe) == before and not pipe.loras.mixer.loaded
+        assert digests(pipe) == before
+        assert not pipe.loras.mixer.loaded
     assert pipe.attach_lora("text").base_checked  # latents do not concern it
     assert pipe.attach_lora("other", force=True).parts
 
@@ -144,9 +151,12 @@ def test_an_adapter_on_the_encoder_gets_a_verdict(pipe: LatentPipeline) -> None:
     components = pipe.loras.mixer.components
     with pytest.raises(UserError, match="changes the VAE's encoder"):
         pipe.attach_lora(random_lora(components, ["vae.encoder"], "new", scale=0.5))
-    assert digests(pipe) == before and not pipe.loras.mixer.loaded
+    assert digests(pipe) == before
+    assert not pipe.loras.mixer.loaded
     report = pipe.attach_lora(random_lora(components, ["vae.encoder"], "new", scale=0.5), force=True)
-    assert report.verdict is not None and not report.verdict.fits and report.verdict.outcome in str(report)
+    assert report.verdict is not None
+    assert not report.verdict.fits
+    assert report.verdict.outcome in str(report)
     pipe.detach_lora()
     slight = pipe.attach_lora(random_lora(components, ["vae.encoder"], "slight", scale=1e-4))
     assert slight.verdict.fits
@@ -208,7 +218,8 @@ def test_generate_takes_names_files_and_weights(
     call = ["generate", "red circle", "--model", installed, "--steps", "1", "--seed", "1", "--out", str(tmp_path)]
     assert main([*call, "--lora", "bright=0.5", file]) == 0
     shown = capsys.readouterr()
-    assert "bright: unet" in shown.err and "moves one step by" in shown.err
+    assert "bright: unet" in shown.err
+    assert "moves one step by" in shown.err
     assert read(Path(shown.out.strip())).loras == {"bright": 0.5, "sharp": 1.0}
     for given, said in (("bright=x", "'x' is no number"), ("nobody", "No LoRA 'nobody'"), ("bright=99", "from -10 to 10")):
         assert main([*call, "--lora", given]) == 2
