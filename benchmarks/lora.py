@@ -64,9 +64,15 @@ def captions(style: str, part: str) -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda item: hashlib.sha256(item[0].encode()).hexdigest()))
 
 
-def distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Mean absolute difference in grey levels over the last three axes."""
-    return np.abs(one - other).mean((-3, -2, -1))
+def unlike(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """1 - Pearson's correlation over the box, mean over the channels (N 48 48 3): blind to any per-channel change of colour."""
+    a, b = (stack.reshape(len(stack), -1, 3) - stack.mean((1, 2))[:, None] for stack in (one, other))
+    return 1 - ((a * b).sum(1) / np.sqrt(np.square(a).sum(1) * np.square(b).sum(1)).clip(1e-6)).mean(1)
+
+
+def grey_levels(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Mean absolute difference over the box in grey levels."""
+    return np.abs(one - other).mean((1, 2, 3))
 
 
 def draw(pipe: LatentPipeline, prompts: Sequence[str]) -> list[Image.Image]:
@@ -90,13 +96,22 @@ def content(style: str, keys: Sequence[str], glyphs: np.ndarray) -> dict[str, fl
 
 
 def nearness(style: str, keys: Sequence[str], base: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
-    """How often a picture is nearer to that hand's drawing of that emoji than the base's picture is, and by how much."""
+    """How often a picture is nearer to that hand's drawing of that emoji than the base's is, by correlation, and by how much.
+
+    `nearer_grey` is the same by grey levels, where a mere change of colours counts too.
+    """
     truth = np.stack([drawings(style)[key] for key in keys])
-    before, after = distance(base, truth), distance(drawn, truth)
-    nearer = int((after < before).sum())
-    gain = before - after
+    gain = unlike(base, truth) - unlike(drawn, truth)
+    nearer = int((gain > 0).sum())
+    grey = float((grey_levels(drawn, truth) < grey_levels(base, truth)).mean())
     low, high = interval(gain)
-    return {"nearer": nearer / len(keys), "ci": wilson(nearer, len(keys)), "gain": float(gain.mean()), "gain_ci": (low, high)}
+    return {
+        "nearer": nearer / len(keys),
+        "ci": wilson(nearer, len(keys)),
+        "gain": float(gain.mean()),
+        "gain_ci": (low, high),
+        "nearer_grey": grey,
+    }
 
 
 def colour_match(style: str, base: np.ndarray) -> np.ndarray:
@@ -173,7 +188,8 @@ def line(name: str, row: dict[str, Any]) -> str:
     """A row of the table."""
     content_, base = row["content"], row["base_content"]
     return (
-        f"{name:20} n {content_['n']:4}  nearer {row['nearer']:.1%} ({row['ci'][0]:.1%} to {row['ci'][1]:.1%})  "
+        f"{name:20} n {content_['n']:4}  nearer {row['nearer']:.1%} ({row['ci'][0]:.1%} to {row['ci'][1]:.1%}), "
+        f"grey {row['nearer_grey']:.1%}  "
         f"controls: noto {row.get('control', float('nan')):.1%}, colours {row['colour_match']['nearer']:.1%}  "
         f"top-1/5 {content_['top1']:.1%}/{content_['top5']:.1%}  base in its own bank {base['top1']:.1%}/{base['top5']:.1%}"
     )

@@ -1,6 +1,8 @@
 """The folders that the shipped LoRA adapters are trained and judged on: three hands that draw the same emoji, and rules.
 
-python benchmarks/styles.py data/styles      (needs data/emoji of 'latentpipe emoji', and LATENTPIPE_ASSETS with twemoji72 and fluent3d)
+python benchmarks/styles.py data/styles
+
+Needs data/emoji ('latentpipe emoji'), and the folders twemoji72 and fluent3d in $LATENTPIPE_ASSETS/data.
 
 Every style has the same split by emoji: `unseen` (drawn by all three hands, one in eight by sha256 of its key) and `train`.
 What the emoji set holds out is in neither: its combinations of role, gender and skin tone are a part of their own, `held_out`.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from latentpipe import recipe as recipes
 from latentpipe.adapters import own_adapter
 from latentpipe.errors import UserError
 from latentpipe.images import open_picture
+from latentpipe.lora.places import named_lora
 from latentpipe.pipeline import LatentPipeline, Picture, best_device, pixel_hash
 from latentpipe.sampling import Step
 from latentpipe.weights import available
@@ -116,11 +118,13 @@ def replay(
     source: Path | None = None,
     device: str | None = None,
     adapter: str | Path | None = None,
+    loras: Mapping[str, Path] | None = None,
 ) -> Replay:
     """Draw the picture in a PNG again from its recipe and compare.
 
     `model`, `vae` and `adapter` (names or places) stand in for the recipe's names, which resolve among the shipped and the
-    user's own only; `source` is the picture that img2img began from. UserError names every weight that differs.
+    user's own only; `source` is the picture that img2img began from; `loras` gives the files of adapters by their names in the
+    recipe. UserError names every weight that differs.
     """
     old = recipes.read(path)
     if old.vae and vae is None:
@@ -130,7 +134,10 @@ def replay(
     model = model or _name(old.model)
     # The hashes below decide; whether the VAE fitted was decided when the picture was drawn.
     pipe = LatentPipeline.from_pretrained(model, vae, device or _device(old), _dtype(old.machine.dtype), adapter, force=True)
-    pipe.set_lora(old.loras, method=old.lora_method)
+    for name in old.loras:  # in part and by force too: here their hashes decide
+        file = (loras or {}).get(name) or named_lora(name)
+        pipe.loras.mixer.load(dataclasses.replace(pipe.loras.open(file), name=name), partial=True)
+    pipe.set_lora(old.loras, old.lora_fused, old.lora_method)
     now = pipe.hashes | {f"lora:{name}": pipe.loras.mixer.loaded[name].hash for name in old.loras}
     changed = [
         f"{part} is {now.get(part, 'missing')[:16]}, the picture's was {digest[:16]}"
@@ -138,7 +145,8 @@ def replay(
         if now.get(part) != digest
     ]
     if changed:
-        raise UserError(f"{path} was made with other weights: {'; '.join(changed)}. Give the right model with --model.")
+        options = "--lora NAME=FILE" if all(part.startswith("lora:") for part in changed) else "--model"
+        raise UserError(f"{path} was made with other weights: {'; '.join(changed)}. Give the right ones with {options}.")
     settings: dict[str, Any] = {
         "negative": old.negative,
         "steps": old.steps,

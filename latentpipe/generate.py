@@ -34,7 +34,7 @@ class Generate:
     vae: str | None = None
     """Name, folder or file of another VAE to decode with; refused with the reason where it does not fit."""
     force: bool = False
-    """Decode with that VAE whatever the verdict, as long as the shapes agree."""
+    """Decode with that VAE whatever the verdict, as long as the shapes agree; take LoRA files of another base, likewise."""
     negative: str = ""
     """What the picture should not show."""
     steps: int = STEPS
@@ -57,6 +57,8 @@ class Generate:
     """Precision of the weights."""
     lora: tuple[str, ...] = ()
     """Names or files of LoRA adapters, each with its weight: flat=0.7 (1 where none is given)."""
+    lora_partial: bool = False
+    """Take LoRA files that fit in part; what is left out is told."""
     adapter: str | None = None
     """Name or file of an adapter from the model's VAE to --vae ('latentpipe fit-adapter')."""
 
@@ -79,7 +81,7 @@ def run(options: Generate) -> None:
         options.model, options.vae, options.device, options.dtype, options.adapter, options.force
     )
     for source, weight in loras:
-        print(pipe.attach_lora(source, weight), file=sys.stderr)
+        print(pipe.attach_lora(source, weight, partial=options.lora_partial, force=options.force), file=sys.stderr)
     pictures, stopped = _watch(Engine(pipe), options.prompt, settings)
     for picture in pictures:
         print(picture.save(_free_path(options.out, options.prompt, picture.recipe.seed)))

@@ -82,7 +82,8 @@ def lora_convert(
         shown = ", ".join(lora.unread[:3]) + (f" and {len(lora.unread) - 3} more" if len(lora.unread) > 3 else "")
         warnings.warn(Note(f"{path}: keys of no layer are not written: {shown}."), stacklevel=2)
     origin = {"file": path.name} | ({"sha256": file_hash(path)} if path.is_file() else {})
-    lora = replace(lora, metadata={**lora.metadata, CONVERTED_KEY: dumps(origin)})
+    kept = {key: value for key, value in lora.metadata.items() if not (plain and key.startswith("ss_network_"))}
+    lora = replace(lora, metadata={**kept, CONVERTED_KEY: dumps(origin)})
     _write(as_plain(lora, rank) if plain else lora, out, to, dtype)
 
 
@@ -122,8 +123,8 @@ def lora_merge(
     from latentpipe.lora.places import find_lora
 
     _check_out(out)
+    amounts = [_weight(text) for text in weights] or [1.0] * len(files)
     loras = [read_lora(find_lora(name)) for name in files]
-    amounts = [_weight(text) for text in weights] or [1.0] * len(loras)
     lora = merge(loras, amounts, method, density=density, rank=rank, seed=seed, sign=sign)
     if not lora.parts:
         raise UserError("Every weight is 0, so the merged LoRA would change nothing; give at least one other weight.")
@@ -194,6 +195,16 @@ def facts(path: Path) -> dict[str, Any]:
     }
 
 
+def is_lora(path: Path) -> bool:
+    """Whether a safetensors file has the keys of an adapter."""
+    from latentpipe.files import read_header
+
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    marks = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".hada_w1", ".lokr_w", ".lora.", "_lora.")
+    return any(mark in name for name in read_header(path).shapes for mark in marks)
+
+
 def layout(path: Path) -> str:
     """Which program's way of naming a file's keys have: peft, diffusers, kohya or cloneofsimo."""
     from latentpipe.files import read_header
@@ -251,11 +262,9 @@ def _check_out(out: Path) -> None:
 
 
 def _write(lora: Lora, out: Path, to: Layout, dtype: str | None, said: dict[str, str] | None = None) -> None:
-    from latentpipe.files import HASH_LENGTH
     from latentpipe.lora.files import write_lora
 
-    digest = write_lora(lora, out, to, dtype, said)
-    print(f"{out}  {digest[:HASH_LENGTH]}")
+    print(f"{out}  {write_lora(lora, out, to, dtype, said)[:16]}")
 
 
 def _weight(text: str) -> float | dict[str, float]:
@@ -266,7 +275,10 @@ def _weight(text: str) -> float | dict[str, float]:
         if "=" not in text:
             return float(text)
         pairs = [part.partition("=") for part in text.split(",")]
-        return {name.strip(): float(value) for name, _, value in pairs}
+        found = {name.strip(): float(value) for name, _, value in pairs}
+        if len(found) < len(pairs):
+            raise UserError(f"--weights {text}: names a component twice.")
+        return found
     except ValueError:
         raise UserError(f"--weights {text}: expected a number, or numbers by component as in unet=0.7,vae=0.3.") from None
 

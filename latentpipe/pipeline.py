@@ -52,7 +52,7 @@ class Picture:
 class LatentPipeline:
     """A diffusers pipeline of a known family (`latentpipe.hosts`) whose pictures are encoded and decoded by a stage.
 
-    host     the pipeline; it draws latents and is never changed, but for its weights while LoRA adapters are attached
+    host     the pipeline; it draws latents and is never changed, but while LoRA adapters are attached
     stage    encodes and decodes; default: the host's own VAE
     hashes   content hash of each part that makes the pictures; `base`: of the parts that the host came with
     """
@@ -77,7 +77,7 @@ class LatentPipeline:
                 "Choose a VAE of the same space ('latentpipe ls vae --fits MODEL' lists them), or train a denoiser for this one."
             )
         self.base = self.base or self.hashes
-        self.loras = Loras(self.host, self.stage, {**self.base, "vae": self.hashes["vae"]} if self.hashes else {})
+        self.loras = Loras(self.host, self.stage, self.base, self.hashes.get("vae"))
 
     @classmethod
     def from_pretrained(
@@ -200,10 +200,7 @@ class LatentPipeline:
 
     def detach_lora(self, name: str | None = None) -> None:
         """Take off one adapter (None: all); the weights are then what they were, to the byte."""
-        if name is not None and name not in self.loras.weights:
-            raise UserError(f"No LoRA '{name}' is attached; attached: {', '.join(self.loras.weights) or 'none'}.")
-        for each in [name] if name else list(self.loras.mixer.loaded):
-            self.loras.mixer.forget(each)
+        self.loras.forget(name)
 
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, on_step: OnStep | None = None
@@ -218,6 +215,7 @@ class LatentPipeline:
         self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, on_step: OnStep | None = None
     ) -> torch.Tensor:
         """Prompts to latents (B C h w) through the host; noise comes from one CPU generator for each seed."""
+        self.loras.check_free()
         settings = settings if settings.size else replace(settings, size=self.native_size)
         return denoise(self.host, self.stage, prompts, seeds, settings, on_step)
 
@@ -272,6 +270,7 @@ class LatentPipeline:
             stopped_after=stopped,
             loras={name: dict(weight) if isinstance(weight, Mapping) else weight for name, weight in self.loras.weights.items()},
             lora_method=self.loras.mixer.method,
+            lora_fused=self.loras.mixer.fused,
             hashes=self.hashes | {f"lora:{name}": self.loras.mixer.loaded[name].hash for name in self.loras.weights},
             machine=recipes.this_machine(
                 str(self.host.device), str(denoiser.dtype).removeprefix("torch."), torch.get_num_threads()

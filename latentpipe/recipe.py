@@ -69,6 +69,8 @@ class Recipe(BaseModel):
     """Adapters and their weights (one, or by component)."""
     lora_method: str = Field("sum", max_length=32)
     """How they were put together."""
+    lora_fused: bool = True
+    """Whether they were added to the weights, or lay beside them."""
     source: Source | None = None
     stopped_after: int | None = Field(None, ge=0)
     """Steps done when the job was cancelled; None for a finished picture."""

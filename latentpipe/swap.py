@@ -126,6 +126,10 @@ def _refuse_shape(host: LatentSpace, vae: LatentSpace) -> None:
 
 
 def _with_stage(pipe: Any, stage: Any) -> Any:
+    if hasattr(pipe, "host") and pipe.loras.weights:
+        raise UserError(
+            f"LoRA is attached ({', '.join(pipe.loras.weights)}); take it off first (detach_lora), then swap the VAE."
+        )
     if hasattr(pipe, "host"):  # a LatentPipeline decodes by its stage and leaves the host alone
         decoder = stage if isinstance(stage, VAEStage) else stage.decoder
         found = pipe.hashes | {"vae": decoder.digest or content_hash(decoder.vae.state_dict(), decoder.space)}

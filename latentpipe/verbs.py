@@ -18,6 +18,7 @@ def replay(
     model: str | None = None,
     vae: str | None = None,
     adapter: str | None = None,
+    lora: tuple[str, ...] = (),
     image: Path | None = None,
     device: str | None = None,
     out: Path | None = None,
@@ -29,13 +30,18 @@ def replay(
         model: Name or folder of the model, where the recipe's name is not installed.
         vae: Name or folder of the VAE, likewise.
         adapter: Name or file of the adapter, likewise.
+        lora: Files of LoRA that are not installed, each as NAME=FILE with its name in the recipe.
         image: The picture that img2img began from.
         device: cpu, cuda or mps.
         out: Where to save the new picture; left out: only compare.
     """
     from latentpipe import replay as run
 
-    result = run(picture, model, vae, image, device, adapter)
+    wrong = [text for text in lora if not text.partition("=")[2]]
+    if wrong:
+        raise UserError(f"--lora {wrong[0]}: expected NAME=FILE, with the name that the recipe gives it ('latentpipe inspect').")
+    files = {name: Path(file) for name, _, file in (text.partition("=") for text in lora)}
+    result = run(picture, model, vae, image, device, adapter, files)
     if out is not None:
         result.picture.save(out)
         print(out)
@@ -141,14 +147,20 @@ def ls(kind: Literal["all", "models", "vae", "lora", "adapters", "configs"] = "a
 
 
 def inspect(path: str, /) -> None:
-    """Print what a model, a VAE, an adapter or a picture says about itself, as JSON.
+    """Print what a model, a VAE, a LoRA, an adapter or a picture says about itself, as JSON.
 
     Args:
         path: A name, a model or VAE folder, a .safetensors file, or a PNG.
     """
     from latentpipe.adapters import is_adapter, own_adapters, read_card
+    from latentpipe.lora_verbs import facts, is_lora
     from latentpipe.models import describe
+    from latentpipe.weights import available
 
+    file = available("lora").get(path, Path(path))
+    if is_lora(file):
+        print(_json(facts(file)))
+        return
     file = own_adapters().get(path, Path(path))
     if file.suffix == ".safetensors" and file.is_file():
         print(_json(asdict(read_card(file)) if is_adapter(file) else describe(path)))

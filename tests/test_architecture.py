@@ -20,8 +20,8 @@ ORDER = [
     ["bands"], ["bandable"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["hosts"], ["weights"],
     ["rescale"], ["fp16"],
     ["models"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["recipe"], ["sampling"], ["denoise"], ["lora"], ["pipeline"],
-    ["engine"], ["config"], ["data"], ["evaluate"], ["train"], ["generate", "verbs", "vae_verbs"],
-    ["health_verb", "evaluate_verbs", "compare_verb", "lora_verbs"], ["fit"], ["cli"],
+    ["engine"], ["config"], ["data"], ["evaluate"], ["train"], ["generate", "verbs", "vae_verbs", "lora_verbs"],
+    ["health_verb", "evaluate_verbs", "compare_verb"], ["fit"], ["cli"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 EXEMPT = {"latentpipe/__init__.py", "latentpipe/__main__.py"}

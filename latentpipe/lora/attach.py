@@ -57,7 +57,8 @@ def filled(base: nn.Module, layer: Layer, name: str, weight: float = 1.0) -> nn.
     """A module wrapped in one peft layer with these tensors, frozen, in the dtype of its weights."""
     effective = "hada_t1" in layer.tensors or "lokr_t2" in layer.tensors
     config = _config(layer.kind, layer.rank, layer.dora, layer.rslora, effective)
-    wrapper = _wrapper(base, layer.kind, config, layer.rank, layer.alpha)
+    with torch.random.fork_rng(devices=[]):  # peft draws values that are replaced below
+        wrapper = _wrapper(base, layer.kind, config, layer.rank, layer.alpha)
     weights: Any = base_of(base).weight
     tensors = {key: value.to(weights.device, weights.dtype) for key, value in layer.tensors.items()}
     if layer.kind == "lora":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,13 +39,16 @@ _in_use: WeakKeyDictionary[nn.Module, ReferenceType[Loras]] = WeakKeyDictionary(
 class Loras:
     """What is attached to one pipeline: its host's denoiser and text encoders, and the VAE of its stage.
 
-    hashes  content hash of each component's own weights, where they are known: an adapter that names others is refused
+    hashes  content hashes of the host's own parts, where they are known: an adapter that names others is refused
+    vae     content hash of the stage's VAE, which may be another one than the host's
     """
 
-    def __init__(self, host: Any, stage: Any, hashes: Mapping[str, str]) -> None:
-        self.host, self.stage, self.hashes = host, stage, hashes
+    def __init__(self, host: Any, stage: Any, hashes: Mapping[str, str], vae: str | None = None) -> None:
+        self.host, self.stage, self.hashes, self.vae = host, stage, hashes, vae
+        self._lock = threading.RLock()  # a tag changes the weights for the time of a call
+        self._files: dict[str, tuple[Path, tuple[float, int]]] = {}  # of the adapters that were opened by name, and their state
         self.mixer = Mixer(components(host, stage))
-        self._still: dict[str, torch.Tensor] | None = None
+        self._still: tuple[Any, dict[str, torch.Tensor]] = (None, {})
         finalize(self, self.mixer.clear).atexit = False  # a pipeline that is dropped leaves its host as it was
 
     @property
@@ -60,10 +64,10 @@ class Loras:
         lora = replace(lora, name=name or lora.name)
         if lora.name in self.weights:
             raise UserError(f"A LoRA '{lora.name}' is attached already; set_lora changes its weight, detach_lora takes it off.")
-        self._check_free()
+        self.check_free()
         checked = self._check_base(lora, force)
-        known = lora.name in self.mixer.loaded
         report = self.mixer.load(lora, partial)
+        self._files.pop(lora.name, None)
         try:
             lora = self.mixer.loaded[lora.name]
             verdict = self._verdict(lora)
@@ -75,8 +79,7 @@ class Loras:
             moved = self._probe(lora)
             self.set({**self.weights, lora.name: weight}, self.mixer.fused, self.mixer.method)
         except BaseException:
-            if not known:
-                self.mixer.loaded.pop(lora.name, None)
+            self.mixer.loaded.pop(lora.name, None)
             raise
         parts = {name: replace(part, moved=max(moved[probe] for probe in _probes(name))) for name, part in report.parts.items()}
         if not any(moved.values()):
@@ -86,15 +89,17 @@ class Loras:
         return replace(report, parts=parts, base_checked=checked, verdict=verdict)
 
     def set(self, weights: Mapping[str, Weight], fuse: bool = True, method: str = "sum") -> None:
-        """Switch on exactly these; names that are not open yet are opened among the installed ones."""
-        self._check_free()
+        """Switch on exactly these; names that are not open yet, or whose files have changed, are opened (installed ones only)."""
+        self.check_free()
         opened = []
         try:
             for name in weights:
-                if name not in self.mixer.loaded:
-                    lora = replace(self.open(named_lora(name)), name=name)
+                if name not in self.mixer.loaded or (name not in self.weights and self._is_stale(name)):
+                    path = named_lora(name)
+                    lora = replace(self.open(path), name=name)
                     self._check_base(lora, force=False)
                     self.mixer.load(lora)
+                    self._files[name] = path, _state_of(path)
                     opened.append(name)
             self.mixer.set(weights, fuse, method)
         except BaseException:
@@ -109,25 +114,43 @@ class Loras:
 
     @contextmanager
     def more(self, weights: Mapping[str, Weight]) -> Iterator[None]:
-        """These are on as well, inside; a name that is on already gets the new weight."""
-        self._check_free()
-        before = dict(self.weights)
-        if not weights:
-            yield
-            return
-        fused, method = self.mixer.fused, self.mixer.method
-        self.set({**before, **weights}, fused, method)
-        try:
-            yield
-        finally:
-            self.set(before, fused, method)
+        """These are on as well, inside, one thread at a time; a name that is on already gets the new weight."""
+        with self._lock:
+            self.check_free()
+            before = dict(self.weights)
+            if not weights:
+                yield
+                return
+            fused, method = self.mixer.fused, self.mixer.method
+            self.set({**before, **weights}, fused, method)
+            try:
+                yield
+            finally:
+                self.set(before, fused, method)
+
+    def forget(self, name: str | None = None) -> None:
+        """Switch one adapter off (None: all) and drop it."""
+        if name is not None and name not in self.mixer.loaded:
+            raise UserError(f"No LoRA '{name}' is attached; attached: {', '.join(self.weights) or 'none'}.")
+        self.set(
+            {other: weight for other, weight in self.weights.items() if name not in (None, other)},
+            self.mixer.fused,
+            self.mixer.method,
+        )
+        for each in [name] if name else list(self.mixer.loaded):
+            self.mixer.loaded.pop(each, None)
 
     def open(self, source: str | Path) -> Lora:
         """An adapter from a name or a file."""
         paths = {name: list(leaves(model)) for name, model in self.mixer.components.items()}
         return read_lora(find_lora(source), base=paths)
 
-    def _check_free(self) -> None:
+    def _is_stale(self, name: str) -> bool:
+        """Whether the file of an adapter that was opened by name is another one by now."""
+        path, state = self._files.get(name, (None, None))
+        return path is not None and _state_of(path) != state
+
+    def check_free(self) -> None:
         """UserError where another pipeline that shares a network has adapters on it."""
         for component, model in self.mixer.components.items():
             entry = _in_use.get(model)
@@ -141,17 +164,17 @@ class Loras:
     def _check_base(self, lora: Lora, force: bool) -> bool:
         """Whether the file names its base, and this is it; UserError where it names another one."""
         wanted = base_of(lora)
-        named = {component for component in lora.parts if component in wanted}
-        named |= {"vae"} if "vae" in wanted and any(component in DENOISERS for component in lora.parts) else set()
-        checked = False
-        for component in sorted(named & set(self.hashes)):
-            checked = True
-            if wanted[component] != self.hashes[component] and not force:
+        pairs = [(name, self.vae if name == "vae" else self.hashes.get(name)) for name in lora.parts]
+        if any(name in DENOISERS for name in lora.parts):
+            pairs.append(("vae", self.hashes.get("vae")))  # the one whose latents the denoiser draws, whatever decodes them
+        known = [(name, wanted[name], own) for name, own in pairs if name in wanted and own]
+        for name, trained, own in known:
+            if trained != own and not force:
                 raise UserError(
-                    f"LoRA '{lora.name}' was trained with {component} {wanted[component][:HASH_LENGTH]}, this model's is "
-                    f"{self.hashes[component][:HASH_LENGTH]}; choose one that was trained for this model (force attaches it anyhow)."
+                    f"LoRA '{lora.name}' was trained with {name} {trained[:HASH_LENGTH]}, this model's is {own[:HASH_LENGTH]}; "
+                    "choose one for this model (force attaches it anyhow)."
                 )
-        return checked
+        return bool(known)
 
     def _verdict(self, lora: Lora) -> Verdict | None:
         """Whether the VAE with the adapter still makes the host's latents; None where its encoder is left alone."""
@@ -167,10 +190,17 @@ class Loras:
             return judge(own.space, changed.space, measure(own, changed))
 
     def _probe(self, lora: Lora) -> dict[str, float]:
-        """How far the adapter alone, at weight 1, moves a denoising step, an encode and a decode: ||after - before|| / ||before||."""
+        """||after - before|| / ||before|| of a denoising step, an encode and a decode, with the adapter alone at weight 1."""
         wanted = {probe for component in lora.parts for probe in _probes(component)}
         with self.mixer.lifted():
-            before = self._still = self._still or self._outputs({"step", "encode", "decode"})
+            key = [
+                (parameter.dtype, parameter.device)
+                for model in self.mixer.components.values()
+                for parameter in model.parameters()
+            ]
+            if self._still[0] != key:  # the first probe, or the model was moved
+                self._still = key, self._outputs({"step", "encode", "decode"})
+            before = self._still[1]
             twin = Mixer(self.mixer.components)
             twin.loaded[lora.name] = lora
             twin.set({lora.name: 1.0})
@@ -210,6 +240,15 @@ def components(host: Any, stage: Any) -> dict[str, nn.Module]:
 
 def _vae_of(stage: Any) -> Any:
     return stage.vae if hasattr(stage, "vae") else stage.decoder.vae
+
+
+def _state_of(path: Path) -> tuple[float, int]:
+    """Time and size of a file; zeros where it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0.0, 0
+    return found.st_mtime, found.st_size
 
 
 def _probes(component: str) -> tuple[str, ...]:

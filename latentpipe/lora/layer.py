@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from latentpipe.errors import UserError
 from latentpipe.files import content_hash
 
 Kind = Literal["lora", "loha", "lokr"]
@@ -33,6 +34,10 @@ class Layer:
     rank: int
     alpha: float
     rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"A LoRA layer has rank {self.rank}; expected 1 or more.")
 
     @property
     def scale(self) -> float:
@@ -73,7 +78,7 @@ class Lora:
 
     @property
     def hash(self) -> str:
-        """Content hash over component, path, tensors, alpha and rank: the same in every file format."""
+        """Content hash over component, path, tensors and scale (alpha and rank): the same in every file format."""
         named: dict[str, torch.Tensor] = {}
         for component, path, layer in self.layers():
             named |= {f"{component}.{path}.{name}": value for name, value in layer.tensors.items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from latentpipe.errors import UserError
 from latentpipe.lora import report
@@ -45,9 +46,10 @@ class Mixer:
     def load(self, lora: Lora, partial: bool = False) -> report.Report:
         """Check an adapter against the model and keep it under its name; nothing is switched on yet.
 
-        UserError where it does not fit (in part: unless `partial`), or the name is taken by another one.
+        It takes the place of one of its name that is off. UserError where it does not fit (in part: unless `partial`), or one
+        of its name is on.
         """
-        if lora.name in self.loaded and self.loaded[lora.name].hash != lora.hash:
+        if lora.name in self.weights:
             raise UserError(f"Two LoRA files have the name '{lora.name}'; give one of them another name.")
         for component, model in self.components.items():
             if foreign(model):
@@ -58,17 +60,11 @@ class Mixer:
         for component, part in parts.items():
             if not part.change <= MOST_CHANGE:  # also where it is not a number
                 raise UserError(
-                    f"LoRA '{lora.name}' would change the weights of the {component} by {part.change:.0%} of their size; more than "
-                    f"{MOST_CHANGE:.0%} is no adapter but damage. Fetch it again, or look at its alpha ('latentpipe lora inspect')."
+                    f"LoRA '{lora.name}' would change the weights of the {component} by {part.change:.0%} of their size; "
+                    f"more than {MOST_CHANGE:.0%} is no adapter but damage. Fetch it again, or see 'latentpipe lora inspect'."
                 )
         self.loaded[lora.name] = kept
         return report.Report(lora.name, parts, left_out)
-
-    def forget(self, name: str) -> None:
-        """Switch an adapter off and drop it."""
-        if name in self.weights:
-            self.set({other: weight for other, weight in self.weights.items() if other != name}, self.fused, self.method)
-        self.loaded.pop(name, None)
 
     def set(self, weights: Mapping[str, Weight], fuse: bool = True, method: str = "sum") -> None:
         """Switch on exactly these adapters with these weights; the others go off. At an error everything stays as it was.
@@ -82,8 +78,8 @@ class Mixer:
         active: list[tuple[Lora, Weight]] = [(self.loaded[name], weight) for name, weight in weights.items()]
         if method != "sum" and active:
             active = [(merge([lora for lora, _ in active], [weight for _, weight in active], method), 1.0)]
-        self._switch(active, fuse)
-        self.weights, self.method = dict(weights), method
+        self._switch(active, fuse or not active)
+        self.weights, self.method = dict(weights), method if active else "sum"
 
     def clear(self) -> None:
         """Switch every adapter off; the base is what it was, to the byte."""
@@ -92,12 +88,12 @@ class Mixer:
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """Every adapter is off inside."""
-        before = self._active
-        self._switch([], self.fused)
+        before = self._active, self.fused
+        self._switch([], True)
         try:
             yield
         finally:
-            self._switch(before, self.fused)
+            self._switch(*before)
 
     def _check(self, name: str, weight: Weight) -> None:
         """UserError for a name that is not loaded, and for a weight that is no sane number or names nothing."""
@@ -112,25 +108,34 @@ class Mixer:
                 )
 
     def _switch(self, active: list[tuple[Lora, Weight]], fuse: bool) -> None:
+        """Off with what is on, on with these; at any error what was on is on again."""
+        before = self._active, self.fused
         changed = self._fused(active) if fuse else {}
         if not fuse:
             _refuse_dora(active)
+        try:
+            self._put(active, fuse, changed)
+        except BaseException:
+            self._put(*before, self._fused(before[0]) if before[1] else {})
+            raise
+
+    def _put(self, active: list[tuple[Lora, Weight]], fuse: bool, changed: dict[tuple[str, str], torch.Tensor]) -> None:
         self._restore()
-        if fuse:
-            for (component, path), value in changed.items():
-                weight = self._leaves[component][path].weight
-                self._kept[component, path] = weight.data
-                weight.data = value
-        else:
-            for lora, amount in active:
-                for component, layers in lora.parts.items():
-                    attach(
-                        self.components[component],
-                        layers,
-                        lora.name,
-                        {path: weight_at(amount, component, path) for path in layers},
-                    )
-        self._active, self.fused = active, fuse
+        self._active, self.fused = active, fuse  # first, so that what is begun can be taken back
+        for place, value in changed.items():
+            self._kept[place] = self._write(place, value)
+        for lora, amount in [] if fuse else active:
+            for component, layers in lora.parts.items():
+                factors = {path: weight_at(amount, component, path) for path in layers}
+                attach(self.components[component], layers, lora.name, factors)
+
+    def _write(self, place: tuple[str, str], value: torch.Tensor) -> torch.Tensor:
+        """Put a tensor in a weight's place; returns the one that was there."""
+        weight = self._leaves[place[0]][place[1]].weight
+        before = weight.data
+        weight.data = value
+        increment_version(weight)  # else copies made of the old values (of a VAE in a wider dtype) would be used on
+        return before
 
     @torch.no_grad()
     def _fused(self, active: list[tuple[Lora, Weight]]) -> dict[tuple[str, str], torch.Tensor]:
@@ -155,14 +160,13 @@ class Mixer:
 
     def _base(self, component: str, path: str) -> torch.Tensor:
         """The base's own weight, whatever is on it now."""
-        kept = self._kept.get((component, path))
-        return self._leaves[component][path].weight.data if kept is None else kept
+        weight, kept = self._leaves[component][path].weight, self._kept.get((component, path))
+        return weight.data if kept is None else kept.to(weight.device, weight.dtype)  # the model may have been moved
 
     def _restore(self) -> None:
-        for (component, path), value in self._kept.items():
-            weight = self._leaves[component][path].weight
-            weight.data = value.to(weight.device, weight.dtype)  # the very same tensor, unless the model was moved
-        self._kept = {}
+        for place in list(self._kept):
+            self._write(place, self._base(*place))  # the very same tensor, unless the model was moved
+            del self._kept[place]
         if not self.fused:
             for lora, _ in self._active:
                 for component in lora.parts:

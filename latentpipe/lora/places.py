@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from latentpipe.errors import UserError
@@ -15,8 +16,9 @@ def find_lora(name: str | Path) -> Path:
     known = available("lora")
     if str(name) in known:
         return known[str(name)]
-    if Path(name).exists():
-        return Path(name)
+    with suppress(OSError):  # a name too long for a file
+        if Path(name).exists():
+            return Path(name)
     raise UserError(f"No LoRA '{name}': neither a file nor one of {', '.join(known) or 'none installed'}.")
 
 
@@ -26,6 +28,6 @@ def named_lora(name: str) -> Path:
     if name not in known:
         raise UserError(
             f"No LoRA '{name}' is installed; there are: {', '.join(known) or 'none'}. "
-            "Put its file into $LATENTPIPE_HOME/lora, or give it by its path outside of the prompt."
+            "Put its file into $LATENTPIPE_HOME/lora, or give it with --lora."
         )
     return known[name]

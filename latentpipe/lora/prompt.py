@@ -25,5 +25,7 @@ def split_tags(prompt: str) -> tuple[str, dict[str, float]]:
             found[name] = float(weight) if weight else 1.0
         except ValueError:
             raise UserError(f"'{match[0]}' in the prompt: '{weight}' is no number; expected <lora:NAME:WEIGHT>.") from None
-    text = _TAG.sub(" ", prompt)
+    text = prompt
+    while _TAG.search(text):  # what is left when a tag is taken out may read as another one
+        text = _TAG.sub(" ", text)
     return (re.sub(r"\s+([,.;])", r"\1", " ".join(text.split())) if found else prompt), found

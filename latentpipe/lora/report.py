@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from latentpipe.lora.layer import Layer, Lora
 from latentpipe.lora.sites import leaves
 
 SHOWN = 3
+_WITH_KERNEL = ("lora_A", "hada_t1", "hada_t2", "lokr_t2", "lokr_w2")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,6 @@ class Report:
     left_out: tuple[str, ...] = ()
     base_checked: bool = False
     verdict: Any = None
-    notes: tuple[str, ...] = field(default=())
 
     def __str__(self) -> str:
         lines = []
@@ -56,16 +56,18 @@ class Report:
             moved = (
                 ""
                 if part.moved is None
-                else f", moves one {'encode or decode' if component == 'vae' else 'step'} by {part.moved:.1%}"
+                else f", moves one {'encode or decode' if component == 'vae' else 'step'} by {100 * part.moved:.2g} %"
             )
             lines.append(
                 f"{self.name}: {component} {part.matched} of {part.layers} layers, {'/'.join(part.kinds)} "
                 f"rank {_range(part.ranks)}, alpha {_range(part.alphas)}, "
                 f"{part.parameters:,} parameters ({part.share:.1%} of the base), "
-                f"changes its weights by {part.change:.2%}{moved}"
+                f"changes its weights by {100 * part.change:.2g} %{moved}"
             )
         lines += [f"{self.name}: left out: {reason}" for reason in self.left_out]
-        return "\n".join([*lines, *self.notes, *([str(self.verdict)] if self.verdict else [])])
+        if not self.base_checked:
+            lines.append(f"{self.name}: its base is not known (by the file, or of this model): only the shapes say that it fits")
+        return "\n".join([*lines, *([str(self.verdict)] if self.verdict else [])])
 
 
 def fit(lora: Lora, components: Mapping[str, nn.Module], partial: bool = False) -> tuple[Lora, tuple[str, ...]]:
@@ -94,7 +96,7 @@ def fit(lora: Lora, components: Mapping[str, nn.Module], partial: bool = False) 
         )
     if left and not partial:
         raise UserError(
-            f"LoRA '{lora.name}' fits this model in part only: {matched} of {total} layers ({shown})."
+            f"LoRA '{lora.name}' fits in part only: {matched} of {total} layers and {len(lora.unread)} other keys ({shown})."
             f"{_made_for(lora)} To attach that part alone, allow it (partial)."
         )
     return replace(lora, parts=kept), tuple(left)
@@ -109,7 +111,13 @@ def describe(lora: Lora, whole: Lora, components: Mapping[str, nn.Module]) -> di
         squares = [0.0, 0.0]
         for path, layer in layers.items():
             weight: torch.Tensor = modules[path].weight  # type: ignore[assignment]
-            squares[0] += delta(layer, weight).square().sum().item()
+            try:
+                squares[0] += delta(layer, weight).square().sum().item()
+            except (RuntimeError, ValueError, IndexError, KeyError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(
+                    f"LoRA '{lora.name}': the tensors of {component}.{path} do not fit together ({reason})."
+                ) from None
             squares[1] += weight.float().square().sum().item()
         ranks, alphas = [layer.rank for layer in layers.values()], [layer.alpha for layer in layers.values()]
         size = sum(layer.parameters for layer in layers.values())
@@ -135,13 +143,17 @@ def _problem(component: str, path: str, layer: Layer, modules: Mapping[str, nn.M
         return f"{component} has no layer {path}"
     weight: torch.Tensor = modules[path].weight  # type: ignore[assignment]
     shape = (weight.shape[0], weight[0].numel())
-    given = delta_shape(layer)
+    try:
+        given = delta_shape(layer)
+    except (KeyError, IndexError):
+        return f"the tensors of {component}.{path} are not those of a {layer.kind} layer"
     if given != shape:
         return f"{component}.{path} is {shape[0]} x {shape[1]} here and {given[0]} x {given[1]} in the file"
-    if layer.kind == "lora" and weight.ndim == 4 and layer.tensors["lora_A"].ndim == 4:
-        kernel = tuple(layer.tensors["lora_A"].shape[2:])
-        if kernel != tuple(weight.shape[2:]):
-            return f"{component}.{path} has a {weight.shape[2]} x {weight.shape[3]} kernel here, another one in the file"
+    for name, tensor in layer.tensors.items():
+        if name in _WITH_KERNEL and tensor.ndim > 2:
+            own, kernel = tuple(weight.shape[2:]) or (1, 1), tuple(tensor.shape[2:])
+            if kernel != own:
+                return f"{component}.{path} has a {own[0]} x {own[1]} kernel here and one of {kernel} in the file"
     return ""
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from latentpipe.errors import UserError
-from latentpipe.lora.layer import COMPONENTS
 
 DENOISERS = ("unet", "transformer")
 TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -32,13 +31,17 @@ SITES: dict[str, tuple[tuple[str, ...], str, tuple[type[nn.Module], ...]]] = {
 
 
 def leaves(model: nn.Module) -> dict[str, nn.Module]:
-    """Every Linear and Conv2d of a component by its path, without ``text_model.`` and as if no adapter was attached."""
+    """Every Linear and Conv2d of a component by its path, without ``text_model.`` and as if no adapter was attached.
+
+    Convolutions in groups are left out: peft's layers for them cannot be merged.
+    """
     found: dict[str, nn.Module] = {}
 
     def walk(module: nn.Module, path: str) -> None:
         base = base_of(module)
         if isinstance(base, nn.Linear | nn.Conv2d):
-            found[path.removeprefix(PREFIX)] = base
+            if getattr(base, "groups", 1) == 1:
+                found[path.removeprefix(PREFIX)] = base
             return
         for name, child in module.named_children():
             walk(child, f"{path}.{name}" if path else name)
@@ -52,11 +55,6 @@ def base_of(module: nn.Module) -> nn.Module:
     while isinstance(getattr(module, "base_layer", None), nn.Module):
         module = module.base_layer  # type: ignore[assignment]
     return module
-
-
-def components_of(site: str) -> tuple[str, ...]:
-    """The components that a named site lies in; all for a regular expression."""
-    return SITES[site][0] if site in SITES else COMPONENTS
 
 
 def select(component: str, model: nn.Module, sites: Sequence[str]) -> list[str]:

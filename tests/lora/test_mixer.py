@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from latentpipe.errors import UserError
 from latentpipe.files import content_hash
 from latentpipe.lora.delta import delta
-from latentpipe.lora.layer import Lora
+from latentpipe.lora.layer import Layer, Lora
 from latentpipe.lora.merge import weight_at
 from latentpipe.lora.mixer import Mixer
 from latentpipe.lora.sites import leaves
@@ -144,6 +144,83 @@ def test_a_model_that_was_moved_while_fused_comes_back_in_its_new_dtype(mixer: M
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def test_adapters_may_change_after_the_model_was_moved(mixer: Mixer) -> None:
+    mixer.set({"one": 1.0})
+    for model in mixer.components.values():
+        model.to(torch.bfloat16)
+    mixer.set({"one": 0.5, "two": 1.0})
+    assert {parameter.dtype for parameter in mixer.components["unet"].parameters()} == {torch.bfloat16}
+    mixer.clear()
+    assert {parameter.dtype for parameter in mixer.components["unet"].parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_error_in_the_middle_of_wrapping_leaves_what_was_on(mixer: Mixer, monkeypatch, error: type[BaseException]) -> None:
+    import latentpipe.lora.mixer as module
+
+    plain = digests(mixer.components)
+    mixer.set({"two": 0.5})
+    before = digests(mixer.components)
+    real = module.attach
+
+    def fails(model, layers, name, weight) -> None:
+        real(model, dict(list(layers.items())[:2]), name, weight)
+        raise error("in the middle")
+
+    monkeypatch.setattr(module, "attach", fails)
+    with pytest.raises(error):
+        mixer.set({"one": 1.0}, fuse=False)
+    assert digests(mixer.components) == before
+    assert mixer.weights == {"two": 0.5}
+    mixer.clear()
+    assert digests(mixer.components) == plain
+
+
+def test_every_change_of_a_weight_is_seen_by_copies_made_of_it(mixer: Mixer) -> None:
+    """A VAE that overflows is kept in a wider dtype, which is stamped with the versions of its weights."""
+    weight = mixer.components["vae"].decoder.conv_in.weight
+    seen = [weight._version]
+    for weights in ({"one": 1.0}, {"one": 0.5}, {}):
+        mixer.set(weights)
+        assert weight._version > seen[-1]
+        seen.append(weight._version)
+
+
+def test_nothing_of_a_way_of_mixing_stays_when_all_are_off(mixer: Mixer) -> None:
+    mixer.set({"two": 1.0}, fuse=False)
+    mixer.set({}, fuse=False, method="cat")
+    assert (mixer.fused, mixer.method) == (True, "sum")
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors"),
+    [
+        ("lokr", {"lokr_w1": (2, 2, 3, 3), "lokr_w2": (4, 4)}),
+        ("lokr", {"lokr_w2": (8, 8)}),
+        ("loha", {"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 3), "hada_w2_b": (2, 8)}),
+        ("lora", {"lora_A": (2, 8), "lora_B": (8, 3)}),
+    ],
+)
+def test_tensors_that_do_not_fit_together_are_one_sentence(kind, tensors) -> None:
+    mixer = Mixer({"unet": torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8)})})
+    layer = Layer(kind, {name: torch.ones(shape) for name, shape in tensors.items()}, 2, 2.0)
+    with pytest.raises(UserError) as error:
+        mixer.load(Lora({"unet": {"a": layer}}, "x"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_kernel_of_another_shape_is_another_layer() -> None:
+    mixer = Mixer({"unet": torch.nn.ModuleDict({"a": torch.nn.Conv2d(4, 4, 3)})})
+    layer = Layer("lora", {"lora_A": torch.ones(2, 4, 1, 9), "lora_B": torch.ones(4, 2, 1, 1)}, 2, 2.0)
+    with pytest.raises(UserError, match="3 x 3 kernel here"):
+        mixer.load(Lora({"unet": {"a": layer}}, "x"))
+
+
+def test_a_rank_below_one_is_refused() -> None:
+    with pytest.raises(UserError, match="rank 0"):
+        Layer("lora", {}, 0, 1.0)
+
+
 @pytest.mark.parametrize("method", ["cat", "svd"])
 def test_exact_merges_equal_the_sum(mixer: Mixer, method: str) -> None:
     plain = random_lora(mixer.components, ["unet.attention"], "three")
@@ -204,9 +281,12 @@ def test_adapters_that_are_not_ours_are_refused(pipe) -> None:
 
 
 def test_two_files_of_one_name_are_refused(mixer: Mixer) -> None:
-    mixer.load(mixer.loaded["one"])  # the same one again is fine
+    other = random_lora(mixer.components, ["vae.decoder"], "one")
+    mixer.load(other)  # the old one is off and gives way
+    assert mixer.loaded["one"].hash == other.hash
+    mixer.set({"one": 1.0})
     with pytest.raises(UserError, match="Two LoRA files have the name 'one'"):
-        mixer.load(random_lora(mixer.components, ["vae.decoder"], "one"))
+        mixer.load(random_lora(mixer.components, ["vae.decoder"], "one", rank=3))
 
 
 def test_nothing_matches_is_an_error_and_a_part_must_be_allowed(mixer: Mixer) -> None:
@@ -221,7 +301,7 @@ def test_nothing_matches_is_an_error_and_a_part_must_be_allowed(mixer: Mixer) ->
     with pytest.raises(UserError, match="7 x 5 in the file"):
         mixer.load(Lora({"unet": {first: wide}}, "x"))
     half = Lora({"unet": {**layers, "elsewhere.0": wide}}, "half", unread=("some.key",))
-    with pytest.raises(UserError, match=f"in part only: {len(layers)} of {len(layers) + 1}"):
+    with pytest.raises(UserError, match=f"in part only: {len(layers)} of {len(layers) + 1} layers and 1 other keys"):
         mixer.load(half)
     report = mixer.load(half, partial=True)
     assert (report.parts["unet"].matched, report.parts["unet"].layers) == (len(layers), len(layers) + 1)
@@ -235,7 +315,7 @@ def test_the_report_counts_and_measures(mixer: Mixer) -> None:
     modules = leaves(mixer.components["unet"])
     changes = [delta(layer, modules[path].weight) for path, layer in lora.parts["unet"].items()]
     bases = [modules[path].weight for path in lora.parts["unet"]]
-    wanted = math.sqrt(sum(change.square().sum() for change in changes) / sum(base.square().sum() for base in bases))
+    wanted = math.sqrt(sum(change.square().sum().item() for change in changes) / sum(base.square().sum().item() for base in bases))
     assert part.change == pytest.approx(wanted, rel=1e-5)
     assert (part.ranks, part.alphas, part.kinds) == ((3, 3), (6.0, 6.0), ("lora",))
     assert part.parameters == sum(3 * (base.shape[0] + base[0].numel()) for base in bases)

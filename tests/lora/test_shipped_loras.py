@@ -1,0 +1,60 @@
+"""The adapters that ship: small, of this base, whole, credited, and they draw."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latentpipe import LatentPipeline
+from latentpipe.lora.files import base_of, read_lora
+from latentpipe.models import hashes
+from latentpipe.weights import available, find_model, shipped
+
+FILES = sorted((shipped() / "lora").glob("*.safetensors"))
+README = (shipped() / "lora" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def emoji() -> LatentPipeline:
+    """The embedded model."""
+    return LatentPipeline.from_pretrained("emoji")
+
+
+def test_they_are_listed_by_name() -> None:
+    assert {path.stem for path in FILES} == {"flat", "pencil", "sharp", "solid"} == set(available("lora"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_each_is_small_whole_and_of_this_base(path: Path, emoji: LatentPipeline) -> None:
+    assert path.stat().st_size <= 2_000_000
+    lora = read_lora(path)
+    found = hashes(find_model("emoji"))
+    assert base_of(lora)
+    assert all(found[component] == digest for component, digest in base_of(lora).items())
+    assert json.loads(lora.metadata["latentpipe.training"])
+    report = emoji.attach_lora(path)
+    emoji.detach_lora()
+    assert report.base_checked
+    assert not report.left_out
+    assert all(part.matched == part.layers and part.moved for part in report.parts.values())
+    assert set(report.parts) == ({"vae"} if path.stem == "sharp" else {"unet"})
+    assert f"`{path.stem}`" in README
+    assert lora.hash[:16] in README
+
+
+@pytest.mark.parametrize("name", [path.stem for path in FILES])
+def test_each_draws_another_picture(name: str, emoji: LatentPipeline) -> None:
+    plain = np.asarray(emoji("red apple", seed=7, steps=4)[0].image, np.int16)
+    drawn = emoji(f"red apple <lora:{name}:1>", seed=7, steps=4)[0]
+    assert drawn.recipe.loras == {name: 1.0}
+    assert np.abs(np.asarray(drawn.image, np.int16) - plain).max() > 8
+    again = np.asarray(emoji("red apple", seed=7, steps=4)[0].image, np.int16)
+    assert np.array_equal(again, plain)
+
+
+def test_the_licences_are_named() -> None:
+    for words in ("CC BY 4.0", "Twitter", "MIT", "Microsoft", "SIL Open Font License"):
+        assert words in README
