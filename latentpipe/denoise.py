@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from latentpipe import hosts
+from latentpipe import emphasis, hosts
 from latentpipe.errors import UserError
 from latentpipe.images import flatten
 from latentpipe.sampling import SCHEDULER_OPTIONS, SCHEDULERS, Guide, OnStep, Settings, Step
@@ -92,9 +92,7 @@ def _guided(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnSt
     """Run Stable Diffusion 1/2 with guidance in its interval only."""
     guided = settings.guidance > 1
     with quiet():  # what is cut from a long prompt is said once, with the recipe
-        positive, negative = twin.encode_prompt(
-            list(prompts), twin.device, 1, guided, [settings.negative] * len(prompts) if guided else None
-        )
+        positive, negative = emphasis.encode(twin, prompts, guided, settings.negative)
     guide = Guide(settings, positive, negative, settings.steps_to_run, on_step)
     latents = twin(
         **guide.start(),

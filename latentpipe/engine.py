@@ -127,26 +127,7 @@ def replay(
     recipe. UserError names every weight that differs.
     """
     old = recipes.read(path)
-    if old.vae and vae is None:
-        vae = _name(old.vae, "vae")
-    if old.adapter and adapter is None:
-        adapter = own_adapter(old.adapter)
-    model = model or _name(old.model)
-    # The hashes below decide; whether the VAE fitted was decided when the picture was drawn.
-    pipe = LatentPipeline.from_pretrained(model, vae, device or _device(old), _dtype(old.machine.dtype), adapter, force=True)
-    for name in old.loras:  # in part and by force too: here their hashes decide
-        file = (loras or {}).get(name) or named_lora(name)
-        pipe.loras.mixer.load(dataclasses.replace(pipe.loras.open(file), name=name), partial=True)
-    pipe.set_lora(old.loras, old.lora_fused, old.lora_method)
-    now = pipe.hashes | {f"lora:{name}": pipe.loras.mixer.loaded[name].hash for name in old.loras}
-    changed = [
-        f"{part} is {now.get(part, 'missing')[:16]}, the picture's was {digest[:16]}"
-        for part, digest in old.hashes.items()
-        if now.get(part) != digest
-    ]
-    if changed:
-        options = "--lora NAME=FILE" if all(part.startswith("lora:") for part in changed) else "--model"
-        raise UserError(f"{path} was made with other weights: {'; '.join(changed)}. Give the right ones with {options}.")
+    pipe = _as_then(path, old, model, vae, device, adapter, loras or {})
     settings: dict[str, Any] = {
         "negative": old.negative,
         "steps": old.steps,
@@ -167,6 +148,39 @@ def replay(
     if before.shape != after.shape:
         raise UserError(f"{path} is {before.shape[1]} x {before.shape[0]} pixels, its recipe says {old.width} x {old.height}.")
     return Replay(picture, int(np.abs(before - after).max()), _causes(old, picture.recipe))
+
+
+def _as_then(
+    path: Path,
+    old: recipes.Recipe,
+    model: str | Path | None,
+    vae: str | Path | None,
+    device: str | None,
+    adapter: str | Path | None,
+    loras: Mapping[str, Path],
+) -> LatentPipeline:
+    """The pipeline that drew a picture; UserError names every weight that differs."""
+    if old.vae and vae is None:
+        vae = _name(old.vae, "vae")
+    if old.adapter and adapter is None:
+        adapter = own_adapter(old.adapter)
+    model = model or _name(old.model)
+    # The hashes below decide; whether VAE and adapters fitted was decided when the picture was drawn.
+    pipe = LatentPipeline.from_pretrained(model, vae, device or _device(old), _dtype(old.machine.dtype), adapter, force=True)
+    for name in old.loras:
+        lora = pipe.loras.open(loras.get(name) or named_lora(name))
+        pipe.loras.mixer.load(dataclasses.replace(lora, name=name), partial=True)
+    pipe.set_lora(old.loras, old.lora_fused, old.lora_method)
+    now = pipe.hashes | {f"lora:{name}": pipe.loras.mixer.loaded[name].hash for name in old.loras}
+    changed = [
+        f"{part} is {now.get(part, 'missing')[:16]}, the picture's was {digest[:16]}"
+        for part, digest in old.hashes.items()
+        if now.get(part) != digest
+    ]
+    if changed:
+        options = "--lora NAME=FILE" if all(part.startswith("lora:") for part in changed) else "--model"
+        raise UserError(f"{path} was made with other weights: {'; '.join(changed)}. Give the right ones with {options}.")
+    return pipe
 
 
 def _causes(old: recipes.Recipe, new: recipes.Recipe) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from latentpipe import emphasis
 from latentpipe import recipe as recipes
 from latentpipe.adapters import adapted, find_adapter, open_adapter
 from latentpipe.denoise import check_family, denoise, is_classic, native_size, size_unit
@@ -161,6 +162,8 @@ class LatentPipeline:
             raise UserError("the prompt holds bytes that are no text; expected UTF-8.")
         if max(len(prompt), len(chosen.negative)) > recipes.MAX_PROMPT:
             raise UserError(f"the prompt has {len(prompt):,} characters; at most {recipes.MAX_PROMPT:,} are taken.")
+        for text in (prompt, chosen.negative):
+            emphasis.refuse(self.host, text)
         assert chosen.size is not None
         self.stage.check_memory(n, *reversed(chosen.size))  # now, not after the sampling
         done = 0
@@ -229,7 +232,7 @@ class LatentPipeline:
         if not is_classic(self.host):
             return ""  # the other families have several text encoders that cut at different places
         tokenizer = self.host.tokenizer
-        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        ids = tokenizer(emphasis.plain(prompt), add_special_tokens=False, verbose=False).input_ids
         return tokenizer.decode(ids[tokenizer.model_max_length - 2 :]).strip()
 
     def preview(self, latents: torch.Tensor, side: int = 256) -> Image.Image | None:

@@ -150,7 +150,7 @@ def inspect(path: str, /) -> None:
     """Print what a model, a VAE, a LoRA, an adapter or a picture says about itself, as JSON.
 
     Args:
-        path: A name, a model or VAE folder, a .safetensors file, or a PNG.
+        path: A name, a model or VAE folder, a .safetensors file, or a picture (also of other programs: A1111, ComfyUI, ...).
     """
     from latentpipe.adapters import is_adapter, own_adapters, read_card
     from latentpipe.lora_verbs import facts, is_lora
@@ -166,9 +166,10 @@ def inspect(path: str, /) -> None:
         print(_json(asdict(read_card(file)) if is_adapter(file) else describe(path)))
         return
     if Path(path).is_file():
-        from latentpipe.recipe import read
+        from latentpipe.metadata import read_info
 
-        print(read(Path(path)).model_dump_json(indent=2))
+        info = read_info(Path(path))
+        print(info.recipe.model_dump_json(indent=2) if info.recipe else _json(asdict(info)))
         return
     print(_json(describe(path)))
 

@@ -19,7 +19,8 @@ ORDER = [
     ["errors"], ["version"], ["defaults"], ["images"], ["probes"], ["latents"], ["files"],
     ["bands"], ["bandable"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["hosts"], ["weights"],
     ["rescale"], ["fp16"],
-    ["models"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["recipe"], ["sampling"], ["denoise"], ["lora"], ["pipeline"],
+    ["models"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["recipe"], ["sampling"],
+    ["foreign"], ["metadata"], ["emphasis"], ["denoise"], ["lora"], ["pipeline"],
     ["engine"], ["config"], ["data"], ["evaluate"], ["train"], ["generate", "verbs", "vae_verbs", "lora_verbs"],
     ["health_verb", "evaluate_verbs", "compare_verb"], ["fit"], ["cli"],
 ]  # fmt: skip

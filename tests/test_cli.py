@@ -144,7 +144,7 @@ def test_an_unknown_verb_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["generate", "x", "--lora", "y"], "--lora y"),
+        (["generate", "x", "--lora", "y"], "No LoRA 'y'"),
         (["generate", "x", "--adapter", "y"], "--adapter y"),
         (["generate", "x", "--size", "big"], "--size is 'big'"),
         (["generate", "x", "--size", "64x"], "--size"),

@@ -84,6 +84,7 @@ def weight_at(weight: Weight, component: str, path: str) -> float:
 
 
 def covers(name: str, component: str, path: str) -> bool:
+    """Whether the name of a component or of a block of it covers a layer."""
     return f"{component}.{path}.".startswith(f"{name}.")
 
 

@@ -315,7 +315,9 @@ def test_the_report_counts_and_measures(mixer: Mixer) -> None:
     modules = leaves(mixer.components["unet"])
     changes = [delta(layer, modules[path].weight) for path, layer in lora.parts["unet"].items()]
     bases = [modules[path].weight for path in lora.parts["unet"]]
-    wanted = math.sqrt(sum(change.square().sum().item() for change in changes) / sum(base.square().sum().item() for base in bases))
+    wanted = math.sqrt(
+        sum(change.square().sum().item() for change in changes) / sum(base.square().sum().item() for base in bases)
+    )
     assert part.change == pytest.approx(wanted, rel=1e-5)
     assert (part.ranks, part.alphas, part.kinds) == ((3, 3), (6.0, 6.0), ("lora",))
     assert part.parameters == sum(3 * (base.shape[0] + base[0].numel()) for base in bases)
