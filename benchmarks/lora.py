@@ -35,6 +35,8 @@ STYLES = Path("data/styles")
 OUT = Path("benchmarks/lora")
 OWN = "resized"  # the base's own hand
 GLYPH = 48
+WEIGHTS = {1: 1.0, 2: 0.6, 3: 0.4}  # of each adapter, by how many are on
+ALONE = ("sum", "svd", "ties_svd", "dare_linear_svd", "magnitude_prune_svd")  # the methods that change a single adapter
 BATCH = 16
 
 
@@ -84,15 +86,10 @@ def draw(pipe: LatentPipeline, prompts: Sequence[str]) -> list[Image.Image]:
     return found
 
 
-def content(style: str, keys: Sequence[str], glyphs: np.ndarray) -> dict[str, float]:
-    """Top-1 and top-5 of the nearest drawings (root mean square) in that hand's whole bank, Wilson intervals."""
-    names = list(drawings(style))
-    bank = np.stack([drawings(style)[name] for name in names]).reshape(len(names), -1)
-    flat = glyphs.reshape(len(glyphs), -1)
-    near = np.argsort(np.square(bank).sum(1)[None] - 2 * flat @ bank.T, axis=1, kind="stable")[:, :5]
-    hits = np.array([[names[index] == key for index in row] for key, row in zip(keys, near, strict=True)])
-    one, five, n = int(hits[:, 0].sum()), int(hits.any(1).sum()), len(keys)
-    return {"n": n, "top1": one / n, "top1_ci": wilson(one, n), "top5": five / n, "top5_ci": wilson(five, n)}
+def content(style: str, keys: Sequence[str], glyphs: np.ndarray) -> dict[str, Any]:
+    """Share of the pictures whose emoji is among the five nearest drawings of that hand, Wilson interval."""
+    count, n = int(hits(style, keys, glyphs).sum()), len(keys)
+    return {"n": n, "top5": count / n, "top5_ci": wilson(count, n)}
 
 
 def nearness(style: str, keys: Sequence[str], base: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
@@ -131,22 +128,16 @@ class Bench:
 
     def __init__(self) -> None:
         self.pipe = LatentPipeline.from_pretrained("emoji")
-        self._base: dict[tuple[str, ...], np.ndarray] = {}
+        self._drawn: dict[str, np.ndarray] = {}
 
-    def glyphs(
-        self, prompts: Sequence[str], loras: Mapping[str, Any], method: str = "sum"
-    ) -> tuple[np.ndarray, list[Image.Image]]:
-        """The pictures with these adapters on, as glyphs and as pictures."""
-        self.pipe.set_lora(loras, method=method)
-        pictures = draw(self.pipe, prompts)
-        self.pipe.set_lora({})
-        return np.stack([glyph(picture) for picture in pictures]), pictures
-
-    def base(self, prompts: Sequence[str]) -> np.ndarray:
-        """Without adapters."""
-        if tuple(prompts) not in self._base:
-            self._base[tuple(prompts)] = self.glyphs(prompts, {})[0]
-        return self._base[tuple(prompts)]
+    def glyphs(self, prompts: Sequence[str], loras: Mapping[str, Any], method: str = "sum") -> np.ndarray:
+        """The pictures with these adapters on, as glyphs; drawn once."""
+        key = json.dumps([list(prompts), dict(loras), method])
+        if key not in self._drawn:
+            self.pipe.set_lora(loras, method=method)
+            self._drawn[key] = np.stack([glyph(picture) for picture in draw(self.pipe, prompts)])
+            self.pipe.set_lora({})
+        return self._drawn[key]
 
     def load(self, path: Path) -> str:
         """Attach a file once, so that `set_lora` knows its name."""
@@ -158,7 +149,7 @@ class Bench:
         """Nearness and content of adapters on a part of a style; the colour match beside it."""
         found = captions(style, part)
         keys, prompts = list(found), list(found.values())
-        base, (drawn, _) = self.base(prompts), self.glyphs(prompts, loras)
+        base, drawn = self.glyphs(prompts, {}), self.glyphs(prompts, loras)
         return {
             **nearness(style, keys, base, drawn),
             "colour_match": nearness(style, keys, base, colour_match(style, base)),
@@ -191,50 +182,41 @@ def line(name: str, row: dict[str, Any]) -> str:
         f"{name:20} n {content_['n']:4}  nearer {row['nearer']:.1%} ({row['ci'][0]:.1%} to {row['ci'][1]:.1%}), "
         f"grey {row['nearer_grey']:.1%}  "
         f"controls: noto {row.get('control', float('nan')):.1%}, colours {row['colour_match']['nearer']:.1%}  "
-        f"top-1/5 {content_['top1']:.1%}/{content_['top5']:.1%}  base in its own bank {base['top1']:.1%}/{base['top5']:.1%}"
+        f"top-5 {content_['top5']:.1%}, base in its own bank {base['top5']:.1%}"
     )
 
 
-def merges(folder: Path, names: Sequence[str], part: str = "unseen", most: int = 100) -> dict[str, Any]:
+def merges(folder: Path, sets: Sequence[Sequence[str]], part: str = "unseen", most: int = 100) -> dict[str, Any]:
     """Methods x number of adapters: content in the nearest bank, and how often nearer to each hand than the base is."""
     bench, result = Bench(), {}
-    for name in names:
+    for name in dict.fromkeys(name for names in sets for name in names):
         bench.load(folder / f"{name}.safetensors")
-    found = dict(list(captions(names[0], part).items())[:most])
+    found = dict(list(captions("flat", part).items())[:most])
     keys, prompts = list(found), list(found.values())
-    base = bench.base(prompts)
-    sets = [names[:1], names[:2], names[:3]]
-    for chosen in sets:
-        for method in (
-            ("sum", *METHODS) if len(chosen) > 1 else ("sum", "svd", "ties_svd", "dare_linear_svd", "magnitude_prune_svd")
-        ):
-            weights = dict.fromkeys(chosen, 1.0 if len(chosen) == 1 else 1.2 / len(chosen))
-            drawn, _ = bench.glyphs(prompts, weights, method)
-            near = [nearness(name, keys, base, drawn) for name in chosen]
-            banks = np.max([hits(name, keys, drawn) for name in [*chosen, OWN]], axis=0)
-            count = int(banks.sum())
-            shares = [row["nearer"] for row in near]
-            total = round(sum(shares) * len(keys))
-            result[f"{len(chosen)} {method}"] = {
-                "adapters": list(chosen),
-                "weight": weights[chosen[0]],
+    base = bench.glyphs(prompts, {})
+    for names in sets:
+        weights = dict.fromkeys(names, WEIGHTS[len(names)])
+        for method in ("sum", *METHODS) if len(names) > 1 else ALONE:
+            drawn = bench.glyphs(prompts, weights, method)
+            near = [nearness(name, keys, base, drawn) for name in names]
+            count = int(np.max([hits(name, keys, drawn) for name in [*names, OWN]], axis=0).sum())
+            share = float(np.mean([row["nearer"] for row in near]))
+            row = result[f"{len(names)} {method}"] = {
+                "adapters": list(names),
+                "weight": WEIGHTS[len(names)],
                 "n": len(keys),
-                "nearer": float(np.mean(shares)),
-                "nearer_ci": wilson(total, len(keys) * len(chosen)),
+                "nearer": share,
+                "nearer_ci": wilson(round(share * len(keys) * len(names)), len(keys) * len(names)),
                 "gain": float(np.mean([row["gain"] for row in near])),
                 "top5": count / len(keys),
                 "top5_ci": wilson(count, len(keys)),
             }
-            row = result[f"{len(chosen)} {method}"]
-            print(
-                f"{len(chosen)} {method:22} nearer {row['nearer']:.1%}  gain {row['gain']:.2f}  top-5 {row['top5']:.1%}",
-                flush=True,
-            )
+            print(f"{len(names)} {method:22} nearer {share:.1%}  gain {row['gain']:.3f}  top-5 {row['top5']:.1%}", flush=True)
     return result
 
 
 def hits(style: str, keys: Sequence[str], glyphs: np.ndarray) -> np.ndarray:
-    """Whether the emoji is among the five nearest drawings of a hand."""
+    """Whether the emoji is among the five nearest drawings of a hand's whole bank (root mean square over the glyphs)."""
     names = list(drawings(style))
     bank = np.stack([drawings(style)[name] for name in names]).reshape(len(names), -1)
     flat = glyphs.reshape(len(glyphs), -1)
@@ -315,6 +297,37 @@ def sharp(path: Path) -> dict[str, Any]:
     }
 
 
+def step_seconds(ranks: Sequence[int], rounds: int = 4) -> dict[int, float]:
+    """Seconds of one training step of 32 at each rank, in turns; the median."""
+    import copy
+
+    import torch
+
+    from latentpipe.config import Run
+    from latentpipe.lora.attach import inject
+    from latentpipe.lora.sites import select
+    from latentpipe.train import loop
+
+    base = LatentPipeline.from_pretrained("emoji").host.unet
+    models = {}
+    for rank in ranks:
+        models[rank] = copy.deepcopy(base).train()
+        inject(models[rank], select("unet", base, ["unet.all"]), "x", rank, float(rank))
+    run = Run(out=Path("x"), work=Path("y"))
+    inputs = torch.randn(32, 8, 16, 16), torch.randint(1000, (32,)), torch.randn(32, 24, 256)
+
+    def step(rank: int) -> None:
+        with loop.fast_forward(run, torch.device("cpu")):
+            found = models[rank](*inputs, return_dict=False)[0]
+        found.float().square().mean().backward()
+
+    times: dict[int, list[float]] = {rank: [] for rank in ranks}
+    for _ in range(rounds + 1):
+        for rank in ranks:
+            times[rank].append(timed(lambda rank=rank: step(rank)))
+    return {rank: float(np.median(values[1:])) for rank, values in times.items()}
+
+
 def timed(call: Any) -> float:
     """Seconds of a call."""
     begin = time.perf_counter()
@@ -331,9 +344,13 @@ def main() -> None:
     if what == "styles":
         result: Any = styles(folder, sys.argv[3:] or ["flat", "solid", "pencil"])
     elif what == "ranks":
-        result = {path.stem: ranked(path) for path in sorted(folder.glob("flat-r*.safetensors"))}
+        bench = Bench()
+        result = {path.stem: ranked(bench, path) for path in sorted(folder.glob("flat-r*.safetensors"))}
+        seconds = step_seconds([row["rank"] for row in result.values()])
+        result = {name: row | {"step_seconds": seconds[row["rank"]]} for name, row in result.items()}
     elif what == "merges":
-        result = merges(folder, sys.argv[3:] or ["flat", "solid", "pencil"])
+        chosen = sys.argv[3:]
+        result = merges(folder, [chosen] if chosen else [["flat"], ["flat", "solid"], ["flat", "solid", "pencil"]])
     elif what == "sheet":
         result = sheet_of(folder, sys.argv[3:] or ["flat", "solid", "pencil"])
     elif what == "sharp":
@@ -341,16 +358,21 @@ def main() -> None:
     else:
         result = speed(folder / "flat.safetensors")
         print(result)
-    (OUT / f"{what}.json").write_text(json.dumps(result, indent=1) + "\n")
+    path = OUT / f"{what}.json"
+    before = json.loads(path.read_text()) if what in ("styles", "merges") and path.is_file() else {}
+    path.write_text(json.dumps(before | result, indent=1) + "\n")
 
 
-def ranked(path: Path) -> dict[str, Any]:
+def ranked(bench: Bench, path: Path) -> dict[str, Any]:
     """The flat style by an adapter of another rank."""
-    bench = Bench()
     name = bench.load(path)
     part = next(iter(bench.pipe.loras.mixer.loaded[name].parts.values()))
     row = bench.style("flat", "held_out", {name: 1.0})
-    row |= {"parameters": sum(layer.parameters for layer in part.values()), "mb": path.stat().st_size / 1e6}
+    row |= {
+        "rank": next(iter(part.values())).rank,
+        "parameters": sum(layer.parameters for layer in part.values()),
+        "mb": path.stat().st_size / 1e6,
+    }
     print(line(path.stem, row), f"{row['parameters']:,} parameters, {row['mb']:.2f} MB", flush=True)
     return row
 
