@@ -28,7 +28,10 @@ from latentpipe import LatentPipeline
 from latentpipe.evaluate.bootstrap import interval
 from latentpipe.evaluate.prompts import wilson
 from latentpipe.images import flatten
+from latentpipe.lora.files import read_lora
+from latentpipe.lora.layer import Lora
 from latentpipe.lora.merge import METHODS
+from latentpipe.lora.sites import select
 from latentpipe.sampling import Settings
 
 STYLES = Path("data/styles")
@@ -186,8 +189,8 @@ def line(name: str, row: dict[str, Any]) -> str:
     )
 
 
-def merges(folder: Path, sets: Sequence[Sequence[str]], part: str = "unseen", most: int = 100) -> dict[str, Any]:
-    """Methods x number of adapters: content in the nearest bank, and how often nearer to each hand than the base is."""
+def merges(folder: Path, sets: Sequence[Sequence[str]], part: str = "held_out", most: int = 60) -> dict[str, Any]:
+    """Methods x number of adapters: content in the nearest bank, and how often nearer than the base to the hands."""
     bench, result = Bench(), {}
     for name in dict.fromkeys(name for names in sets for name in names):
         bench.load(folder / f"{name}.safetensors")
@@ -198,15 +201,16 @@ def merges(folder: Path, sets: Sequence[Sequence[str]], part: str = "unseen", mo
         weights = dict.fromkeys(names, WEIGHTS[len(names)])
         for method in ("sum", *METHODS) if len(names) > 1 else ALONE:
             drawn = bench.glyphs(prompts, weights, method)
-            near = [nearness(name, keys, base, drawn) for name in names]
-            count = int(np.max([hits(name, keys, drawn) for name in [*names, OWN]], axis=0).sum())
+            hands = [name for name in names if (STYLES / name / part).is_dir()]
+            near = [nearness(name, keys, base, drawn) for name in hands]
+            count = int(np.max([hits(name, keys, drawn) for name in [*hands, OWN]], axis=0).sum())
             share = float(np.mean([row["nearer"] for row in near]))
             row = result[f"{len(names)} {method}"] = {
                 "adapters": list(names),
                 "weight": WEIGHTS[len(names)],
                 "n": len(keys),
                 "nearer": share,
-                "nearer_ci": wilson(round(share * len(keys) * len(names)), len(keys) * len(names)),
+                "nearer_ci": wilson(round(share * len(keys) * len(hands)), len(keys) * len(hands)),
                 "gain": float(np.mean([row["gain"] for row in near])),
                 "top5": count / len(keys),
                 "top5_ci": wilson(count, len(keys)),
@@ -230,7 +234,10 @@ def speed(path: Path, rounds: int = 12) -> dict[str, float]:
     pipe("red apple", seed=0)
     pipe.attach_lora(path, name="x")
     pipe.detach_lora()
-    times: dict[str, list[float]] = {"base": [], "fused": [], "unfused": [], "attach": [], "switch": []}
+    times: dict[str, list[float]] = {"base": [], "fused": [], "unfused": [], "unfused_attention": [], "attach": [], "switch": []}
+    whole = read_lora(path)
+    attention = select("unet", pipe.host.unet, ["unet.attention"])
+    part = Lora({"unet": {name: layer for name, layer in whole.parts["unet"].items() if name in attention}}, "part")
 
     def picture() -> None:
         pipe("red apple", seed=0)
@@ -243,9 +250,14 @@ def speed(path: Path, rounds: int = 12) -> dict[str, float]:
         pipe.set_lora({"x": 1.0}, fuse=False)
         times["unfused"].append(timed(picture))
         pipe.detach_lora()
+        pipe.attach_lora(part)
+        pipe.set_lora({"part": 1.0}, fuse=False)
+        times["unfused_attention"].append(timed(picture))
+        pipe.detach_lora()
     middle = {name: float(np.median(values)) for name, values in times.items()}
     ratios = {
-        f"{name} / base": float(np.median(np.array(times[name]) / np.array(times["base"]))) for name in ("fused", "unfused")
+        f"{name} / base": float(np.median(np.array(times[name]) / np.array(times["base"])))
+        for name in ("fused", "unfused", "unfused_attention")
     }
     return middle | ratios
 
@@ -350,7 +362,7 @@ def main() -> None:
         result = {name: row | {"step_seconds": seconds[row["rank"]]} for name, row in result.items()}
     elif what == "merges":
         chosen = sys.argv[3:]
-        result = merges(folder, [chosen] if chosen else [["flat"], ["flat", "solid"], ["flat", "solid", "pencil"]])
+        result = merges(folder, [chosen] if chosen else [["flat"], ["flat", "pencil"], ["flat", "pencil", "solid"]])
     elif what == "sheet":
         result = sheet_of(folder, sys.argv[3:] or ["flat", "solid", "pencil"])
     elif what == "sharp":

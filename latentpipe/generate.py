@@ -57,6 +57,8 @@ class Generate:
     """Precision of the weights."""
     lora: tuple[str, ...] = ()
     """Names or files of LoRA adapters, each with its weight: flat=0.7 (1 where none is given)."""
+    lora_method: str = "sum"
+    """How several are put together: sum (at once, exactly), or a method of 'latentpipe lora merge', such as ties_svd."""
     lora_partial: bool = False
     """Take LoRA files that fit in part; what is left out is told."""
     adapter: str | None = None
@@ -82,6 +84,8 @@ def run(options: Generate) -> None:
     )
     for source, weight in loras:
         print(pipe.attach_lora(source, weight, partial=options.lora_partial, force=options.force), file=sys.stderr)
+    if options.lora_method != "sum":
+        pipe.set_lora(pipe.loras.weights, method=options.lora_method)
     pictures, stopped = _watch(Engine(pipe), options.prompt, settings)
     for picture in pictures:
         print(picture.save(_free_path(options.out, options.prompt, picture.recipe.seed)))

@@ -93,7 +93,7 @@ def lora_merge(
     *,
     out: Path,
     weights: tuple[str, ...] = (),
-    method: Method = "cat",
+    method: Method = "ties_svd",
     density: float = 0.5,
     rank: int | None = None,
     seed: int = 0,
@@ -108,8 +108,8 @@ def lora_merge(
         out: File to write; it ends in .safetensors.
         weights: One for each file: a number, or numbers by component (unet=0.7,text_encoder=0.3; what is not named counts
             as 0); left out: 1 each.
-        method: cat is the exact sum; svd is the nearest to it of a smaller rank; linear, ties, dare and magnitude_prune merge
-            A and B apart and need equal ranks, with _svd they merge their product.
+        method: ties_svd keeps content best in our measurements; cat is the exact sum; svd is the nearest to it of a smaller
+            rank; linear, ties, dare and magnitude_prune merge A and B apart and need equal ranks, with _svd their product.
         density: Share of the values that ties, dare and magnitude_prune keep.
         rank: Rank of the svd methods' result; left out: the largest of the files'.
         seed: Of the masks that dare draws.

@@ -98,7 +98,7 @@ def test_a_tag_switches_an_adapter_on_for_one_call(pipe: LatentPipeline, home: P
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        ("x <lora:nobody:1>", "No LoRA 'nobody' is installed; there are: bright, sharp, soft"),
+        ("x <lora:nobody:1>", "No LoRA 'nobody' is installed; there are: flat, pencil, sharp, solid, bright, soft"),
         ("x <lora:../lora/bright:1>", "No LoRA '../lora/bright' is installed"),
         ("x <lora:bright:99>", "from -10 to 10"),
         ("x <lora:bright:nan>", "is nan"),
@@ -194,7 +194,7 @@ def test_names_once_and_only_what_is_attached_comes_off(pipe: LatentPipeline, ho
     pipe.attach_lora("soft", 0.1, name="again")
     with pytest.raises(UserError, match="No LoRA 'bright' is attached; attached: soft, again"):
         pipe.detach_lora("bright")
-    with pytest.raises(UserError, match="No LoRA 'nobody': neither a file nor one of bright, sharp, soft"):
+    with pytest.raises(UserError, match="No LoRA 'nobody': neither a file nor one of flat, pencil, sharp, solid, bright, soft"):
         pipe.attach_lora("nobody")
 
 
@@ -226,6 +226,11 @@ def test_generate_takes_names_files_and_weights(
     assert "bright: unet" in shown.err
     assert "moves one step by" in shown.err
     assert read(Path(shown.out.strip())).loras == {"bright": 0.5, "sharp": 1.0}
+    assert main([*call, "--lora", "bright=0.5", "soft", "--lora-method", "ties_svd"]) == 0
+    drawn = read(Path(capsys.readouterr().out.strip()))
+    assert (drawn.loras, drawn.lora_method) == ({"bright": 0.5, "soft": 1.0}, "ties_svd")
+    assert main([*call, "--lora", "bright", "--lora-method", "mean"]) == 2
+    assert "The method is 'mean'" in capsys.readouterr().err
     for given, said in (("bright=x", "'x' is no number"), ("nobody", "No LoRA 'nobody'"), ("bright=99", "from -10 to 10")):
         assert main([*call, "--lora", given]) == 2
         assert said in capsys.readouterr().err

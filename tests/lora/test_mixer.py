@@ -124,6 +124,30 @@ def test_any_order_of_changes_ends_where_a_fresh_model_ends(tmp_path_factory, mo
 _models: dict[str, Any] = {}
 
 
+def test_a_thousand_switches_in_random_order_leave_no_trace(mixer: Mixer) -> None:
+    """Attached, weighted, swapped, fused or not: same bytes at the end, and no tensor more than before."""
+    import gc
+    import random
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(entry, torch.Tensor) for entry in gc.get_objects())
+
+    draw = random.Random(0)
+    before, plain = digests(mixer.components), output(mixer.components)
+    counts = []
+    for turn in range(1000):
+        chosen = draw.sample(["one", "two"], draw.randrange(3))
+        mixer.set({name: draw.choice([-1.0, 0.3, 1.0]) for name in chosen}, fuse=draw.random() < 0.9)
+        if turn % 200 == 0:
+            mixer.clear()
+            counts.append(tensors())
+    mixer.clear()
+    assert digests(mixer.components) == before
+    assert torch.equal(output(mixer.components), plain)
+    assert tensors() <= counts[0]
+
+
 def test_what_is_kept_is_the_base_itself_not_a_copy(mixer: Mixer) -> None:
     places = {name: parameter.data_ptr() for name, parameter in mixer.components["unet"].named_parameters()}
     for _ in range(3):

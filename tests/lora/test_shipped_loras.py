@@ -63,7 +63,9 @@ def test_the_licences_are_named() -> None:
 def test_the_figures_are_the_measured_ones() -> None:
     """The tables are copied from what benchmarks/lora.py wrote."""
     folder = Path(__file__).parents[2] / "benchmarks" / "lora"
-    measured = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("styles", "ranks", "merges", "sharp", "speed")}
+    measured = {
+        name: json.loads((folder / f"{name}.json").read_text()) for name in ("styles", "ranks", "merges", "sharp", "speed")
+    }
     shares = [row["nearer"] for row in (*measured["styles"].values(), *measured["ranks"].values(), *measured["merges"].values())]
     shares += [row["content"]["top5"] for row in measured["styles"].values()]
     assert all(f"{100 * share:.1f} %" in README for share in shares)
