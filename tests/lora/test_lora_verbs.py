@@ -231,7 +231,19 @@ def test_merge_by_component_and_dtype(file: Path, second: Path, tmp_path: Path) 
         write_lora(read_lora(source), tmp_path / f"{name}.safetensors", dtype="fp16")
         halves.append(tmp_path / f"{name}.safetensors")
     out = tmp_path / "m.safetensors"
-    call(lora_verbs.lora_merge, *halves, "--weights", "unet=0.5", "unet=1,text_encoder=0", "--method", "cat", "--out", out, "--to", "kohya")
+    call(
+        lora_verbs.lora_merge,
+        *halves,
+        "--weights",
+        "unet=0.5",
+        "unet=1,text_encoder=0",
+        "--method",
+        "cat",
+        "--out",
+        out,
+        "--to",
+        "kohya",
+    )
     lora = read_lora(out)
     assert set(lora.parts) == {"unet"}
     assert {value.dtype for _, _, one in lora.layers() for value in one.tensors.values()} == {torch.float16}
@@ -330,7 +342,20 @@ def test_third_party_files(assets: Path, tmp_path: Path, capsys: Any) -> None:
     assert said["unread"] == []
     twin = tmp_path / "twin.safetensors"
     call(lora_verbs.lora_convert, files[0], "--out", twin, "--to", "kohya")
-    call(lora_verbs.lora_merge, files[0], twin, "--weights", 1, 0.5, "--method", "cat", "--out", tmp_path / "m.safetensors", "--dtype", "fp32")
+    call(
+        lora_verbs.lora_merge,
+        files[0],
+        twin,
+        "--weights",
+        1,
+        0.5,
+        "--method",
+        "cat",
+        "--out",
+        tmp_path / "m.safetensors",
+        "--dtype",
+        "fp32",
+    )
     name = next(iter(read_lora(files[0]).parts["unet"]))
     one, two = (read_lora(file).parts["unet"][name] for file in (files[0], tmp_path / "m.safetensors"))
     wanted = 1.5 * one.tensors["lora_B"].float() @ one.tensors["lora_A"].float() * one.scale
