@@ -1,62 +1,15 @@
-"""Random adapters for real components."""
+"""A tiny model to put adapters on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 from latentpipe import LatentPipeline
-from latentpipe.lora.layer import Layer, Lora
-from latentpipe.lora.sites import leaves, select_all
-
-
-def layer_for(
-    weight: torch.Tensor, rank: int, seed: int, alpha: float | None = None, scale: float = 0.1, dora: bool = False
-) -> Layer:
-    """A random LoRA (or DoRA) layer for a weight."""
-    generator = torch.Generator().manual_seed(seed)
-    ones = (1,) * (weight.ndim - 2)
-    tensors = {
-        "lora_A": torch.randn(rank, *weight.shape[1:], generator=generator) * scale,
-        "lora_B": torch.randn(weight.shape[0], rank, *ones, generator=generator) * scale,
-    }
-    if dora:
-        length = weight.flatten(1).norm(dim=1) * (1 + 0.1 * torch.rand(len(weight), generator=generator))
-        tensors["lora_magnitude_vector"] = length[None, :, None, None] if weight.ndim == 4 else length
-    return Layer("lora", tensors, rank, float(rank if alpha is None else alpha))
-
-
-def random_lora(
-    components: dict[str, nn.Module], sites: Sequence[str] = ("unet.all", "text"), name: str = "a", rank: int = 2, **how: Any
-) -> Lora:
-    """A random adapter on these sites."""
-    parts: dict[str, dict[str, Layer]] = {}
-    seed = sum(map(ord, name))
-    for component, paths in select_all(components, sites).items():
-        modules = leaves(components[component])
-        parts[component] = {
-            path: layer_for(modules[path].weight, rank, seed + index, **how)  # type: ignore[arg-type]
-            for index, path in enumerate(paths)
-        }
-    return Lora(parts, name)
 
 
 @pytest.fixture
 def pipe(model_folder: Path) -> LatentPipeline:
     """A tiny model, fresh for each test."""
     return LatentPipeline.from_pretrained(model_folder)
-
-
-@pytest.fixture
-def lora_of(pipe: LatentPipeline) -> Callable[..., Lora]:
-    """Random adapters for that model."""
-
-    def make(sites: Sequence[str] = ("unet.all", "text"), name: str = "a", rank: int = 2, **how: Any) -> Lora:
-        return random_lora(pipe.loras.mixer.components, sites, name, rank, **how)
-
-    return make

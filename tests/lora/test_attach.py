@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import layer_for, random_lora
+from made import layer_for, random_lora
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn

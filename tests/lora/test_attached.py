@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_lora
+from made import random_lora
 
 from latentpipe import LatentPipeline, replay
 from latentpipe.cli import main

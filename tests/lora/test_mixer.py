@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import random_lora
 
 from latentpipe.errors import UserError
 from latentpipe.files import content_hash
