@@ -173,8 +173,8 @@ def test_mistakes_end_with_2_and_a_sentence(capsys: pytest.CaptureFixture[str], 
 
 def test_a_picture_without_a_recipe_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     draw_shape("red", "bar").save("x.png")
-    for verb in ("replay", "inspect"):
-        assert "carries no latentpipe recipe" in refused(capsys, verb, "x.png")
+    for verb, said in (("replay", "carries no latentpipe recipe"), ("inspect", "without settings")):
+        assert said in refused(capsys, verb, "x.png")
     assert "cannot be read as a picture" in refused(capsys, "generate", "x", "--image", str(write_config("vae")))
 
 
