@@ -262,8 +262,8 @@ def speed(path: Path, rounds: int = 12) -> dict[str, float]:
     return middle | ratios
 
 
-def sheet_of(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Rows: base, each adapter, and two of them together; columns: the first four prompts of either unseen list."""
+def sheet_of(folder: Path, names: Sequence[str]) -> None:
+    """Draw FOLDER/samples.png: a row for the base, each adapter and two together; five prompts of either unseen list."""
     from latentpipe.images import sheet
 
     pipe = LatentPipeline.from_pretrained("emoji")
@@ -279,7 +279,6 @@ def sheet_of(folder: Path, names: Sequence[str]) -> dict[str, str]:
         pictures += [picture.resize((128, 128), Image.Resampling.LANCZOS) for picture in draw(pipe, prompts)]
         labels += [f"{row}: {prompt}" for prompt in prompts]
     sheet(pictures, len(prompts), labels).save(folder / "samples.png")
-    return {row: ", ".join(weights) for row, weights in rows.items()}
 
 
 def sharp(path: Path) -> dict[str, Any]:
@@ -364,7 +363,8 @@ def main() -> None:
         chosen = sys.argv[3:]
         result = merges(folder, [chosen] if chosen else [["flat"], ["flat", "pencil"], ["flat", "pencil", "solid"]])
     elif what == "sheet":
-        result = sheet_of(folder, sys.argv[3:] or ["flat", "solid", "pencil"])
+        sheet_of(folder, sys.argv[3:] or ["flat", "solid", "pencil"])
+        return
     elif what == "sharp":
         result = sharp(folder / "sharp.safetensors")
     else:

@@ -88,7 +88,7 @@ def run(options: Generate) -> None:
         pipe.set_lora(pipe.loras.weights, method=options.lora_method)
     pictures, stopped = _watch(Engine(pipe), options.prompt, settings)
     for picture in pictures:
-        print(picture.save(_free_path(options.out, options.prompt, picture.recipe.seed)))
+        print(picture.save(_free_path(options.out, picture.recipe.prompt, picture.recipe.seed)))
     if stopped:
         raise KeyboardInterrupt
 

@@ -229,6 +229,9 @@ def test_generate_takes_names_files_and_weights(
     assert main([*call, "--lora", "bright=0.5", "soft", "--lora-method", "ties_svd"]) == 0
     drawn = read(Path(capsys.readouterr().out.strip()))
     assert (drawn.loras, drawn.lora_method) == ({"bright": 0.5, "soft": 1.0}, "ties_svd")
+    tagged = ["generate", "red circle <lora:soft:0.3>", *call[2:]]
+    assert main(tagged) == 0
+    assert Path(capsys.readouterr().out.strip()).name.startswith("red-circle-1")  # the tag is no part of the name
     assert main([*call, "--lora", "bright", "--lora-method", "mean"]) == 2
     assert "The method is 'mean'" in capsys.readouterr().err
     for given, said in (("bright=x", "'x' is no number"), ("nobody", "No LoRA 'nobody'"), ("bright=99", "from -10 to 10")):
