@@ -21,8 +21,9 @@ ORDER = [
     ["rescale"], ["fp16"],
     ["models"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["recipe"], ["sampling"],
     ["foreign"], ["metadata"], ["emphasis"], ["denoise"], ["lora"], ["pipeline"],
-    ["engine"], ["config"], ["data"], ["evaluate"], ["train"], ["generate", "verbs", "vae_verbs", "lora_verbs"],
-    ["health_verb", "evaluate_verbs", "compare_verb"], ["fit"], ["cli"],
+    ["engine"], ["config"], ["data"], ["evaluate"], ["train"], ["explore"],
+    ["generate", "verbs", "vae_verbs", "lora_verbs"], ["health_verb", "evaluate_verbs", "compare_verb", "explore_verbs"], ["fit"],
+    ["cli"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 EXEMPT = {"latentpipe/__init__.py", "latentpipe/__main__.py"}

@@ -1,0 +1,1 @@
+"""What a smooth latent space is good for: sample, interpolate, traverse, edit, find anomalies, compress."""
