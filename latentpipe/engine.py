@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ from latentpipe import recipe as recipes
 from latentpipe.adapters import own_adapter
 from latentpipe.errors import UserError
 from latentpipe.images import open_picture
+from latentpipe.jobs import Report, events_of
+from latentpipe.lora.merge import Weight
 from latentpipe.lora.places import named_lora
 from latentpipe.pipeline import LatentPipeline, Picture, best_device, pixel_hash
 from latentpipe.sampling import Step
 from latentpipe.weights import available
 
-_device_lock = threading.Lock()  # host pipelines are not re-entrant, and two jobs slow each other more than twice
 PREVIEW_SECONDS = 0.25
 
 
@@ -53,53 +53,48 @@ class Engine:
         self.pipe = pipe
 
     def run(
-        self, prompt: str, cancel: threading.Event | None = None, previews: bool = False, **settings: Any
-    ) -> Iterator[StepDone | Finished]:
+        self,
+        prompt: str,
+        cancel: threading.Event | None = None,
+        previews: bool = False,
+        loras: Mapping[str, Weight] | None = None,
+        **settings: Any,
+    ) -> Generator[StepDone | Finished, None, None]:
         """Draw `prompt` in a worker thread and yield its events; the last one is `Finished`.
 
         cancel    setting it stops after the current step and keeps the partial pictures
+        previews  whether the events carry a picture of the estimate
+        loras     installed adapters that are on for this job, beside those of the pipeline and of the prompt
         settings  arguments of `LatentPipeline.__call__`
-        Closing the iterator cancels the job and waits for its step to end.
+        Closing the iterator cancels the job and waits for its step to end. `Cancelled` where it was stopped while it waited
+        for another job.
         """
         cancel = cancel or threading.Event()
-        events: queue.Queue[StepDone | Finished | BaseException] = queue.Queue(maxsize=1)
-        worker = threading.Thread(target=self._work, args=(events, cancel, previews, prompt, settings), daemon=True)
-        worker.start()
-        try:
-            while True:
-                event = events.get()
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-                if isinstance(event, Finished):
-                    return
-        finally:
-            cancel.set()
-            while worker.is_alive():
-                _drop(events)  # the worker must not wait for a reader that has left
-                worker.join(0.05)
+        return events_of(partial(self._draw, cancel, previews, prompt, loras or {}, settings), cancel)
 
-    def _work(self, events: queue.Queue, cancel: threading.Event, previews: bool, prompt: str, settings: dict[str, Any]) -> None:
-        with _device_lock:
-            begin = time.monotonic()
-            last_preview = 0.0
+    def _draw(
+        self,
+        cancel: threading.Event,
+        previews: bool,
+        prompt: str,
+        loras: Mapping[str, Weight],
+        settings: dict[str, Any],
+        emit: Callable[[StepDone], None],
+    ) -> Finished:
+        begin, last_preview = time.monotonic(), 0.0
 
-            def on_step(step: Step) -> bool:
-                nonlocal last_preview
-                now = time.monotonic()
-                preview = None
-                if previews and now - last_preview >= PREVIEW_SECONDS:
-                    preview, last_preview = self.pipe.preview(step.latents), now
-                eta = (now - begin) / step.step * (step.steps - step.step)
-                _drop(events)  # a reader that is slow sees the newest event only
-                events.put(StepDone(step.step, step.steps, eta, preview))
-                return cancel.is_set()
+        def on_step(step: Step) -> bool:
+            nonlocal last_preview
+            now = time.monotonic()
+            preview = None
+            if previews and now - last_preview >= PREVIEW_SECONDS:
+                preview, last_preview = self.pipe.preview(step.latents), now
+            emit(StepDone(step.step, step.steps, (now - begin) / step.step * (step.steps - step.step), preview))
+            return cancel.is_set()
 
-            try:
-                pictures = self.pipe(prompt, on_step=on_step, **settings)
-                events.put(Finished(pictures, time.monotonic() - begin))
-            except BaseException as error:  # handed to the reader, who raises it
-                events.put(error)
+        with self.pipe.loras.more(loras):
+            pictures = self.pipe(prompt, on_step=on_step, **settings)
+        return Finished(pictures, time.monotonic() - begin)
 
 
 @dataclass(frozen=True)
@@ -119,12 +114,13 @@ def replay(
     device: str | None = None,
     adapter: str | Path | None = None,
     loras: Mapping[str, Path] | None = None,
+    report: Report | None = None,
 ) -> Replay:
     """Draw the picture in a PNG again from its recipe and compare.
 
     `model`, `vae` and `adapter` (names or places) stand in for the recipe's names, which resolve among the shipped and the
     user's own only; `source` is the picture that img2img began from; `loras` gives the files of adapters by their names in the
-    recipe. UserError names every weight that differs.
+    recipe; `report` is called after each step. UserError names every weight that differs.
     """
     old = recipes.read(path)
     pipe = _as_then(path, old, model, vae, device, adapter, loras or {})
@@ -137,10 +133,13 @@ def replay(
         "size": (old.width, old.height),
         **_source(old, source),
     }
-    stop = old.stopped_after
-    pictures = pipe(
-        old.prompt, n=old.batch_size, seed=old.seed - old.batch_index, on_step=lambda step: step.step == stop, **settings
-    )
+
+    def on_step(step: Step) -> bool:
+        if report is not None:
+            report(step.step, step.steps, "draw again")
+        return step.step == old.stopped_after
+
+    pictures = pipe(old.prompt, n=old.batch_size, seed=old.seed - old.batch_index, on_step=on_step, **settings)
     picture = pictures[old.batch_index]
     with Image.open(path) as stored:
         before = np.asarray(stored.convert("RGB"), dtype=np.int16)
@@ -223,8 +222,3 @@ def _device(old: recipes.Recipe) -> str | None:
 
 def _dtype(name: str) -> str:
     return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(name, "fp32")
-
-
-def _drop(events: queue.Queue) -> None:
-    with suppress(queue.Empty):
-        events.get_nowait()

@@ -114,10 +114,10 @@ class LatentPipeline:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
         pipe = cls(host, name=name_of(folder), hashes=hashes(folder), preview_map=_preview_map(folder / "vae"))
-        return pipe if vae is None else pipe._with_vae(vae, adapter, force, folder)
+        return pipe if vae is None else pipe.with_vae(vae, folder, adapter, force)
 
-    def _with_vae(self, vae: str | Path, adapter: str | Path | None, force: bool, folder: Path) -> LatentPipeline:
-        """The pipeline around another VAE, which an adapter or a verdict vouches for."""
+    def with_vae(self, vae: str | Path, folder: Path, adapter: str | Path | None = None, force: bool = False) -> LatentPipeline:
+        """The same denoiser around another VAE, which an adapter or a verdict vouches for; `folder` is the model's."""
         own = VAEStage(self.host.vae, digest=self.hashes["vae"])
         stage = stage_of(vae, own)
         found = self.hashes | {"vae": stage.digest or ""}

@@ -21,7 +21,7 @@ ORDER = [
     ["rescale"], ["fp16"],
     ["models"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["recipe"], ["sampling"],
     ["foreign"], ["metadata"], ["emphasis"], ["denoise"], ["lora"], ["pipeline"],
-    ["engine"], ["config"], ["data"], ["evaluate"], ["train"], ["explore"],
+    ["model_cache"], ["jobs"], ["engine"], ["config"], ["data"], ["evaluate"], ["train"], ["explore"],
     ["generate", "verbs", "vae_verbs", "lora_verbs"], ["health_verb", "evaluate_verbs", "compare_verb", "explore_verbs"], ["fit"],
     ["cli"],
 ]  # fmt: skip

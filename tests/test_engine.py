@@ -14,7 +14,7 @@ from helpers import draw_shape, edit_json, grey_levels, tiny_vae
 from PIL import Image, PngImagePlugin
 
 from latentpipe import Engine, Finished, LatentPipeline, StepDone, UserError, replay
-from latentpipe.engine import _device_lock
+from latentpipe.jobs import device_lock as _device_lock
 
 PROMPT = "red circle"
 

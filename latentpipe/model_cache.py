@@ -1,0 +1,83 @@
+"""Open pipelines, so that the next job need not load again: a bounded number of models, and of VAEs put into them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from latentpipe.adapters import own_adapter
+from latentpipe.pipeline import LatentPipeline
+from latentpipe.swap import check_swap
+from latentpipe.verdict import Verdict
+from latentpipe.weights import find_model
+
+
+class ModelCache:
+    """Pipelines by the names of their parts; the least recently used one is dropped.
+
+    most    models that are kept, and VAEs beside them
+    device, dtype  as for `LatentPipeline.from_pretrained`
+
+    Pipelines of one model share its denoiser. A file that has changed is opened again.
+    """
+
+    def __init__(self, most: int = 2, device: str | None = None, dtype: str = "fp32") -> None:
+        self.most, self.device, self.dtype = most, device, dtype
+        self._lock = threading.Lock()
+        self._models: OrderedDict[Any, LatentPipeline] = OrderedDict()
+        self._swapped: OrderedDict[Any, LatentPipeline] = OrderedDict()
+        self._verdicts: OrderedDict[Any, Verdict] = OrderedDict()
+
+    def open(self, model: str | Path = "emoji", vae: str | Path | None = None, adapter: str | None = None) -> LatentPipeline:
+        """The pipeline of a model, drawing through its own or another VAE; UserError where that does not fit.
+
+        adapter  name of an installed adapter to that VAE
+        """
+        with self._lock:
+            base = self._base(model)
+            if vae is None:
+                return base
+            key = (*_state(find_model(model)), *_state(find_model(vae, "vae")), adapter and _state(own_adapter(adapter)))
+            return _kept(
+                self._swapped, key, self.most * 2, lambda: base.with_vae(vae, find_model(model), adapter and own_adapter(adapter))
+            )
+
+    def verdict(self, model: str | Path, vae: str | Path) -> Verdict:
+        """Whether a VAE fits a model: measured once."""
+        with self._lock:
+            base = self._base(model)
+            key = (*_state(find_model(model)), *_state(find_model(vae, "vae")))
+            return _kept(self._verdicts, key, 256, lambda: check_swap(base, vae))
+
+    def is_open(self, model: str | Path) -> bool:
+        """Whether a model is loaded."""
+        return _state(find_model(model)) in self._models
+
+    def _base(self, model: str | Path) -> LatentPipeline:
+        folder = find_model(model)
+        key = _state(folder)
+        found = _kept(
+            self._models, key, self.most, lambda: LatentPipeline.from_pretrained(folder, device=self.device, dtype=self.dtype)
+        )
+        for swapped in [other for other in self._swapped if other[:2] not in self._models]:
+            del self._swapped[swapped]  # a dropped model must not live on in these
+        return found
+
+
+def _kept(entries: OrderedDict[Any, Any], key: Any, most: int, make: Callable[[], Any]) -> Any:
+    """The entry of a key, made where it is missing; the oldest ones leave first, so that never more than `most` are held."""
+    if key not in entries:
+        while len(entries) >= most:
+            entries.popitem(last=False)
+        entries[key] = make()
+    entries.move_to_end(key)
+    return entries[key]
+
+
+def _state(place: Path) -> tuple[str, float]:
+    """A folder or file, and when something in it last changed."""
+    files = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else [place]
+    return str(place), max((path.stat().st_mtime for path in files), default=0.0)
