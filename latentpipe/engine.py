@@ -18,7 +18,7 @@ from latentpipe import recipe as recipes
 from latentpipe.adapters import own_adapter
 from latentpipe.errors import UserError
 from latentpipe.images import open_picture
-from latentpipe.jobs import Report, events_of
+from latentpipe.jobs import Report, Waiting, events_of
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.places import named_lora
 from latentpipe.pipeline import LatentPipeline, Picture, best_device, pixel_hash
@@ -59,7 +59,7 @@ class Engine:
         previews: bool = False,
         loras: Mapping[str, Weight] | None = None,
         **settings: Any,
-    ) -> Generator[StepDone | Finished, None, None]:
+    ) -> Generator[Waiting | StepDone | Finished, None, None]:
         """Draw `prompt` in a worker thread and yield its events; the last one is `Finished`.
 
         cancel    setting it stops after the current step and keeps the partial pictures

@@ -88,7 +88,7 @@ def run(options: Generate) -> None:
         pipe.set_lora(pipe.loras.weights, method=options.lora_method)
     pictures, stopped = _watch(Engine(pipe), options.prompt, settings)
     for picture in pictures:
-        print(picture.save(_free_path(options.out, picture.recipe.prompt, picture.recipe.seed)))
+        print(picture.save(free_path(options.out, picture.recipe.prompt, picture.recipe.seed)))
     if stopped:
         raise KeyboardInterrupt
 
@@ -97,7 +97,7 @@ def _watch(engine: Any, prompt: str, settings: dict[str, Any]) -> tuple[list[Any
     """Show a job's steps; the first Ctrl-C stops it and keeps the partial pictures, the second leaves at once."""
     from tqdm import tqdm
 
-    from latentpipe.engine import Finished
+    from latentpipe.engine import Finished, StepDone
 
     cancel = threading.Event()
 
@@ -114,8 +114,9 @@ def _watch(engine: Any, prompt: str, settings: dict[str, Any]) -> tuple[list[Any
             for event in engine.run(prompt, cancel=cancel, **settings):
                 if isinstance(event, Finished):
                     return event.pictures, cancel.is_set()
-                bar.total = event.steps
-                bar.update(event.step - bar.n)
+                if isinstance(event, StepDone):
+                    bar.total = event.steps
+                    bar.update(event.step - bar.n)
         raise RuntimeError("the engine ended without a result")
     finally:
         if main_thread:
@@ -152,7 +153,7 @@ def _writable(folder: Path) -> None:
         raise UserError(f"--out {folder}: this folder cannot be written to.")
 
 
-def _free_path(folder: Path, prompt: str, seed: int) -> Path:
+def free_path(folder: Path, prompt: str, seed: int) -> Path:
     """A file name from prompt and seed that does not exist yet."""
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
     path, count = folder / f"{slug}-{seed}.png", 1

@@ -6,17 +6,65 @@ import contextvars
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-device_lock = threading.Lock()  # host pipelines are not re-entrant, and two jobs slow each other more than twice
+from latentpipe.errors import UserError
+
+MAX_WAITING = 32
+HEARTBEAT_S = 0.5  # how often a job that waits says so: whoever reads it notices then that its client has left
 Report = Callable[[int, int, str], None]
 
 
 class Cancelled(Exception):
     """The job was stopped before it had anything to keep."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Another job is on the device; `ahead` jobs come first, the running one included."""
+
+    ahead: int
+
+
+class Line:
+    """Jobs on one device, first come, first served: host pipelines are not re-entrant, and two jobs slow each other."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Condition()
+        self._jobs: deque[object] = deque()  # the first one is running
+
+    @property
+    def length(self) -> int:
+        """Jobs that run or wait."""
+        return len(self._jobs)
+
+    @contextmanager
+    def turn(self, cancel: threading.Event, waits: Callable[[Waiting], None]) -> Iterator[None]:
+        """Alone on the device inside; `waits` is called while others are. Cancelled on a stop, UserError where too many wait."""
+        job = object()
+        with self._turn:
+            if len(self._jobs) > MAX_WAITING:
+                raise UserError(f"The queue is full: {MAX_WAITING} jobs are waiting. Try again in a minute.")
+            self._jobs.append(job)
+        try:
+            with self._turn:
+                while (ahead := self._jobs.index(job)) > 0:
+                    if cancel.is_set():
+                        raise Cancelled("stopped while it waited for another job")
+                    waits(Waiting(ahead))
+                    self._turn.wait(HEARTBEAT_S)
+            yield
+        finally:
+            with self._turn:
+                self._jobs.remove(job)
+                self._turn.notify_all()
+
+
+device = Line()
 
 
 @dataclass(frozen=True)
@@ -37,7 +85,9 @@ class Done:
     seconds: float
 
 
-def run_job(work: Callable[[Report], Any], cancel: threading.Event | None = None) -> Generator[Progress | Done, None, None]:
+def run_job(
+    work: Callable[[Report], Any], cancel: threading.Event | None = None
+) -> Generator[Waiting | Progress | Done, None, None]:
     """Run `work(report)` alone on the device and yield its progress; the last event is `Done`.
 
     work    calls ``report(done, total, what)`` as it goes on; after a cancel that call raises `Cancelled` inside it, which
@@ -61,7 +111,7 @@ def run_job(work: Callable[[Report], Any], cancel: threading.Event | None = None
 
 
 def events_of(work: Callable[[Callable[[Any], None]], Any], cancel: threading.Event) -> Generator[Any, None, None]:
-    """The events that `work(emit)` emits in a thread that holds the device, then what it returns.
+    """The events that `work(emit)` emits in a thread that has the device, then what it returns; `Waiting` ones before them.
 
     A reader that is slow sees the newest event only. As `run_job`, but `work` looks at `cancel` itself.
     """
@@ -90,21 +140,11 @@ def _work(work: Callable[[Callable[[Any], None]], Any], events: queue.Queue, can
         events.put(("event", event))
 
     try:
-        _take_device(cancel)
-        try:
+        with device.turn(cancel, emit):
             last = ("last", work(emit))
-        finally:
-            device_lock.release()
     except BaseException as error:  # handed to the reader, who raises it
         last = ("error", error)
     events.put(last)
-
-
-def _take_device(cancel: threading.Event) -> None:
-    """Hold the device; Cancelled where the job is stopped while it waits."""
-    while not device_lock.acquire(timeout=0.1):
-        if cancel.is_set():
-            raise Cancelled("stopped while it waited for another job")
 
 
 def _drop(events: queue.Queue) -> None:

@@ -14,7 +14,7 @@ from helpers import draw_shape, edit_json, grey_levels, tiny_vae
 from PIL import Image, PngImagePlugin
 
 from latentpipe import Engine, Finished, LatentPipeline, StepDone, UserError, replay
-from latentpipe.jobs import device_lock as _device_lock
+from latentpipe.jobs import device
 
 PROMPT = "red circle"
 
@@ -92,7 +92,7 @@ def test_closing_the_iterator_ends_the_worker(pipe: LatentPipeline) -> None:
     assert workers()
     events.close()  # type: ignore[attr-defined]
     assert not workers()
-    assert not _device_lock.locked()
+    assert device.length == 0
     assert isinstance(list(Engine(pipe).run(PROMPT, seed=3, steps=1))[-1], Finished)
 
 
@@ -112,7 +112,7 @@ def test_an_error_in_the_worker_is_raised_at_the_reader(pipe: LatentPipeline) ->
     with pytest.raises(TypeError, match="colour"):
         list(Engine(pipe).run(PROMPT, colour="red"))
     assert not workers()
-    assert not _device_lock.locked()
+    assert device.length == 0
 
 
 def test_one_job_at_a_time(pipe: LatentPipeline) -> None:

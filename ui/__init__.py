@@ -1,1 +1,1 @@
-"""The Gradio front end comes here; it will import latentpipe only."""
+"""The Gradio front end: blocks and callbacks around the public functions of latentpipe; no tensor maths."""

@@ -1,0 +1,42 @@
+"""latentpipe ui: the interface in a browser."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Literal
+
+from latentpipe.errors import UserError
+
+
+def ui(
+    model: str = "emoji",
+    port: int | None = None,
+    listen: bool = False,
+    auth_file: Path | None = None,
+    no_auth: bool = False,
+    out: Path = Path("out"),
+    save: bool = True,
+    device: str | None = None,
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+) -> None:
+    """Open the interface in a browser: generate, VAE lab, playground, grid, PNG info; and its HTTP endpoints.
+
+    Args:
+        model: Name of the model that is chosen at first ('latentpipe ls models').
+        port: Left out: the first free one from 7860 on.
+        listen: For other machines too; needs a login, or --no-auth.
+        auth_file: Lines of user:password; the variable LATENTPIPE_UI_LOGIN holds one such line.
+        no_auth: Let everybody in who reaches the machine.
+        out: Folder where pictures are kept, by date.
+        save: Keep pictures; --no-save leaves them in the browser only.
+        device: cpu, cuda or mps.
+        dtype: Precision of the weights.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("The interface needs gradio, which is not installed: pip install 'latentpipe[ui]'.")
+    print("Starting the interface ...", file=sys.stderr, flush=True)
+    from latentpipe.ui.server import serve
+
+    serve(model, port, listen, auth_file, no_auth, out if save else None, device, dtype)

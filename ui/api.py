@@ -1,0 +1,153 @@
+"""The named endpoints: /txt2img /img2img /png_info /vae_list /lora_list /stop /health (and /vae_compare, of the VAE lab).
+
+Every picture that comes back is a PNG with its recipe. Names are those of installed files; no argument is a path on this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from latentpipe import Finished
+from latentpipe.defaults import GUIDANCE, STEPS, STRENGTH
+from latentpipe.errors import UserError
+from latentpipe.latents import LatentSpace
+from latentpipe.lora_verbs import facts
+from latentpipe.recipe import MAX_SEED
+from latentpipe.ui import png_info
+from latentpipe.ui.form import MAX_BATCH
+from latentpipe.ui.state import App, told
+from latentpipe.ui.uploads import picture_input, picture_of
+from latentpipe.version import VERSION
+from latentpipe.weights import available, open_vae
+
+PUBLIC: dict[str, Any] = {"api_visibility": "public", "show_progress": "hidden"}
+
+
+def build(app: App) -> None:
+    """Add the endpoints to the page; their fields are not shown."""
+    with gr.Row(visible=False):
+        _drawing(app)
+        _reading(app)
+        _lists(app)
+
+
+def _drawing(app: App) -> None:
+    def txt2img(
+        prompt: str, negative: str, steps: float, guidance: float, seed: float, n: float, width: float, height: float,
+        scheduler: str, model: str, vae: str, loras: Any, request: gr.Request,
+    ) -> Iterator[Any]:  # fmt: skip
+        """Draw pictures of a prompt.
+
+        Returns the PNG files, and a list with the recipe of each. seed -1: a random one; width and height 0: the model's own;
+        scheduler, model and vae "": the model's own; loras: {"name": weight}, beside <lora:name:weight> in the prompt.
+        """
+        settings = _settings(negative, steps, guidance, seed, n, width, height, scheduler, loras)
+        yield from _draw(app, request, prompt, model, vae, settings)
+
+    def img2img(
+        image: str, strength: float, prompt: str, negative: str, steps: float, guidance: float, seed: float, n: float,
+        width: float, height: float, scheduler: str, model: str, vae: str, loras: Any, request: gr.Request,
+    ) -> Iterator[Any]:  # fmt: skip
+        """Draw pictures of a prompt that begin from a picture.
+
+        As txt2img; strength, over 0 to 1, says how far they may move from it.
+        """
+        with told():
+            settings = _settings(negative, steps, guidance, seed, n, width, height, scheduler, loras)
+            settings |= {"image": picture_of(image), "strength": float(strength)}
+        yield from _draw(app, request, prompt, model, vae, settings)
+
+    def fields() -> list[Any]:
+        return [
+            gr.Textbox(label="prompt"), gr.Textbox("", label="negative"), gr.Number(STEPS, label="steps"),
+            gr.Number(GUIDANCE, label="guidance"), gr.Number(-1, label="seed"), gr.Number(1, label="n"),
+            gr.Number(0, label="width"), gr.Number(0, label="height"), gr.Textbox("", label="scheduler"),
+            gr.Textbox("", label="model"), gr.Textbox("", label="vae"), gr.JSON({}, label="loras"),
+        ]  # fmt: skip
+
+    outputs = [gr.Files(label="pictures", type="filepath"), gr.JSON(label="recipes")]
+    button = gr.Button()
+    button.click(txt2img, fields(), outputs, api_name="txt2img", concurrency_limit=None, **PUBLIC)
+    first = [picture_input("image"), gr.Number(STRENGTH, label="strength")]
+    button.click(img2img, [*first, *fields()], outputs, api_name="img2img", concurrency_limit=None, **PUBLIC)
+
+
+def _settings(
+    negative: str, steps: float, guidance: float, seed: float, n: float, width: float, height: float, scheduler: str, loras: Any
+) -> dict[str, Any]:
+    """Arguments of `Engine.run`, within the limits of the interface."""
+    with told():
+        numbers = {"steps": steps, "seed": seed, "n": n, "width": width, "height": height}
+        for name, number in numbers.items():
+            if number is None or int(number) != number:
+                raise UserError(f"{name} is {number}; expected a whole number.")
+        if not 1 <= n <= MAX_BATCH:
+            raise UserError(f"n is {n}; expected 1 to {MAX_BATCH} pictures.")
+        if not -1 <= seed <= MAX_SEED:
+            raise UserError(f"seed is {seed}; expected 0 to {MAX_SEED}, or -1 for a random one.")
+        wrong = not isinstance(loras or {}, dict) or any(
+            isinstance(weight, bool) or not isinstance(weight, int | float) for weight in (loras or {}).values()
+        )
+        if wrong:
+            raise UserError('loras is no object of names and weights; expected such as {"flat": 0.8}.')
+    return {
+        "negative": negative or "", "steps": int(steps), "guidance": guidance, "seed": None if seed < 0 else int(seed),
+        "n": int(n), "size": (int(width), int(height)) if width and height else None, "scheduler": scheduler or None,
+        "loras": dict(loras or {}),
+    }  # fmt: skip
+
+
+def _draw(app: App, request: gr.Request, prompt: str, model: str, vae: str, settings: dict[str, Any]) -> Iterator[Any]:
+    """Empty results while it draws, so that a client that leaves is noticed; then the files and their recipes."""
+    with told() as notes:
+        for event in app.jobs.draw(request, app.pipe(model, vae), prompt or "", notes, **settings):
+            if isinstance(event, Finished):
+                recipes = [picture.recipe.model_dump(mode="json") for picture in event.pictures]
+                yield [app.keep(picture) for picture in event.pictures], recipes
+            else:
+                yield None, None
+
+
+def _reading(app: App) -> None:
+    def info(image: str) -> dict[str, Any]:
+        """The settings inside a picture of latentpipe, A1111, ComfyUI, Fooocus, InvokeAI or NovelAI."""
+        with told():
+            return png_info.as_json(png_info.info_of(image))
+        raise AssertionError
+
+    gr.Button().click(info, [picture_input("image")], [gr.JSON(label="settings")], api_name="png_info", **PUBLIC)
+
+
+def _lists(app: App) -> None:
+    def vae_list() -> list[dict[str, Any]]:
+        """Installed VAEs: name, latent channels, downscale."""
+        return [_vae_facts(name) for name in available("vae")]
+
+    def lora_list() -> list[dict[str, Any]]:
+        """Installed LoRA files: name, and what each says about itself."""
+        return [{"name": name, **facts(path)} for name, path in available("lora").items()]
+
+    def stop(request: gr.Request) -> int:
+        """Stop the jobs of this session (session_hash); returns how many there were. Unfinished pictures are still returned."""
+        return app.jobs.stop(request)
+
+    def health() -> dict[str, Any]:
+        """Whether the model is loaded, its name, how many jobs run or wait, and the version."""
+        from latentpipe.jobs import device
+
+        state = "failed" if app.failure else "ready" if app.models.is_open(app.model) else "loading"
+        return {"status": state, "model": app.model, "jobs": device.length, "version": VERSION}
+
+    for function in (vae_list, lora_list, stop, health):
+        gr.Button().click(function, None, [gr.JSON(label="result")], api_name=function.__name__, queue=False, **PUBLIC)
+
+
+def _vae_facts(name: str) -> dict[str, Any]:
+    try:
+        space: LatentSpace = open_vae(available("vae")[name]).space
+    except UserError as error:
+        return {"name": name, "error": str(error)}
+    return {"name": name, "channels": space.channels, "downscale": space.downscale}

@@ -1,0 +1,62 @@
+"""The page: one tab for each thing to do. Prompt -> latents -> pictures happens in latentpipe; here are blocks and callbacks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+
+import gradio as gr
+
+from latentpipe import UserError
+from latentpipe.ui import api, generate, png_info, show
+from latentpipe.ui.state import LIGHT, App
+from latentpipe.version import VERSION
+
+HEAD = f"""<div class="lp-head"><h1>latentpipe</h1>
+<p>Draw, swap the VAE with proof, and see what a latent space can do. Version {VERSION}, on this machine only.</p></div>"""
+
+
+def build(app: App) -> gr.Blocks:
+    """All tabs, wired; the model loads in the background from here on."""
+    loading = _load_in_background(app)
+    with gr.Blocks(title="latentpipe", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.HTML(HEAD, padding=False)
+        state = gr.HTML(show.light("wait", f"Loading the model '{app.model}' ..."), elem_id="lp-state", padding=False)
+        with gr.Tabs(elem_id="lp-tabs") as tabs:
+            with gr.Tab("Generate", id="generate"):
+                drawing = generate.build(app)
+            with gr.Tab("PNG info", id="info"):
+                info = png_info.build(app, drawing.form)
+        drawing.to_replay.click(lambda path: (path, gr.Tabs(selected="info")), [drawing.chosen], [info.image, tabs], **LIGHT)
+        info.restore.click(lambda: gr.Tabs(selected="generate"), None, [tabs], **LIGHT)
+        api.build(app)
+
+        async def ready() -> AsyncIterator[str]:
+            while loading.is_alive():
+                yield show.light("wait", f"Loading the model '{app.model}' ...")
+                await asyncio.sleep(0.5)
+            yield _state_of(app)
+
+        page.load(ready, None, [state], show_progress="hidden", concurrency_limit=None, api_visibility="private")
+        page.unload(app.jobs.leave)
+    return page
+
+
+def _load_in_background(app: App) -> threading.Thread:
+    def load() -> None:
+        try:
+            app.pipe()
+        except UserError as error:
+            app.failure = str(error)
+
+    thread = threading.Thread(target=load, name="latentpipe_load", daemon=True)
+    thread.start()
+    return thread
+
+
+def _state_of(app: App) -> str:
+    """Ready, with the VAE in use; or why not."""
+    if app.failure:
+        return show.light("red", app.failure, "Not loaded")
+    return show.light("green", generate.in_use(app.pipe()), "Ready")

@@ -1,0 +1,158 @@
+"""The fields that say what to draw, and what they mean for `LatentPipeline`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from latentpipe import UserError
+from latentpipe.adapters import own_adapters
+from latentpipe.defaults import GUIDANCE, STEPS, STRENGTH
+from latentpipe.recipe import MAX_PROMPT, MAX_SEED
+from latentpipe.sampling import SCHEDULERS
+from latentpipe.ui.state import BUILT_IN, App
+from latentpipe.ui.theme import RUN, STOP
+from latentpipe.ui.uploads import picture_input, picture_of
+
+OWN = "the model's own"
+NO_ADAPTER = "none"
+MAX_BATCH = 16
+LORA_ROWS = 4
+Values = Mapping[Any, Any]  # the fields' values by field
+
+
+@dataclass(frozen=True)
+class Form:
+    """The fields, and the places around them that say what is in use."""
+
+    prompt: gr.Textbox
+    run: gr.Button
+    stop: gr.Button
+    negative: gr.Textbox
+    model: gr.Dropdown
+    vae: gr.Dropdown
+    adapter: gr.Dropdown
+    steps: gr.Slider
+    guidance: gr.Slider
+    low: gr.Slider
+    high: gr.Slider
+    scheduler: gr.Dropdown
+    width: gr.Number
+    height: gr.Number
+    seed: gr.Number
+    dice: gr.Button
+    reuse: gr.Button
+    batch: gr.Slider
+    image: gr.Image
+    strength: gr.Slider
+    rows: tuple[tuple[gr.Checkbox, gr.Dropdown, gr.Slider], ...]
+    refresh: gr.Button
+    light: gr.HTML
+    in_use: gr.HTML
+
+    @property
+    def inputs(self) -> set[Any]:
+        """Every field that a drawing depends on."""
+        named = (
+            self.prompt, self.negative, self.model, self.vae, self.adapter, self.steps, self.guidance, self.low, self.high,
+            self.scheduler, self.width, self.height, self.seed, self.batch, self.image, self.strength,
+        )  # fmt: skip
+        return {*named, *(field for row in self.rows for field in row)}
+
+    def settings(self, values: Values) -> dict[str, Any]:
+        """Arguments of `Engine.run` but the prompt; UserError for a picture that cannot be read, or a LoRA chosen twice."""
+        width, height, seed = (values[field] for field in (self.width, self.height, self.seed))
+        return {
+            "negative": values[self.negative] or "",
+            "steps": int(values[self.steps]),
+            "guidance": float(values[self.guidance]),
+            "guidance_interval": (float(values[self.low]), float(values[self.high])),
+            "scheduler": None if values[self.scheduler] == OWN else values[self.scheduler],
+            "size": (int(width), int(height)) if width and height else None,
+            "seed": None if seed is None or int(seed) < 0 else int(seed),
+            "n": int(values[self.batch]),
+            "image": picture_of(values[self.image]) if values[self.image] else None,
+            "strength": float(values[self.strength]),
+            "loras": self.loras(values),
+        }
+
+    def loras(self, values: Values) -> dict[str, float]:
+        """Names and weights of the rows that are on."""
+        found: dict[str, float] = {}
+        for on, name, weight in self.rows:
+            if values[on] and values[name]:
+                if values[name] in found:
+                    raise UserError(f"The LoRA '{values[name]}' is chosen in two rows; switch one of them off.")
+                found[values[name]] = float(values[weight])
+        return found
+
+
+def build_prompt() -> tuple[gr.Textbox, gr.Button, gr.Button]:
+    """The prompt with its buttons, where they shall stand."""
+    prompt = gr.Textbox(
+        label="Prompt", placeholder="What to draw, such as: red apple", lines=2, max_lines=6, autofocus=True,
+        max_length=MAX_PROMPT, elem_id="lp-prompt", info="Ctrl+Enter draws. (word:1.3) weighs a part, <lora:name:0.7> adds one.",
+    )  # fmt: skip
+    with gr.Row():
+        run = gr.Button("Generate", variant="primary", min_width=120, elem_id="lp-generate", elem_classes=RUN)
+        stop = gr.Button("Stop", min_width=80, elem_id="lp-stop-generate", elem_classes=STOP)
+    return prompt, run, stop
+
+
+def build_form(app: App, prompt: gr.Textbox, run: gr.Button, stop: gr.Button) -> Form:
+    """All the other fields, folded, where they shall stand."""
+    with gr.Accordion("Advanced", open=False, elem_id="lp-advanced"):
+        negative = gr.Textbox(label="Negative prompt", placeholder="What it should not show", lines=1, max_length=MAX_PROMPT)
+        with gr.Row():
+            steps = gr.Slider(1, 100, STEPS, step=1, label="Steps")
+            guidance = gr.Slider(0, 15, GUIDANCE, step=0.1, label="Guidance", info="1 and less turn it off")
+        with gr.Row():
+            low = gr.Slider(0, 1, 0.0, step=0.01, label="Guidance from", info="share of the steps")
+            high = gr.Slider(0, 1, 1.0, step=0.01, label="Guidance to")
+        with gr.Row():
+            scheduler = gr.Dropdown([OWN, *SCHEDULERS], value=OWN, label="Scheduler")
+            batch = gr.Slider(1, MAX_BATCH, 1, step=1, label="Pictures", info="picture i has the seed + i")
+        with gr.Row():
+            width = gr.Number(None, label="Width", precision=0, minimum=8, maximum=4096, placeholder="the model's")
+            height = gr.Number(None, label="Height", precision=0, minimum=8, maximum=4096, placeholder="the model's")
+        with gr.Row():
+            seed = gr.Number(-1, label="Seed", precision=0, minimum=-1, maximum=MAX_SEED, info="-1: another one each time")
+            dice = gr.Button("🎲 Random", elem_id="lp-dice", size="sm")
+            reuse = gr.Button("♻ Reuse last", elem_id="lp-reuse", size="sm")
+    with gr.Accordion("Begin from a picture (img2img)", open=False, elem_id="lp-img2img"):
+        image = picture_input("Picture to begin from", height=220, elem_id="lp-image")
+        strength = gr.Slider(0.05, 1, STRENGTH, step=0.01, label="Strength", info="how far it may move from the picture")
+    model, vae, adapter, refresh, light, in_use = _vae_fields(app)
+    rows = _lora_rows(app)
+    return Form(
+        prompt, run, stop, negative, model, vae, adapter, steps, guidance, low, high, scheduler, width, height, seed, dice,
+        reuse, batch, image, strength, rows, refresh, light, in_use,
+    )  # fmt: skip
+
+
+def _vae_fields(app: App) -> tuple[gr.Dropdown, gr.Dropdown, gr.Dropdown, gr.Button, gr.HTML, gr.HTML]:
+    with gr.Accordion("Model and VAE", open=False, elem_id="lp-vae"):
+        with gr.Row():
+            model = gr.Dropdown(app.choices("models"), value=app.model, label="Model")
+            vae = gr.Dropdown([BUILT_IN, *app.choices("vae")], value=BUILT_IN, label="VAE", elem_id="lp-vae-choice")
+            adapter = gr.Dropdown([NO_ADAPTER, *own_adapters()], value=NO_ADAPTER, label="Adapter", info="from the VAE lab")
+        light = gr.HTML(elem_id="lp-verdict")
+        in_use = gr.HTML(elem_id="lp-in-use")
+        refresh = gr.Button("↻ Look for new files", size="sm")
+    return model, vae, adapter, refresh, light, in_use
+
+
+def _lora_rows(app: App) -> tuple[tuple[gr.Checkbox, gr.Dropdown, gr.Slider], ...]:
+    names = app.choices("lora")
+    rows = []
+    with gr.Accordion("LoRA", open=False, elem_id="lp-lora"):
+        for index in range(LORA_ROWS):
+            with gr.Row():
+                on = gr.Checkbox(False, label=f"LoRA {index + 1} on", min_width=100)
+                name = gr.Dropdown(names, value=names[index] if index < len(names) else None, label=f"LoRA {index + 1}")
+                weight = gr.Slider(-2, 2, 1.0, step=0.05, label=f"Weight of LoRA {index + 1}")
+            rows.append((on, name, weight))
+    return tuple(rows)

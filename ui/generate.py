@@ -1,0 +1,205 @@
+"""Generate: prompt -> pictures, with preview, Stop, history and the ways on."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from latentpipe import Finished, StepDone
+from latentpipe.adapters import own_adapters
+from latentpipe.engine import Waiting
+from latentpipe.lab import light_of
+from latentpipe.recipe import MAX_SEED, read
+from latentpipe.ui import show
+from latentpipe.ui.form import NO_ADAPTER, Form, Values, build_form, build_prompt
+from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, told, wire_stop
+
+EMPTY = "No picture yet. Write a prompt, or choose an example below, and press Generate."
+EXAMPLES = [
+    "red apple",
+    "thumbs up medium skin tone",
+    "woman firefighter medium dark skin tone",
+    "(red:1.3) heart",
+    "woman firefighter medium dark skin tone <lora:flat:0.8>",
+    "cat face <lora:pencil:0.8>",
+]
+HISTORY = 48
+YIELD_S = 0.2  # a browser needs no more steps a second
+
+
+@dataclass(frozen=True)
+class Generate:
+    """The tab: its form, and what other tabs send to or take from it."""
+
+    form: Form
+    gallery: gr.Gallery
+    chosen: gr.State
+    """Path of the picture that the buttons act on."""
+    to_lab: gr.Button
+    to_replay: gr.Button
+
+
+def build(app: App) -> Generate:
+    """Lay the tab out and wire it; to be called inside a gr.Tab."""
+    with gr.Row(elem_classes="lp-grid"):
+        with gr.Column():
+            prompt, run, stop = build_prompt()
+            gr.Examples([[text] for text in EXAMPLES], [prompt], label="Examples", api_visibility="private")
+        with gr.Column():
+            status = gr.HTML(show.empty(EMPTY), elem_id="lp-status", padding=False)
+            gallery = gr.Gallery(
+                label="Pictures", format="png", columns=2, height="auto", object_fit="contain", visible=False,
+                interactive=False, elem_id="lp-gallery", buttons=["download", "fullscreen"],
+            )  # fmt: skip
+            with gr.Row(elem_classes="lp-tight"):
+                download = gr.DownloadButton("Download PNG", size="sm", min_width=110, interactive=False, elem_id="lp-download")
+                names = ("img2img", "VAE lab", "LoRA", "Replay")
+                to_image, to_lab, to_lora, to_replay = (
+                    gr.Button(f"→ {name}", size="sm", min_width=80, elem_id=f"lp-to-{name.lower().replace(' ', '-')}")
+                    for name in names
+                )
+            with gr.Accordion("History of this visit", open=False):
+                history = gr.Gallery(
+                    label="History", format="png", columns=6, height=220, interactive=False, elem_id="lp-history", buttons=[]
+                )
+        with gr.Column():
+            form = build_form(app, prompt, run, stop)
+    chosen, past, last_seed = gr.State(None), gr.State([]), gr.State(-1)
+    _wire_run(app, form, (status, gallery, download, history), (chosen, past, last_seed))
+    _wire_form(app, form, last_seed)
+    gr.on([gallery.select, history.select], _choose, None, [chosen, download], **LIGHT)
+    to_image.click(_sent, [chosen], [form.image], **LIGHT)
+    to_lora.click(lambda path: _lora_rows_of(form, path), [chosen], [field for row in form.rows for field in row], **LIGHT)
+    return Generate(form, gallery, chosen, to_lab, to_replay)
+
+
+def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...]) -> None:
+    status, gallery, download, history = shown
+    chosen, past, last_seed = kept
+
+    def draw(values: Values, request: gr.Request) -> Iterator[dict[Any, Any]]:
+        with told() as notes:
+            prompt = values[form.prompt] or ""
+            yield {status: gr.update(value=show.words("Opening the model ..."), visible=True)}
+            adapter = values[form.adapter]
+            pipe = app.pipe(values[form.model], values[form.vae], None if adapter == NO_ADAPTER else adapter)
+            shown_at = 0.0
+            for event in app.jobs.draw(request, pipe, prompt, notes, **form.settings(values)):
+                if isinstance(event, Finished):
+                    yield finished(event, values[past])
+                elif isinstance(event, Waiting):
+                    yield {status: show.words(f"In the queue: {event.ahead} before you.")}
+                elif (now := time.monotonic()) - shown_at >= YIELD_S or event.preview is not None:
+                    shown_at = now
+                    yield {status: steps_of(event), gallery: gr.update(visible=False)}
+            return
+        yield {status: show.empty(EMPTY)}  # stopped while it waited
+
+    def steps_of(event: StepDone) -> str:
+        return show.progress(event.step, event.steps, "Drawing, step", event.eta_s, event.preview)
+
+    def finished(event: Finished, earlier: list[Any]) -> dict[Any, Any]:
+        pictures = [(app.keep(picture), _caption(picture.recipe)) for picture in event.pictures]
+        first = event.pictures[0].recipe
+        text = f"{len(pictures)} picture{'s' * (len(pictures) > 1)} in {event.seconds:.1f} s, seed {first.seed}"
+        if first.stopped_after is not None:
+            text = (
+                f"Stopped after {first.stopped_after} of {first.steps} steps; the unfinished picture is kept. Seed {first.seed}"
+            )
+        total = (pictures + earlier)[:HISTORY]
+        return {
+            status: show.words(text + "."),
+            gallery: gr.update(value=pictures, visible=True, columns=1 if len(pictures) == 1 else 2, selected_index=None),
+            download: gr.update(value=pictures[0][0], interactive=True),
+            history: total, past: total, chosen: pictures[0][0], last_seed: first.seed,
+        }  # fmt: skip
+
+    inputs = {*form.inputs, past}
+    outputs = [status, gallery, download, history, chosen, past, last_seed]
+    drawing = gr.on(
+        [form.run.click, form.prompt.submit], draw, inputs, outputs, show_progress="hidden", trigger_mode="once", **HEAVY
+    )
+    drawing.failure(lambda: show.empty(EMPTY), None, [status], **LIGHT)
+    wire_stop(app, form.stop)
+
+
+def _wire_form(app: App, form: Form, last_seed: gr.State) -> None:
+    def look(model: str, vae: str, adapter: str) -> Iterator[tuple[str, str]]:
+        with told():
+            yield show.light("wait", "Measuring whether this VAE fits ..."), ""
+            yield verdict_of(app, model, vae, adapter)
+
+    def refresh() -> list[Any]:
+        names = app.choices("lora")
+        return [
+            gr.update(choices=app.choices("models")),
+            gr.update(choices=[BUILT_IN, *app.choices("vae")]),
+            gr.update(choices=[NO_ADAPTER, *own_adapters()]),
+            *(gr.update(choices=names) for _ in form.rows),
+        ]
+
+    outputs = [form.light, form.in_use]
+    for field in (form.model, form.vae, form.adapter):
+        field.change(look, [form.model, form.vae, form.adapter], outputs, show_progress="hidden", **HEAVY)
+    form.refresh.click(refresh, None, [form.model, form.vae, form.adapter, *(row[1] for row in form.rows)], **LIGHT)
+    form.dice.click(lambda: secrets.randbelow(MAX_SEED + 1), None, [form.seed], **LIGHT)
+    form.reuse.click(lambda seed: seed, [last_seed], [form.seed], **LIGHT)
+
+
+def verdict_of(app: App, model: str, vae: str, adapter: str = NO_ADAPTER) -> tuple[str, str]:
+    """The light with its sentence, and the line that says which VAE is in use, as HTML."""
+    if vae == BUILT_IN:
+        light = show.light("green", "the model's own VAE.", "Fits")
+    elif adapter != NO_ADAPTER:
+        light = show.light("amber", f"decodes through the adapter '{adapter}'.", "Adapted")
+    else:
+        colour, sentence = light_of(app.models.verdict(app.named("models", model), app.named("vae", vae)))
+        light = show.light(colour, sentence, {"green": "Fits", "amber": "Needs an adapter", "red": "Does not fit"}[colour])
+        if colour != "green":
+            return light, show.words("This VAE is not in use: drawing with it is refused.")
+    return light, show.words(in_use(app.pipe(model, vae, None if adapter == NO_ADAPTER else adapter)))
+
+
+def in_use(pipe: Any) -> str:
+    """VAE in use: name, hash, space, dtype."""
+    space = pipe.stage.space
+    dtype = str(pipe.stage.dtype).removeprefix("torch.")
+    name = pipe.vae_name or f"{pipe.name} (built-in)"
+    return f"VAE in use: {name}, {pipe.hashes['vae'][:10]}, {space.channels} channels at 1/{space.downscale}, {dtype}."
+
+
+def _choose(event: gr.SelectData) -> tuple[str | None, Any]:
+    """The picture that was clicked on, for the buttons."""
+    value = event.value["image"]["path"]
+    return value, gr.update(value=value, interactive=True)
+
+
+def _caption(recipe: Any) -> str:
+    return f"{recipe.prompt}, seed {recipe.seed}"
+
+
+def _sent(path: str | None) -> str | None:
+    if path is None:
+        gr.Info("There is no picture yet: generate one first.")
+    return path
+
+
+def _lora_rows_of(form: Form, path: str | None) -> list[Any]:
+    """The adapters of the chosen picture, put into the rows."""
+    skip = [gr.skip()] * (3 * len(form.rows))
+    if _sent(path) is None:
+        return skip
+    with told():
+        loras = {name: weight for name, weight in read(Path(str(path))).loras.items() if not isinstance(weight, dict)}
+        if not loras:
+            gr.Info("This picture was drawn without LoRA.")
+            return skip
+        filled = [(True, name, weight) for name, weight in list(loras.items())[: len(form.rows)]]
+        return [value for row in filled + [(False, gr.skip(), gr.skip())] * (len(form.rows) - len(filled)) for value in row]
+    return skip

@@ -1,0 +1,186 @@
+"""What all tabs share: open models, the running job of each visitor, names to choose from, files that are shown."""
+
+from __future__ import annotations
+
+import contextvars
+import shutil
+import tempfile
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from latentpipe import Engine, Finished, LatentPipeline, Picture, StepDone, UserError
+from latentpipe.errors import Note
+from latentpipe.generate import free_path
+from latentpipe.jobs import Cancelled, Done, Progress, Report, Waiting, run_job
+from latentpipe.model_cache import ModelCache
+from latentpipe.weights import available
+
+BUILT_IN = "Built-in"
+HEAVY: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}  # `latentpipe.jobs.Line` keeps the order
+LIGHT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+_notes: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("notes", default=None)
+
+
+class Jobs:
+    """The jobs of each visitor, by session, so that Stop ends one's own only."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, list[threading.Event]] = {}
+        self._lock = threading.Lock()
+
+    def run(
+        self, request: gr.Request, work: Callable[[Report], Any], notes: list[str] | None = None
+    ) -> Iterator[Waiting | Progress | Done]:
+        """Events of `latentpipe.jobs.run_job` for this visitor: `Waiting` ..., `Progress` ..., `Done` with `.result`.
+
+        notes  of `told()`: where the job's notes go
+        """
+        with self._token(request) as token:
+            _notes.set(notes)  # the job's thread, which starts below, inherits it
+            yield from run_job(work, token)
+
+    def draw(
+        self, request: gr.Request, pipe: LatentPipeline, prompt: str, notes: list[str] | None = None, **settings: Any
+    ) -> Iterator[Waiting | StepDone | Finished]:
+        """Events of `latentpipe.Engine.run` for this visitor, with previews."""
+        with self._token(request) as token:
+            _notes.set(notes)
+            yield from Engine(pipe).run(prompt, cancel=token, previews=True, **settings)
+
+    def stop(self, request: gr.Request) -> int:
+        """Stop this visitor's jobs; returns how many there were."""
+        with self._lock:
+            tokens = list(self._tokens.get(request.session_hash or "", ()))
+        for token in tokens:
+            token.set()
+        return len(tokens)
+
+    def leave(self, request: gr.Request) -> None:
+        """A visitor has closed the page: nobody waits for the jobs."""
+        self.stop(request)
+
+    @contextmanager
+    def _token(self, request: gr.Request) -> Generator[threading.Event, None, None]:
+        token, session = threading.Event(), request.session_hash or ""
+        with self._lock:
+            self._tokens.setdefault(session, []).append(token)
+        try:
+            yield token
+        finally:
+            token.set()
+            with self._lock:
+                self._tokens[session].remove(token)
+                if not self._tokens[session]:
+                    del self._tokens[session]
+
+
+@dataclass
+class App:
+    """One running interface.
+
+    out    folder where pictures are kept by date; None: nothing is kept
+    model  the model that is chosen at first
+    """
+
+    model: str = "emoji"
+    out: Path | None = None
+    models: ModelCache = field(default_factory=ModelCache)
+    jobs: Jobs = field(default_factory=Jobs)
+    failure: str = ""
+    """Why the model could not be loaded."""
+    shown: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="latentpipe-shown-")))
+
+    def choices(self, kind: str) -> list[str]:
+        """Installed names of a kind ("models", "vae" or "lora")."""
+        return list(available(kind))
+
+    def named(self, kind: str, name: str) -> str:
+        """The name, where it is an installed one; UserError otherwise. No path gets beyond this."""
+        if name not in available(kind):
+            known = ", ".join(available(kind)) or "none"
+            raise UserError(f"No {kind.removesuffix('s')} '{str(name)[:80]}' is installed; there are: {known}.")
+        return name
+
+    def pipe(self, model: str | None = None, vae: str | None = None, adapter: str | None = None) -> LatentPipeline:
+        """The open pipeline of a model, and of a VAE where one other than its own is chosen, by installed names only."""
+        swapped = None if vae in (None, "", BUILT_IN) else self.named("vae", str(vae))
+        if adapter and swapped is None:
+            raise UserError(f"The adapter '{adapter[:80]}' leads to another VAE; choose that VAE as well, or no adapter.")
+        return self.models.open(self.named("models", model or self.model), swapped, adapter or None)
+
+    def keep(self, picture: Picture) -> str:
+        """Write a picture with its recipe for the browser (and into `out`, where there is one); returns the path to show."""
+        name = free_path(Path("."), picture.recipe.prompt, picture.recipe.seed).name
+        path = picture.save(Path(tempfile.mkdtemp(dir=self.shown)) / name)
+        if self.out is not None:
+            folder = self.out / date.today().isoformat()
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, free_path(folder, picture.recipe.prompt, picture.recipe.seed))
+        return str(path)
+
+    def place(self, name: str) -> Path:
+        """A new path of that name for a file that is shown in the browser."""
+        return Path(tempfile.mkdtemp(dir=self.shown)) / name
+
+    def close(self) -> None:
+        """Remove the files that were shown."""
+        shutil.rmtree(self.shown, ignore_errors=True)
+
+
+def wire_stop(app: App, button: gr.Button) -> None:
+    """Let a button stop its visitor's jobs."""
+
+    def stop(request: gr.Request) -> None:
+        if not app.jobs.stop(request):
+            gr.Info("Nothing is running.")
+
+    button.click(stop, None, None, **LIGHT)
+
+
+@contextmanager
+def told() -> Iterator[list[str]]:
+    """What goes wrong inside becomes a toast with its sentence; yields the list that the notes of a job go into.
+
+    Notes are shown as a toast each when the block ends well.
+    """
+    notes: list[str] = []
+    try:
+        yield notes
+        for note in dict.fromkeys(notes):
+            gr.Info(note)
+    except Cancelled:
+        gr.Info("Stopped.")
+    except UserError as error:
+        raise gr.Error(str(error), duration=20, print_exception=False) from None
+    except (gr.Error, GeneratorExit):
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        kind = type(error).__name__
+        raise gr.Error(
+            f"This failed inside ({kind}); the window that runs the server has the details.", print_exception=False
+        ) from None
+
+
+def collect_notes() -> None:
+    """Notes (`latentpipe.errors.Note`) go to the job that they belong to, in place of stderr."""
+    before = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *rest: Any, **named: Any) -> None:
+        notes = _notes.get()
+        if issubclass(category, Note) and notes is not None:
+            notes.append(str(message))
+        else:
+            before(message, category, *rest, **named)
+
+    warnings.simplefilter("always", Note)
+    warnings.showwarning = show

@@ -1,0 +1,91 @@
+"""How it looks, dark and light, and the keys: Ctrl+Enter runs the open tab, Esc stops."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+RUN, STOP = "lp-run", "lp-stop"  # classes of the buttons that the keys press
+
+CSS = """
+.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+.lp-head { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem; padding: .25rem 0; }
+.lp-head h1 { font-size: 1.35rem; font-weight: 650; letter-spacing: -.01em; margin: 0; color: var(--body-text-color); }
+.lp-head p { margin: 0; color: var(--body-text-color-subdued); }
+.lp-light { display: inline-flex; gap: .5rem; align-items: baseline; color: var(--body-text-color); }
+.lp-light::before { content: ""; flex: none; width: .7rem; height: .7rem; border-radius: 50%; background: #888; }
+.lp-green::before { background: #1a9850; } .lp-amber::before { background: #e08e0b; } .lp-red::before { background: #d73027; }
+.lp-wait::before { background: #4575b4; }
+.lp-light b { text-transform: capitalize; }
+.lp-status { min-height: 1.6rem; color: var(--body-text-color); }
+.lp-status progress { width: 100%; height: .5rem; accent-color: var(--color-accent); }
+.lp-status img { display: block; width: min(100%, 24rem); aspect-ratio: 1; margin: .5rem auto; border-radius: var(--radius-lg);
+  image-rendering: auto; }
+.lp-status p { margin: .25rem 0; }
+.lp-empty { border: 1px dashed var(--border-color-primary); border-radius: var(--radius-lg); padding: 2.5rem 1rem;
+  text-align: center; color: var(--body-text-color-subdued); }
+.lp-table { overflow-x: auto; } .lp-table table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+.lp-table th, .lp-table td { text-align: left; padding: .35rem .75rem .35rem 0; vertical-align: top;
+  border-bottom: 1px solid var(--border-color-primary); color: var(--body-text-color); }
+.lp-table caption { text-align: left; color: var(--body-text-color-subdued); padding-bottom: .25rem; }
+.lp-pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .75rem; }
+.lp-pictures figure { margin: 0; } .lp-pictures img { width: 100%; border-radius: var(--radius-md); }
+.lp-pictures figcaption { font-size: .85rem; color: var(--body-text-color-subdued); }
+.lp-grid { display: grid !important; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); grid-template-rows: auto 1fr; }
+.lp-grid > :nth-child(2) { grid-row: span 2; }
+.lp-tight { gap: .5rem !important; }
+#lp-gallery .thumbnail-item { max-height: 26rem; }
+#lp-gallery .grid-wrap { max-height: none; }
+footer { flex-wrap: wrap; }
+@media (max-width: 760px) {
+  .gradio-container { padding: .5rem !important; }
+  .lp-wide { flex-direction: column !important; }
+  .lp-grid { grid-template-columns: minmax(0, 1fr); }
+  .lp-grid > :nth-child(2) { grid-row: auto; }
+}
+"""
+
+KEYS = """
+<script>
+(() => {
+  const press = (name) => {
+    for (const box of document.querySelectorAll("." + name)) {
+      const button = box.matches("button") ? box : box.querySelector("button");
+      if (button && button.offsetParent !== null && !button.disabled) { button.click(); return true; }
+    }
+    return false;
+  };
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      if (press("lp-run")) { event.preventDefault(); event.stopPropagation(); }
+    } else if (event.key === "Escape") { press("lp-stop"); }
+  }, true);
+})();
+</script>
+"""
+
+
+def theme() -> gr.themes.Base:
+    """Calm and local: system fonts only, so that nothing is fetched."""
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
+    mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+    return gr.themes.Base(
+        primary_hue="teal", neutral_hue="slate", radius_size="md", spacing_size="md", font=fonts, font_mono=mono
+    ).set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+        button_primary_text_color="white",
+        button_primary_text_color_dark="white",
+        color_accent="*primary_700",
+        link_text_color="*primary_700",
+        link_text_color_dark="*primary_300",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        block_label_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_200",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+    )

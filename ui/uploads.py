@@ -1,0 +1,54 @@
+"""Pictures that a visitor sends: opened within limits, or refused in one sentence."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from latentpipe import UserError
+from latentpipe.images import open_picture
+
+MAX_PIXELS = 4096 * 4096
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+def picture_of(path: str | None) -> Image.Image:
+    """An uploaded file as an upright 8-bit RGB picture; UserError says what is wrong with it."""
+    if path is None:
+        raise UserError("No picture was given; drop one here first.")
+    check_picture(path)
+    return open_picture(Path(path))
+
+
+def check_picture(path: str) -> None:
+    """UserError unless the file begins as a picture of a known kind and of bearable size; nothing is decoded yet."""
+    name = Path(path).name[:80]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit below is lower
+            with Image.open(path, formats=FORMATS) as picture:
+                size = picture.size
+    except Exception:  # Pillow raises nearly every type for a hostile file
+        raise UserError(f"{name} cannot be read as a picture; expected a PNG, JPEG, WebP, GIF, BMP or TIFF file.") from None
+    if math.prod(size) > MAX_PIXELS:
+        raise UserError(f"{name} has {size[0]} x {size[1]} pixels; at most {MAX_PIXELS:,} in all are taken. Make it smaller.")
+
+
+def picture_input(label: str, **options: Any) -> gr.Image:
+    """A place to drop or paste a picture; its handler gets the path of the file as it was sent, undecoded."""
+    image = gr.Image(label=label, type="filepath", format="png", image_mode=None, sources=["upload", "clipboard"], **options)
+    image.preprocess = _path  # type: ignore[method-assign]  # gradio would decode it without limits
+    return image
+
+
+def _path(payload: Any) -> str | None:
+    if payload is None:
+        return None
+    if payload.path is None:
+        raise gr.Error("The picture came without a file; upload one.", print_exception=False)
+    return str(payload.path)
