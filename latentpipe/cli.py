@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latentpipe import compare_verb, evaluate_verbs, health_verb, lora_verbs, vae_verbs, verbs
+from latentpipe import compare_verb, evaluate_verbs, explore_verbs, health_verb, lora_verbs, vae_verbs, verbs
 from latentpipe.errors import Note, UserError
 from latentpipe.verbs import configs_folder
 
@@ -87,6 +87,8 @@ VERBS: dict[str, Verb] = {
     "evaluate vae": _function("evaluate vae", evaluate_verbs.evaluate_vae),
     "compare": _function("compare", compare_verb.compare),
     "health": _function("health", health_verb.health),
+    "sample": _function("sample", explore_verbs.sample),
+    "traverse": _function("traverse", explore_verbs.traverse),
     "make-fp16-safe": _function("make-fp16-safe", vae_verbs.make_fp16_safe),
     "convert": _function("convert", vae_verbs.convert),
     "swap": _function("swap", vae_verbs.swap),

@@ -1,4 +1,4 @@
-"""Sets of captioned pictures to explore with, a folder or the emoji bank that ships, and their latents."""
+"""Sets of captioned pictures to explore with, a folder or the emoji bank that ships, and the way to their latents and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from latentpipe.images import bytes_to_images
 from latentpipe.vae import VAEStage
 
 USUAL_PX = 64  # side that sets are read at, where the VAE takes it
-BATCH_PX = 16 * 256 * 256  # pixels that are encoded at once
+BATCH_PX = 16 * 256 * 256  # pixels that are encoded or decoded at once
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,40 @@ def read_set(folder: Path | None, size_px: int, most: int | None = None, split: 
     return PictureSet(Path(folder).resolve().name, images, pictures.captions, pictures.names)
 
 
+def first(pictures: PictureSet, n: int) -> PictureSet:
+    """The first `n` pictures of a set."""
+    return PictureSet(pictures.name, pictures.images[:n], pictures.captions[:n], pictures.keys[:n])
+
+
 @torch.no_grad()
-def encode(stage: VAEStage, images: torch.Tensor, report: Report = None) -> torch.Tensor:
-    """Images N 3 H W to the modes of their latents, N C h w in float32 on the CPU, a few at a time."""
+def encode(
+    stage: VAEStage, images: torch.Tensor, report: Report = None, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Images N 3 H W to latents N C h w in float32 on the CPU, a few at a time.
+
+    The modes of the posteriors, or samples of them where a `generator` is given.
+    """
     at_once = max(1, BATCH_PX // (images.shape[-1] * images.shape[-2]))
     parts = []
     for first in range(0, len(images), at_once):
         part = images[first : first + at_once]
-        parts.append(stage.encode(part.to(stage.device, stage.dtype)).float().cpu())
+        parts.append(stage.encode(part.to(stage.device, stage.dtype), generator).float().cpu())
         if report is not None:
             report(first + len(part), len(images), "encode")
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def decode(stage: VAEStage, latents: torch.Tensor, report: Report = None) -> torch.Tensor:
+    """Latents B C h w to images B 3 H W in float32 on the CPU, a few at a time."""
+    unit = stage.space.downscale
+    at_once = max(1, BATCH_PX // (latents.shape[-1] * latents.shape[-2] * unit**2))
+    parts = []
+    for first in range(0, len(latents), at_once):
+        part = latents[first : first + at_once]
+        parts.append(stage.decode(part.to(stage.device, stage.dtype)).float().cpu())
+        if report is not None:
+            report(first + len(part), len(latents), "decode")
     return torch.cat(parts)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from latentpipe.explore.directions import Direction, Report
+from latentpipe.errors import UserError
+from latentpipe.explore.attributes import NAMES, labels
+from latentpipe.explore.directions import Direction, Report, channels, principal, supervised
+from latentpipe.explore.sets import decode
 from latentpipe.images import to_bytes, to_pixels, wrap
 from latentpipe.vae import VAEStage
 
 AMOUNTS = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
-BATCH_PX = 16 * 256 * 256  # pixels that are decoded at once
 LABEL_PX = 112
 
 
@@ -42,6 +45,23 @@ def sheet(
     return page(rows, [direction.name for direction in directions], [f"{amount:+g} sd" if amount else "0" for amount in amounts])
 
 
+def candidates(
+    latents: torch.Tensor, captions: Sequence[Sequence[str]], attributes: Sequence[str] = (), report: Report = None
+) -> list[Direction]:
+    """The directions to rank for these pictures: channels, the first 16 principal components, and what their captions tell.
+
+    latents     N C h w, with `captions` (N)
+    attributes  these alone, instead (`attributes.labels`); UserError where the captions do not know one
+    """
+    if attributes:
+        return supervised(latents, {name: labels(captions, name) for name in attributes}, report)
+    known = {}
+    for name in NAMES:
+        with suppress(UserError):  # other pictures have other captions
+            known[name] = labels(captions, name)
+    return channels(latents, report) + principal(latents, 16, report) + supervised(latents, known, report)
+
+
 def changes(
     stage: VAEStage, latents: torch.Tensor, directions: Sequence[Direction], amount: float = 2.0, report: Report = None
 ) -> list[float]:
@@ -60,6 +80,14 @@ def changes(
     return found
 
 
+def ranked(
+    stage: VAEStage, latents: torch.Tensor, directions: Sequence[Direction], amount: float = 2.0, report: Report = None
+) -> list[tuple[Direction, float]]:
+    """Directions with their `changes`, those that change the picture most first; arguments as for `changes`."""
+    pairs = zip(directions, changes(stage, latents, directions, amount, report), strict=True)
+    return sorted(pairs, key=lambda pair: -pair[1])
+
+
 def moved(latents: torch.Tensor, direction: Direction, amounts: Sequence[float]) -> torch.Tensor:
     """Latents (C h w or 1 C h w) moved by each amount: len(amounts) C h w."""
     start = latents if latents.ndim == 4 else latents[None]
@@ -67,20 +95,6 @@ def moved(latents: torch.Tensor, direction: Direction, amounts: Sequence[float])
         raise ValueError(f"Expected the latents of one picture, {tuple(direction.vector.shape)}; given {tuple(latents.shape)}.")
     steps = torch.tensor(list(amounts), dtype=start.dtype, device=start.device).view(-1, 1, 1, 1)
     return start + steps * direction.vector.to(start)
-
-
-@torch.no_grad()
-def decode(stage: VAEStage, latents: torch.Tensor, report: Report = None) -> torch.Tensor:
-    """Latents B C h w to images B 3 H W in float32 on the CPU, a few at a time."""
-    unit = stage.space.downscale
-    at_once = max(1, BATCH_PX // (latents.shape[-1] * latents.shape[-2] * unit**2))
-    parts = []
-    for first in range(0, len(latents), at_once):
-        part = latents[first : first + at_once]
-        parts.append(stage.decode(part.to(stage.device, stage.dtype)).float().cpu())
-        if report is not None:
-            report(first + len(part), len(latents), "decode")
-    return torch.cat(parts)
 
 
 def page(rows: Sequence[Sequence[Image.Image]], names: Sequence[str], heads: Sequence[str], gap: int = 3) -> Image.Image:
