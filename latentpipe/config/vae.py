@@ -87,6 +87,8 @@ class VAELoss(Strict):
     """Bits for each latent value of a channel that cost nothing."""
     target_bits: float | None = Field(None, gt=0)
     """Steer beta (from `kl`) so that the rate is so many bits for each latent value."""
+    rate: Weight = 0.0
+    """For a codec: weight of the latents' bits for each pixel, with uniform noise of width 1 in place of rounding."""
     equivariance: float = Field(0.25, ge=0, le=1)
     """Share of the steps that decode warped latents and compare with pictures that are warped alike."""
     warps: Annotated[tuple[Literal["half", "scale", "rotate", "flip"], ...], Field(min_length=1)] = ("half",)
@@ -103,6 +105,12 @@ class VAELoss(Strict):
         # structure has no gradient where a picture opposes its target, and small warped pictures are compared by these alone
         if not any((self.l1, self.l2, self.charbonnier)):
             raise ValueError("l1, l2 and charbonnier are all 0; give one of them a weight: the other terms do not teach alone")
+        return self
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> VAELoss:
+        if self.rate and (self.kl or self.free_bits):
+            raise ValueError("rate is the bits of rounded latents, kl those of a posterior's samples; set kl and free_bits to 0")
         return self
 
     @model_validator(mode="after")
@@ -167,6 +175,8 @@ class TrainVAE(Strict):
     def _mode_is_complete(self) -> TrainVAE:
         if (self.mode == "distil") != (self.teacher is not None):
             raise ValueError("mode distil and a teacher belong together; give both or neither")
+        if self.loss.rate and self.mode != "all":
+            raise ValueError("loss.rate shapes the latents, so all must train; leave out mode, or the rate")
         if self.mode == "distil" and not self.loss.latent:
             raise ValueError("mode distil learns the teacher's latents; give loss.latent a weight")
         if self.model.kind == "tiny" and (self.loss.target_bits or self.loss.free_bits or self.loss.schedule != "constant"):

@@ -39,7 +39,9 @@ def finish(config: TrainVAE, stage: VAEStage, pictures: PictureStream, held: tor
     if config.teacher is not None:
         card["teacher"] = {"name": str(config.teacher), "content_hash": vae_hash(find_model(config.teacher, "vae"))}
     moved = config.mode != "distil" and freeze.moves_the_latents(vae)
-    if moved:
+    if config.loss.rate:
+        keep_steps(vae)
+    elif moved:
         measured = LatentSpace.measure(_posteriors(stage, pictures, size), stage.space.downscale)
         declare_normalization(vae, measured.space)
         errors = [round(value, 5) if math.isfinite(value) else None for value in measured.standard_error]
@@ -55,6 +57,18 @@ def finish(config: TrainVAE, stage: VAEStage, pictures: PictureStream, held: tor
     print(f"VAE: {config.run.out}")
     print(fitting(config, moved))
     return config.run.out
+
+
+@torch.no_grad()
+def keep_steps(vae: Any) -> None:
+    """Leave a codec's latents in steps of its quantizer, in place: raw values are the latents, and rounding is their noise.
+
+    The log-variance, which a codec does not train, becomes that of uniform noise of width 1, 1/12.
+    """
+    if getattr(vae, "quant_conv", None) is not None:
+        c = vae.config["latent_channels"]
+        vae.quant_conv.weight[c:] = 0.0
+        vae.quant_conv.bias[c:] = -math.log(12.0)
 
 
 def validation_card(config: TrainVAE, stage: VAEStage, held: torch.Tensor) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from latentpipe.train.adversarial import Critic, adaptive_weight, last_layer
 from latentpipe.train.beta import Rate, beta_at, kl_channels, per_pixel_value, with_free_bits
 from latentpipe.train.loop import Losses
 from latentpipe.train.perceptual import perceptual
+from latentpipe.train.rate import RateModel
 from latentpipe.train.team import Team
 
 Taught = tuple[torch.Tensor, torch.Tensor]
@@ -34,6 +35,7 @@ class Objective:
         self.downscale = LatentSpace.of(vae).downscale
         self.terms = picture_terms(config.loss, team.device)
         self.rate = Rate(config.loss.target_bits, config.loss.kl) if config.loss.target_bits is not None else None
+        self.bits = RateModel(LatentSpace.of(vae).channels, team.device) if config.loss.rate else None
         self.adversarial = config.adversarial
         self.critic: Critic | None = None
         if config.adversarial.weight:
@@ -55,13 +57,21 @@ class Objective:
         return self.critic is not None and step >= self.adversarial.start_step
 
     def __call__(
-        self, images: torch.Tensor, rebuilt: torch.Tensor, posterior: Any, step: int, warped: bool, teacher: Taught | None
+        self,
+        images: torch.Tensor,
+        rebuilt: torch.Tensor,
+        posterior: Any,
+        step: int,
+        warped: bool,
+        teacher: Taught | None,
+        rounded: torch.Tensor | None = None,
     ) -> Losses:
         """The weighted terms.
 
         images, rebuilt  B 3 H W, both warped on a step of the equivariance term (the discriminator sits those out)
         posterior        of the pictures before any warp, or raw latents
         teacher          mean and standard deviation that they should have (distillation; the prior has no say then)
+        rounded          a codec's raw latents with their uniform noise, before any warp
         """
         rebuilt = rebuilt.float()
         found = {
@@ -79,6 +89,9 @@ class Objective:
             found["latent"] = self.loss.latent * match
         elif not isinstance(posterior, torch.Tensor) and (self.loss.kl or self.loss.free_bits):
             found["kl"] = self._kl(posterior, step)
+        if self.bits is not None and rounded is not None:
+            pixels = rounded.shape[-1] * rounded.shape[-2] * self.downscale**2
+            found["rate"] = self.loss.rate * self.bits(rounded) / pixels
         for name, term in (("spectrum", losses.spectrum), ("scale", losses.outliers)):
             weight = getattr(self.loss, name)
             if weight:
@@ -98,6 +111,8 @@ class Objective:
             self.watched.clear()
             if self.rate is not None:
                 self.rate.update(figures["kl_bits_per_latent"])
+        if self.bits is not None:
+            self.bits.update(self.team.mean)
         if self.critic is not None and pair is not None:
             figures |= self.critic.update(*pair, self.team.mean)
         return figures
@@ -105,6 +120,7 @@ class Objective:
     def tensors(self) -> dict[str, torch.Tensor]:
         """For a checkpoint."""
         found = self.critic.tensors() if self.critic is not None else {}
+        found |= self.bits.tensors() if self.bits is not None else {}
         if self.rate is not None:
             found["rate.beta"] = torch.tensor([self.rate.state()], dtype=torch.float64)
         return found
@@ -113,6 +129,8 @@ class Objective:
         """The inverse of `tensors`."""
         if self.critic is not None:
             self.critic.restore(tensors)
+        if self.bits is not None:
+            self.bits.restore(tensors)
         if self.rate is not None:
             self.rate.restore(tensors["rate.beta"].item())
 

@@ -26,7 +26,7 @@ from latentpipe.train.progress import Progress
 from latentpipe.train.start import begin
 from latentpipe.train.team import Team
 from latentpipe.train.warp import SCALES, Warp, draw_warp
-from latentpipe.vae import VAEStage
+from latentpipe.vae import VAEStage, sampled
 
 SHARES_EVERY = 50  # steps between the shares of the terms in the last layer's gradient
 VALIDATED = 2000  # pictures at most, which are kept in memory
@@ -114,7 +114,8 @@ class Training:
         cut = draw_cut(len(chosen), config.data.read_size_px, config.crops, generator)
         warp = self._warp(generator)
         c, side = self.stage.space.channels, config.crops.size_px // self.stage.space.downscale
-        noise = torch.randn(len(chosen), c, side, side, generator=generator)
+        draw = torch.rand if config.loss.rate else torch.randn
+        noise = draw(len(chosen), c, side, side, generator=generator) - (0.5 if config.loss.rate else 0.0)
         mine = slice(self.shares[0].start, self.shares[-1].stop)
         pixels = self.pictures.batch(chosen[mine].tolist(), following[mine].tolist())
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -128,7 +129,8 @@ class Training:
                 given = None if target is None else target[0]
                 rebuilt, posterior = self._forward(images, warp, noise[rows].to(self.team.device), given)
             wanted = warp(images) if warp is not None else images
-            losses = objective(wanted, rebuilt, posterior, step, warp is not None, target)
+            rounded = sampled(posterior, noise[rows].to(self.team.device), True) if config.loss.rate else None
+            losses = objective(wanted, rebuilt, posterior, step, warp is not None, target, rounded)
             if last and step % SHARES_EVERY == 0 and self.last is not None:
                 shares = health.gradient_shares(losses, self.last)
                 figures |= {f"share.{name}": share for name, share in shares.items()}
@@ -153,7 +155,7 @@ class Training:
         self, images: torch.Tensor, warp: Warp | None, noise: torch.Tensor, given: torch.Tensor | None
     ) -> tuple[torch.Tensor, Any]:
         try:
-            return self.wrapped(images, warp=warp, noise=noise, given=given)
+            return self.wrapped(images, warp=warp, noise=noise, given=given, rounds=self.config.loss.rate > 0)
         except Exception as error:
             if not self.config.run.compile or isinstance(error, UserError):
                 raise
