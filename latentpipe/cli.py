@@ -11,7 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latentpipe import compare_verb, evaluate_verbs, explore_verbs, health_verb, lora_verbs, vae_verbs, verbs
+from latentpipe import (
+    codec_verbs,
+    compare_verb,
+    evaluate_verbs,
+    explore_verbs,
+    health_verb,
+    lora_verbs,
+    ui_verb,
+    vae_verbs,
+    verbs,
+)
 from latentpipe.errors import Note, UserError
 from latentpipe.verbs import configs_folder
 
@@ -52,6 +62,15 @@ def generate(arguments: list[str]) -> None:
     run(tyro.cli(Generate, prog="latentpipe generate", args=arguments))
 
 
+def grid(arguments: list[str]) -> None:
+    """Draw a picture for each pair of values of two axes (seed, guidance, VAE, ...) on one sheet."""
+    import tyro
+
+    from latentpipe.grid_verb import Grid, run
+
+    run(tyro.cli(Grid, prog="latentpipe grid", args=arguments))
+
+
 def fit_adapter(arguments: list[str]) -> None:
     """Fit an adapter from the latents of one VAE to those of another, and score every rung of the ladder."""
     import tyro
@@ -74,6 +93,7 @@ def _function(name: str, function: Callable[..., None]) -> Verb:
 VERBS: dict[str, Verb] = {
     "generate": generate,
     "replay": _function("replay", verbs.replay),
+    "grid": grid,
     "train-vae": train_vae,
     "encode": _function("encode", verbs.encode),
     "train-denoiser": train_denoiser,
@@ -92,9 +112,13 @@ VERBS: dict[str, Verb] = {
     "make-fp16-safe": _function("make-fp16-safe", vae_verbs.make_fp16_safe),
     "convert": _function("convert", vae_verbs.convert),
     "swap": _function("swap", vae_verbs.swap),
+    "compress": _function("compress", codec_verbs.compress),
+    "decompress": _function("decompress", codec_verbs.decompress),
+    "fit-codec": _function("fit-codec", codec_verbs.fit_codec),
     "fit-adapter": fit_adapter,
     "ls": _function("ls", verbs.ls),
     "inspect": _function("inspect", verbs.inspect),
+    "ui": _function("ui", ui_verb.ui),
     "env": _function("env", verbs.env),
 }
 

@@ -7,6 +7,8 @@ import re
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,14 +69,14 @@ class Generate:
 
 def run(options: Generate) -> None:
     """Draw, save and print the paths; KeyboardInterrupt after partial pictures were saved."""
-    loras = [_weighted(text) for text in options.lora]
+    loras = [weighted(text) for text in options.lora]
     if options.adapter is not None and options.vae is None:
         raise UserError(f"--adapter {options.adapter} needs --vae as well: the VAE that it was fitted to.")
     from latentpipe.images import open_picture
 
     names = ("n", "seed", "negative", "steps", "guidance", "guidance_interval", "scheduler", "strength")
     settings: dict[str, Any] = {name: getattr(options, name) for name in names}
-    settings["size"] = _size(options.size)
+    settings["size"] = size_of(options.size)
     settings["image"] = open_picture(options.image) if options.image is not None else None
     _writable(options.out)
     from latentpipe import Engine, LatentPipeline
@@ -99,6 +101,19 @@ def _watch(engine: Any, prompt: str, settings: dict[str, Any]) -> tuple[list[Any
 
     from latentpipe.engine import Finished, StepDone
 
+    with stop_on_interrupt() as cancel, tqdm(total=settings["steps"], unit="step", disable=None, file=sys.stderr) as bar:
+        for event in engine.run(prompt, cancel=cancel, **settings):
+            if isinstance(event, Finished):
+                return event.pictures, cancel.is_set()
+            if isinstance(event, StepDone):
+                bar.total = event.steps
+                bar.update(event.step - bar.n)
+    raise RuntimeError("the engine ended without a result")
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[threading.Event]:
+    """A cancel token that the first Ctrl-C inside sets; the second one is KeyboardInterrupt."""
     cancel = threading.Event()
 
     def on_interrupt(*_: Any) -> None:
@@ -110,20 +125,13 @@ def _watch(engine: Any, prompt: str, settings: dict[str, Any]) -> tuple[list[Any
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, on_interrupt) if main_thread else None
     try:
-        with tqdm(total=settings["steps"], unit="step", disable=None, file=sys.stderr) as bar:
-            for event in engine.run(prompt, cancel=cancel, **settings):
-                if isinstance(event, Finished):
-                    return event.pictures, cancel.is_set()
-                if isinstance(event, StepDone):
-                    bar.total = event.steps
-                    bar.update(event.step - bar.n)
-        raise RuntimeError("the engine ended without a result")
+        yield cancel
     finally:
         if main_thread:
             signal.signal(signal.SIGINT, before)
 
 
-def _weighted(text: str) -> tuple[str, float]:
+def weighted(text: str) -> tuple[str, float]:
     """``flat=0.7`` as name and weight."""
     name, mark, weight = text.rpartition("=")
     if not mark:
@@ -134,7 +142,8 @@ def _weighted(text: str) -> tuple[str, float]:
         raise UserError(f"--lora {text}: '{weight}' is no number; expected NAME or NAME=WEIGHT, such as flat=0.7.") from None
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
+def size_of(text: str | None) -> tuple[int, int] | None:
+    """``64`` or ``64x96`` as width and height in pixels; UserError for anything else."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d{1,5})(?:[xX](\d{1,5}))?", text.strip())

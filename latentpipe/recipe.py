@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Literal
+from types import MappingProxyType
+from typing import Annotated, Literal, TypeVar
 
 from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,6 +25,7 @@ MAX_SEED = 2**32 - 1
 MAX_BATCH = 256
 MAX_PROMPT = 20_000
 Unit = Annotated[float, Field(ge=0, le=1)]
+AnyRecipe = TypeVar("AnyRecipe", bound=BaseModel)
 
 
 class Source(BaseModel):
@@ -94,39 +97,53 @@ def this_machine(device: str, dtype: str, threads: int) -> Machine:
     )
 
 
-def save_png(picture: Image.Image, path: Path, recipe: Recipe | None = None) -> None:
-    """Write a PNG with its recipe in both formats, atomically."""
+def save_png(
+    picture: Image.Image, path: Path, recipe: Recipe | None = None, texts: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Write a PNG with its recipe in both formats, and other text chunks by name, atomically."""
     info = PngImagePlugin.PngInfo()
     if recipe is not None:
         info.add_itxt("parameters", a1111_text(recipe))
         info.add_itxt(CHUNK, recipe.model_dump_json())
+    for name, text in texts.items():
+        info.add_itxt(name, text)
     with atomic_file(path) as part:
         picture.save(part, format="PNG", pnginfo=info)
 
 
 def read(path: Path) -> Recipe:
     """The recipe in a PNG; UserError where the file has none, or one of another version."""
+    text = text_in(path, CHUNK)
+    if text is None:
+        raise UserError(f"{path} carries no latentpipe recipe; only PNG files written by latentpipe can be replayed.")
+    return parsed(path, text, Recipe)
+
+
+def text_in(path: Path, chunk: str) -> str | None:
+    """A text chunk of a picture by its name, None where it has none; UserError where the file is no readable picture."""
     try:
         with Image.open(path) as picture:
             picture.load()
-            text = picture.info.get(CHUNK)
+            return picture.info.get(chunk)
     except FileNotFoundError:
         raise UserError(f"{path}: no such picture.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture ({error}).") from None
-    if text is None:
-        raise UserError(f"{path} carries no latentpipe recipe; only PNG files written by latentpipe can be replayed.")
+
+
+def parsed(path: Path, text: str, schema: type[AnyRecipe]) -> AnyRecipe:
+    """A recipe from the text in a file; UserError where it is damaged, or of another version than VERSION."""
     try:
         raw = json.loads(text)
         if not isinstance(raw, dict) or raw.get("version") != VERSION:
             raw = raw if isinstance(raw, dict) else {}
             raise UserError(f"{path}: recipe version {raw.get('version')!r}; this program reads version {VERSION}.")
-        return Recipe.model_validate(raw)
+        return schema.model_validate(raw)
     except UserError:
         raise
     except ValidationError as error:
-        places = ", ".join(".".join(map(str, problem["loc"])) or "recipe" for problem in error.errors())
-        raise UserError(f"{path}: its recipe is damaged in: {places}.") from None
+        where = ", ".join(".".join(map(str, problem["loc"])) or "recipe" for problem in error.errors())
+        raise UserError(f"{path}: its recipe is damaged in: {where}.") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: its recipe is not JSON ({error}).") from None
 

@@ -22,8 +22,10 @@ ORDER = [
     ["rescale"], ["fp16"],
     ["models"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["recipe"], ["sampling"],
     ["foreign"], ["metadata"], ["emphasis"], ["denoise"], ["lora"], ["pipeline"],
-    ["model_cache"], ["jobs"], ["engine"], ["config"], ["data"], ["evaluate"], ["train"], ["explore"],
-    ["generate", "verbs", "vae_verbs", "lora_verbs"], ["health_verb", "evaluate_verbs", "compare_verb", "explore_verbs"],
+    ["model_cache"], ["jobs"], ["engine"], ["xyaxes"], ["xysheet"], ["xyplot"],
+    ["config"], ["data"], ["evaluate"], ["train"], ["explore"],
+    ["generate", "verbs", "vae_verbs", "lora_verbs", "codec_verbs"],
+    ["health_verb", "evaluate_verbs", "compare_verb", "explore_verbs", "grid_verb"],
     ["fit"], ["ui_verb"], ["cli"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -1,0 +1,103 @@
+"""latentpipe grid: an X/Y plot on one sheet, with a bar that Ctrl-C stops."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from latentpipe.defaults import GUIDANCE, STEPS
+from latentpipe.errors import UserError
+from latentpipe.generate import size_of, stop_on_interrupt, weighted
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Draw a picture for each pair of values of two axes on one sheet (at most 100), and print its path.
+
+    An axis is seed, steps, guidance, vae, lora:NAME (its weight), scheduler or prompt with its values: seed=1,2,3 or
+    guidance=1:9:2 (first:last:step). prompt=red,green,blue: the first one is the text in the prompt that the others take the
+    place of. vae=built-in,emoji-decoder-ft: built-in is the model's own.
+    """
+
+    prompt: Positional[str]
+    """What to draw."""
+    x: str
+    """What varies from column to column, such as seed=1,2,3."""
+    y: str | None = None
+    """What varies from row to row; left out: one row."""
+    out: Path = Path("grid.png")
+    """The PNG file to write; it carries what is needed to draw it again."""
+    seed: int | None = None
+    """0 to 4294967295; left out: a random one, the same for all."""
+    model: str = "emoji"
+    """Name ('latentpipe ls') or folder of a model."""
+    vae: str | None = None
+    """Name, folder or file of another VAE to decode with."""
+    negative: str = ""
+    """What the pictures should not show."""
+    steps: int = STEPS
+    """Denoising steps."""
+    guidance: float = GUIDANCE
+    """Classifier-free guidance; 1 turns it off."""
+    scheduler: Literal["dpm++", "ddim", "euler", "unipc"] | None = None
+    """Left out: the model's own."""
+    size: str | None = None
+    """Side or WIDTHxHEIGHT of each picture in pixels; left out: what the model was trained at."""
+    lora: tuple[str, ...] = ()
+    """Names of installed LoRA that are on in all pictures, each with its weight: flat=0.7."""
+    device: str | None = None
+    """cpu, cuda or mps; left out: the best one present."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the weights."""
+
+
+def run(options: Grid) -> None:
+    """Draw, save and print the path; KeyboardInterrupt after a stopped plot was saved."""
+    out = options.out
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise UserError(f"--out {out}: expected the name of a file that ends in .png.")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first.")
+    settings: dict[str, Any] = {
+        name: getattr(options, name) for name in ("seed", "vae", "negative", "steps", "guidance", "scheduler")
+    }
+    settings |= {"size": size_of(options.size), "loras": dict(weighted(text) for text in options.lora)}
+    from latentpipe.jobs import Report
+    from latentpipe.model_cache import ModelCache
+    from latentpipe.xyaxes import read_axis
+    from latentpipe.xyplot import plot
+
+    axes = read_axis(options.x), read_axis(options.y) if options.y is not None else None
+    models = ModelCache(device=options.device, dtype=options.dtype)
+
+    def work(report: Report) -> Any:
+        return plot(lambda vae: models.open(options.model, vae), options.prompt, *axes, report=report, **settings)
+
+    found = _watch(work)
+    print(found.save(out))
+    if None in found.pictures:
+        raise KeyboardInterrupt
+
+
+def _watch(work: Any) -> Any:
+    """Show a plot's steps; the first Ctrl-C stops it and keeps the pictures that are done."""
+    from tqdm import tqdm
+
+    from latentpipe.jobs import Cancelled, Done, Progress, run_job
+
+    with stop_on_interrupt() as cancel, tqdm(unit="step", disable=None, file=sys.stderr) as bar:
+        try:
+            for event in run_job(work, cancel):
+                if isinstance(event, Done):
+                    return event.result
+                if isinstance(event, Progress):
+                    bar.total = event.total
+                    bar.set_description(event.what, refresh=False)
+                    bar.update(event.done - bar.n)
+        except Cancelled:
+            raise KeyboardInterrupt from None
+    raise RuntimeError("the job ended without a result")
