@@ -50,6 +50,14 @@ def open_picture(path: Path) -> Image.Image:
         raise UserError(f"{path} cannot be read as a picture ({error}).") from None
 
 
+def has_alpha(path: Path) -> bool:
+    """Whether a readable picture is transparent somewhere."""
+    with Image.open(path) as picture:
+        if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
+            return False
+        return np.asarray(picture.convert("RGBA"))[..., 3].min() < 255
+
+
 def fit_square(picture: Image.Image, size: int) -> Image.Image:
     """The centred square of a picture, resized to `size` x `size` pixels (Lanczos, antialiased)."""
     if picture.size == (size, size):

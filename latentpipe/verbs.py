@@ -150,13 +150,18 @@ def inspect(path: str, /) -> None:
     """Print what a model, a VAE, a LoRA, an adapter or a picture says about itself, as JSON.
 
     Args:
-        path: A name, a model or VAE folder, a .safetensors file, or a picture (also of other programs: A1111, ComfyUI, ...).
+        path: A name, a model or VAE folder, a .safetensors file, an .lpz file, or a picture (also of others: A1111, ...).
     """
     from latentpipe.adapters import is_adapter, own_adapters, read_card
+    from latentpipe.codec_verbs import facts as codec_facts
+    from latentpipe.codec_verbs import is_lpz
     from latentpipe.lora_verbs import facts, is_lora
     from latentpipe.models import describe
     from latentpipe.weights import available
 
+    if is_lpz(Path(path)):
+        print(_json(codec_facts(Path(path))))
+        return
     file = available("lora").get(path, Path(path))
     if is_lora(file):
         print(_json(facts(file)))

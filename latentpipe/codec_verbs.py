@@ -1,0 +1,137 @@
+"""compress, decompress and fit-codec: pictures as small files through a VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from latentpipe.errors import UserError
+
+
+def compress(
+    picture: Path,
+    out: Path,
+    /,
+    vae: str = "emoji-codec",
+    step: float | None = None,
+) -> None:
+    """Store a picture as the rounded latents of a VAE, in an .lpz file.
+
+    Args:
+        picture: Any picture that Pillow reads; transparency is laid on white.
+        out: The .lpz file to write.
+        vae: Name or folder of the VAE; emoji-codec-small and emoji-codec-large make smaller and better files.
+        step: Width of rounding in units of the latents: larger makes smaller files. Left out: 1 for VAEs made for it, else 0.5.
+    """
+    import warnings
+
+    from latentpipe.errors import Note
+    from latentpipe.explore.codec import files
+    from latentpipe.files import atomic_file
+    from latentpipe.images import has_alpha, open_picture
+
+    opened = open_picture(picture)
+    if has_alpha(picture):
+        warnings.warn(Note(f"{picture} is transparent in places; an .lpz file is not, so it was laid on white"), stacklevel=2)
+    codec = files.open_codec(vae)
+    data = files.compress(opened, codec, step, progress=_bar)
+    with atomic_file(out) as part:
+        part.write_bytes(data)
+    width, height = opened.size
+    print(f"{out}: {len(data):,} bytes, {8 * len(data) / (width * height):.3f} bits for each of {width} x {height} pixels")
+
+
+def decompress(file: Path, out: Path, /, vae: str | None = None) -> None:
+    """Write the picture in an .lpz file.
+
+    Args:
+        file: A file that compress wrote.
+        out: The picture to write; its suffix names the format.
+        vae: Name or folder of the VAE, where it is not an installed one.
+    """
+    from PIL import Image
+
+    from latentpipe.explore.codec import container, files
+    from latentpipe.files import atomic_file
+
+    Image.init()
+    if Image.EXTENSION.get(out.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"{out}: '{out.suffix}' is no kind of picture that is written here; expected .png, .webp, .jpg ...")
+    content = container.unpack(read(file), str(file))
+    codec = files.find_codec(content.identity) if vae is None else files.open_codec(vae)
+    picture = files.decompress(read(file), codec, str(file), progress=_bar)
+    with atomic_file(out) as part:
+        picture.save(part, Image.EXTENSION[out.suffix.lower()])
+    print(f"{out}: {picture.width} x {picture.height} pixels")
+
+
+def fit_codec(vae: str, folder: Path, /, size: tuple[int, ...] = (64, 128), steps: int = 3000, out: Path | None = None) -> None:
+    """Learn how probable a VAE's rounded latents are, from a folder of pictures, and store it in the VAE's folder.
+
+    compress then makes smaller files with this VAE, and files that were made before open no more.
+
+    Args:
+        vae: Name or folder of the VAE.
+        folder: Pictures to learn from.
+        size: Sides in pixels at which they are seen.
+        steps: Optimizer steps.
+        out: Another folder for codec.safetensors; left out: the VAE's own.
+    """
+    from tqdm import tqdm
+
+    from latentpipe.explore.codec import files, fit
+    from latentpipe.weights import find_model
+
+    codec = files.open_codec(vae)
+    print(f"Latents of {folder} at {', '.join(map(str, size))} pixels ...")
+    sets = [fit.latents_of(codec.stage, folder, side) for side in size]
+    net = fit.learn(sets, steps, progress=lambda parts: tqdm(parts, unit="step"))
+    print(fit.write(fit.integers(net), out or find_model(vae, "vae")))
+
+
+def facts(file: Path) -> dict[str, object]:
+    """What an .lpz file says about itself."""
+    from latentpipe.explore.codec import container
+
+    content = container.unpack(read(file), str(file))
+    return {
+        "kind": "compressed picture (.lpz)",
+        "version": container.VERSION,
+        "vae_identity": content.identity.hex(),
+        "width": content.width,
+        "height": content.height,
+        "step": content.size,
+        "bytes": file.stat().st_size,
+        "bits_per_pixel": round(8 * file.stat().st_size / (content.width * content.height), 4),
+    }
+
+
+def is_lpz(file: Path) -> bool:
+    """Whether a file begins as an .lpz file does."""
+    from latentpipe.explore.codec.container import is_container
+
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return is_container(stream.read(4))
+
+
+def read(file: Path) -> bytes:
+    """A file's bytes; UserError where there is none, or where it is larger than any that compress writes."""
+    from latentpipe.explore.codec.container import LARGEST_FILE
+
+    try:
+        size = file.stat().st_size
+        if size > LARGEST_FILE:
+            raise UserError(f"{file} has {size:,} bytes; an .lpz file has at most {LARGEST_FILE:,}.")
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error}); expected an .lpz file.") from None
+
+
+def _bar(parts: list[Any]) -> Iterable[Any]:
+    """A progress bar for what takes longer than a second."""
+    from tqdm import tqdm
+
+    return tqdm(parts, unit="wave", delay=1.0, leave=False)
