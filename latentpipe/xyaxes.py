@@ -60,6 +60,10 @@ class Axis(BaseModel):
         """The values in words."""
         return [f"{value:.12g}" if isinstance(value, float) else str(value) for value in self.values]
 
+    def said(self, label: str) -> str:
+        """A value with what it is of, in words."""
+        return f"'{label}'" if self.kind == "prompt" else f"{self.title} {label}"
+
     def put(self, setup: dict[str, Any], value: Value) -> dict[str, Any]:
         """The setup of a picture (`latentpipe.xyplot.Setup`'s fields) with one value of this axis.
 

@@ -85,8 +85,8 @@ class Grid:
     def captions(self) -> list[str]:
         """What each picture shows, in words."""
         x, y = self.recipe.x, self.recipe.y
-        heads = [f"{x.title} {label}" for label in x.labels]
-        return [f"{head}, {y.title} {label}" for label in y.labels for head in heads] if y else heads
+        heads = [x.said(label) for label in x.labels]
+        return [f"{head}, {y.said(label)}" for label in y.labels for head in heads] if y else heads
 
     def save(self, path: str | Path) -> Path:
         """Write the sheet as a PNG that carries the recipe."""

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import gradio as gr
 
 from latentpipe import UserError
-from latentpipe.ui import api, generate, png_info, show
+from latentpipe.ui import api, generate, grid, png_info, show
 from latentpipe.ui.state import LIGHT, App
 from latentpipe.version import VERSION
 
@@ -26,6 +26,8 @@ def build(app: App) -> gr.Blocks:
         with gr.Tabs(elem_id="lp-tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
                 drawing = generate.build(app)
+            with gr.Tab("Grid", id="grid"):
+                grid.build(app)
             with gr.Tab("PNG info", id="info"):
                 info = png_info.build(app, drawing.form)
         drawing.to_replay.click(lambda path: (path, gr.Tabs(selected="info")), [drawing.chosen], [info.image, tabs], **LIGHT)

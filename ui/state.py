@@ -120,11 +120,14 @@ class App:
     def keep(self, picture: Picture) -> str:
         """Write a picture with its recipe for the browser (and into `out`, where there is one); returns the path to show."""
         name = free_path(Path("."), picture.recipe.prompt, picture.recipe.seed).name
-        path = picture.save(Path(tempfile.mkdtemp(dir=self.shown)) / name)
+        return self.keep_file(picture.save(self.place(name)), picture.recipe.prompt, picture.recipe.seed)
+
+    def keep_file(self, path: Path, prompt: str, seed: int) -> str:
+        """Copy a PNG that is shown into `out` as well, where there is one, named by prompt and seed; returns its path."""
         if self.out is not None:
             folder = self.out / date.today().isoformat()
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, free_path(folder, picture.recipe.prompt, picture.recipe.seed))
+            shutil.copy(path, free_path(folder, prompt, seed))
         return str(path)
 
     def place(self, name: str) -> Path:

@@ -39,6 +39,8 @@ footer { flex-wrap: wrap; }
 @media (max-width: 760px) {
   .gradio-container { padding: .5rem !important; }
   .lp-wide { flex-direction: column !important; }
+  .lp-wide > * { width: 100%; min-width: 0 !important; }
+  .grid-wrap .grid-container { grid-template-columns: repeat(auto-fill, minmax(4.5rem, 1fr)) !important; }
   .lp-grid { grid-template-columns: minmax(0, 1fr); }
   .lp-grid > :nth-child(2) { grid-row: auto; }
 }
