@@ -88,7 +88,9 @@ class VAELoss(Strict):
     target_bits: float | None = Field(None, gt=0)
     """Steer beta (from `kl`) so that the rate is so many bits for each latent value."""
     rate: Weight = 0.0
-    """For a codec: weight of the latents' bits for each pixel, with uniform noise of width 1 in place of rounding."""
+    """For a codec: weight of the latents' bits for each pixel, with uniform noise in place of rounding."""
+    step: float = Field(1.0, gt=0)
+    """Width of a codec's rounding, in the VAE's own units."""
     equivariance: float = Field(0.25, ge=0, le=1)
     """Share of the steps that decode warped latents and compare with pictures that are warped alike."""
     warps: Annotated[tuple[Literal["half", "scale", "rotate", "flip"], ...], Field(min_length=1)] = ("half",)

@@ -40,7 +40,7 @@ def finish(config: TrainVAE, stage: VAEStage, pictures: PictureStream, held: tor
         card["teacher"] = {"name": str(config.teacher), "content_hash": vae_hash(find_model(config.teacher, "vae"))}
     moved = config.mode != "distil" and freeze.moves_the_latents(vae)
     if config.loss.rate:
-        keep_steps(vae)
+        keep_steps(vae, config.loss.step)
     elif moved:
         measured = LatentSpace.measure(_posteriors(stage, pictures, size), stage.space.downscale)
         declare_normalization(vae, measured.space)
@@ -60,15 +60,17 @@ def finish(config: TrainVAE, stage: VAEStage, pictures: PictureStream, held: tor
 
 
 @torch.no_grad()
-def keep_steps(vae: Any) -> None:
-    """Leave a codec's latents in steps of its quantizer, in place: raw values are the latents, and rounding is their noise.
+def keep_steps(vae: Any, step: float) -> None:
+    """Declare the steps of a codec's quantizer the unit of its latents, in place.
 
-    The log-variance, which a codec does not train, becomes that of uniform noise of width 1, 1/12.
+    The log-variance, which a codec does not train, becomes that of uniform noise as wide as a step: ``step^2 / 12``.
     """
+    wanted = {"scaling_factor": 1 / step, "shift_factor": None, "latents_mean": None, "latents_std": None}
+    vae.register_to_config(**{name: value for name, value in wanted.items() if name in vae.config})
     if getattr(vae, "quant_conv", None) is not None:
         c = vae.config["latent_channels"]
         vae.quant_conv.weight[c:] = 0.0
-        vae.quant_conv.bias[c:] = -math.log(12.0)
+        vae.quant_conv.bias[c:] = math.log(step**2 / 12)
 
 
 def validation_card(config: TrainVAE, stage: VAEStage, held: torch.Tensor) -> dict[str, Any]:

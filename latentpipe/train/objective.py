@@ -91,7 +91,7 @@ class Objective:
             found["kl"] = self._kl(posterior, step)
         if self.bits is not None and rounded is not None:
             pixels = rounded.shape[-1] * rounded.shape[-2] * self.downscale**2
-            found["rate"] = self.loss.rate * self.bits(rounded) / pixels
+            found["rate"] = self.loss.rate * self.bits(rounded / self.loss.step) / pixels
         for name, term in (("spectrum", losses.spectrum), ("scale", losses.outliers)):
             weight = getattr(self.loss, name)
             if weight:

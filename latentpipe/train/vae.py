@@ -114,15 +114,14 @@ class Training:
         cut = draw_cut(len(chosen), config.data.read_size_px, config.crops, generator)
         warp = self._warp(generator)
         c, side = self.stage.space.channels, config.crops.size_px // self.stage.space.downscale
-        draw = torch.rand if config.loss.rate else torch.randn
-        noise = draw(len(chosen), c, side, side, generator=generator) - (0.5 if config.loss.rate else 0.0)
+        noise = self._noise((len(chosen), c, side, side), generator)
         mine = slice(self.shares[0].start, self.shares[-1].stop)
         pixels = self.pictures.batch(chosen[mine].tolist(), following[mine].tolist())
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         figures: loop.Figures = {}
         for rows in self.shares:
             own = pixels[rows.start - mine.start : rows.stop - mine.start]
-            images = cut.apply(own, rows).to(self.team.device)
+            images = cut.apply(own.to(self.team.device), rows)
             last = rows is self.shares[-1]
             with self.team.gathering(self.wrapped, last), loop.fast_forward(config.run, self.team.device):
                 target = self._taught(images)
@@ -142,6 +141,13 @@ class Training:
 
     def _chosen(self, step: int) -> torch.Tensor:
         return loop.batch_indices(len(self.pictures), self.config.optim.batch_size, self.config.run.seed, step)
+
+    def _noise(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        """Standard normal, of a posterior; a codec's is uniform, as wide as its step."""
+        loss = self.config.loss
+        if loss.rate:
+            return loss.step * (torch.rand(*shape, generator=generator) - 0.5)
+        return torch.randn(*shape, generator=generator)
 
     def _warp(self, generator: torch.Generator) -> Warp | None:
         loss = self.config.loss
