@@ -20,11 +20,12 @@ class Cut:
     size_px: int
 
     def apply(self, pixels: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
-        """Uint8 pictures (those of `rows`, B 3 H W) as images B 3 size size."""
+        """Uint8 pictures (those of `rows`, B 3 H W) as images B 3 size size, on the pictures' device."""
         if self.box is not None:
             top, left, side = self.box
             pixels = pixels[:, :, top : top + side, left : left + side]
-        pixels = torch.where(self.mirrored[rows].view(-1, 1, 1, 1), pixels.flip(3), pixels)
+        mirrored = self.mirrored[rows].to(pixels.device).view(-1, 1, 1, 1)
+        pixels = torch.where(mirrored, pixels.flip(3), pixels)
         images = bytes_to_images(pixels.contiguous())  # channels_last is slower here, and crashes partly frozen GroupNorms
         if images.shape[-1] != self.size_px:
             images = functional.interpolate(images, size=self.size_px, mode="bicubic", antialias=True).clamp(-1, 1)
