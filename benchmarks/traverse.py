@@ -32,7 +32,7 @@ SIZE = 64
 KINDS = 60
 STRENGTHS = (1.0, 1.5, 2.0)
 SHOWN = 1.5  # of them, on the page
-SPLITS = 10  # of the pictures into a half to learn from and one to test on
+SPLITS = 5  # of the pictures into a half to learn from and one to test on
 NOMINAL = (0, 4)  # shape, and hue, which goes round
 
 
@@ -72,7 +72,7 @@ def asdict_scores(judged: attributes.ToneEdit) -> dict[str, Any]:
 
 
 def sheet(stage: VAEStage, everything: sets.PictureSet) -> Any:
-    """The sheet of the verb, from the first picture of a grinning face."""
+    """The sheet of the verb, from a woman astronaut."""
     latents = sets.encode(stage, everything.images[:1500])
     found = traverse.ranked(stage, latents[:8], traverse.candidates(latents, everything.captions[:1500]))[:8]
     start = next(row for row, texts in enumerate(everything.captions) if any("woman astronaut" in text for text in texts))
