@@ -19,6 +19,7 @@ FILE = "codec.safetensors"
 WEIGHT, HIDDEN = 10, 6  # bits behind the point
 INPUT, MOST_HIDDEN = 2**10, 2**20  # larger values are cut off
 OCTAVE = 16  # parts of an octave in which a step is given
+FURTHEST = 112  # sixteenths of an octave from a step of 1
 WIDEST = 4096  # channels or hidden units
 
 
@@ -33,6 +34,7 @@ class Weights:
     state   hidden 2C, int16: to means in steps and scales in quarters of an octave, in 1/1024
     offset  2C, int32: in 1/65536
     groups  2 G, int16: channels and hidden units of each group
+    usual   1, int16: the step size that it was learnt around, in sixteenths of an octave
     """
 
     before: np.ndarray
@@ -42,6 +44,7 @@ class Weights:
     state: np.ndarray
     offset: np.ndarray
     groups: np.ndarray
+    usual: np.ndarray
 
 
 class Context:
@@ -99,10 +102,12 @@ def read(path: Path) -> Weights:
             (hidden, 2 * c),
             (2 * c,),
             (2, found.groups.shape[-1]),
+            (1,),
         ]
         fits = [getattr(found, name).shape for name in names] == shapes
         sizes = found.groups.astype(int)
-        if fits and (sizes > 0).all() and sizes.sum(1).tolist() == [c, hidden] and _integers(found):
+        whole = fits and (sizes > 0).all() and sizes.sum(1).tolist() == [c, hidden]
+        if whole and _integers(found) and abs(int(found.usual[0])) <= FURTHEST:
             return found
     raise UserError(f"{path}: its tensors do not belong together; 'latentpipe fit-codec' writes it anew.")
 

@@ -42,13 +42,15 @@ class Codec:
     @property
     def step(self) -> float:
         """The usual step size, in units of the latents."""
-        return COARSE if self.weights is None else 1.0
+        return COARSE if self.weights is None else 2.0 ** (int(self.weights.usual[0]) / SIXTEENTHS)
 
     def sixteenths(self, step: float | None) -> int:
         """A step size (None: the usual one), as a file holds it: the nearest of 16 to the octave; UserError out of its range."""
         step = self.step if step is None else step
         if not 2**-7 <= step <= 2**7:
-            raise UserError(f"--step is {step}; expected 0.0078 (large and good) to 128 (small and coarse), usually {self.step}.")
+            raise UserError(
+                f"--step is {step}; expected 0.0078 (large and good) to 128 (small and coarse), usually {self.step:.2g}."
+            )
         return round(SIXTEENTHS * float(np.log2(step)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from latentpipe.train.finish import resized
 from latentpipe.train.rate import GROUPS, ContextModel, bits, group_of
 from latentpipe.vae import VAEStage
 
-OCTAVES = (-1.25, 1.5)  # step sizes that are learnt, as powers of two
+OCTAVES = (-1.25, 1.5)  # step sizes that are learnt, around the usual one, as powers of two
 BATCH = 64
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -31,8 +32,8 @@ def latents_of(stage: VAEStage, folder: Path, size: int, most: int = 20_000) -> 
     return torch.cat([stage.encode(bytes_to_images(part).to(stage.device)).half().cpu() for part in pixels.split(BATCH)])
 
 
-def learn(sets: list[torch.Tensor], steps: int, seed: int = 0, progress: Progress = iter) -> ContextModel:
-    """A context model of latents (N C h w each; several picture sizes) rounded at random step sizes.
+def learn(sets: list[torch.Tensor], usual: float, steps: int, seed: int = 0, progress: Progress = iter) -> ContextModel:
+    """A context model of latents (N C h w each; several picture sizes) rounded at random step sizes around `usual`.
 
     AdamW, a cosine to zero; least bits for the values that the coder will see (Minnen et al., arXiv:1809.02736).
     """
@@ -41,7 +42,7 @@ def learn(sets: list[torch.Tensor], steps: int, seed: int = 0, progress: Progres
     net = ContextModel(sets[0].shape[1])
     optimizer = torch.optim.AdamW(net.parameters(), 4e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    low, high = OCTAVES
+    low, high = (math.log2(usual) + octave for octave in OCTAVES)
     for step in progress(range(steps)):
         latents = sets[step % len(sets)]
         chosen = latents[torch.randint(len(latents), (BATCH,), generator=generator)].float()
@@ -57,8 +58,8 @@ def learn(sets: list[torch.Tensor], steps: int, seed: int = 0, progress: Progres
 
 
 @torch.no_grad()
-def integers(net: ContextModel) -> Weights:
-    """The model with integer weights."""
+def integers(net: ContextModel, usual: float) -> Weights:
+    """The model with integer weights, and the usual step size."""
     hidden, c = net.gather.weight.shape[:2]
     assert isinstance(net.seen, torch.Tensor)
     assert isinstance(net.known, torch.Tensor)
@@ -78,6 +79,7 @@ def integers(net: ContextModel) -> Weights:
         state=_fixed(state.T, WEIGHT, np.int16),
         offset=_fixed(offset, WEIGHT + HIDDEN, np.int32),
         groups=np.stack([np.bincount(group_of(n, GROUPS), minlength=GROUPS) for n in (c, hidden)]).astype(np.int16),
+        usual=np.array([round(OCTAVE * math.log2(usual))], np.int16),
     )
 
 

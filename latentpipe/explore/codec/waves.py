@@ -146,14 +146,15 @@ def _coder(name: str):
 
 
 def _shortest(encoder: Any) -> bytes:
-    """The bytes of an encoder, as few as say the same: after them a decoder reads zeros, and any number of the interval will do."""
-    words = encoder.get_compressed().astype(">u4").tobytes()
+    """The bytes of an encoder, as few as say the same: after them a decoder reads zeros, any number of the interval will do."""
+    sealed = encoder.get_compressed().astype(">u4").tobytes()
     done, (low, width) = encoder.pos()
-    if low + width < 2**64:  # else the last words may still change by a carry
-        for kept in range(9):
-            unit = 1 << (64 - 8 * kept)
-            number = -(-low // unit) * unit
-            if number < low + width:
-                words = words[: 4 * done] + number.to_bytes(8)[:kept]
-                break
-    return words.rstrip(b"\0")
+    length = 4 * done + 8
+    # the words before the state, with the carry that the sealed number may have made
+    first = ((int.from_bytes(sealed.ljust(length, b"\0")) - low >> 64) << 64) + low
+    for kept in range(4 * done, length):
+        unit = 1 << 8 * (length - kept)
+        number = -(-first // unit) * unit
+        if number < first + width:
+            return number.to_bytes(length)[:kept].rstrip(b"\0")
+    return sealed.rstrip(b"\0")
