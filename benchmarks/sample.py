@@ -101,7 +101,7 @@ def main() -> None:
         stage = VAEStage(load_vae(path))
         row, priors = row_of(stage, train, unseen, features)
         result[path.name if "/" in name else name] = {"hash": vae_hash(path), **row}
-        picture(stage, priors, unseen).save(given.out / f"sample-{Path(name).name}.png", optimize=True)
+        picture(stage, priors, unseen).quantize(256).save(given.out / f"sample-{Path(name).name}.png", optimize=True)
         print(name, {key: value for key, value in row.items() if key != "unseen"})
         print(sample.Samples(None, "", row["unseen"]).table())  # type: ignore[arg-type]
     (given.out / "sample.json").write_text(json.dumps(result, indent=2) + "\n")

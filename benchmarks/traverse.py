@@ -112,7 +112,7 @@ def factor_rows(folders: list[Path], out: Path) -> dict[str, Any]:
         result[name]["kl_bits_per_picture"] = None if health.kl_bits is None else sum(health.kl_bits)
         start = sets.encode(stage, images[len(truth) // 2 : len(truth) // 2 + 1])
         ranked = [one for one, _ in traverse.ranked(stage, codes[::431], directions.channels(codes))]
-        traverse.sheet(stage, start, ranked[:8]).save(out / f"{name}.png", optimize=True)
+        traverse.sheet(stage, start, ranked[:8]).quantize(256).save(out / f"{name}.png", optimize=True)
     return result
 
 
@@ -138,8 +138,8 @@ def main() -> None:
         stage = VAEStage(load_vae(where))
         found, page = edits(stage, everything)
         result.setdefault("edits", {})[name] = {"hash": vae_hash(where), **found}
-        page.save(given.out / f"edit-{Path(name).name}.png", optimize=True)
-        sheet(stage, everything).save(given.out / f"traverse-{Path(name).name}.png", optimize=True)
+        page.quantize(256).save(given.out / f"edit-{Path(name).name}.png", optimize=True)
+        sheet(stage, everything).quantize(256).save(given.out / f"traverse-{Path(name).name}.png", optimize=True)
     if given.factors:
         result["disentanglement"] = factor_rows(given.factors, given.out)
     path.write_text(json.dumps(result, indent=2) + "\n")
