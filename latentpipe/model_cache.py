@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from latentpipe.adapters import own_adapter
-from latentpipe.pipeline import LatentPipeline
-from latentpipe.swap import check_swap
+from latentpipe.pipeline import LatentPipeline, best_device
+from latentpipe.swap import check_swap, stage_of
+from latentpipe.vae import VAEStage
 from latentpipe.verdict import Verdict
 from latentpipe.weights import find_model
 
@@ -30,6 +31,7 @@ class ModelCache:
         self._models: OrderedDict[Any, LatentPipeline] = OrderedDict()
         self._swapped: OrderedDict[Any, LatentPipeline] = OrderedDict()
         self._verdicts: OrderedDict[Any, Verdict] = OrderedDict()
+        self._stages: OrderedDict[Any, VAEStage] = OrderedDict()
 
     def open(self, model: str | Path = "emoji", vae: str | Path | None = None, adapter: str | None = None) -> LatentPipeline:
         """The pipeline of a model, drawing through its own or another VAE; UserError where that does not fit.
@@ -51,6 +53,12 @@ class ModelCache:
             base = self._base(model)
             key = (*_state(find_model(model)), *_state(find_model(vae, "vae")))
             return _kept(self._verdicts, key, 256, lambda: check_swap(base, vae))
+
+    def stage(self, vae: str | Path) -> VAEStage:
+        """The stage of a VAE alone, whether it fits a model or not."""
+        with self._lock:
+            key = _state(find_model(vae, "vae"))
+            return _kept(self._stages, key, self.most * 2, lambda: stage_of(vae).eval().to(self.device or best_device()))
 
     def is_open(self, model: str | Path) -> bool:
         """Whether a model is loaded."""

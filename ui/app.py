@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
 import gradio as gr
 
 from latentpipe import UserError
-from latentpipe.ui import api, generate, grid, png_info, show
+from latentpipe.ui import api, generate, grid, lab, playground, png_info, show
 from latentpipe.ui.state import LIGHT, App
 from latentpipe.version import VERSION
 
@@ -26,11 +27,16 @@ def build(app: App) -> gr.Blocks:
         with gr.Tabs(elem_id="lp-tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
                 drawing = generate.build(app)
+            with gr.Tab("VAE lab", id="lab"):
+                laboratory = lab.build(app, drawing.form.model)
+            with gr.Tab("Playground", id="playground"):
+                playground.build(app)
             with gr.Tab("Grid", id="grid"):
                 grid.build(app)
             with gr.Tab("PNG info", id="info"):
                 info = png_info.build(app, drawing.form)
         drawing.to_replay.click(lambda path: (path, gr.Tabs(selected="info")), [drawing.chosen], [info.image, tabs], **LIGHT)
+        drawing.to_lab.click(_sent_to_lab, [drawing.chosen], [laboratory.files, tabs], **LIGHT)
         info.restore.click(lambda: gr.Tabs(selected="generate"), None, [tabs], **LIGHT)
         api.build(app)
 
@@ -43,6 +49,14 @@ def build(app: App) -> gr.Blocks:
         page.load(ready, None, [state], show_progress="hidden", concurrency_limit=None, api_visibility="private")
         page.unload(app.jobs.leave)
     return page
+
+
+def _sent_to_lab(path: str | None) -> tuple[Any, Any]:
+    """The chosen picture as the lab's only one, and its tab."""
+    if path is None:
+        gr.Info("There is no picture yet: generate one first.")
+        return gr.skip(), gr.skip()
+    return [path], gr.Tabs(selected="lab")
 
 
 def _load_in_background(app: App) -> threading.Thread:

@@ -8,6 +8,7 @@ RUN, STOP = "lp-run", "lp-stop"  # classes of the buttons that the keys press
 
 CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+.gradio-container main, .gradio-container .wrap { width: 100%; }
 .lp-head { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem; padding: .25rem 0; }
 .lp-head h1 { font-size: 1.35rem; font-weight: 650; letter-spacing: -.01em; margin: 0; color: var(--body-text-color); }
 .lp-head p { margin: 0; color: var(--body-text-color-subdued); }
@@ -15,7 +16,6 @@ CSS = """
 .lp-light::before { content: ""; flex: none; width: .7rem; height: .7rem; border-radius: 50%; background: #888; }
 .lp-green::before { background: #1a9850; } .lp-amber::before { background: #e08e0b; } .lp-red::before { background: #d73027; }
 .lp-wait::before { background: #4575b4; }
-.lp-light b { text-transform: capitalize; }
 .lp-status { min-height: 1.6rem; color: var(--body-text-color); }
 .lp-status progress { width: 100%; height: .5rem; accent-color: var(--color-accent); }
 .lp-status img { display: block; width: min(100%, 24rem); aspect-ratio: 1; margin: .5rem auto; border-radius: var(--radius-lg);
@@ -23,9 +23,10 @@ CSS = """
 .lp-status p { margin: .25rem 0; }
 .lp-empty { border: 1px dashed var(--border-color-primary); border-radius: var(--radius-lg); padding: 2.5rem 1rem;
   text-align: center; color: var(--body-text-color-subdued); }
-.lp-table { overflow-x: auto; } .lp-table table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-.lp-table th, .lp-table td { text-align: left; padding: .35rem .75rem .35rem 0; vertical-align: top;
-  border-bottom: 1px solid var(--border-color-primary); color: var(--body-text-color); }
+.lp-wide > *, .lp-wide .block, .lp-wide .html-container { min-width: 0 !important; max-width: 100%; }
+.lp-table { overflow-x: auto; max-width: 100%; } .lp-table table { border: 0 !important; border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+.lp-table th, .lp-table td { text-align: left; padding: .35rem .75rem .35rem 0 !important; vertical-align: top;
+  border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; color: var(--body-text-color); }
 .lp-table caption { text-align: left; color: var(--body-text-color-subdued); padding-bottom: .25rem; }
 .lp-pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .75rem; }
 .lp-pictures figure { margin: 0; } .lp-pictures img { width: 100%; border-radius: var(--radius-md); }
@@ -35,6 +36,7 @@ CSS = """
 .lp-tight { gap: .5rem !important; }
 #lp-gallery .thumbnail-item { max-height: 26rem; }
 #lp-gallery .grid-wrap { max-height: none; }
+.lp-large img { width: 100% !important; height: 100% !important; object-fit: contain !important; }
 footer { flex-wrap: wrap; }
 @media (max-width: 760px) {
   .gradio-container { padding: .5rem !important; }
