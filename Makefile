@@ -1,20 +1,25 @@
 # make demo   a picture from the embedded model, from nothing
+# make ui     the interface in a browser
 # make test   everything that CI runs
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
-DEBIAN := fonts-noto-color-emoji libfribidi0
+DEBIAN := fonts-noto-color-emoji libfribidi0 chromium
+AXE := axe-core@4.14.1
 ifneq ($(wildcard ../shared),)
 export LATENTPIPE_ASSETS ?= $(abspath ../shared)
 endif
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint types clean
+.PHONY: demo ui test lint types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/latentpipe generate "red apple" --seed 7 --out out
 
-test: $(VENV)/.dev debian
+ui: $(VENV)/.ui
+	$(BIN)/latentpipe ui
+
+test: $(VENV)/.dev $(VENV)/axe.min.js debian
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
@@ -31,16 +36,25 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) -e .
 	touch $@
 
+$(VENV)/.ui: $(VENV)/.installed
+	$(PIP) -e '.[ui]'
+	touch $@
+
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
 	touch $@
+
+# what the browser tests check accessibility with; they skip without
+$(VENV)/axe.min.js: $(VENV)/.installed
+	@cd $(VENV) && { npm pack --silent $(AXE) >/dev/null && tar xzf axe-core-*.tgz package/axe.min.js && mv package/axe.min.js . && touch axe.min.js; } \
+	|| echo "note: no $(AXE) from npm; the accessibility tests skip"; rm -rf axe-core-*.tgz package
 
 .PHONY: debian
 debian:
 	@if dpkg -s $(DEBIAN) >/dev/null 2>&1; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && apt-get install -y -qq $(DEBIAN); \
-	else echo "note: tests that render emoji skip without: $(DEBIAN)"; fi
+	else echo "note: tests that render emoji or use a browser skip without: $(DEBIAN)"; fi
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
 from latentpipe.errors import UserError
 from latentpipe.vae_verbs import pictures_of
+
+if TYPE_CHECKING:
+    from latentpipe.jobs import Report
+    from latentpipe.train.adapter import Ladder
 
 
 def fit_adapter(
@@ -32,21 +36,35 @@ def fit_adapter(
     """
     from json import dumps
 
-    from latentpipe.adapters import AdapterCard, save_adapter
     from latentpipe.swap import stage_of
-    from latentpipe.train.adapter import fit_adapter as run
     from latentpipe.verdict import probe_side
-    from latentpipe.weights import find_model, home, name_of
 
     if out is not None and (out.suffix != ".safetensors" or out.is_dir()):
         raise UserError(f"--out {out}: an adapter is a safetensors file; give it that ending.")
+    side = size or probe_side(stage_of(source).space.downscale, stage_of(to).space.downscale)
+    ladder, path = fit_and_save(source, to, pictures_of(images, side), images.resolve().name, out)
+    print(dumps(ladder.as_dict() | {"adapter": str(path)}, indent=2) if json else f"{ladder}\n{path}")
+
+
+def fit_and_save(
+    source: str, to: str, images: Any, pictures: str, out: Path | None = None, report: Report | None = None
+) -> tuple[Ladder, Path]:
+    """Fit an adapter on images (N 3 H W, [-1, 1]) and write it; the scores of its ladder, and the file.
+
+    pictures  what they are, in words, for the card
+    out       the file; None: in the user's adapters folder, under a name that says from where to where
+    """
+    from latentpipe.adapters import AdapterCard, save_adapter
+    from latentpipe.swap import stage_of
+    from latentpipe.train.adapter import fit_adapter as run
+    from latentpipe.weights import find_model, home, name_of
+
     first, second = stage_of(source), stage_of(to)
-    side = size or probe_side(first.space.downscale, second.space.downscale)
-    adapter, ladder = run(first, second, pictures_of(images, side), images.resolve().name)
+    adapter, ladder = run(first, second, images, pictures, report=report)
     names = [name_of(find_model(name, "vae"), "vae") for name in (source, to)]
     assert first.digest is not None
     assert second.digest is not None
     path = out or home() / "adapters" / f"{names[0]}-to-{names[1]}-{second.digest[:8]}.safetensors"
     card = AdapterCard(first.digest, second.digest, adapter.source, adapter.target, adapter.rung, ladder.as_dict())
     save_adapter(adapter, card, path)
-    print(dumps(ladder.as_dict() | {"adapter": str(path)}, indent=2) if json else f"{ladder}\n{path}")
+    return ladder, path

@@ -86,6 +86,11 @@ class Verdict:
         """Whether the VAE decodes this denoiser's latents."""
         return self.outcome == "same space"
 
+    @property
+    def light(self) -> Literal["green", "amber", "red"]:
+        """For a glance: swap it; an adapter can bring it here; leave it."""
+        return "green" if self.fits else "amber" if self.outcome == "same shape, other space" else "red"
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)

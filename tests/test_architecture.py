@@ -23,9 +23,9 @@ ORDER = [
     ["models"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["recipe"], ["sampling"],
     ["foreign"], ["metadata"], ["emphasis"], ["denoise"], ["lora"], ["pipeline"],
     ["model_cache"], ["jobs"], ["engine"], ["xyaxes"], ["xysheet"], ["xyplot"],
-    ["config"], ["data"], ["evaluate"], ["train"], ["explore"],
+    ["config"], ["data"], ["evaluate"], ["train"], ["explore"], ["lab"],
     ["generate", "verbs", "vae_verbs", "lora_verbs", "codec_verbs"],
-    ["health_verb", "evaluate_verbs", "compare_verb", "explore_verbs", "grid_verb"],
+    ["health_verb", "evaluate_verbs", "compare_verb", "explore_verbs", "anomaly_verb", "grid_verb"],
     ["fit"], ["ui_verb"], ["cli"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -16,7 +16,7 @@ from latentpipe.errors import UserError
 from latentpipe.latents import LatentSpace
 from latentpipe.lora_verbs import facts
 from latentpipe.recipe import MAX_SEED
-from latentpipe.ui import png_info
+from latentpipe.ui import lab, png_info
 from latentpipe.ui.form import MAX_BATCH
 from latentpipe.ui.state import App, told
 from latentpipe.ui.uploads import picture_input, picture_of
@@ -31,6 +31,7 @@ def build(app: App) -> None:
     with gr.Row(visible=False):
         _drawing(app)
         _reading(app)
+        lab.add_endpoint(app)
         _lists(app)
 
 

@@ -12,7 +12,7 @@ from latentpipe import UserError
 from latentpipe.adapters import own_adapters
 from latentpipe.defaults import GUIDANCE, STEPS, STRENGTH
 from latentpipe.recipe import MAX_PROMPT, MAX_SEED
-from latentpipe.sampling import SCHEDULERS
+from latentpipe.sampling import MAX_SIDE, SCHEDULERS
 from latentpipe.ui.state import BUILT_IN, App
 from latentpipe.ui.theme import RUN, STOP
 from latentpipe.ui.uploads import picture_input, picture_of
@@ -116,12 +116,21 @@ def build_form(app: App, prompt: gr.Textbox, run: gr.Button, stop: gr.Button) ->
             scheduler = gr.Dropdown([OWN, *SCHEDULERS], value=OWN, label="Scheduler")
             batch = gr.Slider(1, MAX_BATCH, 1, step=1, label="Pictures", info="picture i has the seed + i")
         with gr.Row():
-            width = gr.Number(None, label="Width", precision=0, minimum=8, maximum=4096, placeholder="the model's")
-            height = gr.Number(None, label="Height", precision=0, minimum=8, maximum=4096, placeholder="the model's")
+            width = gr.Number(0, label="Width", precision=0, minimum=0, maximum=MAX_SIDE, info="0: the model's own")
+            height = gr.Number(0, label="Height", precision=0, minimum=0, maximum=MAX_SIDE, info="0: the model's own")
         with gr.Row():
-            seed = gr.Number(-1, label="Seed", precision=0, minimum=-1, maximum=MAX_SEED, info="-1: another one each time")
-            dice = gr.Button("🎲 Random", elem_id="lp-dice", size="sm")
-            reuse = gr.Button("♻ Reuse last", elem_id="lp-reuse", size="sm")
+            seed = gr.Number(
+                -1,
+                label="Seed",
+                scale=2,
+                min_width=200,
+                precision=0,
+                minimum=-1,
+                maximum=MAX_SEED,
+                info="-1: another one each time",
+            )
+            dice = gr.Button("🎲 Random", elem_id="lp-dice", size="sm", min_width=90)
+            reuse = gr.Button("♻ Reuse last", elem_id="lp-reuse", size="sm", min_width=90)
     with gr.Accordion("Begin from a picture (img2img)", open=False, elem_id="lp-img2img"):
         image = picture_input("Picture to begin from", height=220, elem_id="lp-image")
         strength = gr.Slider(0.05, 1, STRENGTH, step=0.01, label="Strength", info="how far it may move from the picture")

@@ -14,7 +14,6 @@ import gradio as gr
 from latentpipe import Finished, StepDone
 from latentpipe.adapters import own_adapters
 from latentpipe.engine import Waiting
-from latentpipe.lab import light_of
 from latentpipe.recipe import MAX_SEED, read
 from latentpipe.ui import show
 from latentpipe.ui.form import NO_ADAPTER, Form, Values, build_form, build_prompt
@@ -99,7 +98,7 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
                     shown_at = now
                     yield {status: steps_of(event), gallery: gr.update(visible=False)}
             return
-        yield {status: show.empty(EMPTY)}  # stopped while it waited
+        yield {status: show.words("Stopped before it began.")}
 
     def steps_of(event: StepDone) -> str:
         return show.progress(event.step, event.steps, "Drawing, step", event.eta_s, event.preview)
@@ -125,7 +124,7 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
     drawing = gr.on(
         [form.run.click, form.prompt.submit], draw, inputs, outputs, show_progress="hidden", trigger_mode="once", **HEAVY
     )
-    drawing.failure(lambda: show.empty(EMPTY), None, [status], **LIGHT)
+    drawing.failure(lambda: show.words("Nothing was drawn."), None, [status], **LIGHT)
     wire_stop(app, form.stop)
 
 
@@ -159,9 +158,9 @@ def verdict_of(app: App, model: str, vae: str, adapter: str = NO_ADAPTER) -> tup
     elif adapter != NO_ADAPTER:
         light = show.light("amber", f"decodes through the adapter '{adapter}'.", "Adapted")
     else:
-        colour, sentence = light_of(app.models.verdict(app.named("models", model), app.named("vae", vae)))
-        light = show.light(colour, sentence, {"green": "Fits", "amber": "Needs an adapter", "red": "Does not fit"}[colour])
-        if colour != "green":
+        verdict = app.models.verdict(app.named("models", model), app.named("vae", vae))
+        light = show.verdict(verdict)
+        if not verdict.fits:
             return light, show.words("This VAE is not in use: drawing with it is refused.")
     return light, show.words(in_use(app.pipe(model, vae, None if adapter == NO_ADAPTER else adapter)))
 

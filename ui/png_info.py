@@ -96,7 +96,7 @@ def as_json(info: Info) -> dict[str, Any]:
 
 
 def _words(value: Any) -> str:
-    return " x ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return (" x " if isinstance(value[0], int) else " to ").join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _replay(app: App, path: str | None, source: str | None, request: gr.Request) -> Iterator[tuple[Any, Any]]:
@@ -144,7 +144,7 @@ def _restored(app: App, form: Form, path: str | None) -> list[Any]:
         info = info_of(path)
         have = info.settings
         low, high = have.get("guidance_interval", (0.0, 1.0))
-        width, height = have.get("size", (None, None))
+        width, height = have.get("size", (0, 0))
         loras = {name: weight for name, weight in info.loras.items() if not isinstance(weight, dict)}
         missing = [name for name in loras if name not in app.choices("lora")]
         if missing:

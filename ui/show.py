@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image
 
+from latentpipe import Verdict
+
 
 def progress(done: int, total: int, what: str, eta_s: float | None = None, preview: Image.Image | None = None) -> str:
     """A bar with words, and the preview of the step (JPEG: it is looked at for a moment only)."""
@@ -28,8 +30,19 @@ def words(text: str) -> str:
 
 def light(colour: str, text: str, head: str = "") -> str:
     """A coloured light ("green", "amber", "red", "wait") with the word for it and a sentence."""
-    strong = f"<b>{escape(head or colour)}</b> " if head or colour != "wait" else ""
+    strong = f"<b>{escape(head or colour)}:</b> " if head or colour != "wait" else ""
     return f'<div class="lp-light lp-{colour}" role="status"><span>{strong}{escape(text)}</span></div>'
+
+
+def text(words: str) -> str:
+    """Words as HTML."""
+    return escape(words)
+
+
+def verdict(found: Verdict, name: str = "") -> str:
+    """The light of a verdict on a VAE, with its reason."""
+    heads = {"green": "Fits", "amber": "Needs an adapter", "red": "Does not fit"}
+    return light(found.light, found.reason, name + heads[found.light].lower() if name else heads[found.light])
 
 
 def empty(text: str) -> str:

@@ -13,6 +13,7 @@ from latentpipe.adapters import RUNGS, Adapter, Rung
 from latentpipe.errors import UserError
 from latentpipe.evaluate.bootstrap import interval
 from latentpipe.images import psnr, to_bytes
+from latentpipe.jobs import Report
 
 RIDGE = 1e-5  # of the mean diagonal of the Gram matrix
 
@@ -58,12 +59,19 @@ class Ladder:
 
 @torch.no_grad()
 def fit_adapter(
-    source: Any, target: Any, images: torch.Tensor, pictures: str = "the pictures given", steps: int = 800, seed: int = 0
+    source: Any,
+    target: Any,
+    images: torch.Tensor,
+    pictures: str = "the pictures given",
+    steps: int = 800,
+    seed: int = 0,
+    report: Report | None = None,
 ) -> tuple[Adapter, Ladder]:
     """The adapter from stage `source` to stage `target`, fitted and scored on images (N 3 H W, [-1, 1]).
 
     Every fifth picture is held out; UserError below ten pictures. Each rung minimizes the squared error of the target's
-    latents: the linear ones by ridge regression in float64, the convolution by Adam on top of the 1x1 map.
+    latents: the linear ones by ridge regression in float64, the convolution by Adam on top of the 1x1 map. `report` is called
+    before each rung.
     """
     if len(images) < 10:
         raise UserError(f"{len(images)} pictures are too few to fit an adapter and to score it; give at least 10.")
@@ -83,7 +91,9 @@ def fit_adapter(
 
     scores: list[Score] = []
     fitted: dict[Rung, Adapter] = {}
-    for rung in rungs:
+    for done, rung in enumerate(rungs):
+        if report is not None:
+            report(done, len(rungs), f"fit: {rung}")
         adapter = Adapter(shapes[0], shapes[1], rung)
         _solve(adapter, x[~held], y[~held])
         if rung == "convolution":

@@ -1,0 +1,225 @@
+"""A laboratory for a few pictures and several VAEs: rebuilt side by side, with differences and figures.
+
+pictures -> images -> each VAE: encode -> latents -> decode -> images -> pictures, differences, scores with intervals
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from latentpipe.errors import UserError
+from latentpipe.evaluate.bootstrap import interval, paired
+from latentpipe.evaluate.cost import measure_cost
+from latentpipe.evaluate.latent import cycles, decibels
+from latentpipe.evaluate.protocol import find_protocol
+from latentpipe.evaluate.reconstruct import about
+from latentpipe.evaluate.similarity import ssim
+from latentpipe.explore.sets import read_set
+from latentpipe.images import bytes_to_images, fit_square, to_bytes, to_images, to_pixels
+from latentpipe.jobs import Report
+from latentpipe.swap import stage_of
+from latentpipe.vae import VAEStage
+from latentpipe.verdict import probe_side
+from latentpipe.weights import find_model, name_of
+
+GAIN = 4  # of the difference maps
+MOST = 24  # pictures
+FEWEST = 3  # pictures that an interval takes
+EXAMPLES = 8
+VAE = str | Path | VAEStage
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """One VAE on the pictures (n): what it is, what it made of them, and its figures for each picture.
+
+    space        latent channels and downscale in words; weights_mb: MB (2^20 bytes) of weights in memory
+    differences  grey is no difference; the error of each colour times GAIN about it, clipped
+    scores       "PSNR" (dB), "SSIM", "PSNR after k cycles" (dB), "seam": see `seam`; a value for each picture
+    cost         encode and decode: {"ms": median, ...} of one picture, see `evaluate.cost.measure_cost`
+    """
+
+    name: str
+    hash: str
+    space: str
+    dtype: str
+    weights_mb: float
+    pictures: list[Image.Image]
+    differences: list[Image.Image]
+    scores: dict[str, list[float]]
+    cost: dict[str, dict[str, float]]
+
+    def mean(self, score: str) -> tuple[float, float | None, float | None]:
+        """Mean of a score with its 95 % bootstrap interval; None for its ends below FEWEST pictures."""
+        values = self.scores[score]
+        low, high = interval(values) if len(values) >= FEWEST else (None, None)
+        return sum(values) / len(values), low, high
+
+
+@dataclass(frozen=True)
+class Laboratory:
+    """The pictures as the VAEs saw them (squares of `side` pixels), and each VAE's work."""
+
+    originals: list[Image.Image]
+    side: int
+    vaes: list[Rebuilt]
+
+    def best(self, score: str = "PSNR") -> str | None:
+        """The VAE whose paired difference to every other one leaves zero out of its 95 % interval; None where there is none."""
+        if len(self.originals) < FEWEST or len(self.vaes) < 2:
+            return None
+        for mine in self.vaes:
+            others = [other for other in self.vaes if other is not mine]
+            if all(paired(mine.scores[score], other.scores[score])[1] > 0 for other in others):
+                return mine.name
+        return None
+
+    def differences(self, score: str = "PSNR") -> list[tuple[str, str, float, float, float]]:
+        """Of every pair of VAEs: names, mean difference and its 95 % interval; none below FEWEST pictures."""
+        if len(self.originals) < FEWEST:
+            return []
+        return [
+            (one.name, other.name, *paired(one.scores[score], other.scores[score])) for one, other in combinations(self.vaes, 2)
+        ]
+
+
+@torch.no_grad()
+def compare_pictures(
+    pictures: Sequence[Image.Image], vaes: Sequence[VAE], side: int | None = None, report: Report | None = None
+) -> Laboratory:
+    """Every picture through every VAE, measured by the protocol "latentpipe".
+
+    pictures  1 to MOST, of any size; the centred square of each is used
+    vaes      names, folders or files, or stages; one or more
+    side      in pixels; None: what suits all VAEs
+    UserError: no picture or too many, no VAE, a side that a VAE does not take, a VAE without a decoder.
+    """
+    stages = _stages(vaes)
+    squares, side = _squares(pictures, [stage for _, stage in stages], side)
+    images = to_images(squares)
+    found = []
+    total = len(stages) * 3
+    for index, (name, stage) in enumerate(stages):
+        step = index * 3
+        _tell(report, step, total, f"{name}: rebuild")
+        rebuilt = _batched(lambda part, stage=stage: stage.decode(stage.encode(part)), images)
+        _tell(report, step + 1, total, f"{name}: encode and decode ten times")
+        scores = scores_of(stage, images, rebuilt)
+        _tell(report, step + 2, total, f"{name}: time")
+        facts, cost = about(stage), measure_cost(stage, side, side)
+        found.append(
+            Rebuilt(
+                name=name,
+                hash=stage.digest or "",
+                space=f"{stage.space.channels} channels at 1/{stage.space.downscale}",
+                dtype=facts["dtype"],
+                weights_mb=facts["bytes"] / 2**20,
+                pictures=to_pixels(rebuilt),
+                differences=to_pixels((rebuilt.clamp(-1, 1) - images) * GAIN),
+                scores=scores,
+                cost={direction: cost[direction] for direction in ("encode", "decode")},
+            )
+        )
+    _tell(report, total, total, "done")
+    return Laboratory(list(squares), side, found)
+
+
+def scores_of(stage: VAEStage, images: torch.Tensor, rebuilt: torch.Tensor) -> dict[str, list[float]]:
+    """The figures of a reconstruction, a value for each picture; `images` and `rebuilt` N 3 H W."""
+    first, second = to_bytes(images), to_bytes(rebuilt)
+    scores = {"PSNR": decibels(first, second).tolist()}
+    if images.shape[-1] >= 11:
+        scores["SSIM"] = ssim(bytes_to_images(first), bytes_to_images(second), 2.0).tolist()
+    scores["seam"] = seam(images, rebuilt, stage.space.downscale).tolist()
+    protocol = find_protocol("latentpipe")
+    for start in range(0, len(images), 8):
+        part = images[start : start + 8]
+        for name, values in cycles(stage, part, protocol, range(start, start + len(part))).items():
+            scores.setdefault(name, []).extend(values)
+    return {name: values for name, values in scores.items() if name != "PSNR after 1 cycle"}
+
+
+def seam(images: torch.Tensor, rebuilt: torch.Tensor, downscale: int) -> torch.Tensor:
+    """Whether the grid of the latents shows in the error (B): 1 where it does not, larger where it does.
+
+    Mean absolute step of ``rebuilt - images`` across the borders of the latents' cells over that within cells, as the
+    blockiness of Wang, Sheikh and Bovik (ICIP 2002, eq. 1 and 2) of the error instead of the picture. Sides above `downscale`;
+    1 where there is no error, or no border.
+    """
+    error = rebuilt.double() - images.double()
+    border, inside = [], []
+    for axis in (2, 3):
+        steps = error.diff(dim=axis).abs().transpose(axis, 3).flatten(1, 2)  # B, rest, positions
+        last = torch.arange(steps.shape[-1]) % downscale == downscale - 1
+        border.append(steps[..., last].flatten(1))
+        inside.append(steps[..., ~last].flatten(1))
+    across, within = torch.cat(border, 1), torch.cat(inside, 1)
+    if not across.shape[1] or not within.shape[1]:
+        return error.new_ones(len(error))
+    means = across.mean(1), within.mean(1)
+    return torch.where(means[1] > 0, means[0] / means[1].clamp_min(1e-12), torch.ones_like(means[0]))
+
+
+@torch.no_grad()
+def decode_same(
+    pictures: Sequence[Image.Image], source: VAE, vaes: Sequence[VAE], side: int | None = None, report: Report | None = None
+) -> tuple[list[Image.Image], list[tuple[str, list[Image.Image] | str]]]:
+    """The latents that one VAE makes of the pictures, decoded by each of `vaes`.
+
+    Returns the originals, and for each VAE its name with its pictures, or with the sentence that says why its latents have
+    another shape.
+    """
+    [(_, encoder)], stages = _stages([source]), _stages(vaes)
+    squares, _ = _squares(pictures, [encoder], side)
+    latents = _batched(encoder.encode, to_images(squares))
+    found: list[tuple[str, list[Image.Image] | str]] = []
+    for index, (name, stage) in enumerate(stages):
+        _tell(report, index, len(stages), f"{name}: decode")
+        same = (stage.space.channels, stage.space.downscale) == (encoder.space.channels, encoder.space.downscale)
+        found.append((name, to_pixels(_batched(stage.decode, latents)) if same else stage.space.difference(encoder.space)))
+    return list(squares), found
+
+
+def example_pictures(n: int = EXAMPLES) -> list[Image.Image]:
+    """Pictures of the bundled emoji bank (32 pixels wide, enlarged to 64), of those that no VAE was trained on."""
+    return to_pixels(read_set(None, 64, n, "held_out").images)
+
+
+def _stages(vaes: Sequence[VAE]) -> list[tuple[str, VAEStage]]:
+    """Names and stages; UserError where none is given, or where one has no decoder."""
+    if not vaes:
+        raise UserError("No VAE was chosen; choose one or more ('latentpipe ls vae' lists them).")
+    found = []
+    for vae in vaes:
+        stage = stage_of(vae)
+        name = type(stage.vae).__name__ if isinstance(vae, VAEStage) else name_of(find_model(vae, "vae"), "vae")
+        if not stage.decodes:
+            raise UserError(f"{name} is an encoder alone; it has no decoder, so nothing can be rebuilt. Choose another one.")
+        found.append((name, stage.eval()))
+    return found
+
+
+def _squares(pictures: Sequence[Image.Image], stages: Sequence[VAEStage], side: int | None) -> tuple[list[Image.Image], int]:
+    if not 1 <= len(pictures) <= MOST:
+        raise UserError(f"{len(pictures)} pictures were given; expected 1 to {MOST}.")
+    downscales = [stage.space.downscale for stage in stages]
+    side = side or probe_side(*downscales)
+    if not 8 <= side <= 1024 or any(side % unit for unit in downscales):
+        units = ", ".join(str(unit) for unit in sorted(set(downscales)))
+        raise UserError(f"The side is {side} pixels; expected 8 to 1024, a multiple of {units}.")
+    return [fit_square(picture, side) for picture in pictures], side
+
+
+def _batched(run, images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([run(part).float().cpu() for part in images.split(8)])
+
+
+def _tell(report: Report | None, done: int, total: int, what: str) -> None:
+    if report is not None:
+        report(done, total, what)
