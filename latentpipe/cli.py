@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latentpipe import (
+    anomaly_verb,
     codec_verbs,
     compare_verb,
     evaluate_verbs,
@@ -109,6 +110,7 @@ VERBS: dict[str, Verb] = {
     "health": _function("health", health_verb.health),
     "sample": _function("sample", explore_verbs.sample),
     "traverse": _function("traverse", explore_verbs.traverse),
+    "anomaly": _function("anomaly", anomaly_verb.anomaly),
     "make-fp16-safe": _function("make-fp16-safe", vae_verbs.make_fp16_safe),
     "convert": _function("convert", vae_verbs.convert),
     "swap": _function("swap", vae_verbs.swap),
