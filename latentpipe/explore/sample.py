@@ -60,7 +60,8 @@ def sample(
     measured  real pictures, and as many draws, for the Frechet distance; 0: none
     """
     network = open_features(features) if measured else None
-    real = read_set(folder, size_px) if measured or prior == "gmm" else None
+    most = None if prior == "gmm" else 2 * measured  # others to compare with, too
+    real = read_set(folder, size_px, most) if measured or prior == "gmm" else None
     source = normal(stage.space.shape(1, size_px, size_px)[1:])
     if prior == "gmm" and real is not None:
         latents = encode(stage, real.images, report, torch.Generator().manual_seed(seed))
