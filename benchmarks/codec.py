@@ -1,4 +1,4 @@
-"""Rate and distortion of .lpz files beside JPEG, WebP and AVIF, in bytes on disk: python benchmarks/codec.py [--n 76] [--fuzz 10000]
+"""Rate and distortion of .lpz files beside JPEG, WebP and AVIF, in bytes on disk: python benchmarks/codec.py [--fuzz 10000]
 
 Needs matplotlib and scipy. Emoji come from data/emoji (latentpipe emoji), photographs from LATENTPIPE_ASSETS.
 """
@@ -44,7 +44,7 @@ def ours(
     """As `conventional`, with a VAE that is open already."""
     path = folder / "picture.lpz"
     started = time.perf_counter()
-    path.write_bytes(files.compress(picture, codec, step, **({"refine": refine} if refine else {})))
+    path.write_bytes(files.compress(picture, codec, step))
     middle = time.perf_counter()
     back = files.decompress(path.read_bytes(), codec)
     return path.stat().st_size, back, middle - started, time.perf_counter() - middle
@@ -68,7 +68,7 @@ def curve(points: list[dict[str, np.ndarray]], metric: str, rows: np.ndarray) ->
 
 
 def difference(points: list, anchor: list, metric: str, n: int) -> dict[str, float] | str:
-    """BD-rate against an anchor with its 95 % bootstrap interval over pictures, and the range of quality; or why there is none."""
+    """BD-rate against an anchor, its 95 % bootstrap interval over pictures, and the range of quality; or why there is none."""
     every = np.arange(n)
     own, other = curve(points, metric, every), curve(anchor, metric, every)
     try:
@@ -110,21 +110,19 @@ def photographs(most: int = 512) -> list[Image.Image]:
     return found
 
 
-def run(name: str, pictures: list[Image.Image], settings: list[tuple[str, float, int]], folder: Path) -> dict:
+def run(name: str, pictures: list[Image.Image], settings: list[tuple[str, float]], folder: Path) -> dict:
     """Every codec's points on a set, and the BD-rates of ours."""
     kinds = [kind for kind in QUALITIES if kind != "AVIF" or features.check("avif")]
     points = {
         kind: [measure(pictures, lambda p, k=kind, q=quality: conventional(k, p, q, folder)) for quality in QUALITIES[kind]]
         for kind in kinds
     }
-    opened = {vae: files.open_codec(vae) for vae, _, _ in settings}
+    opened = {vae: files.open_codec(vae) for vae, _ in settings}
     points["lpz"] = []
-    for vae, step, refine in settings:
-        found = measure(pictures, lambda p, v=vae, s=step, r=refine: ours(opened[v], p, s, r, folder))
+    for vae, step in settings:
+        found = measure(pictures, lambda p, v=vae, s=step: ours(opened[v], p, s, folder))
         points["lpz"].append(found)
-        print(
-            name, Path(vae).name, step, refine, {key: round(float(value.mean()), 3) for key, value in found.items()}, flush=True
-        )
+        print(name, Path(vae).name, step, {key: round(float(value.mean()), 3) for key, value in found.items()}, flush=True)
     n = len(pictures)
     table = {
         f"{kind} {metric}": difference(points["lpz"], points[kind], metric, n)
@@ -158,7 +156,7 @@ def fuzz(vae: str, count: int, seed: int = 0) -> dict[str, int]:
 
     codec = files.open_codec(vae)
     random = np.random.default_rng(seed)
-    whole = files.compress(Image.fromarray(random.integers(0, 256, (40, 56, 3), np.uint8)), codec)
+    whole = files.compress(Image.fromarray(random.integers(0, 256, (16, 24, 3), np.uint8)), codec)
     ended = {"refused": 0, "picture": 0}
     for trial in range(count):
         data = bytearray(whole)
@@ -208,7 +206,6 @@ def main() -> None:
     parser.add_argument("--vae", nargs="+", default=["emoji-codec-small", "emoji-codec", "emoji-codec-large"])
     parser.add_argument("--photo-vae", default="emoji")
     parser.add_argument("--steps", type=float, nargs="+", default=[0.7, 1.0, 1.4])
-    parser.add_argument("--refine", type=int, default=0)
     parser.add_argument(
         "--sets", nargs="+", default=["held_out-64", "held_out-128", "validation-64", "validation-128", "photographs"]
     )
@@ -223,11 +220,11 @@ def main() -> None:
         for name in given.sets:
             if name == "photographs":
                 pictures = photographs()
-                settings = [(given.photo_vae, step, 0) for step in (0.1, 0.2, 0.35, 0.5, 0.8, 1.2)]
+                settings = [(given.photo_vae, step) for step in (0.1, 0.2, 0.35, 0.5, 0.8, 1.2)]
             else:
                 part, _, size = name.partition("-")
                 pictures = emoji(given.data / part, int(size), given.n)
-                settings = [(vae, step, given.refine) for vae in given.vae for step in given.steps]
+                settings = [(vae, step) for vae in given.vae for step in given.steps]
             if pictures:
                 results[name] = run(name, pictures, settings, Path(folder))
     sizes = {Path(vae).name: model_bytes(vae) for vae in [*given.vae, given.photo_vae]}

@@ -12,13 +12,15 @@ from PIL import Image
 
 from latentpipe import check_swap
 from latentpipe.evaluate.bank import COLUMNS, SHEET, SIDE
-from latentpipe.images import psnr, to_bytes, to_images
+from latentpipe.explore.codec.files import compress, decompress, open_codec
+from latentpipe.images import psnr, to_bytes, to_images, to_pixels
 from latentpipe.models import load_pipeline
 from latentpipe.vae import VAEStage
 from latentpipe.weights import available, find_model, load_vae, shipped, vae_hash
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("emoji-decoder-ft", "emoji-eq", "emoji-tiny", "emoji-vector")
+CODECS = ("emoji-codec-small", "emoji-codec", "emoji-codec-large")
 RESULTS = json.loads((shipped() / "vae" / "results.json").read_text())["vaes"]
 
 
@@ -40,7 +42,7 @@ def emoji(n: int = 24) -> torch.Tensor:
 
 def test_they_are_listed_as_built_in() -> None:
     found = {name for name, path in available("vae").items() if path.is_relative_to(shipped())}
-    assert found == {"emoji", *NAMES}
+    assert found == {"emoji", *NAMES, *CODECS}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -53,6 +55,21 @@ def test_each_is_small_and_what_its_card_says(name: str) -> None:
     assert card["validation"]["n"] == 150
     near = 0.1 if name == "emoji-vector" else 0.02  # its own run read the pictures at 72 px
     assert card["validation"]["psnr_db"] == pytest.approx(RESULTS[name]["psnr_db"][0], abs=near)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_each_codec_is_small_and_what_its_card_says(name: str) -> None:
+    folder = find_model(name, "vae")
+    assert sum(path.stat().st_size for path in folder.rglob("*")) <= 3.3e6
+    card = json.loads((folder / "card.json").read_text())
+    assert card["content_hash"] == vae_hash(folder)
+    codec = open_codec(name)
+    assert codec.weights is not None
+    picture = to_pixels(emoji(1))[0]
+    data = compress(picture, codec)
+    back = decompress(data)  # found by its identity
+    assert len(data) < 700
+    assert psnr(to_bytes(to_images(picture)), to_bytes(to_images(back))).item() > 18
 
 
 @pytest.mark.parametrize("name", NAMES)
