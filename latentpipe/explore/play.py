@@ -11,7 +11,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from latentpipe import emphasis
 from latentpipe.defaults import STEPS
@@ -34,6 +34,7 @@ LIMIT_SD = 10.0
 WAYS = ("slerp", "lerp")
 MAX_BETWEEN = 48
 CLIP_PX = 256
+TITLE_PX = 18
 _known: WeakKeyDictionary[VAEStage, dict[str, Direction]] = WeakKeyDictionary()
 
 
@@ -124,7 +125,12 @@ def plane(
     batch = torch.cat([traverse.moved(row[None], across, amounts) for row in traverse.moved(start, down, amounts)])
     pictures = to_pixels(decode(stage, batch, report))
     rows = [pictures[first : first + side] for first in range(0, len(pictures), side)]
-    return traverse.page(rows, [f"{down.name} {far:+.2g}" for far in amounts], [f"{far:+.2g}" for far in amounts])
+    sheet = traverse.page(rows, [f"{far:+.2g} sd" for far in amounts], [f"{far:+.2g} sd" for far in amounts])
+    titled = Image.new("RGB", (sheet.width, sheet.height + TITLE_PX), "white")
+    titled.paste(sheet, (0, TITLE_PX))
+    text = f"across: {across.name}, down: {down.name}"
+    ImageDraw.Draw(titled).text((4, 2), text, fill=(60, 60, 60), font=ImageFont.load_default(12))
+    return titled
 
 
 def between_pictures(

@@ -84,9 +84,9 @@ def test_sheets_have_a_picture_for_each_amount(stage: VAEStage) -> None:
     sheet = play.traversal(stage, RED, ["channel 0", "component 1"], columns=3)
     plane = play.plane(stage, RED, ("channel 0", "component 1"), side=3)
     middle = np.asarray(rebuilt(stage, RED))
-    for page, row in ((sheet, 0), (plane, 1)):
+    for page, row, above in ((sheet, 0, 0), (plane, 1, play.TITLE_PX)):
         array = np.asarray(page)
-        left, top = 112 + 1 * 67, 18 + row * 67
+        left, top = 112 + 1 * 67, 18 + row * 67 + above
         assert np.abs(array[top : top + 64, left : left + 64].astype(int) - middle).max() <= 1  # decoded in another batch
     with pytest.raises(UserError, match="2 to 15"):
         play.traversal(stage, RED, ["channel 0"], columns=100)
