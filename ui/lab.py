@@ -69,7 +69,8 @@ def build(app: App, model: gr.Dropdown) -> Lab:
     wired = _Parts(files, vaes, side, model, status, verdicts, numbers, pair, first, second, which, slider, pictures, found)
     examples.click(lambda: _example_files(app), None, [files], **LIGHT)
     refresh.click(lambda: [gr.update(choices=app.choices("vae"))] * 2, None, [vaes, target], **LIGHT)
-    _wire_compare(app, run, same, wired)
+    _wire_compare(app, run, wired)
+    _wire_decode(app, same, wired)
     _wire_fit(app, fit, wired, target, ladder)
     wire_stop(app, stop)
     gr.on([first.change, second.change, which.change], _slid, [found, first, second, which], [slider], **LIGHT)
@@ -94,7 +95,7 @@ class _Parts:
     found: Any
 
 
-def _wire_compare(app: App, run: gr.Button, same: gr.Button, parts: _Parts) -> None:
+def _wire_compare(app: App, run: gr.Button, parts: _Parts) -> None:
     def compare(files: list[str] | None, vaes: list[str], side: str, model: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
         with told() as notes:
             given, names = pictures_of(files), [app.named("vae", name) for name in vaes or []]
@@ -124,6 +125,15 @@ def _wire_compare(app: App, run: gr.Button, same: gr.Button, parts: _Parts) -> N
             parts.slider: gr.update(value=(lab.vaes[0].pictures[0], lab.vaes[1].pictures[0]), visible=True),
         }  # fmt: skip
 
+    inputs = [parts.files, parts.vaes, parts.side, parts.model]
+    outputs = [
+        parts.status, parts.verdicts, parts.numbers, parts.pair, parts.first, parts.second, parts.which, parts.slider,
+        parts.pictures, parts.found,
+    ]  # fmt: skip
+    run.click(compare, inputs, outputs, show_progress="hidden", trigger_mode="once", **HEAVY)
+
+
+def _wire_decode(app: App, same: gr.Button, parts: _Parts) -> None:
     def decode(files: list[str] | None, vaes: list[str], side: str, model: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
         with told() as notes:
             given, names = pictures_of(files), [app.named("vae", name) for name in vaes or []]
@@ -151,12 +161,7 @@ def _wire_compare(app: App, run: gr.Button, same: gr.Button, parts: _Parts) -> N
         return {parts.status: show.words("Decoded."), parts.pictures: "".join(lines)}
 
     inputs = [parts.files, parts.vaes, parts.side, parts.model]
-    outputs = [
-        parts.status, parts.verdicts, parts.numbers, parts.pair, parts.first, parts.second, parts.which, parts.slider,
-        parts.pictures, parts.found,
-    ]  # fmt: skip
-    run.click(compare, inputs, outputs, show_progress="hidden", trigger_mode="once", **HEAVY)
-    same.click(decode, inputs, outputs, show_progress="hidden", trigger_mode="once", **HEAVY)
+    same.click(decode, inputs, [parts.status, parts.pictures], show_progress="hidden", trigger_mode="once", **HEAVY)
 
 
 def _wire_fit(app: App, fit: gr.Button, parts: _Parts, target: gr.Dropdown, ladder: gr.HTML) -> None:

@@ -142,11 +142,11 @@ class App:
 def wire_stop(app: App, button: gr.Button) -> None:
     """Let a button stop its visitor's jobs."""
 
-    def stop(request: gr.Request) -> None:
+    def halt(request: gr.Request) -> None:
         if not app.jobs.stop(request):
             gr.Info("Nothing is running.")
 
-    button.click(stop, None, None, **LIGHT)
+    button.click(halt, None, None, **LIGHT)
 
 
 @contextmanager

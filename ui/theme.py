@@ -7,7 +7,8 @@ import gradio as gr
 RUN, STOP = "lp-run", "lp-stop"  # classes of the buttons that the keys press
 
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+.gradio-container { width: 100%; max-width: min(1280px, 100vw) !important; margin: 0 auto !important; }
+.gradio-container, .gradio-container .main, .gradio-container main, .gradio-container .wrap { min-width: 0 !important; }
 .gradio-container main, .gradio-container .wrap { width: 100%; }
 .lp-head { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem; padding: .25rem 0; }
 .lp-head h1 { font-size: 1.35rem; font-weight: 650; letter-spacing: -.01em; margin: 0; color: var(--body-text-color); }
@@ -24,7 +25,8 @@ CSS = """
 .lp-empty { border: 1px dashed var(--border-color-primary); border-radius: var(--radius-lg); padding: 2.5rem 1rem;
   text-align: center; color: var(--body-text-color-subdued); }
 .lp-wide > *, .lp-wide .block, .lp-wide .html-container { min-width: 0 !important; max-width: 100%; }
-.lp-table { overflow-x: auto; max-width: 100%; } .lp-table table { border: 0 !important; border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+.lp-table { overflow-x: auto; max-width: 100%; }
+.lp-table table { border: 0 !important; border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 .lp-table th, .lp-table td { text-align: left; padding: .35rem .75rem .35rem 0 !important; vertical-align: top;
   border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; color: var(--body-text-color); }
 .lp-table caption { text-align: left; color: var(--body-text-color-subdued); padding-bottom: .25rem; }
