@@ -38,9 +38,7 @@ def conventional(kind: str, picture: Image.Image, quality: int, folder: Path) ->
     return path.stat().st_size, back, middle - started, time.perf_counter() - middle
 
 
-def ours(
-    codec: files.Codec, picture: Image.Image, step: float, refine: int, folder: Path
-) -> tuple[int, Image.Image, float, float]:
+def ours(codec: files.Codec, picture: Image.Image, step: float, folder: Path) -> tuple[int, Image.Image, float, float]:
     """As `conventional`, with a VAE that is open already."""
     path = folder / "picture.lpz"
     started = time.perf_counter()
@@ -193,6 +191,8 @@ def draw(results: dict, out: Path) -> None:
                 kept = bd.front(rates, values)
                 axis.plot(rates[kept], values[kept], marker="o", markersize=3, linewidth=2 if kind == "lpz" else 1, label=kind)
             axis.set(xscale="log", xlabel="bits for each pixel, whole files", ylabel=label, title=f"{name}, n = {result['n']}")
+            axis.set_xticks([0.25, 0.5, 1, 2], ["1/4", "1/2", "1", "2"])
+            axis.set_xticks([], minor=True)
             axis.grid(alpha=0.3)
     axes[0][0].legend()
     figure.savefig(out, dpi=90)
