@@ -99,5 +99,6 @@ def _watch(work: Any) -> Any:
                     bar.set_description(event.what, refresh=False)
                     bar.update(event.done - bar.n)
         except Cancelled:
+            print("stopped before the first picture was done; nothing was written", file=sys.stderr)
             raise KeyboardInterrupt from None
     raise RuntimeError("the job ended without a result")

@@ -172,7 +172,11 @@ def inspect(path: str, /) -> None:
         return
     if Path(path).is_file():
         from latentpipe.metadata import read_info
+        from latentpipe.xyplot import is_grid, read_grid
 
+        if is_grid(Path(path)):
+            print(read_grid(Path(path)).model_dump_json(indent=2))
+            return
         info = read_info(Path(path))
         print(info.recipe.model_dump_json(indent=2) if info.recipe else _json(asdict(info)))
         return

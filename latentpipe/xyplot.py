@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -132,6 +133,13 @@ def plot(
     kept = GridRecipe(model=first.name, x=x, y=y, base=Setup(**base), cells=[one.recipe if one else None for one in pictures])
     sheet = draw_sheet([one.image if one else None for one in pictures], size, x, y, _legend(kept))
     return Grid(sheet, pictures, kept)
+
+
+def is_grid(path: Path) -> bool:
+    """Whether a file is a picture that carries the recipe of a plot; nothing is decoded."""
+    with suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError), Image.open(path) as picture:
+        return CHUNK in picture.info
+    return False
 
 
 def read_grid(path: Path) -> GridRecipe:

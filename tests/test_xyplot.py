@@ -25,7 +25,7 @@ from latentpipe.lora.layer import Layer, Lora
 from latentpipe.model_cache import ModelCache
 from latentpipe.weights import save_vae
 from latentpipe.xyaxes import KINDS, MAX_CELLS, Axis, make_axis, read_axis
-from latentpipe.xyplot import CHUNK, plot, read_grid, redraw
+from latentpipe.xyplot import CHUNK, GridRecipe, plot, read_grid, redraw
 from latentpipe.xysheet import EMPTY, enlarged
 
 FAST: dict[str, Any] = {"steps": 2, "seed": 5}
@@ -397,6 +397,12 @@ def test_a_picture_is_no_sheet_and_a_sheet_no_picture(pipe: LatentPipeline, tmp_
         read_grid(pipe("x", seed=1, steps=1)[0].save(tmp_path / "one.png"))
     with pytest.raises(UserError, match="carries no latentpipe recipe"):
         recipe.read(plot(opener(pipe), "x", read_axis("seed=1"), **FAST).save(tmp_path / "grid.png"))
+
+
+def test_inspect_prints_the_recipe_of_a_sheet(pipe: LatentPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = plot(opener(pipe), "red circle", read_axis("seed=1,2"), **FAST)
+    assert main(["inspect", str(grid.save(tmp_path / "grid.png"))]) == 0
+    assert GridRecipe.model_validate_json(capsys.readouterr().out) == grid.recipe
 
 
 # --- the verb -------------------------------------------------------------------------------------------------
