@@ -47,7 +47,7 @@ def fit_adapter(
 
 
 def fit_and_save(
-    source: str, to: str, images: Any, pictures: str, out: Path | None = None, report: Report | None = None
+    source: str | Path, to: str | Path, images: Any, pictures: str, out: Path | None = None, report: Report | None = None
 ) -> tuple[Ladder, Path]:
     """Fit an adapter on images (N 3 H W, [-1, 1]) and write it; the scores of its ladder, and the file.
 

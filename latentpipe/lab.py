@@ -30,7 +30,7 @@ from latentpipe.weights import find_model, name_of
 
 GAIN = 4  # of the difference maps
 MOST = 24  # pictures
-FEWEST = 3  # pictures that an interval takes
+FEWEST = 6  # pictures that an interval takes: with fewer, differences of one sign alone would leave zero out too often
 EXAMPLES = 8
 VAE = str | Path | VAEStage
 

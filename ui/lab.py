@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -19,6 +20,7 @@ from latentpipe.ui import show
 from latentpipe.ui.lab_figures import as_json, comparison_sheet, figures, pictures_html, pictures_of, summary, words_of
 from latentpipe.ui.state import HEAVY, LIGHT, App, told, wire_stop
 from latentpipe.ui.theme import RUN, STOP
+from latentpipe.weights import available
 
 EMPTY = "Drop pictures, or press 'Use example pictures', choose VAEs, and press Compare."
 SIDES = {"what suits all": 0, "64": 64, "128": 128, "256": 256, "512": 512}
@@ -137,14 +139,14 @@ def _wire_decode(app: App, same: gr.Button, parts: _Parts) -> None:
     def decode(files: list[str] | None, vaes: list[str], side: str, model: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
         with told() as notes:
             given, names = pictures_of(files), [app.named("vae", name) for name in vaes or []]
-            source = app.named("vae", app.named("models", model))
+            source = _own_vae(app, model)
 
             def work(report: Report) -> Any:
                 return decode_same(given, source, names, SIDES[side] or None, report)
 
             for event in app.jobs.run(request, work, notes):
                 if isinstance(event, Done):
-                    yield decoded(source, *event.result)
+                    yield decoded(model, *event.result)
                 else:
                     yield {parts.status: words_of(event)}
             return
@@ -152,23 +154,36 @@ def _wire_decode(app: App, same: gr.Button, parts: _Parts) -> None:
 
     def decoded(source: str, originals: list[Image.Image], found: Any) -> dict[Any, Any]:
         entries = [(picture, f"original {i}") for i, picture in enumerate(originals, 1)]
-        lines = [show.words(f"The latents that '{source}' makes of the pictures, decoded by each VAE:"), show.pictures(entries)]
+        lines = [
+            show.words(f"The latents that the VAE of '{source}' makes of the pictures, decoded by each VAE:"),
+            show.pictures(entries),
+        ]
         for name, result in found:
             if isinstance(result, str):
                 lines.append(show.words(f"{name}: not decoded. {result}"))
             else:
                 lines.append(show.pictures([(picture, f"{name}, picture {i}") for i, picture in enumerate(result, 1)]))
-        return {parts.status: show.words("Decoded."), parts.pictures: "".join(lines)}
+        hidden = gr.update(visible=False)
+        return {
+            parts.status: show.words("Decoded."), parts.pictures: "".join(lines), parts.verdicts: "", parts.numbers: "",
+            parts.pair: hidden, parts.slider: hidden, parts.found: None,
+        }  # fmt: skip
 
     inputs = [parts.files, parts.vaes, parts.side, parts.model]
-    same.click(decode, inputs, [parts.status, parts.pictures], show_progress="hidden", trigger_mode="once", **HEAVY)
+    outputs = [parts.status, parts.verdicts, parts.numbers, parts.pair, parts.slider, parts.pictures, parts.found]
+    same.click(decode, inputs, outputs, show_progress="hidden", trigger_mode="once", **HEAVY)
+
+
+def _own_vae(app: App, model: str) -> Path:
+    """The folder of a model's own VAE, which not every model shares its name with."""
+    return available("models")[app.named("models", model)] / "vae"
 
 
 def _wire_fit(app: App, fit: gr.Button, parts: _Parts, target: gr.Dropdown, ladder: gr.HTML) -> None:
     def run(files: list[str] | None, model: str, name: str | None, request: gr.Request) -> Iterator[str]:
         with told() as notes:
             given = pictures_of(files)
-            source, to = app.named("vae", app.named("models", model)), app.named("vae", name or "")
+            source, to = _own_vae(app, model), app.named("vae", name or "")
 
             def work(report: Report) -> Any:
                 images = to_images([fit_square(picture, ADAPTER_SIDE) for picture in given])

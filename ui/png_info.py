@@ -43,8 +43,8 @@ def build(app: App, form: Form) -> PngInfo:
         with gr.Column(scale=6, min_width=320):
             verdict = gr.HTML(elem_id="lp-replay-verdict")
             replayed = gr.Image(
-                label="Drawn again", format="png", interactive=False, visible=False, height=260, elem_id="lp-replayed",
-                buttons=["download", "fullscreen"],
+                label="Drawn again", alt_text="the picture drawn again", format="png", interactive=False, visible=False,
+                height=260, elem_id="lp-replayed", buttons=["download", "fullscreen"],
             )  # fmt: skip
             facts = gr.HTML(show.empty(EMPTY), elem_id="lp-facts")
             raw = gr.Textbox(label="As it stands in the file", lines=4, max_lines=12, interactive=False, buttons=["copy"])

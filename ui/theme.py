@@ -60,6 +60,23 @@ KEYS = """
     }
     return false;
   };
+  // gradio leaves pictures without words, and names thumbnails by their number alone
+  const name = () => {
+    for (const image of document.querySelectorAll("img:not([alt]), img[alt='']")) {
+      const block = image.closest(".block");
+      const label = block && block.querySelector("label, [data-testid=block-label]");
+      image.alt = (label && label.innerText.trim()) || "picture";
+    }
+    for (const button of document.querySelectorAll("button[aria-label]")) {
+      const words = button.innerText.trim();
+      const label = button.getAttribute("aria-label");
+      if (words && !label.toLowerCase().includes(words.toLowerCase())) button.setAttribute("aria-label", label + ": " + words);
+    }
+  };
+  let due = false;
+  new MutationObserver(() => {
+    if (!due) { due = true; setTimeout(() => { due = false; name(); }, 150); }
+  }).observe(document, { childList: true, subtree: true });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       if (press("lp-run")) { event.preventDefault(); event.stopPropagation(); }

@@ -71,7 +71,7 @@ def fit_adapter(
 
     Every fifth picture is held out; UserError below ten pictures. Each rung minimizes the squared error of the target's
     latents: the linear ones by ridge regression in float64, the convolution by Adam on top of the 1x1 map. `report` is called
-    before each rung.
+    before each rung, and in the steps of the convolution.
     """
     if len(images) < 10:
         raise UserError(f"{len(images)} pictures are too few to fit an adapter and to score it; give at least 10.")
@@ -98,7 +98,7 @@ def fit_adapter(
         _solve(adapter, x[~held], y[~held])
         if rung == "convolution":
             with torch.enable_grad():
-                _descend(adapter, x[~held], y[~held], steps, seed)
+                _descend(adapter, x[~held], y[~held], steps, seed, report=report)
         fitted[rung] = adapter.eval()
         latents = torch.cat([adapter(part) for part in x[held].split(64)])
         scores.append(score(rung, latents, _free_parameters(adapter))[0])
@@ -147,7 +147,9 @@ def _ridge(x: torch.Tensor, y: torch.Tensor, side: int) -> tuple[torch.Tensor, t
     return solution[:-1].T, solution[-1]
 
 
-def _descend(adapter: Adapter, x: torch.Tensor, y: torch.Tensor, steps: int, seed: int, batch: int = 32) -> None:
+def _descend(
+    adapter: Adapter, x: torch.Tensor, y: torch.Tensor, steps: int, seed: int, batch: int = 32, report: Report | None = None
+) -> None:
     """Train the convolution on the squared error, Adam with a cosine decay; the last layer begins at zero."""
     generator = torch.Generator().manual_seed(seed)
     assert adapter.curve is not None
@@ -161,7 +163,9 @@ def _descend(adapter: Adapter, x: torch.Tensor, y: torch.Tensor, steps: int, see
     x, y = adapter.fold(x), functional.pixel_unshuffle(y, adapter.up)
     optimizer = torch.optim.Adam(adapter.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    for step in range(steps):
+        if report is not None:
+            report(step, steps, "fit: convolution, step")
         chosen = torch.randint(len(x), (min(batch, len(x)),), generator=generator)
         loss = functional.mse_loss(adapter.mapped(x[chosen]), y[chosen])
         optimizer.zero_grad()

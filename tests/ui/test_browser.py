@@ -222,4 +222,4 @@ def test_no_serious_accessibility_violation(browser: Any, address: str, theme: s
             for violation in result["violations"]:
                 if violation["impact"] in ("serious", "critical"):
                     found[name, violation["id"]] = [node["html"][:160] for node in violation["nodes"][:4]]
-        assert found == {}
+        assert found == {}, "\n".join(f"{key}: {nodes}" for key, nodes in found.items())
