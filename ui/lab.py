@@ -37,11 +37,14 @@ class Lab:
 def build(app: App, model: gr.Dropdown) -> Lab:
     """Lay the tab out and wire it; `model` is the one that verdicts and adapters are for."""
     names = app.choices("vae")
+    usual = [name for name in (app.model, f"{app.model}-decoder-ft") if name in names]
     with gr.Row(elem_classes="lp-wide"):
         with gr.Column(scale=4, min_width=320):
             files = gr.File(label=f"Pictures (at most {MOST})", file_count="multiple", height=150, elem_id="lp-lab-files")
             examples = gr.Button("Use example pictures", size="sm", elem_id="lp-lab-examples")
-            vaes = gr.Dropdown(names, value=names[:2], multiselect=True, label="VAEs", elem_id="lp-lab-vaes")
+            vaes = gr.Dropdown(
+                names, value=usual if len(usual) > 1 else names[:2], multiselect=True, label="VAEs", elem_id="lp-lab-vaes"
+            )
             with gr.Row():
                 side = gr.Dropdown(list(SIDES), value="what suits all", label="Side in pixels", min_width=120)
                 refresh = gr.Button("↻ New files", size="sm", min_width=80)

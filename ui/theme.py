@@ -10,6 +10,7 @@ CSS = """
 .gradio-container { width: 100%; max-width: min(1280px, 100vw) !important; margin: 0 auto !important; }
 .gradio-container, .gradio-container .main, .gradio-container main, .gradio-container .wrap { min-width: 0 !important; }
 .gradio-container main, .gradio-container .wrap { width: 100%; }
+.dark { --color-accent: var(--primary-300); }
 .lp-head { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem; padding: .25rem 0; }
 .lp-head h1 { font-size: 1.35rem; font-weight: 650; letter-spacing: -.01em; margin: 0; color: var(--body-text-color); }
 .lp-head p { margin: 0; color: var(--body-text-color-subdued); }
@@ -29,6 +30,7 @@ CSS = """
 .lp-table table { border: 0 !important; border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 .lp-table th, .lp-table td { text-align: left; padding: .35rem .75rem .35rem 0 !important; vertical-align: top;
   border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; color: var(--body-text-color); }
+.lp-table tr, .lp-table thead, .lp-table tbody { border: 0 !important; }
 .lp-table caption { text-align: left; color: var(--body-text-color-subdued); padding-bottom: .25rem; }
 .lp-pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .75rem; }
 .lp-pictures figure { margin: 0; } .lp-pictures img { width: 100%; border-radius: var(--radius-md); }
@@ -97,7 +99,7 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
         button_primary_background_fill_dark="*primary_700",
-        button_primary_background_fill_hover_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_800",
         button_primary_text_color="white",
         button_primary_text_color_dark="white",
         color_accent="*primary_700",

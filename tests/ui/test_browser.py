@@ -137,10 +137,14 @@ def test_a_picture_is_read_restored_and_drawn_again_pixel_for_pixel(page: Any) -
     page.wait_for_selector("#lp-replay-verdict .lp-green")
     assert "Identical" in page.inner_text("#lp-replay-verdict")
     assert page.locator("#lp-replayed img").first.get_attribute("alt")
+    open_tab(page, "Generate")
+    draw(page, "cat face", 3)
+    open_tab(page, "PNG info")
     page.click("#lp-restore")
     page.wait_for_selector("#lp-generate", state="visible")
     again(page)
     assert same(shown(page), first)
+    assert shown(page).info["latentpipe"] == first.info["latentpipe"]
 
 
 def test_a_picture_goes_on_to_img2img(page: Any) -> None:
@@ -153,6 +157,52 @@ def test_a_picture_goes_on_to_img2img(page: Any) -> None:
     again(page)
     assert '"source":{"sha256"' in shown(page).info["latentpipe"]
     assert not same(shown(page), first)
+
+
+def test_vaes_are_compared_in_every_way(page: Any) -> None:
+    open_tab(page, "VAE lab")
+    page.click("#lp-lab-examples")
+    page.wait_for_function("document.querySelector('#lp-lab-files').innerText.includes('example-1')")
+    page.click("#lp-lab-run")
+    page.wait_for_selector("#lp-lab-numbers table")
+    assert "Best: emoji-decoder-ft" in page.inner_text("#lp-lab-status")
+    assert page.locator("#lp-lab-numbers tbody tr").count() >= 2
+    assert page.locator("#lp-lab-verdicts .lp-light").count() == 2
+    alts = page.locator("#lp-lab-pictures img").evaluate_all("all => all.map(each => each.alt)")
+    assert len(alts) == 12 * 5
+    assert all(alts)
+    assert any("difference" in alt for alt in alts)
+    page.wait_for_selector("#lp-lab-slider img")
+    page.click("#lp-lab-same")
+    page.wait_for_function("document.querySelector('#lp-lab-status').innerText.includes('Decoded')")
+
+
+def test_a_grid_is_drawn_and_is_one_picture_with_its_recipe(page: Any) -> None:
+    open_tab(page, "Grid")
+    page.fill("#lp-grid-prompt textarea", "red apple")
+    page.click("#lp-grid-run")
+    page.wait_for_selector("#lp-grid-sheet img")
+    with page.expect_download() as download:
+        page.click("#lp-grid-download")
+    from latentpipe.xyplot import read_grid
+
+    assert read_grid(Path(download.value.path())) is not None
+    assert page.locator("#lp-grid-sheet img").first.get_attribute("alt")
+
+
+def test_the_playground_answers(page: Any) -> None:
+    open_tab(page, "Playground")
+    page.get_by_role("button", name="red apple → green apple").click()
+    page.wait_for_selector("#lp-play-second img")
+    before = ""
+    for share in ("0.5", "0.9"):
+        page.get_by_label("number input for Mix in the second picture").fill(share)
+        page.get_by_label("number input for Mix in the second picture").blur()
+        page.wait_for_function(
+            "old => { const i = document.querySelector('#lp-play-live img'); return i && i.src !== old }", arg=before
+        )
+        before = page.locator("#lp-play-live img").first.get_attribute("src")
+    assert page.locator("#lp-play-live img").first.get_attribute("alt")
 
 
 def test_a_reloaded_page_is_ready_again(page: Any) -> None:
