@@ -19,6 +19,7 @@ from latentpipe import (
     explore_verbs,
     health_verb,
     lora_verbs,
+    path_verbs,
     ui_verb,
     vae_verbs,
     verbs,
@@ -72,6 +73,13 @@ def grid(arguments: list[str]) -> None:
     run(tyro.cli(Grid, prog="latentpipe grid", args=arguments))
 
 
+def edit(arguments: list[str]) -> None:
+    """Change a picture in its latents: mix another in, move along a direction, scale, add noise; everywhere or in a mask."""
+    import tyro
+
+    path_verbs.edit(tyro.cli(path_verbs.Edit, prog="latentpipe edit", args=arguments))
+
+
 def fit_adapter(arguments: list[str]) -> None:
     """Fit an adapter from the latents of one VAE to those of another, and score every rung of the ladder."""
     import tyro
@@ -110,6 +118,9 @@ VERBS: dict[str, Verb] = {
     "health": _function("health", health_verb.health),
     "sample": _function("sample", explore_verbs.sample),
     "traverse": _function("traverse", explore_verbs.traverse),
+    "interpolate": _function("interpolate", path_verbs.interpolate),
+    "edit": edit,
+    "inpaint": _function("inpaint", path_verbs.inpaint),
     "anomaly": _function("anomaly", anomaly_verb.anomaly),
     "make-fp16-safe": _function("make-fp16-safe", vae_verbs.make_fp16_safe),
     "convert": _function("convert", vae_verbs.convert),

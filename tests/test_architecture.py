@@ -25,7 +25,7 @@ ORDER = [
     ["model_cache"], ["jobs"], ["engine"], ["xyaxes"], ["xysheet"], ["xyplot"],
     ["config"], ["data"], ["evaluate"], ["train"], ["explore"], ["lab"],
     ["generate", "verbs", "vae_verbs", "lora_verbs", "codec_verbs"],
-    ["health_verb", "evaluate_verbs", "compare_verb", "explore_verbs", "anomaly_verb", "grid_verb"],
+    ["health_verb", "evaluate_verbs", "compare_verb", "explore_verbs", "path_verbs", "anomaly_verb", "grid_verb"],
     ["fit"], ["ui_verb"], ["cli"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -7,34 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from latentpipe import emphasis
-from latentpipe.defaults import STEPS
-from latentpipe.denoise import host_for, is_classic
 from latentpipe.errors import UserError
 from latentpipe.evaluate.bank import SIDE, open_bank
-from latentpipe.evaluate.latent import slerp
+from latentpipe.explore import edit as latent_edit
 from latentpipe.explore import traverse
 from latentpipe.explore.directions import Direction, Report
+from latentpipe.explore.frames import write as write_clip
+from latentpipe.explore.interpolate import LINES as WAYS
+from latentpipe.explore.interpolate import between_pictures, between_prompts, latents_of
 from latentpipe.explore.sets import decode, encode, read_set, side_for
-from latentpipe.files import atomic_file
-from latentpipe.images import fit_square, to_images, to_pixels
-from latentpipe.pipeline import LatentPipeline
-from latentpipe.sampling import Guide, Settings, Step
+from latentpipe.images import to_pixels
 from latentpipe.vae import VAEStage
-from latentpipe.weights import quiet
 
 PICTURES = 200  # of the emoji bank that directions are learned from
 LIMIT_SD = 10.0
-WAYS = ("slerp", "lerp")
-MAX_BETWEEN = 48
-CLIP_PX = 256
 TITLE_PX = 18
+__all__ = [
+    "WAYS", "Edit", "bank_picture", "between_pictures", "between_prompts", "direction", "directions", "edited", "latents_of",
+    "page", "plane", "traversal", "write_clip",
+]  # fmt: skip
 _known: WeakKeyDictionary[VAEStage, dict[str, Direction]] = WeakKeyDictionary()
 
 
@@ -76,13 +72,10 @@ def edited(stage: VAEStage, first: Image.Image, second: Image.Image | None, edit
     if edit.share and second is None:
         raise UserError("There is no second picture to mix in; drop one, or set the share to 0.")
     if edit.share and second is not None:
-        latents = slerp(latents, latents_of(stage, second), edit.share)
+        latents = latent_edit.mix(latents, latents_of(stage, second), edit.share)
     for name, far in (edit.moves or {}).items():
-        latents = traverse.moved(latents, direction(stage, name), [far])
-    latents = latents * edit.scale
-    if edit.noise:
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(edit.seed))
-        latents = latents + edit.noise * noise
+        latents = latent_edit.add(latents, direction(stage, name), far)
+    latents = latent_edit.noise(latent_edit.scale(latents, edit.scale), edit.noise, edit.seed)
     return to_pixels(decode(stage, latents))[0]
 
 
@@ -133,69 +126,10 @@ def plane(
     return titled
 
 
-def between_pictures(
-    stage: VAEStage, first: Image.Image, second: Image.Image, n: int, way: str, report: Report = None
-) -> list[Image.Image]:
-    """`n` pictures from the first to the second, decoded along a way of WAYS between their latents."""
-    ends = latents_of(stage, first), latents_of(stage, second)
-    return to_pixels(decode(stage, torch.cat([_mixed(*ends, share, way) for share in _shares(n, way)]), report))
-
-
-@torch.no_grad()
-def between_prompts(
-    pipe: LatentPipeline, first: str, second: str, n: int, way: str, seed: int = 0, steps: int = STEPS, report: Report = None
-) -> list[Image.Image]:
-    """`n` pictures from one prompt to the other: the text embeddings are mixed, the noise is that of `seed` throughout.
-
-    The ends are what the pipeline draws of the two prompts alone. UserError for families other than Stable Diffusion 1/2.
-    """
-    if not is_classic(pipe.host):
-        raise UserError("Prompts are interpolated with Stable Diffusion 1 and 2 only; this model is of another family.")
-    settings = pipe.check(Settings(steps=steps))
-    assert settings.size is not None
-    pipe.loras.check_free()
-    twin = host_for(pipe.host, pipe.stage, settings)
-    with quiet():
-        texts, none = emphasis.encode(twin, [first, second], True, "")
-    assert none is not None  # guided
-    shares = _shares(n, way)
-    found = []
-    for index, share in enumerate(shares):
-
-        def watch(step: Step, before: int = index * steps) -> None:
-            if report is not None:
-                report(before + step.step, n * steps, "draw")
-
-        guide = Guide(settings, _mixed(texts[:1], texts[1:], share, way), none[:1], steps, watch)
-        found.append(
-            twin(
-                **guide.start(), callback_on_step_end=guide, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
-                num_inference_steps=steps, generator=[torch.Generator("cpu").manual_seed(seed)], output_type="latent",
-                width=settings.size[0], height=settings.size[1],
-            ).images
-        )  # fmt: skip
-    return [picture for latents in found for picture in to_pixels(pipe.stage.decode(latents))]
-
-
-def write_clip(pictures: Sequence[Image.Image], path: Path, fps: int = 12) -> None:
-    """A GIF that goes there and back, for ever, small pictures enlarged by a whole number; atomically."""
-    width, height = pictures[0].size
-    times = max(1, CLIP_PX // max(width, height))
-    large = [one.resize((width * times, height * times), Image.Resampling.NEAREST) for one in pictures]
-    frames = [*large, *reversed(large[1:-1])]
-    with atomic_file(path) as part:
-        frames[0].save(part, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
-
-
 def page(rows: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
     """Rows of pictures by their names; the columns are shares of the second end."""
     count = len(next(iter(rows.values())))
     return traverse.page(list(rows.values()), list(rows), [f"{index / (count - 1):.0%}" for index in range(count)])
-
-
-def latents_of(stage: VAEStage, picture: Image.Image) -> torch.Tensor:
-    """The latents (1 C h w, on the CPU) of a picture's centred square."""
-    return encode(stage, to_images(fit_square(picture, side_for(stage.space.downscale))))
 
 
 def bank_picture(caption: str) -> Image.Image:
@@ -206,18 +140,6 @@ def bank_picture(caption: str) -> Image.Image:
             small = Image.fromarray(pixels.reshape(SIDE, SIDE, 3).astype("uint8"))
             return small.resize((128, 128), Image.Resampling.BICUBIC)
     raise UserError(f"The emoji bank has no picture of '{caption[:80]}'.")
-
-
-def _mixed(first: torch.Tensor, second: torch.Tensor, share: float, way: str) -> torch.Tensor:
-    if share in (0.0, 1.0):
-        return second if share else first  # the ends themselves, to the bit
-    return slerp(first, second, share).to(first) if way == "slerp" else torch.lerp(first, second, share)
-
-
-def _shares(n: int, way: str) -> list[float]:
-    if way not in WAYS or not 2 <= n <= MAX_BETWEEN:
-        raise UserError(f"{n} pictures by '{str(way)[:20]}'; expected 2 to {MAX_BETWEEN} by one of {', '.join(WAYS)}.")
-    return [index / (n - 1) for index in range(n)]
 
 
 def _amounts(count: int, most: float) -> list[float]:

@@ -1,0 +1,128 @@
+"""Redraw a part of a picture from a prompt: the rest is put back at every step, and keeps its bytes at the end.
+
+picture -> encode -> latents, noised to each step, outside the mask + denoised latents inside -> decode -> over the picture
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from PIL import Image
+
+from latentpipe import emphasis
+from latentpipe.defaults import GUIDANCE, STEPS
+from latentpipe.denoise import host_for, is_classic, size_unit
+from latentpipe.errors import Note, UserError
+from latentpipe.explore.directions import Report
+from latentpipe.explore.edit import canvas, composite, feathered, hole_of, latent_share, sized
+from latentpipe.explore.sets import encode
+from latentpipe.hosts import finish
+from latentpipe.images import to_images, to_pixels
+from latentpipe.pipeline import LatentPipeline
+from latentpipe.sampling import Guide, Settings, Step
+from latentpipe.weights import quiet
+
+LONGEST = 8  # sides at most so many times as long as the denoiser was trained at
+
+
+@torch.no_grad()
+def inpaint(
+    pipe: LatentPipeline,
+    picture: Image.Image,
+    mask: Image.Image,
+    prompt: str = "",
+    seed: int = 0,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    strength: float = 1.0,
+    feather: int | None = None,
+    negative: str = "",
+    report: Report = None,
+) -> Image.Image:
+    """A picture of any size, redrawn where a mask of its size is white; RGB, or RGBA for a picture with transparency.
+
+    strength  1: from noise; less: from what the picture shows there (img2img)
+    feather   pixels over which the new part fades into the old (`edit.feathered`)
+
+    After each step the latents outside the mask are replaced by the picture's, noised to that step (RePaint, Lugmayr et al.,
+    arXiv:2201.09865, equation 8, without resampling; with the same noise at every step, as diffusers does). Pixels outside the
+    feathered mask are the picture's own bytes. The denoiser sees the whole picture at about the area that it was trained at; a
+    larger picture gets its new part enlarged, which a Note says.
+    UserError: families other than Stable Diffusion 1/2, settings out of range, and as for `edit.canvas` and `edit.hole_of`.
+    """
+    if not is_classic(pipe.host):
+        raise UserError("Parts are redrawn with Stable Diffusion 1 and 2 only; this model is of another family.")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; expected 0 to {2**32 - 1}.")
+    old = canvas(picture)
+    soft = feathered(hole_of(mask, old.size), feather)
+    size = draw_size(pipe, old.size)
+    if size[0] < old.width or size[1] < old.height:
+        wide, high = old.size
+        message = f"the new part is drawn at {size[0]} x {size[1]} pixels and enlarged to {wide} x {high}"
+        warnings.warn(Note(message), stacklevel=2)
+    begin = sized(old, size)
+    given = None if strength == 1 else begin
+    settings = pipe.check(Settings(negative=negative, steps=steps, guidance=guidance, size=size, image=given, strength=strength))
+    if cut := pipe.cut_words(prompt):
+        warnings.warn(Note(f"the prompt is longer than what the text encoder reads; cut: '{cut}'"), stacklevel=2)
+    pipe.loras.check_free()
+    known = encode(pipe.stage, to_images(begin))
+    latents = _denoised(pipe, known, latent_share(soft, (known.shape[-2], known.shape[-1])), prompt, seed, settings, report)
+    images = finish(pipe.host, pipe.stage.decode(latents), {"use_resolution_binning": False})
+    new = to_pixels(images)[0].resize(old.size, Image.Resampling.LANCZOS)
+    return composite(old, new, soft)
+
+
+def draw_size(pipe: LatentPipeline, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height to draw a picture of `size` at: its shape, about the area that the denoiser was trained at."""
+    unit, native = size_unit(pipe.host), pipe.native_size
+    factor = math.sqrt(native[0] * native[1] / (size[0] * size[1]))
+    most = LONGEST * max(native) // unit
+    width, height = (min(most, max(1, round(side * factor / unit))) * unit for side in size)
+    return width, height
+
+
+def _denoised(
+    pipe: LatentPipeline,
+    known: torch.Tensor,
+    free: torch.Tensor,
+    prompt: str,
+    seed: int,
+    settings: Settings,
+    report: Report,
+) -> torch.Tensor:
+    """Latents (1 C h w) drawn where `free` (1 1 h w) is above 0; elsewhere they are `known`, exactly."""
+    twin = host_for(pipe.host, pipe.stage, settings)
+    with quiet():
+        positive, none = emphasis.encode(twin, [prompt], settings.guidance > 1, settings.negative)
+    total = settings.steps_to_run
+
+    def watch(step: Step) -> None:
+        if report is not None:
+            report(step.step, total, "draw")
+
+    guide = Guide(settings, positive, none, total, watch)
+    place = {"device": twin.device, "dtype": twin.unet.dtype}
+    known, inside = known.to(**place), (free > 0).to(twin.device)
+    noise = torch.randn(known.shape, generator=torch.Generator("cpu").manual_seed(seed)).to(**place)
+
+    def put_back(host: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        changed = guide(host, step, timestep, tensors)
+        times = host.scheduler.timesteps
+        after = len(times) - total + step + 1
+        outside = known if after >= len(times) else host.scheduler.add_noise(known, noise, times[after : after + 1])
+        return changed | {"latents": torch.where(inside, tensors["latents"], outside.to(known))}
+
+    assert settings.size is not None
+    begin: dict[str, Any] = {"latents": noise, "width": settings.size[0], "height": settings.size[1]}
+    if settings.image is not None:
+        begin = {"image": settings.image, "strength": settings.strength}
+    return twin(
+        **guide.start(), **begin, callback_on_step_end=put_back,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], num_inference_steps=settings.steps,
+        generator=[torch.Generator("cpu").manual_seed(seed)], output_type="latent",
+    ).images  # fmt: skip
