@@ -12,6 +12,7 @@ from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")  # gradio makes a table of so many events after each of them
 os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="latentpipe-ui-"))
 
 import gradio as gr
@@ -19,7 +20,7 @@ import gradio as gr
 from latentpipe import UserError
 from latentpipe.files import home
 from latentpipe.ui import app as pages
-from latentpipe.ui import theme
+from latentpipe.ui import sessions, theme
 from latentpipe.ui.state import App, collect_notes
 from latentpipe.weights import find_model, shipped
 
@@ -54,6 +55,7 @@ def serve(
     find_model(model)  # a wrong name is said now
     port = _free_port(port)
     collect_notes()
+    sessions.lighten()
     state = App(model=model, out=out)
     state.models.device, state.models.dtype = device, dtype
     page = pages.build(state).queue(default_concurrency_limit=8, api_open=False)
@@ -66,6 +68,7 @@ def serve(
         quiet=True,
         show_error=False,
         max_threads=THREADS,
+        state_session_capacity=sessions.MOST,
         max_file_size="20mb",
         allowed_paths=[],
         blocked_paths=[str(shipped()), str(home())],

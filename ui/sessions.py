@@ -1,0 +1,38 @@
+"""gradio's memory of each visitor, made light and bounded.
+
+gradio 6 copies the description of the whole page for every session: 15 ms and 1 MB of this page for each call of an endpoint,
+kept for the last 10 000 sessions. Only deep links read that copy, and this page has none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+from gradio.state_holder import SessionState
+
+MOST = 1000
+"""Visitors whose history and choices are remembered; who was away for longest is forgotten first."""
+
+
+class _Bare:
+    """A page as a new session sees it: all of it, but no blocks to copy the description of."""
+
+    def __init__(self, page: gr.Blocks) -> None:
+        self._page, self.blocks = page, {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._page, name)
+
+
+def lighten() -> None:
+    """Let new sessions begin without that copy; gradio describes a block when its value first changes."""
+    make = SessionState.__init__
+    if getattr(make, "light", False):
+        return
+
+    def light(self: SessionState, blocks: Any) -> None:
+        make(self, _Bare(blocks))  # type: ignore[arg-type]
+
+    light.light = True  # type: ignore[attr-defined]
+    SessionState.__init__ = light  # type: ignore[method-assign]
