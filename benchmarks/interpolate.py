@@ -48,7 +48,7 @@ def main() -> None:
     order = [(index + n // 2) % n for index in range(n)]
     features = open_features("emoji-words")
     real = features(known.images)
-    shown = [index for index in (0, 7, 11, 23) if index < n]
+    shown = [index for index in (0, 7, 11) if index < n]
     result: dict[str, Any] = {"set": known.name, "pairs": n, "frames": FRAMES, "size_px": SIZE}
     result |= {"features": features.name, "features_hash": features.hash, "vaes": {}}
     rows: list[list[Any]] = []
@@ -75,7 +75,7 @@ def main() -> None:
     by_pair = [place for pair in range(len(shown)) for place in range(pair, len(rows), len(shown))]
     heads = [f"{index / (FRAMES - 1):.0%}" for index in range(FRAMES)]
     page = traverse.page([rows[place] for place in by_pair], [names[place] for place in by_pair], heads)
-    page.quantize(128).save(given.out / "interpolate.png", optimize=True)
+    page.quantize(64).save(given.out / "interpolate.png", optimize=True)
     (given.out / "interpolate.json").write_text(json.dumps(result, indent=2) + "\n")
     print(given.out / "interpolate.json")
 
