@@ -42,6 +42,11 @@ class Line:
         """Jobs that run or wait."""
         return len(self._jobs)
 
+    def wake(self) -> None:
+        """Let those that wait look at their cancel tokens now."""
+        with self._turn:
+            self._turn.notify_all()
+
     @contextmanager
     def turn(self, cancel: threading.Event, waits: Callable[[Waiting], None]) -> Iterator[None]:
         """Alone on the device inside; `waits` is called while others are. Cancelled on a stop, UserError where too many wait."""
@@ -129,6 +134,7 @@ def events_of(work: Callable[[Callable[[Any], None]], Any], cancel: threading.Ev
                 return
     finally:
         cancel.set()
+        device.wake()
         while worker.is_alive():
             _drop(events)  # the worker must not wait for a reader that has left
             worker.join(0.05)

@@ -20,6 +20,7 @@ def ui(
     save: bool = True,
     device: str | None = None,
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+    mcp: bool = False,
 ) -> None:
     """Open the interface in a browser: generate, VAE lab, playground, grid, PNG info; and its HTTP endpoints.
 
@@ -33,10 +34,11 @@ def ui(
         save: Keep pictures; --no-save leaves them in the browser only.
         device: cpu, cuda or mps.
         dtype: Precision of the weights.
+        mcp: Offer the endpoints to language models as tools (Model Context Protocol); needs latentpipe[mcp].
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError("The interface needs gradio, which is not installed: pip install 'latentpipe[ui]'.")
     print("Starting the interface ...", file=sys.stderr, flush=True)
     from latentpipe.ui.server import serve
 
-    serve(model, port, listen, auth_file, no_auth, out if save else None, device, dtype)
+    serve(model, port, listen, auth_file, no_auth, out if save else None, device, dtype, mcp)

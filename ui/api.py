@@ -5,6 +5,7 @@ Every picture that comes back is a PNG with its recipe. Names are those of insta
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,16 +14,20 @@ import gradio as gr
 from latentpipe import Finished
 from latentpipe.defaults import GUIDANCE, STEPS, STRENGTH
 from latentpipe.errors import UserError
+from latentpipe.jobs import Waiting
 from latentpipe.latents import LatentSpace
 from latentpipe.lora_verbs import facts
 from latentpipe.recipe import MAX_SEED
-from latentpipe.ui import lab, png_info
+from latentpipe.ui import lab
+from latentpipe.ui import png_info as reading
 from latentpipe.ui.form import MAX_BATCH
-from latentpipe.ui.state import App, told
+from latentpipe.ui.state import App, json_field, told
 from latentpipe.ui.uploads import picture_input, picture_of
 from latentpipe.version import VERSION
 from latentpipe.weights import available, open_vae
 
+DRAWING_S, WAITING_S = 1.0, 5.0  # an event costs gradio some ms, which the job on the device has to share
+LORAS = {"type": "object", "additionalProperties": {"type": "number"}, "description": "names and weights"}
 PUBLIC: dict[str, Any] = {"api_visibility": "public", "show_progress": "hidden"}
 
 
@@ -66,7 +71,7 @@ def _drawing(app: App) -> None:
             gr.Textbox(label="prompt"), gr.Textbox("", label="negative"), gr.Number(STEPS, label="steps"),
             gr.Number(GUIDANCE, label="guidance"), gr.Number(-1, label="seed"), gr.Number(1, label="n"),
             gr.Number(0, label="width"), gr.Number(0, label="height"), gr.Textbox("", label="scheduler"),
-            gr.Textbox("", label="model"), gr.Textbox("", label="vae"), gr.JSON({}, label="loras"),
+            gr.Textbox("", label="model"), gr.Textbox("", label="vae"), json_field("loras", {}, LORAS),
         ]  # fmt: skip
 
     outputs = [gr.Files(label="pictures", type="filepath"), gr.JSON(label="recipes")]
@@ -102,24 +107,26 @@ def _settings(
 
 
 def _draw(app: App, request: gr.Request, prompt: str, model: str, vae: str, settings: dict[str, Any]) -> Iterator[Any]:
-    """Empty results while it draws, so that a client that leaves is noticed; then the files and their recipes."""
+    """Empty results now and then while it draws, so that a client that leaves is noticed; then the files and their recipes."""
+    told_at = time.monotonic()
     with told() as notes:
         for event in app.jobs.draw(request, app.pipe(model, vae), prompt or "", notes, **settings):
             if isinstance(event, Finished):
                 recipes = [picture.recipe.model_dump(mode="json") for picture in event.pictures]
                 yield [app.keep(picture) for picture in event.pictures], recipes
-            else:
+            elif (now := time.monotonic()) - told_at >= (WAITING_S if isinstance(event, Waiting) else DRAWING_S):
+                told_at = now
                 yield None, None
 
 
 def _reading(app: App) -> None:
-    def info(image: str) -> dict[str, Any]:
+    def png_info(image: str) -> dict[str, Any]:
         """The settings inside a picture of latentpipe, A1111, ComfyUI, Fooocus, InvokeAI or NovelAI."""
         with told():
-            return png_info.as_json(png_info.info_of(image))
+            return reading.as_json(reading.info_of(image))
         raise AssertionError
 
-    gr.Button().click(info, [picture_input("image")], [gr.JSON(label="settings")], api_name="png_info", **PUBLIC)
+    gr.Button().click(png_info, [picture_input("image")], [gr.JSON(label="settings")], api_name="png_info", **PUBLIC)
 
 
 def _lists(app: App) -> None:

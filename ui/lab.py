@@ -18,7 +18,7 @@ from latentpipe.lab import MOST, Laboratory, compare_pictures, decode_same, exam
 from latentpipe.recipe import save_png
 from latentpipe.ui import show
 from latentpipe.ui.lab_figures import as_json, comparison_sheet, figures, pictures_html, pictures_of, summary, words_of
-from latentpipe.ui.state import HEAVY, LIGHT, App, told, wire_stop
+from latentpipe.ui.state import HEAVY, LIGHT, App, json_field, told, wire_stop
 from latentpipe.ui.theme import RUN, STOP
 from latentpipe.weights import available
 
@@ -257,9 +257,10 @@ def add_endpoint(app: App) -> None:
                 else:
                     yield None, None
 
-    files = gr.File(label="pictures", file_count="multiple")
+    names = json_field("vaes", [], {"type": "array", "items": {"type": "string"}, "description": "names"})
+    fields = [gr.File(label="pictures", file_count="multiple"), names, gr.Number(0, label="side")]
     outputs = [gr.JSON(label="figures"), gr.File(label="sheet", type="filepath")]
     gr.Button().click(
-        vae_compare, [files, gr.JSON([], label="vaes"), gr.Number(0, label="side")], outputs, api_name="vae_compare",
-        concurrency_limit=None, api_visibility="public", show_progress="hidden",
+        vae_compare, fields, outputs, api_name="vae_compare", concurrency_limit=None, api_visibility="public",
+        show_progress="hidden",
     )  # fmt: skip

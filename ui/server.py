@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
 import socket
 import stat
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,7 @@ from latentpipe.weights import find_model, shipped
 
 LOGIN = "LATENTPIPE_UI_LOGIN"
 THREADS = 128  # a job that waits in the line holds one
+SWITCH_S = 5e-4  # Python's 5 ms, waited for by each small operation of a denoiser while the server is busy, make its steps slow
 Login = Callable[[str, str], bool]
 
 
@@ -38,24 +41,23 @@ def serve(
     out: Path | None = None,
     device: str | None = None,
     dtype: str = "fp32",
+    mcp: bool = False,
     block: bool = True,
 ) -> tuple[gr.Blocks, str]:
     """Serve the interface; returns the page and its address where `block` is off.
 
     listen     for other machines too; needs a login, or `no_auth`
     auth_file  lines of ``user:password``; the variable LATENTPIPE_UI_LOGIN holds one such line
+    mcp        offer the endpoints to language models as tools as well (needs the extra)
     out        where pictures are kept; None: nowhere but in the visitor's browser
     """
     login = login_of(auth_file)
-    if listen and login is None and not no_auth:
-        raise UserError(
-            f"--listen opens the interface to other machines; give --auth-file FILE (lines of user:password) or the variable "
-            f"{LOGIN}=user:password, or say --no-auth to let everybody in."
-        )
+    _refuse(listen and login is None and not no_auth, mcp and importlib.util.find_spec("mcp") is None)
     find_model(model)  # a wrong name is said now
     port = _free_port(port)
     collect_notes()
     sessions.lighten()
+    sys.setswitchinterval(SWITCH_S)
     state = App(model=model, out=out)
     state.models.device, state.models.dtype = device, dtype
     page = pages.build(state).queue(default_concurrency_limit=8, api_open=False)
@@ -75,7 +77,7 @@ def serve(
         enable_monitoring=False,
         ssr_mode=False,
         run_history=False,
-        mcp_server=False,
+        mcp_server=mcp,
         footer_links=["api", "settings"],
         theme=theme.theme(),
         css=theme.CSS,
@@ -88,6 +90,16 @@ def serve(
         finally:
             state.close()
     return page, address
+
+
+def _refuse(open_to_all: bool, without_mcp: bool) -> None:
+    if open_to_all:
+        raise UserError(
+            f"--listen opens the interface to other machines; give --auth-file FILE (lines of user:password) or the variable "
+            f"{LOGIN}=user:password, or say --no-auth to let everybody in."
+        )
+    if without_mcp:
+        raise UserError("--mcp needs a package that is not installed: pip install 'latentpipe[mcp]' (it holds pydantic back).")
 
 
 def login_of(auth_file: Path | None) -> Login | None:

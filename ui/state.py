@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from latentpipe import Engine, Finished, LatentPipeline, Picture, StepDone, UserError
 from latentpipe.errors import Note
@@ -46,7 +47,7 @@ class Jobs:
         """
         with self._token(request) as token:
             _notes.set(notes)  # the job's thread, which starts below, inherits it
-            yield from run_job(work, token)
+            yield from _left_at_once(run_job(work, token), token)
 
     def draw(
         self, request: gr.Request, pipe: LatentPipeline, prompt: str, notes: list[str] | None = None, **settings: Any
@@ -54,7 +55,7 @@ class Jobs:
         """Events of `latentpipe.Engine.run` for this visitor, with previews."""
         with self._token(request) as token:
             _notes.set(notes)
-            yield from Engine(pipe).run(prompt, cancel=token, previews=True, **settings)
+            yield from _left_at_once(Engine(pipe).run(prompt, cancel=token, previews=True, **settings), token)
 
     def stop(self, request: gr.Request) -> int:
         """Stop this visitor's jobs; returns how many there were."""
@@ -83,6 +84,17 @@ class Jobs:
                     del self._tokens[session]
 
 
+def _left_at_once(events: Generator[Any, None, None], token: threading.Event) -> Iterator[Any]:
+    """The events of a job. Closing stops it without waiting for its step: gradio closes on the thread that serves everybody."""
+    try:
+        for event in events:  # noqa: UP028 - the close of `yield from` waits
+            yield event
+    except GeneratorExit:
+        token.set()
+        threading.Thread(target=events.close, name="latentpipe_close", daemon=True).start()
+        raise
+
+
 @dataclass
 class App:
     """One running interface.
@@ -97,7 +109,8 @@ class App:
     jobs: Jobs = field(default_factory=Jobs)
     failure: str = ""
     """Why the model could not be loaded."""
-    shown: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="latentpipe-shown-")))
+    shown: Path = field(default_factory=lambda: _folder_for_shown())
+    """Inside gradio's own folder: a file there is not copied once more, and is removed after a day (`delete_cache`)."""
 
     def choices(self, kind: str) -> list[str]:
         """Installed names of a kind ("models", "vae" or "lora")."""
@@ -137,6 +150,18 @@ class App:
     def close(self) -> None:
         """Remove the files that were shown."""
         shutil.rmtree(self.shown, ignore_errors=True)
+
+
+def _folder_for_shown() -> Path:
+    Path(get_upload_folder()).mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="shown-", dir=get_upload_folder()))
+
+
+def json_field(label: str, value: Any, schema: dict[str, Any]) -> gr.JSON:
+    """A field of an endpoint that takes JSON of a shape; gradio itself describes any JSON by a schema that is none."""
+    field = gr.JSON(value, label=label)
+    field.api_info = lambda: schema  # type: ignore[method-assign]
+    return field
 
 
 def wire_stop(app: App, button: gr.Button) -> None:
