@@ -21,7 +21,7 @@ from latentpipe.evaluate.protocol import find_protocol
 from latentpipe.evaluate.reconstruct import about
 from latentpipe.evaluate.similarity import ssim
 from latentpipe.explore.sets import read_set
-from latentpipe.images import bytes_to_images, fit_square, to_bytes, to_images, to_pixels
+from latentpipe.images import fit_square, to_bytes, to_images, to_pixels
 from latentpipe.jobs import Report
 from latentpipe.swap import stage_of
 from latentpipe.vae import VAEStage
@@ -135,7 +135,7 @@ def scores_of(stage: VAEStage, images: torch.Tensor, rebuilt: torch.Tensor) -> d
     first, second = to_bytes(images), to_bytes(rebuilt)
     scores = {"PSNR": decibels(first, second).tolist()}
     if images.shape[-1] >= 11:
-        scores["SSIM"] = ssim(bytes_to_images(first), bytes_to_images(second), 2.0).tolist()
+        scores["SSIM"] = ssim(first.float(), second.float(), 255.0).tolist()
     scores["seam"] = seam(images, rebuilt, stage.space.downscale).tolist()
     protocol = find_protocol("latentpipe")
     for start in range(0, len(images), 8):
