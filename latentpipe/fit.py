@@ -64,7 +64,16 @@ def fit_and_save(
     names = [name_of(find_model(name, "vae"), "vae") for name in (source, to)]
     assert first.digest is not None
     assert second.digest is not None
-    path = out or home() / "adapters" / f"{names[0]}-to-{names[1]}-{second.digest[:8]}.safetensors"
+    path = out or _free(home() / "adapters" / f"{names[0]}-to-{names[1]}-{second.digest[:8]}.safetensors")
     card = AdapterCard(first.digest, second.digest, adapter.source, adapter.target, adapter.rung, ladder.as_dict())
     save_adapter(adapter, card, path)
     return ladder, path
+
+
+def _free(path: Path) -> Path:
+    """A path beside those that exist: pictures name the adapter that drew them."""
+    count, free = 1, path
+    while free.exists():
+        count += 1
+        free = path.with_stem(f"{path.stem}-{count}")
+    return free

@@ -5,6 +5,7 @@ Every picture that comes back is a PNG with its recipe. Names are those of insta
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from latentpipe.recipe import MAX_SEED
 from latentpipe.ui import lab
 from latentpipe.ui import png_info as reading
 from latentpipe.ui.form import MAX_BATCH
-from latentpipe.ui.state import App, json_field, told
+from latentpipe.ui.state import App, json_field, public, told
 from latentpipe.ui.uploads import picture_input, picture_of
 from latentpipe.version import VERSION
 from latentpipe.weights import available, open_vae
@@ -63,7 +64,7 @@ def _drawing(app: App) -> None:
         """
         with told():
             settings = _settings(negative, steps, guidance, seed, n, width, height, scheduler, loras)
-            settings |= {"image": picture_of(image), "strength": float(strength)}
+            settings |= {"image": picture_of(image), "strength": STRENGTH if strength is None else float(strength)}
         yield from _draw(app, request, prompt, model, vae, settings)
 
     def fields() -> list[Any]:
@@ -88,8 +89,12 @@ def _settings(
     with told():
         numbers = {"steps": steps, "seed": seed, "n": n, "width": width, "height": height}
         for name, number in numbers.items():
-            if number is None or int(number) != number:
+            if number is None or not math.isfinite(number) or int(number) != number:
                 raise UserError(f"{name} is {number}; expected a whole number.")
+        if guidance is None:
+            raise UserError("guidance is missing; expected 0 to 100.")
+        if bool(width) != bool(height):
+            raise UserError(f"width is {width:g} and height {height:g}; give both, or 0 for both: the model's own.")
         if not 1 <= n <= MAX_BATCH:
             raise UserError(f"n is {n}; expected 1 to {MAX_BATCH} pictures.")
         if not -1 <= seed <= MAX_SEED:
@@ -157,5 +162,5 @@ def _vae_facts(name: str) -> dict[str, Any]:
     try:
         space: LatentSpace = open_vae(available("vae")[name]).space
     except UserError as error:
-        return {"name": name, "error": str(error)}
+        return {"name": name, "error": public(error)}
     return {"name": name, "channels": space.channels, "downscale": space.downscale}

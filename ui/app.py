@@ -35,8 +35,8 @@ def build(app: App) -> gr.Blocks:
                 grid.build(app)
             with gr.Tab("PNG info", id="info"):
                 info = png_info.build(app, drawing.form)
-        drawing.to_replay.click(lambda path: (path, gr.Tabs(selected="info")), [drawing.chosen], [info.image, tabs], **LIGHT)
-        drawing.to_lab.click(_sent_to_lab, [drawing.chosen], [laboratory.files, tabs], **LIGHT)
+        drawing.to_replay.click(lambda path: _sent(path, path, "info"), [drawing.chosen], [info.image, tabs], **LIGHT)
+        drawing.to_lab.click(lambda path: _sent(path, [path], "lab"), [drawing.chosen], [laboratory.files, tabs], **LIGHT)
         info.restore.click(lambda: gr.Tabs(selected="generate"), None, [tabs], **LIGHT)
         api.build(app)
 
@@ -51,12 +51,12 @@ def build(app: App) -> gr.Blocks:
     return page
 
 
-def _sent_to_lab(path: str | None) -> tuple[Any, Any]:
-    """The chosen picture as the lab's only one, and its tab."""
+def _sent(path: str | None, value: Any, tab: str) -> tuple[Any, Any]:
+    """The chosen picture for a field of another tab, and that tab."""
     if path is None:
         gr.Info("There is no picture yet: generate one first.")
         return gr.skip(), gr.skip()
-    return [path], gr.Tabs(selected="lab")
+    return value, gr.Tabs(selected=tab)
 
 
 def _load_in_background(app: App) -> threading.Thread:

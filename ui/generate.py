@@ -14,6 +14,7 @@ import gradio as gr
 from latentpipe import Finished, StepDone
 from latentpipe.adapters import own_adapters
 from latentpipe.engine import Waiting
+from latentpipe.jobs import Done
 from latentpipe.recipe import MAX_SEED, read
 from latentpipe.ui import show
 from latentpipe.ui.form import NO_ADAPTER, Form, Values, build_form, build_prompt
@@ -129,10 +130,12 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
 
 
 def _wire_form(app: App, form: Form, last_seed: gr.State) -> None:
-    def look(model: str, vae: str, adapter: str) -> Iterator[tuple[str, str]]:
+    def look(model: str, vae: str, adapter: str, request: gr.Request) -> Iterator[tuple[str, str]]:
         with told():
             yield show.light("wait", "Measuring whether this VAE fits ..."), ""
-            yield verdict_of(app, model, vae, adapter)
+            for event in app.jobs.run(request, lambda report: verdict_of(app, model, vae, adapter)):
+                if isinstance(event, Done):
+                    yield event.result
 
     def refresh() -> list[Any]:
         names = app.choices("lora")
@@ -145,7 +148,8 @@ def _wire_form(app: App, form: Form, last_seed: gr.State) -> None:
 
     outputs = [form.light, form.in_use]
     for field in (form.model, form.vae, form.adapter):
-        field.change(look, [form.model, form.vae, form.adapter], outputs, show_progress="hidden", **HEAVY)
+        looked = field.change(look, [form.model, form.vae, form.adapter], outputs, show_progress="hidden", **HEAVY)
+        looked.failure(lambda: (show.light("red", "it cannot be opened.", "Not usable"), ""), None, outputs, **LIGHT)
     form.refresh.click(refresh, None, [form.model, form.vae, form.adapter, *(row[1] for row in form.rows)], **LIGHT)
     form.dice.click(lambda: secrets.randbelow(MAX_SEED + 1), None, [form.seed], **LIGHT)
     form.reuse.click(lambda seed: seed, [last_seed], [form.seed], **LIGHT)
@@ -195,9 +199,13 @@ def _lora_rows_of(form: Form, path: str | None) -> list[Any]:
     if _sent(path) is None:
         return skip
     with told():
-        loras = {name: weight for name, weight in read(Path(str(path))).loras.items() if not isinstance(weight, dict)}
-        if not loras:
+        every = read(Path(str(path))).loras
+        loras = {name: weight for name, weight in every.items() if not isinstance(weight, dict)}
+        if len(loras) < len(every):
+            gr.Info("A LoRA with weights by block was left out; the rows take one weight each.")
+        if not every:
             gr.Info("This picture was drawn without LoRA.")
+        if not loras:
             return skip
         filled = [(True, name, weight) for name, weight in list(loras.items())[: len(form.rows)]]
         return [value for row in filled + [(False, gr.skip(), gr.skip())] * (len(form.rows) - len(filled)) for value in row]

@@ -135,7 +135,8 @@ def _wire_compare(app: App, run: gr.Button, parts: _Parts) -> None:
         parts.status, parts.verdicts, parts.numbers, parts.pair, parts.first, parts.second, parts.which, parts.slider,
         parts.pictures, parts.found,
     ]  # fmt: skip
-    run.click(compare, inputs, outputs, show_progress="hidden", trigger_mode="once", **HEAVY)
+    done = run.click(compare, inputs, outputs, show_progress="hidden", trigger_mode="once", **HEAVY)
+    done.failure(lambda: show.words("Nothing was compared."), None, [parts.status], **LIGHT)
 
 
 def _wire_decode(app: App, same: gr.Button, parts: _Parts) -> None:
@@ -174,7 +175,8 @@ def _wire_decode(app: App, same: gr.Button, parts: _Parts) -> None:
 
     inputs = [parts.files, parts.vaes, parts.side, parts.model]
     outputs = [parts.status, parts.verdicts, parts.numbers, parts.pair, parts.slider, parts.pictures, parts.found]
-    same.click(decode, inputs, outputs, show_progress="hidden", trigger_mode="once", **HEAVY)
+    done = same.click(decode, inputs, outputs, show_progress="hidden", trigger_mode="once", **HEAVY)
+    done.failure(lambda: show.words("Nothing was decoded."), None, [parts.status], **LIGHT)
 
 
 def _own_vae(app: App, model: str) -> Path:
@@ -207,7 +209,8 @@ def _wire_fit(app: App, fit: gr.Button, parts: _Parts, target: gr.Dropdown, ladd
             return
         yield show.words("Stopped; nothing was saved.")
 
-    fit.click(run, [parts.files, parts.model, target], [ladder], show_progress="hidden", trigger_mode="once", **HEAVY)
+    done = fit.click(run, [parts.files, parts.model, target], [ladder], show_progress="hidden", trigger_mode="once", **HEAVY)
+    done.failure(lambda: show.words("No adapter was fitted."), None, [ladder], **LIGHT)
 
 
 def _verdicts(app: App, model: str, names: Sequence[str]) -> str:

@@ -10,10 +10,11 @@ from typing import Any
 import gradio as gr
 
 from latentpipe import replay
+from latentpipe.adapters import own_adapters
 from latentpipe.jobs import Done, Progress, Report, Waiting
 from latentpipe.metadata import Info, read_info
 from latentpipe.ui import show
-from latentpipe.ui.form import OWN, Form
+from latentpipe.ui.form import NO_ADAPTER, OWN, Form
 from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, told, wire_stop
 from latentpipe.ui.theme import RUN, STOP
 from latentpipe.ui.uploads import check_picture, picture_input
@@ -53,11 +54,12 @@ def build(app: App, form: Form) -> PngInfo:
     def run(path: str | None, other: str | None, request: gr.Request) -> Iterator[tuple[Any, Any]]:
         yield from _replay(app, path, other, request)
 
-    again.click(run, [image, source], [verdict, replayed], show_progress="hidden", trigger_mode="once", **HEAVY)
+    done = again.click(run, [image, source], [verdict, replayed], show_progress="hidden", trigger_mode="once", **HEAVY)
+    done.failure(lambda: show.words("It was not drawn again."), None, [verdict], **LIGHT)
     wire_stop(app, stop)
     fields = [
-        form.prompt, form.negative, form.model, form.vae, form.steps, form.guidance, form.low, form.high, form.scheduler,
-        form.width, form.height, form.seed, form.strength, *(field for row in form.rows for field in row),
+        form.prompt, form.negative, form.model, form.vae, form.adapter, form.steps, form.guidance, form.low, form.high,
+        form.scheduler, form.width, form.height, form.seed, form.strength, *(field for row in form.rows for field in row),
     ]  # fmt: skip
     restore.click(lambda path: _restored(app, form, path), [image], fields, **LIGHT)
     return PngInfo(image, restore)
@@ -136,7 +138,7 @@ def _verdict(result: Any) -> str:
 
 def _restored(app: App, form: Form, path: str | None) -> list[Any]:
     """Values for the form's fields; a name that is not installed here is told and left out."""
-    skipped: list[Any] = [gr.skip()] * (13 + 3 * len(form.rows))
+    skipped: list[Any] = [gr.skip()] * (14 + 3 * len(form.rows))
     with told():
         if path is None:
             gr.Info("Drop a picture first.")
@@ -146,18 +148,28 @@ def _restored(app: App, form: Form, path: str | None) -> list[Any]:
         low, high = have.get("guidance_interval", (0.0, 1.0))
         width, height = have.get("size", (0, 0))
         loras = {name: weight for name, weight in info.loras.items() if not isinstance(weight, dict)}
-        missing = [name for name in loras if name not in app.choices("lora")]
-        if missing:
-            gr.Info(f"These LoRA are not installed and were left out: {', '.join(missing)[:200]}.")
-        rows = [(True, name, weight) for name, weight in loras.items() if name not in missing][: len(form.rows)]
+        known = app.choices("lora")
+        rows = [(True, name, weight) for name, weight in loras.items() if name in known][: len(form.rows)]
+        if lost := sorted(set(info.loras) - {row[1] for row in rows}):
+            gr.Info(f"These LoRA are not installed, have weights by block, or are too many; left out: {', '.join(lost)[:200]}.")
         rows += [(False, gr.skip(), gr.skip())] * (len(form.rows) - len(rows))
         gr.Info("The settings are in the tab Generate.")
         return [
             info.prompt, info.negative, _installed(app, "models", info.model), _installed(app, "vae", info.vae, BUILT_IN),
+            _adapter(info),
             have.get("steps", gr.skip()), have.get("guidance", gr.skip()), low, high, have.get("scheduler") or OWN, width, height,
             -1 if info.seed is None else info.seed, have.get("strength", gr.skip()), *(value for row in rows for value in row),
         ]  # fmt: skip
     return skipped
+
+
+def _adapter(info: Info) -> str:
+    """The adapter of our own picture, where it is installed."""
+    name = info.recipe.adapter if info.recipe else None
+    if name is not None and name not in own_adapters():
+        gr.Info(f"The adapter '{name[:80]}' is not installed and was left out.")
+        return NO_ADAPTER
+    return name or NO_ADAPTER
 
 
 def _installed(app: App, kind: str, name: str | None, default: Any = None) -> Any:

@@ -20,10 +20,11 @@ from gradio.utils import get_upload_folder
 
 from latentpipe import Engine, Finished, LatentPipeline, Picture, StepDone, UserError
 from latentpipe.errors import Note
+from latentpipe.files import home
 from latentpipe.generate import free_path
 from latentpipe.jobs import Cancelled, Done, Progress, Report, Waiting, run_job
 from latentpipe.model_cache import ModelCache
-from latentpipe.weights import available
+from latentpipe.weights import available, shipped
 
 BUILT_IN = "Built-in"
 HEAVY: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}  # `latentpipe.jobs.Line` keeps the order
@@ -174,6 +175,12 @@ def wire_stop(app: App, button: gr.Button) -> None:
     button.click(halt, None, None, **LIGHT)
 
 
+def public(error: UserError) -> str:
+    """An error's sentence without the server's folders, and without a verdict's figures, which stand in the VAE lab."""
+    sentence = str(error).split("\nmeasured on")[0]
+    return sentence.replace(f"{home()}/", "").replace(f"{shipped()}/", "")
+
+
 @contextmanager
 def told() -> Iterator[list[str]]:
     """What goes wrong inside becomes a toast with its sentence; yields the list that the notes of a job go into.
@@ -188,8 +195,7 @@ def told() -> Iterator[list[str]]:
     except Cancelled:
         gr.Info("Stopped.")
     except UserError as error:
-        sentence = str(error).split("\nmeasured on")[0]  # the figures behind a verdict stand in the VAE lab
-        raise gr.Error(sentence, duration=20, print_exception=False) from None
+        raise gr.Error(public(error), duration=20, print_exception=False) from None
     except (gr.Error, GeneratorExit):
         raise
     except Exception as error:
