@@ -22,6 +22,7 @@ def draw(page: Any, prompt: str = "red apple", seed: int = 7) -> None:
     page.fill("#lp-prompt textarea", prompt)
     unfold(page, "lp-advanced", "Advanced")
     page.get_by_label("Seed", exact=True).first.fill(str(seed))
+    page.get_by_label("Seed", exact=True).first.blur()
     again(page)
 
 
@@ -46,6 +47,7 @@ def unfold(page: Any, name: str, title: str) -> None:
     assert title in button.inner_text()
     if "open" not in (button.get_attribute("class") or "").split():
         button.click()
+        time.sleep(0.5)  # fields that are made now take their first value, which would replace one that is typed too soon
 
 
 def choose(page: Any, name: str, option: str) -> None:
