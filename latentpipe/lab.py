@@ -5,10 +5,11 @@ pictures -> images -> each VAE: encode -> latents -> decode -> images -> picture
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -33,6 +34,7 @@ MOST = 24  # pictures
 FEWEST = 6  # pictures that an interval takes: with fewer, differences of one sign alone would leave zero out too often
 EXAMPLES = 8
 VAE = str | Path | VAEStage
+Opener = Callable[[Any], VAEStage]
 
 
 @dataclass(frozen=True)
@@ -91,16 +93,21 @@ class Laboratory:
 
 @torch.no_grad()
 def compare_pictures(
-    pictures: Sequence[Image.Image], vaes: Sequence[VAE], side: int | None = None, report: Report | None = None
+    pictures: Sequence[Image.Image],
+    vaes: Sequence[VAE],
+    side: int | None = None,
+    report: Report | None = None,
+    opened: Opener = stage_of,
 ) -> Laboratory:
     """Every picture through every VAE, measured by the protocol "latentpipe".
 
     pictures  1 to MOST, of any size; the centred square of each is used
     vaes      names, folders or files, or stages; one or more
     side      in pixels; None: what suits all VAEs
+    opened    makes the stage of a VAE; it says where it computes
     UserError: no picture or too many, no VAE, a side that a VAE does not take, a VAE without a decoder.
     """
-    stages = _stages(vaes)
+    stages = _stages(vaes, opened)
     squares, side = _squares(pictures, [stage for _, stage in stages], side)
     images = to_images(squares)
     found = []
@@ -168,14 +175,19 @@ def seam(images: torch.Tensor, rebuilt: torch.Tensor, downscale: int) -> torch.T
 
 @torch.no_grad()
 def decode_same(
-    pictures: Sequence[Image.Image], source: VAE, vaes: Sequence[VAE], side: int | None = None, report: Report | None = None
+    pictures: Sequence[Image.Image],
+    source: VAE,
+    vaes: Sequence[VAE],
+    side: int | None = None,
+    report: Report | None = None,
+    opened: Opener = stage_of,
 ) -> tuple[list[Image.Image], list[tuple[str, list[Image.Image] | str]]]:
     """The latents that one VAE makes of the pictures, decoded by each of `vaes`.
 
     Returns the originals, and for each VAE its name with its pictures, or with the sentence that says why its latents have
     another shape.
     """
-    [(_, encoder)], stages = _stages([source]), _stages(vaes)
+    [(_, encoder)], stages = _stages([source], opened), _stages(vaes, opened)
     squares, _ = _squares(pictures, [encoder], side)
     latents = _batched(encoder.encode, to_images(squares))
     found: list[tuple[str, list[Image.Image] | str]] = []
@@ -191,13 +203,13 @@ def example_pictures(n: int = EXAMPLES) -> list[Image.Image]:
     return to_pixels(read_set(None, 64, n, "held_out").images)
 
 
-def _stages(vaes: Sequence[VAE]) -> list[tuple[str, VAEStage]]:
+def _stages(vaes: Sequence[VAE], opened: Opener) -> list[tuple[str, VAEStage]]:
     """Names and stages; UserError where none is given, or where one has no decoder."""
     if not vaes:
         raise UserError("No VAE was chosen; choose one or more ('latentpipe ls vae' lists them).")
     found = []
     for vae in vaes:
-        stage = stage_of(vae)
+        stage = opened(vae)
         name = type(stage.vae).__name__ if isinstance(vae, VAEStage) else name_of(find_model(vae, "vae"), "vae")
         if not stage.decodes:
             raise UserError(f"{name} is an encoder alone; it has no decoder, so nothing can be rebuilt. Choose another one.")

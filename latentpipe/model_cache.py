@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,5 +88,9 @@ def _kept(entries: OrderedDict[Any, Any], key: Any, most: int, make: Callable[[]
 
 def _state(place: Path) -> tuple[str, float]:
     """A folder or file, and when something in it last changed."""
-    files = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else [place]
-    return str(place), max((path.stat().st_mtime for path in files), default=0.0)
+    changed = 0.0
+    for path in place.rglob("*") if place.is_dir() else [place]:
+        with suppress(FileNotFoundError):  # a file that is being replaced
+            if path.is_file():
+                changed = max(changed, path.stat().st_mtime)
+    return str(place), changed

@@ -108,7 +108,7 @@ def _wire_compare(app: App, run: gr.Button, parts: _Parts) -> None:
                 raise UserError("Choose two or more VAEs to compare.")
 
             def work(report: Report) -> tuple[Laboratory, str]:
-                lab = compare_pictures(given, names, SIDES[side] or None, report)
+                lab = compare_pictures(given, names, SIDES[side] or None, report, app.models.stage)
                 return lab, _verdicts(app, model, names)
 
             for event in app.jobs.run(request, work, notes):
@@ -146,7 +146,7 @@ def _wire_decode(app: App, same: gr.Button, parts: _Parts) -> None:
             source = _own_vae(app, model)
 
             def work(report: Report) -> Any:
-                return decode_same(given, source, names, SIDES[side] or None, report)
+                return decode_same(given, source, names, SIDES[side] or None, report, app.models.stage)
 
             for event in app.jobs.run(request, work, notes):
                 if isinstance(event, Done):
@@ -252,7 +252,11 @@ def add_endpoint(app: App) -> None:
             if not isinstance(vaes, list) or not vaes or not all(isinstance(name, str) for name in vaes):
                 raise UserError('vaes is no list of names; expected such as ["emoji", "emoji-tiny"].')
             names = [app.named("vae", name) for name in vaes]
-            for event in app.jobs.run(request, lambda report: compare_pictures(given, names, int(side) or None, report), notes):
+
+            def work(report: Report) -> Laboratory:
+                return compare_pictures(given, names, int(side) or None, report, app.models.stage)
+
+            for event in app.jobs.run(request, work, notes):
                 if isinstance(event, Done):
                     path = app.place("compare.png")
                     save_png(comparison_sheet(event.result), path)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import secrets
+import shutil
+import signal
 import socket
 import stat
 import sys
@@ -15,7 +18,9 @@ from pathlib import Path
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")  # gradio makes a table of so many events after each of them
-os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="latentpipe-ui-"))
+if "GRADIO_TEMP_DIR" not in os.environ:
+    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="latentpipe-ui-")
+    atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
 import gradio as gr
 
@@ -54,7 +59,8 @@ def serve(
     login = login_of(auth_file)
     _refuse(listen and login is None and not no_auth, mcp and importlib.util.find_spec("mcp") is None)
     find_model(model)  # a wrong name is said now
-    port = _free_port(port)
+    host = "0.0.0.0" if listen else "127.0.0.1"
+    port = _free_port(port, host)
     collect_notes()
     sessions.lighten()
     sys.setswitchinterval(SWITCH_S)
@@ -62,7 +68,7 @@ def serve(
     state.models.device, state.models.dtype = device, dtype
     page = pages.build(state).queue(default_concurrency_limit=8, api_open=False)
     _, address, _ = page.launch(
-        server_name="0.0.0.0" if listen else "127.0.0.1",
+        server_name=host,
         server_port=port,
         share=False,
         auth=login,
@@ -85,6 +91,7 @@ def serve(
     )
     print(f"latentpipe is at {address}  (Ctrl-C ends it)", flush=True)
     if block:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: what was shown is removed
         try:
             page.block_thread()
         finally:
@@ -111,6 +118,8 @@ def login_of(auth_file: Path | None) -> Login | None:
         user, mark, password = line.partition(":")
         if not (mark and user and password):
             raise UserError(f"{where}: expected lines of user:password, with neither of them empty.")
+        if user in known:
+            raise UserError(f"{where} names the user '{user}' twice; keep one line for each.")
         known[user] = password
     if auth_file is not None and not known:
         raise UserError(f"{where} names no user; expected lines of user:password.")
@@ -129,14 +138,14 @@ def _lines(path: Path) -> list[str]:
     try:
         if os.name == "posix" and path.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH):
             raise UserError(f"{path} can be read or written by everybody on this machine; run: chmod 600 {path}")
-        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip() and not line.startswith("#")]
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip() and not line.startswith("#")]
     except OSError as error:
         raise UserError(f"--auth-file {path}: {(error.strerror or 'cannot be read').lower()}.") from None
     except UnicodeDecodeError:
         raise UserError(f"--auth-file {path} is no text; expected lines of user:password.") from None
 
 
-def _free_port(port: int | None) -> int:
+def _free_port(port: int | None, host: str = "127.0.0.1") -> int:
     """The port asked for, or the first free one from 7860 on; UserError where there is none."""
     if port is not None and not 1 <= port <= 65535:
         raise UserError(f"--port is {port}; expected 1 to 65535.")
@@ -144,7 +153,7 @@ def _free_port(port: int | None) -> int:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1", candidate))
+                probe.bind((host, candidate))
                 return candidate
             except OSError:
                 continue

@@ -20,7 +20,7 @@ from gradio.utils import get_upload_folder
 
 from latentpipe import Engine, Finished, LatentPipeline, Picture, StepDone, UserError
 from latentpipe.errors import Note
-from latentpipe.files import home
+from latentpipe.files import atomic_file, home
 from latentpipe.generate import free_path
 from latentpipe.jobs import Cancelled, Done, Progress, Report, Waiting, run_job
 from latentpipe.model_cache import ModelCache
@@ -29,6 +29,14 @@ from latentpipe.weights import available, shipped
 BUILT_IN = "Built-in"
 HEAVY: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}  # `latentpipe.jobs.Line` keeps the order
 LIGHT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+INSTEAD = {
+    "$LATENTPIPE_HOME/lora, or give it with --lora": "the server's LoRA folder, and press '↻ New files'",
+    "give its file with --adapter": "install it on the server first",
+    "Give the right ones with --lora NAME=FILE": "The server needs the LoRA file that it was drawn with",
+    "Give the right ones with --model": "The server needs the model that it was drawn with",
+    "give it with --image": "it can be replayed on the command line: latentpipe replay FILE --image PICTURE",
+}
+"""Advice of the command line, and what to do on a page in its place."""
 _notes: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("notes", default=None)
 
 
@@ -113,6 +121,8 @@ class App:
     shown: Path = field(default_factory=lambda: _folder_for_shown())
     """Inside gradio's own folder: a file there is not copied once more, and is removed after a day (`delete_cache`)."""
 
+    _keeping: threading.Lock = field(default_factory=threading.Lock)
+
     def choices(self, kind: str) -> list[str]:
         """Installed names of a kind ("models", "vae" or "lora")."""
         return list(available(kind))
@@ -140,8 +150,8 @@ class App:
         """Copy a PNG that is shown into `out` as well, where there is one, named by prompt and seed; returns its path."""
         if self.out is not None:
             folder = self.out / date.today().isoformat()
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, free_path(folder, prompt, seed))
+            with self._keeping, atomic_file(free_path(folder, prompt, seed)) as kept:  # two visitors may want one name
+                shutil.copyfile(path, kept)
         return str(path)
 
     def place(self, name: str) -> Path:
@@ -176,8 +186,10 @@ def wire_stop(app: App, button: gr.Button) -> None:
 
 
 def public(error: UserError) -> str:
-    """An error's sentence without the server's folders, and without a verdict's figures, which stand in the VAE lab."""
+    """An error's sentence for a page: without the server's folders, a verdict's figures (they stand in the VAE lab), options."""
     sentence = str(error).split("\nmeasured on")[0]
+    for option, place in INSTEAD.items():
+        sentence = sentence.replace(option, place)
     return sentence.replace(f"{home()}/", "").replace(f"{shipped()}/", "")
 
 

@@ -57,7 +57,7 @@ def opened(browser: Any, address: str, size: dict[str, int]) -> Iterator[Any]:
     """A page of a size in pixels, ready to use."""
     context = browser.new_context(viewport=size, accept_downloads=True)
     page = context.new_page()
-    page.set_default_timeout(90_000)
+    page.set_default_timeout(240_000)  # drawing takes seconds, and minutes on a machine that does other things too
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(f"script: {error}"))
     page.on("request", lambda request: None if inside(request.url, address) else wrong.append(f"asked {request.url}"))

@@ -59,7 +59,8 @@ def choose(page: Any, name: str, option: str) -> None:
 def shown(page: Any) -> Image.Image:
     """The first picture of the gallery, fetched as the browser does."""
     source = page.locator("#lp-gallery img").first.get_attribute("src")
-    return Image.open(io.BytesIO(page.request.get(source).body()))
+    # a kept connection may be closed by the server just as it is asked again: a browser asks once more, and so does this
+    return Image.open(io.BytesIO(page.request.get(source, max_retries=3).body()))
 
 
 def same(first: Image.Image, second: Image.Image) -> bool:

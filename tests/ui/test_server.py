@@ -36,6 +36,12 @@ def written(path: Path, content: str | bytes, mode: int = 0o600) -> Path:
     return path
 
 
+def test_a_byte_order_mark_belongs_to_no_name(tmp_path: Path) -> None:
+    check = login_of(written(tmp_path / "users", b"\xef\xbb\xbfanna:x\n"))
+    assert check is not None
+    assert check("anna", "x")
+
+
 def test_no_login_at_all() -> None:
     assert login_of(None) is None
 
@@ -84,6 +90,7 @@ def test_a_file_that_everybody_can_read(tmp_path: Path, mode: int) -> None:
         (":password\n", "neither of them empty"),
         ("anna:\n", "neither of them empty"),
         (b"\xff\xfe\x00\x01", "is no text"),
+        ("anna:a\nbert:b\nanna:c\n", "'anna' twice"),
     ],
 )
 def test_files_that_are_no_logins(tmp_path: Path, content: str | bytes, said: str) -> None:
@@ -167,6 +174,15 @@ def test_a_port_that_is_taken(launched: list[dict[str, Any]]) -> None:
     assert ui_server._free_port(port := free_port()) == port
 
 
+def test_a_port_that_is_taken_on_another_address(launched: list[dict[str, Any]]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.2", 0))
+        other.listen()
+        with pytest.raises(UserError, match="is taken"):
+            serve(port=other.getsockname()[1], listen=True, no_auth=True, block=False)
+    assert launched == []
+
+
 def status_of(address: str) -> int:
     try:
         with urllib.request.urlopen(address, timeout=20) as answer:
@@ -189,7 +205,8 @@ def sockets_of(pid: int) -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of sockets")
-def test_a_server_with_a_login_and_no_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_with_a_login_and_no_network(tmp_path: Path, end: signal.Signals) -> None:
     from gradio_client import Client
 
     shown = tmp_path / "temporary"
@@ -209,7 +226,7 @@ def test_a_server_with_a_login_and_no_network(tmp_path: Path) -> None:
         assert client.predict(api_name="/health")
         assert status_of(f"{address}/monitoring") in (401, 403, 404)
         assert list(shown.rglob("shown-*"))
-        process.send_signal(signal.SIGINT)
+        process.send_signal(end)
         process.wait(30)
         assert list(shown.rglob("shown-*")) == []
         assert "Traceback" not in (tmp_path / "server.log").read_text()
