@@ -17,13 +17,14 @@ import torch
 from PIL import Image, features
 
 from latentpipe.errors import UserError
-from latentpipe.evaluate.similarity import ms_ssim
+from latentpipe.evaluate.similarity import ms_ssim, scales_of
 from latentpipe.explore.codec import bd, files
 from latentpipe.images import open_picture, psnr, to_bytes, to_images
 
 HERE = Path(__file__).parent
 QUALITIES = {"JPEG": (5, 10, 20, 35, 50, 70, 85), "WebP": (0, 5, 10, 20, 35, 50, 70, 85), "AVIF": (5, 15, 30, 45, 60, 75)}
 RESAMPLES = 1000
+WHOLE = 5  # scales of MS-SSIM
 
 
 def conventional(kind: str, picture: Image.Image, quality: int, folder: Path) -> tuple[int, Image.Image, float, float]:
@@ -136,6 +137,7 @@ def run(name: str, pictures: list[Image.Image], settings: list[tuple[str, float]
     return {
         "n": n,
         "pixels": pixels,
+        "scales": min(scales_of(p.height, p.width) for p in pictures),
         "bd_rate": table,
         "points": means,
         "settings": [[Path(vae).name, *rest] for vae, *rest in settings],
@@ -185,6 +187,8 @@ def draw(results: dict, out: Path) -> None:
     for column, (name, result) in enumerate(results.items()):
         for row, (metric, label) in enumerate((("ms_ssim_db", "MS-SSIM, dB"), ("psnr_db", "PSNR, dB"))):
             axis = axes[row][column]
+            if metric == "ms_ssim_db" and result["scales"] < WHOLE:
+                label = label.replace("MS-SSIM", f"MS-SSIM-{result['scales']}")
             for kind, points in result["points"].items():
                 rates = np.array([8 * point["bytes"] / result["pixels"] for point in points])
                 values = np.array([point[metric] for point in points])
@@ -199,7 +203,7 @@ def draw(results: dict, out: Path) -> None:
 
 
 def main() -> None:
-    """Measure, print, write benchmarks/codec.json and codec.png."""
+    """Measure, print, write benchmarks/codec.json and codec.png; sets that are not measured now keep their figures."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--n", type=int, default=76, help="emoji of each set")
     parser.add_argument("--data", type=Path, default=Path("data/emoji"))
@@ -229,6 +233,9 @@ def main() -> None:
                 results[name] = run(name, pictures, settings, Path(folder))
     sizes = {Path(vae).name: model_bytes(vae) for vae in [*given.vae, given.photo_vae]}
     print("model bytes:", sizes)
+    if given.out.exists():
+        known = json.loads(given.out.read_text())
+        sizes, results = known["model_bytes"] | sizes, known["sets"] | results
     given.out.write_text(json.dumps({"model_bytes": sizes, "threads": torch.get_num_threads(), "sets": results}, indent=1) + "\n")
     draw(results, given.out.with_suffix(".png"))
     print(given.out)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,13 @@ import pytest
 
 gr = pytest.importorskip("gradio")
 
+import latentpipe  # noqa: E402
 from latentpipe import UserError  # noqa: E402
+from latentpipe.adapters import own_adapter  # noqa: E402
 from latentpipe.errors import Note  # noqa: E402
 from latentpipe.jobs import Cancelled, Done  # noqa: E402
-from latentpipe.ui.state import App, Jobs, collect_notes, told  # noqa: E402
+from latentpipe.lora.places import named_lora  # noqa: E402
+from latentpipe.ui.state import INSTEAD, App, Jobs, collect_notes, public, told  # noqa: E402
 
 PATIENCE_S = 30
 PATHS = [
@@ -218,3 +222,40 @@ def test_close_removes_what_was_shown(app: App) -> None:
     assert app.place("picture.png") != path
     app.close()
     assert not app.shown.exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: named_lora("nothing"),
+        lambda: own_adapter("nothing"),
+    ],
+)
+def test_a_page_gives_no_advice_of_the_command_line(wrong: Callable[[], Any], toasts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        wrong()
+    assert "--" in str(caught.value)
+    assert "--" not in public(caught.value)
+
+
+def test_each_advice_that_is_replaced_is_given_somewhere() -> None:
+    source = "".join(path.read_text() for path in Path(latentpipe.__file__).parent.rglob("*.py"))
+    given = "".join(re.findall(r'"(.*)"', source))
+    for option in INSTEAD:
+        assert option in given.replace("{options}", "--lora NAME=FILE") + given.replace("{options}", "--model"), option
+
+
+def test_pictures_of_one_name_are_all_kept(tmp_path: Path) -> None:
+    app = App(out=tmp_path)
+    picture = tmp_path / "shown.png"
+    picture.write_bytes(b"x" * 100_000)
+    visitors = [threading.Thread(target=app.keep_file, args=(picture, "red apple", 7)) for _ in range(12)]
+    for one in visitors:
+        one.start()
+    for one in visitors:
+        one.join()
+    kept = list(tmp_path.rglob("red-apple*"))
+    assert len(kept) == 12
+    assert {path.read_bytes() for path in kept} == {picture.read_bytes()}
+    assert not list(tmp_path.rglob("*.part"))
+    app.close()
