@@ -29,11 +29,13 @@ def compress(
     from latentpipe.errors import Note
     from latentpipe.explore.codec import files
     from latentpipe.files import atomic_file
-    from latentpipe.images import has_alpha, open_picture
+    from latentpipe.images import dropped, open_picture
 
+    if out.suffix.lower() != ".lpz":
+        raise UserError(f"{out}: expected the name of a file that ends in .lpz.")
     opened = open_picture(picture)
-    if has_alpha(picture):
-        warnings.warn(Note(f"{picture} is transparent in places; an .lpz file is not, so it was laid on white"), stacklevel=2)
+    for what in dropped(picture):
+        warnings.warn(Note(f"{picture} {what}"), stacklevel=2)
     codec = files.open_codec(vae)
     data = files.compress(opened, codec, step, progress=_bar)
     with atomic_file(out) as part:

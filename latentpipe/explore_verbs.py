@@ -65,7 +65,7 @@ def sample(
 def traverse(
     picture: Path | None = None,
     /,
-    vae: str = VECTOR,
+    vae: str = "emoji",
     attribute: tuple[str, ...] = (),
     rows: int = 8,
     images: Path | None = None,
@@ -80,7 +80,7 @@ def traverse(
     Directions: channels, principal components of many pictures' latents, and attributes that their captions name.
 
     Args:
-        picture: The picture to begin from; left out: one of the emoji bank.
+        picture: The picture to begin from; left out: one of those that directions are learnt from, low in the attribute.
         vae: Name, folder or file of the VAE.
         attribute: Only these: words of captions, or skin tone, smiling, woman.
         rows: How many directions the sheet shows.
@@ -104,8 +104,12 @@ def traverse(
     known = sets.read_set(images, side, most)
     with _bar() as report:
         latents = sets.encode(stage, known.images, report)
-        start = latents[0] if given is None else sets.encode(stage, to_images(fit_square(given, side)))[0]
-        found = run.ranked(stage, latents[:8], run.candidates(latents, known.captions, attribute, report), 2.0, report)[:rows]
+        directions = run.candidates(latents, known.captions, attribute, report)
+        if given is None:
+            start = latents[run.beginning(known.captions, attribute)]
+        else:
+            start = sets.encode(stage, to_images(fit_square(given, side)))[0]
+        found = run.ranked(stage, latents[:8], directions, 2.0, report)[:rows]
         page = run.sheet(stage, start, [one for one, _ in found], report=report)
     _save(page, out)
     table = [{"name": one.name, "change": change, "score": one.score} for one, change in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -58,11 +59,17 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def atomic_file(target: Path) -> Iterator[Path]:
     """A temporary path beside `target` that takes its name when the block succeeds, and vanishes when it fails."""
     target = Path(target)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.part")
     try:
         yield temporary
         os.replace(temporary, target)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(target)  # the name that was asked for
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -46,16 +46,24 @@ def open_picture(path: Path) -> Image.Image:
             return flatten(picture)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; expected the file of a picture.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture ({error}).") from None
 
 
-def has_alpha(path: Path) -> bool:
-    """Whether a readable picture is transparent somewhere."""
+def dropped(path: Path) -> list[str]:
+    """What a readable picture has beyond one upright 8-bit RGB picture, and what becomes of it, in words."""
+    found = []
     with Image.open(path) as picture:
-        if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
-            return False
-        return np.asarray(picture.convert("RGBA"))[..., 3].min() < 255
+        transparent = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
+        if transparent and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
+            found.append("is transparent in places and was laid on white")
+        if (frames := getattr(picture, "n_frames", 1)) > 1:
+            found.append(f"has {frames} frames, of which the first was taken")
+        if picture.mode.startswith(("I", "F")):
+            found.append("has more than 8 bits for a value and was reduced to 8")
+    return found
 
 
 def fit_square(picture: Image.Image, size: int) -> Image.Image:

@@ -22,7 +22,7 @@ def interpolate(
     /,
     n: int = 9,
     way: Literal["slerp", "lerp", "density"] = "slerp",
-    vae: str = "emoji-vector",
+    vae: str = "emoji",
     model: str = "emoji",
     images: Path | None = None,
     size: int | None = None,

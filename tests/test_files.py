@@ -156,3 +156,14 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space"):
         write_file(tmp_path / "new" / "y.bin", "half", FULL)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.bin"]
+
+
+def test_errors_name_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "taken.txt").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        write_file(tmp_path / "taken.txt", "x")
+    assert caught.value.filename == str(tmp_path / "taken.txt")
+    missing = tmp_path / "missing.txt"
+    with pytest.raises(OSError, match=r"missing\.txt") as caught, files.atomic_file(missing):
+        raise OSError(28, "No space left on device", str(missing.with_name(".missing.txt.part")))
+    assert caught.value.filename == str(missing)

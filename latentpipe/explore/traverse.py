@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -43,6 +44,14 @@ def sheet(
     pictures = to_pixels(decode(stage, batch, report))
     rows = [pictures[first : first + len(amounts)] for first in range(0, len(pictures), len(amounts))]
     return page(rows, [direction.name for direction in directions], [f"{amount:+g} sd" if amount else "0" for amount in amounts])
+
+
+def beginning(captions: Sequence[Sequence[str]], attributes: Sequence[str] = ()) -> int:
+    """Index of the first picture that has least of the first attribute by its caption, so that a walk leads to it; else 0."""
+    if not attributes:
+        return 0
+    known = labels(captions, attributes[0])
+    return int(np.flatnonzero(known == np.nanmin(known))[0])
 
 
 def candidates(

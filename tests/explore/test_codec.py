@@ -250,9 +250,19 @@ def test_the_verbs(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) 
     assert Image.open("back.png").size == (40, 30)
     assert main(["compress", "clear.png", "clear.lpz", "--vae", str(folder)]) in (0, None)
     assert "laid on white" in capsys.readouterr().err
+    clear.convert("RGB").save("moving.gif", save_all=True, append_images=[photo(40, 30).rotate(180)])
+    Image.fromarray(np.full((30, 40), 40_000, np.uint16)).save("deep.png")
+    for name, note in (("moving.gif", "has 2 frames, of which the first"), ("deep.png", "more than 8 bits")):
+        assert main(["compress", name, "more.lpz", "--vae", str(folder)]) in (0, None)
+        assert note in capsys.readouterr().err
+    before = Path("in.png").read_bytes()
+    Path("taken.lpz").mkdir()
     for wrong, message in (
         (["compress", "none.png", "x.lpz", "--vae", str(folder)], "no such file"),
         (["compress", "in.png", "x.lpz", "--vae", str(folder), "--step", "0"], "--step is 0"),
+        (["compress", "in.png", "in.png", "--vae", str(folder)], "ends in .lpz"),
+        (["compress", "in.png", "taken.lpz", "--vae", str(folder)], "taken.lpz: is a directory"),
+        (["compress", "taken.lpz", "x.lpz", "--vae", str(folder)], "taken.lpz is a folder"),
         (["decompress", "in.png", "x.png"], "is no .lpz file"),
         (["decompress", "out.lpz", "x.txt"], "no kind of picture"),
         (["decompress", "none.lpz", "x.png"], "cannot be read"),
@@ -260,6 +270,7 @@ def test_the_verbs(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) 
         assert main(wrong) == 2
         assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("x.*"))
+    assert Path("in.png").read_bytes() == before
 
 
 def test_fit_codec_writes_what_compress_reads(tmp_path: Path, pictures: Path, capsys: Any) -> None:

@@ -41,6 +41,13 @@ def test_traverse_needs_no_argument(folder: Path, capsys: pytest.CaptureFixture[
         assert page.size == (traverse.LABEL_PX + 7 * 67, 18 + 8 * 67)
 
 
+def test_a_walk_begins_low_in_the_attribute() -> None:
+    captions = [["flag france"], ["woman dark skin tone"], ["woman light skin tone"], ["man light skin tone"]] * 5
+    assert traverse.beginning(captions) == 0
+    assert traverse.beginning(captions, ["skin tone"]) == 2
+    assert traverse.beginning(captions, ["woman", "skin tone"]) == 3
+
+
 def test_its_draws_are_nearer_to_emoji_than_those_of_the_embedded_vae() -> None:
     """Not one interval touches the other, at 64 draws."""
     real = sets.first(sets.read_set(None, 64, 64, "validation"), 64)
