@@ -31,9 +31,9 @@ sys.path.insert(0, str(HERE.parent / "tests" / "ui"))
 
 PROMPT = "red apple"
 FLOORS = {"page_s": 12.0, "usable_s": 2.0, "request_s": 0.15, "long_job": 0.05, "previews": 0.03}
-JOBS = {"single": (20, 40), "long": (200, 6)}
+JOBS = {"single": (20, 40), "long": (200, 20)}
 """Steps, and how often in turns; the long one takes over 3 s."""
-PREVIEWS = (200, 8)
+PREVIEWS = (200, 20)
 RESAMPLES = 10_000
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from latentpipe.explore.directions import Report
 
 VECTOR = "emoji-vector"
+MOST_DRAWS = 1024  # on one sheet
 
 
 def sample(
@@ -46,9 +47,10 @@ def sample(
     from latentpipe.errors import Note, UserError
     from latentpipe.explore import sample as run
 
-    if n < 1 or measured < 0 or measured == 1 or not 0 <= seed < 2**32:
+    if not 1 <= n <= MOST_DRAWS or measured < 0 or measured == 1 or not 0 <= seed < 2**32:
         raise UserError(
-            f"Given --n {n}, --seed {seed}, --measured {measured}; expected n from 1, a seed from 0, measured 0 or from 2."
+            f"Given --n {n}, --seed {seed}, --measured {measured}; expected n from 1 to {MOST_DRAWS:,}, a seed from 0, "
+            "measured 0 or from 2."
         )
     _check_png(out)
     stage, name, side = _open(vae, size, device)

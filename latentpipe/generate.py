@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
+from latentpipe.apart import apart
 from latentpipe.defaults import GUIDANCE, STEPS, STRENGTH
 from latentpipe.errors import UserError
 
@@ -81,14 +82,17 @@ def run(options: Generate) -> None:
     _writable(options.out)
     from latentpipe import Engine, LatentPipeline
 
-    pipe = LatentPipeline.from_pretrained(
-        options.model, options.vae, options.device, options.dtype, options.adapter, options.force
-    )
-    for source, weight in loras:
-        print(pipe.attach_lora(source, weight, partial=options.lora_partial, force=options.force), file=sys.stderr)
-    if options.lora_method != "sum":
-        pipe.set_lora(pipe.loras.weights, method=options.lora_method)
-    pictures, stopped = _watch(Engine(pipe), options.prompt, settings)
+    def opened() -> LatentPipeline:
+        pipe = LatentPipeline.from_pretrained(
+            options.model, options.vae, options.device, options.dtype, options.adapter, options.force
+        )
+        for source, weight in loras:
+            print(pipe.attach_lora(source, weight, partial=options.lora_partial, force=options.force), file=sys.stderr)
+        if options.lora_method != "sum":
+            pipe.set_lora(pipe.loras.weights, method=options.lora_method)
+        return pipe
+
+    pictures, stopped = _watch(Engine(apart(opened)), options.prompt, settings)
     for picture in pictures:
         print(picture.save(free_path(options.out, picture.recipe.prompt, picture.recipe.seed)))
     if stopped:

@@ -17,6 +17,7 @@ from PIL import Image
 from latentpipe import emphasis
 from latentpipe import recipe as recipes
 from latentpipe.adapters import adapted, find_adapter, open_adapter
+from latentpipe.apart import apart
 from latentpipe.denoise import check_family, denoise, is_classic, native_size, size_unit
 from latentpipe.errors import Note, UserError
 from latentpipe.files import content_hash, read_json
@@ -108,13 +109,17 @@ class LatentPipeline:
         if device == "cpu" and dtype == "fp16":
             warnings.warn("CPUs compute fp16 very slowly; bf16 is as small and much faster", Note, stacklevel=2)
         folder = find_model(model)
-        host = load_pipeline(folder, DTYPES[dtype])
-        try:
-            host.to(device)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-        pipe = cls(host, name=name_of(folder), hashes=hashes(folder), preview_map=_preview_map(folder / "vae"))
-        return pipe if vae is None else pipe.with_vae(vae, folder, adapter, force)
+
+        def opened() -> LatentPipeline:
+            host = load_pipeline(folder, DTYPES[dtype])
+            try:
+                host.to(device)
+            except (RuntimeError, AssertionError) as error:
+                raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+            pipe = cls(host, name=name_of(folder), hashes=hashes(folder), preview_map=_preview_map(folder / "vae"))
+            return pipe if vae is None else pipe.with_vae(vae, folder, adapter, force)
+
+        return apart(opened)
 
     def with_vae(self, vae: str | Path, folder: Path, adapter: str | Path | None = None, force: bool = False) -> LatentPipeline:
         """The same denoiser around another VAE, which an adapter or a verdict vouches for; `folder` is the model's."""
