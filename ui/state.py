@@ -59,12 +59,18 @@ class Jobs:
             yield from _left_at_once(run_job(work, token), token)
 
     def draw(
-        self, request: gr.Request, pipe: LatentPipeline, prompt: str, notes: list[str] | None = None, **settings: Any
+        self,
+        request: gr.Request,
+        pipe: LatentPipeline,
+        prompt: str,
+        notes: list[str] | None = None,
+        previews: bool = True,
+        **settings: Any,
     ) -> Iterator[Waiting | StepDone | Finished]:
-        """Events of `latentpipe.Engine.run` for this visitor, with previews."""
+        """Events of `latentpipe.Engine.run` for this visitor."""
         with self._token(request) as token:
             _notes.set(notes)
-            yield from _left_at_once(Engine(pipe).run(prompt, cancel=token, previews=True, **settings), token)
+            yield from _left_at_once(Engine(pipe).run(prompt, cancel=token, previews=previews, **settings), token)
 
     def stop(self, request: gr.Request) -> int:
         """Stop this visitor's jobs; returns how many there were."""
