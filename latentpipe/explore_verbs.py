@@ -96,7 +96,7 @@ def traverse(
     from latentpipe.errors import UserError
     from latentpipe.explore import sets
     from latentpipe.explore import traverse as run
-    from latentpipe.images import fit_square, open_picture, to_images
+    from latentpipe.images import open_picture
 
     if rows < 1 or most < 2:
         raise UserError(f"Given --rows {rows}, --most {most}; expected rows from 1 and most from 2.")
@@ -106,17 +106,21 @@ def traverse(
     known = sets.read_set(images, side, most)
     with _bar() as report:
         latents = sets.encode(stage, known.images, report)
-        directions = run.candidates(latents, known.captions, attribute, report)
-        if given is None:
-            start = latents[run.beginning(known.captions, attribute)]
-        else:
-            start = sets.encode(stage, to_images(fit_square(given, side)))[0]
-        found = run.ranked(stage, latents[:8], directions, 2.0, report)[:rows]
+        found = run.ranked(stage, latents[:8], run.candidates(latents, known.captions, attribute, report), 2.0, report)[:rows]
+        start = latents[run.beginning(known.captions, attribute)] if given is None else _latents(stage, given, side)
         page = run.sheet(stage, start, [one for one, _ in found], report=report)
     _save(page, out)
     table = [{"name": one.name, "change": change, "score": one.score} for one, change in found]
     facts = {"vae": name, "set": known.name, "n": len(latents), "size_px": side, "out": str(out), "directions": table}
     _tell(facts, _ranking(facts), out, json)
+
+
+def _latents(stage: Any, picture: Any, side: int) -> Any:
+    """A picture's latents, of its centred square."""
+    from latentpipe.explore import sets
+    from latentpipe.images import fit_square, to_images
+
+    return sets.encode(stage, to_images(fit_square(picture, side)))[0]
 
 
 def _ranking(facts: dict[str, Any]) -> str:

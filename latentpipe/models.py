@@ -49,6 +49,14 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
             raise UserError(f"{folder} is not a complete model: {str(error).splitlines()[0]}") from None
 
 
+def move_pipeline(pipe: Any, device: str) -> Any:
+    """The pipeline with its networks on a device; UserError where that cannot be used."""
+    try:
+        return pipe.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
 def networks(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Library and class of the parts of a pipeline that have weights, from its model_index.json."""
     found = {name: tuple(source) for name, source in index.items() if isinstance(source, list) and len(source) == 2 and source[0]}

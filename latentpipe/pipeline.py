@@ -28,7 +28,7 @@ from latentpipe.lora.layer import Lora
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.prompt import split_tags
 from latentpipe.lora.report import Report
-from latentpipe.models import check_reference, hashes, load_pipeline
+from latentpipe.models import check_reference, hashes, load_pipeline, move_pipeline
 from latentpipe.sampling import OnStep, Settings, Step, check_settings
 from latentpipe.swap import check_swap, stage_of
 from latentpipe.vae import VAEStage
@@ -111,11 +111,7 @@ class LatentPipeline:
         folder = find_model(model)
 
         def opened() -> LatentPipeline:
-            host = load_pipeline(folder, DTYPES[dtype])
-            try:
-                host.to(device)
-            except (RuntimeError, AssertionError) as error:
-                raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+            host = move_pipeline(load_pipeline(folder, DTYPES[dtype]), device)
             pipe = cls(host, name=name_of(folder), hashes=hashes(folder), preview_map=_preview_map(folder / "vae"))
             return pipe if vae is None else pipe.with_vae(vae, folder, adapter, force)
 

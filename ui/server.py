@@ -34,7 +34,6 @@ from latentpipe.weights import find_model, shipped
 LOGIN = "LATENTPIPE_UI_LOGIN"
 THREADS = 128  # a job that waits in the line holds one
 SWITCH_S = 5e-4  # Python's 5 ms, waited for by each small operation of a denoiser while the server is busy, make its steps slow
-POLL_S = 0.02  # gradio looks for requests every millisecond, also while it draws, which a denoiser's threads feel
 Login = Callable[[str, str], bool]
 
 
@@ -63,12 +62,11 @@ def serve(
     host = "0.0.0.0" if listen else "127.0.0.1"
     port = _free_port(port, host)
     collect_notes()
-    sessions.lighten()
     sys.setswitchinterval(SWITCH_S)
     state = App(model=model, out=out)
     state.models.device, state.models.dtype = device, dtype
     page = pages.build(state).queue(default_concurrency_limit=8, api_open=False)
-    page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = POLL_S
+    sessions.lighten(page)
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,

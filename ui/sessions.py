@@ -1,4 +1,4 @@
-"""gradio's memory of each visitor, made light and bounded.
+"""gradio's memory of each visitor, made light and bounded; and its queue, made calm.
 
 gradio 6 copies the description of the whole page for every session: 15 ms and 1 MB of this page for each call of an endpoint,
 kept for the last 10 000 sessions. Only deep links read that copy, and this page has none.
@@ -13,6 +13,8 @@ from gradio.state_holder import SessionState
 
 MOST = 1000
 """Visitors whose history and choices are remembered; who was away for longest is forgotten first."""
+POLL_S = 0.02
+"""Seconds between looks for requests; gradio's millisecond, also while it draws, is felt by a denoiser's threads."""
 
 
 class _Bare:
@@ -25,8 +27,10 @@ class _Bare:
         return getattr(self._page, name)
 
 
-def lighten() -> None:
-    """Let new sessions begin without that copy; gradio describes a block when its value first changes."""
+def lighten(page: gr.Blocks) -> None:
+    """Let new sessions begin without that copy (gradio describes a block when its value first changes), and look for their
+    requests seldom enough. `page` has its queue."""
+    page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = POLL_S
     make = SessionState.__init__
     if getattr(make, "light", False):
         return
