@@ -95,17 +95,18 @@ def emoji(folder: Path, size: int, n: int) -> list[Image.Image]:
 
 
 def photographs(most: int = 512) -> list[Image.Image]:
-    """The photographs, their longer side at most `most` pixels, those of 64 pixels and without sRGB left out."""
+    """The photographs in 8-bit sRGB that are large enough for MS-SSIM of all scales, their longer side at most `most` pixels."""
     root = os.environ.get("LATENTPIPE_ASSETS")
     if not root:
         return []
     found = []
     for path in sorted((Path(root) / "data" / "photos").iterdir()):
-        if path.name.startswith("64px") or not (path.suffix == ".jpg" or "srgb8" in path.name or path.name.count("_") == 0):
+        if not (path.suffix == ".jpg" or "srgb8" in path.name or path.name.count("_") == 0):
             continue
         picture = open_picture(path)
         picture.thumbnail((most, most), Image.Resampling.LANCZOS)
-        found.append(picture)
+        if scales_of(picture.height, picture.width) == WHOLE:
+            found.append(picture)
     return found
 
 
@@ -137,7 +138,7 @@ def run(name: str, pictures: list[Image.Image], settings: list[tuple[str, float]
     return {
         "n": n,
         "pixels": pixels,
-        "scales": min(scales_of(p.height, p.width) for p in pictures),
+        "scales": sorted({scales_of(p.height, p.width) for p in pictures}),
         "bd_rate": table,
         "points": means,
         "settings": [[Path(vae).name, *rest] for vae, *rest in settings],
@@ -187,8 +188,8 @@ def draw(results: dict, out: Path) -> None:
     for column, (name, result) in enumerate(results.items()):
         for row, (metric, label) in enumerate((("ms_ssim_db", "MS-SSIM, dB"), ("psnr_db", "PSNR, dB"))):
             axis = axes[row][column]
-            if metric == "ms_ssim_db" and result["scales"] < WHOLE:
-                label = label.replace("MS-SSIM", f"MS-SSIM-{result['scales']}")
+            if metric == "ms_ssim_db" and result["scales"] != [WHOLE]:
+                label = label.replace("MS-SSIM", f"MS-SSIM-{' or '.join(map(str, result['scales']))}")
             for kind, points in result["points"].items():
                 rates = np.array([8 * point["bytes"] / result["pixels"] for point in points])
                 values = np.array([point[metric] for point in points])

@@ -30,11 +30,11 @@ BUILT_IN = "Built-in"
 HEAVY: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}  # `latentpipe.jobs.Line` keeps the order
 LIGHT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 INSTEAD = {
-    "$LATENTPIPE_HOME/lora, or give it with --lora": "the server's LoRA folder, and press '↻ New files'",
+    "$LATENTPIPE_HOME/lora, or give it with --lora": "the server's LoRA folder, and press '↻ Look for new files'",
     "give its file with --adapter": "install it on the server first",
     "Give the right ones with --lora NAME=FILE": "The server needs the LoRA file that it was drawn with",
     "Give the right ones with --model": "The server needs the model that it was drawn with",
-    "give it with --image": "it can be replayed on the command line: latentpipe replay FILE --image PICTURE",
+    "give it with --image": "put that one into the field 'That picture'",
 }
 """Advice of the command line, and what to do on a page in its place."""
 _notes: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("notes", default=None)
