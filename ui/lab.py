@@ -46,8 +46,8 @@ def build(app: App, model: gr.Dropdown) -> Lab:
                 names, value=usual if len(usual) > 1 else names[:2], multiselect=True, label="VAEs", elem_id="lp-lab-vaes"
             )
             with gr.Row():
-                side = gr.Dropdown(list(SIDES), value="what suits all", label="Side in pixels", min_width=120)
-                refresh = gr.Button("↻ New files", size="sm", min_width=80)
+                side = gr.Dropdown(list(SIDES), value="what suits all", label="Side in pixels", scale=2, min_width=120)
+                refresh = gr.Button("↻ New files", size="sm", scale=1, min_width=80)
             with gr.Row():
                 run = gr.Button("Compare", variant="primary", min_width=120, elem_id="lp-lab-run", elem_classes=RUN)
                 stop = gr.Button("Stop", min_width=80, elem_classes=STOP)
