@@ -75,12 +75,13 @@ class Adapter(nn.Module):
 
 
 class Adapted(nn.Module):
-    """A stage in two halves: it encodes by the host's VAE and decodes, through an adapter, by another one.
+    """A stage in two halves: it encodes by the host's VAE and decodes by another one, through an adapter where there is one.
 
-    It has the host's space, so a denoiser cannot tell; what comes out is the other VAE's picture.
+    It has the host's space, so a denoiser cannot tell; what comes out is the other VAE's picture. Without an adapter
+    (None) the other VAE's decoder reads the host's latents as they are.
     """
 
-    def __init__(self, encoder: Any, adapter: Adapter, decoder: Any) -> None:
+    def __init__(self, encoder: Any, adapter: Adapter | None, decoder: Any) -> None:
         super().__init__()
         self.encoder, self.adapter, self.decoder = encoder, adapter, decoder
         self.space: LatentSpace = encoder.space
@@ -106,6 +107,8 @@ class Adapted(nn.Module):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The host's latents to images."""
+        if self.adapter is None:
+            return self.decoder.decode(latents)
         weight = self.adapter.linear.weight
         return self.decoder.decode(self.adapter(latents.to(weight.device, weight.dtype)))
 

@@ -183,12 +183,14 @@ def enforce_chain(folder: Path) -> None:
 
 
 def check_reference(folder: Path) -> None:
-    """UserError where a model's VAE was put in by force: nothing can be measured against that one."""
+    """UserError where a model's VAE was put in by force, or for its decoder alone: nothing can be measured against that one."""
     card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
     swapped = card.get("swapped_vae") or {}
-    if (swapped.get("verdict") or {}).get("forced"):
+    verdict = swapped.get("verdict") or {}
+    if verdict.get("forced") or verdict.get("outcome") == "decoder fits":
+        how = "by force" if verdict.get("forced") else "for its decoder alone"
         raise UserError(
-            f"{folder}: its VAE was put in by force ({swapped.get('name')}), so other VAEs cannot be judged beside it. "
+            f"{folder}: its VAE was put in {how} ({swapped.get('name')}), so other VAEs cannot be judged beside it. "
             f"Its denoiser was trained on VAE {str(card.get('vae_hash'))[:HASH_LENGTH]}; give the model that has that one."
         )
 

@@ -5,6 +5,7 @@ Two text chunks: `parameters`, as A1111 writes it and many tools read it, and `l
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from latentpipe.errors import UserError
 from latentpipe.files import atomic_file
+from latentpipe.images import flatten
 
 VERSION: Literal[1] = 1
 CHUNK = "latentpipe"
@@ -190,3 +192,9 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()[:200]
     return (platform.processor() or platform.machine())[:200]
+
+
+def pixel_hash(picture: Image.Image) -> str:
+    """sha256 of a picture's size and upright RGB pixels."""
+    picture = flatten(picture)
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()

@@ -85,6 +85,11 @@ def open_vae(
         return formats.open_vae(Path(path), Given(scaling_factor, shift_factor, downscale, norm_groups))
 
 
+def declared_space(path: Path) -> LatentSpace:
+    """Channels and downscale of a VAE's latents, from its config or header alone; factors that it does not state are 1."""
+    return formats.declared_space(Path(path))
+
+
 def load_vae(path: Path, dtype: torch.dtype = torch.float32, **given: Any) -> Any:
     """An autoencoder from a folder or a file, strictly, in eval mode; arguments as for `open_vae`."""
     vae = open_vae(path, **given)

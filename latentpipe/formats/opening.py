@@ -69,6 +69,16 @@ def open_vae(path: Path, given: Given | None = None) -> VAEFile:
     return resolve(open_source(path), given or Given())
 
 
+def declared_space(path: Path) -> LatentSpace:
+    """Channels and downscale of a VAE's latents by its config or the shapes in its header: no weight is read.
+
+    Factors that the file does not state are 1 here.
+    """
+    source = open_source(path)
+    config, _ = _identify(source, Given())
+    return _space({**config, "scaling_factor": config.get("scaling_factor") or 1.0}, source.path)
+
+
 def resolve(source: Source, given: Given) -> VAEFile:
     """As `open_vae`, of a Source."""
     config, names = _identify(source, given)
