@@ -15,6 +15,7 @@ from torch.nn import functional
 from latentpipe.errors import UserError
 from latentpipe.files import HASH_LENGTH, atomic_file, content_hash, load_strictly, read_header, read_tensors
 from latentpipe.latents import LatentSpace
+from latentpipe.reading import parse_object
 from latentpipe.vae import VAEStage
 from latentpipe.weights import home
 
@@ -148,7 +149,7 @@ def read_card(path: Path) -> AdapterCard:
     try:
         if metadata.get("format") != FORMAT:
             raise ValueError
-        card = json.loads(metadata["card"])
+        card = parse_object(metadata["card"])
         card |= {"source": tuple(card["source"]), "target": tuple(card["target"])}
         sizes = [*card["source"], *card["target"]]
         if len(sizes) != 4 or not all(type(size) is int and 0 < size <= MOST for size in sizes) or card["rung"] not in RUNGS:

@@ -17,7 +17,7 @@ from PIL import Image
 from latentpipe import recipe as recipes
 from latentpipe.adapters import own_adapter
 from latentpipe.errors import UserError
-from latentpipe.images import open_picture
+from latentpipe.images import open_picture, picture_file
 from latentpipe.jobs import Report, Waiting, events_of
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.places import named_lora
@@ -141,7 +141,7 @@ def replay(
 
     pictures = pipe(old.prompt, n=old.batch_size, seed=old.seed - old.batch_index, on_step=on_step, **settings)
     picture = pictures[old.batch_index]
-    with Image.open(path) as stored:
+    with picture_file(path) as stored:
         before = np.asarray(stored.convert("RGB"), dtype=np.int16)
     after = np.asarray(picture.image, dtype=np.int16)
     if before.shape != after.shape:

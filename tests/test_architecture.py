@@ -17,7 +17,8 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 
 # A module imports from those above it, from itself and from its own package only.
 ORDER = [
-    ["errors"], ["apart"], ["version"], ["defaults"], ["images"], ["probes"], ["latents"], ["files"],
+    ["errors"], ["shortage"], ["yaml_loader"], ["reading"], ["apart"], ["version"], ["defaults"],
+    ["images"], ["probes"], ["latents"], ["files"], ["components"],
     ["bands"], ["bandable"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["hosts"], ["weights"],
     ["rescale"], ["fp16"],
     ["models"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["verdicts"], ["recipe"], ["sampling"],

@@ -132,7 +132,7 @@ def test_broken_yaml_names_the_file(tmp_path: Path, content: str) -> None:
 def test_missing_files_folders_and_bytes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such config file"):
         config.load(tmp_path / "x.yaml", TrainVAE)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not a file; expected a config"):
         config.load(tmp_path, TrainVAE)
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(UserError, match=r"x\.yaml"):

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentpipe.errors import UserError
+from latentpipe.reading import read_yaml
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Positive = Annotated[int, Field(ge=1)]
@@ -80,15 +81,9 @@ Config = TypeVar("Config", bound=Strict)
 
 def load(path: Path, schema: type[Config]) -> Config:
     """Read a YAML file into `schema`; UserError lists every problem, with the nearest known key."""
-    try:
-        raw = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file. The shipped ones are listed by 'latentpipe ls configs'.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a config ({error}).") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return parse(raw, schema, str(path))
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such config file. The shipped ones are listed by 'latentpipe ls configs'.")
+    return parse(read_yaml(path, "a config, a YAML file"), schema, str(path))
 
 
 def parse(raw: Any, schema: type[Config], source: str) -> Config:

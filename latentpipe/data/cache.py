@@ -19,6 +19,7 @@ from latentpipe.data.folder import read_pictures
 from latentpipe.errors import UserError
 from latentpipe.files import HASH_LENGTH, atomic_file, read_tensors
 from latentpipe.images import bytes_to_images
+from latentpipe.reading import MOST_HEADER, parse_json
 from latentpipe.vae import VAEStage
 from latentpipe.weights import load_vae, vae_hash
 
@@ -81,7 +82,7 @@ def open_cache(path: Path, vae_folder: Path) -> LatentCache:
             f"{path} holds latents of VAE {metadata['vae_hash'][:HASH_LENGTH]}, but {vae_folder} is "
             f"{digest[:HASH_LENGTH]}; encode the pictures again with 'latentpipe encode'."
         )
-    captions = [tuple(texts) for texts in json.loads(metadata["captions"])]
+    captions = [tuple(texts) for texts in parse_json(metadata["captions"], most=MOST_HEADER)]
     return LatentCache(tensors["mean"], tensors["std"], captions, int(metadata["size_px"]), digest)
 
 

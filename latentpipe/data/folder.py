@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from latentpipe.errors import UserError
-from latentpipe.images import fit_square, flatten
+from latentpipe.images import Unreadable, fit_square, flatten, picture_file
+from latentpipe.reading import parse_json
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
@@ -75,8 +74,10 @@ def read_pictures(folder: Path, size_px: int, most: int | None = None) -> Pictur
         name = item.path.relative_to(folder).as_posix()
         try:
             arrays.append(read_square(item.path, size_px))
-        except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            result.skipped[name] = str(error) or type(error).__name__
+        except Unreadable as error:
+            result.skipped[name] = error.reason
+        except UserError as error:
+            result.skipped[name] = str(error)
             continue
         result.names.append(name)
         result.captions.append(item.captions)
@@ -87,8 +88,8 @@ def read_pictures(folder: Path, size_px: int, most: int | None = None) -> Pictur
 
 
 def read_square(path: Path, size_px: int) -> np.ndarray:
-    """One file as an upright RGB square, uint8 size size 3 (alpha on white, Lanczos); OSError or ValueError if it is bad."""
-    with Image.open(path) as picture:
+    """One file as an upright RGB square, uint8 size size 3 (alpha on white, Lanczos); UserError if it is bad."""
+    with picture_file(path) as picture:
         return np.asarray(fit_square(flatten(picture), size_px))
 
 
@@ -108,7 +109,7 @@ def _rows(folder: Path) -> list[tuple[str, str | None]] | None:
     try:
         if jsonl.is_file():
             lines = jsonl.read_text(encoding="utf-8-sig").split("\n")
-            records = [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
+            records = [(number, parse_json(line, foreign=True)) for number, line in enumerate(lines, 1) if line.strip()]
         elif table.is_file():
             with table.open(newline="", encoding="utf-8-sig") as file:
                 records = list(enumerate(csv.DictReader(file), 2))

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from latentpipe.errors import UserError
-from latentpipe.files import atomic_folder
+from latentpipe.files import atomic_folder, read_tensors
+from latentpipe.reading import parse_object, read_text
 
 
 def save(work: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int = 2) -> Path:
@@ -32,7 +33,7 @@ def newest(work: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         return None
     folder = found[-1]
     try:
-        return load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text())
+        return read_tensors(folder / "state.safetensors"), parse_object(read_text(folder / "state.json"), foreign=True)
     except Exception as error:
         raise UserError(f"{folder} cannot be read ({error}); delete it to go on from the one before.") from None
 

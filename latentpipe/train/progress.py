@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from latentpipe.errors import UserError
 from latentpipe.files import atomic_file
+from latentpipe.reading import parse_json
 
 
 class Progress:
@@ -118,6 +119,6 @@ def _board(folder: Path, first: int) -> Any:
 def _step_of(line: str) -> int:
     """The step of a log line; 0 for the torn last line of a run that was killed."""
     try:
-        return int(json.loads(line)["step"])
+        return int(parse_json(line)["step"])
     except (ValueError, KeyError, TypeError):
         return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 import warnings
@@ -10,11 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from latentpipe.config import Run, Strict, dump
 from latentpipe.errors import Note, UserError
 from latentpipe.files import atomic_file
+from latentpipe.reading import read_json, read_yaml
 
 # What a finished model's folder holds; with anything else in it a folder is somebody's, and is not replaced
 MODEL_FILES = frozenset({"config.json", "model_index.json", "card.json", "latent_rgb.json", "precision.json", "README.md"})
@@ -39,7 +37,7 @@ def begin(config: Strict, run: Run) -> Callable[[], None]:
         _writable(folder)
     record = run.work / "config.yaml"
     if run.resume and record.is_file():
-        before, now = _flat(yaml.safe_load(record.read_text())), _flat(config.model_dump(mode="json"))
+        before, now = _flat(read_yaml(record)), _flat(config.model_dump(mode="json"))
         free = {"run.resume", "run.out", "run.work", "run.save_every_steps", "run.sample_every_steps"}
         changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if key not in free and before.get(key) != now[key]]
         if changed:
@@ -60,8 +58,8 @@ def _replaceable(folder: Path) -> bool:
         return False
     entries = {path.name for path in folder.iterdir()}
     try:
-        index = json.loads((folder / "model_index.json").read_text()) if "model_index.json" in entries else {}
-        kind = index or (json.loads((folder / "config.json").read_text()) if "config.json" in entries else {})
+        index = read_json(folder / "model_index.json") if "model_index.json" in entries else {}
+        kind = index or (read_json(folder / "config.json") if "config.json" in entries else {})
     except ValueError:
         return False
     known = {name for name in entries if name in MODEL_FILES or name in index or WEIGHTS.fullmatch(name)}

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 import torch
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from latentpipe.config import Optimization, Run
 from latentpipe.errors import UserError
-from latentpipe.files import atomic_file
+from latentpipe.files import atomic_file, read_tensors
 from latentpipe.train import checkpoint
 from latentpipe.train.guard import Guard
 
@@ -166,5 +166,5 @@ class State:
     def take_best(self, work: Path) -> None:
         """Make the averaged weights those of the best validation figure."""
         if (work / BEST_FILE).is_file():
-            found = load_file(work / BEST_FILE)
+            found = read_tensors(work / BEST_FILE)
             self.ema.shadow_params = [found[str(index)].to(old.device) for index, old in enumerate(self.ema.shadow_params)]
