@@ -25,6 +25,7 @@ from latentpipe import (
     verbs,
 )
 from latentpipe.errors import Note, UserError
+from latentpipe.shortage import is_shortage, sentence
 from latentpipe.verbs import configs_folder
 
 Verb = Callable[[list[str]], None]
@@ -163,12 +164,14 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(_plain(error))
     except Exception as error:
         # safetensors and torch wrap what the system said
-        if "No space left" in str(error) or "not enough memory" in str(error) or "out of memory" in str(error):
+        if "No space left" in str(error) or is_shortage(error):
             return _fail(_plain(error))
         raise
 
 
 def _plain(error: Exception) -> str:
+    if is_shortage(error):
+        return sentence(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = error.filename or "while writing"
         return f"the disk is full ({where}); nothing was left under its final name. Free some space and run it again."

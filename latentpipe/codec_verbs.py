@@ -19,7 +19,7 @@ def compress(
     """Store a picture as the rounded latents of a VAE, in an .lpz file.
 
     Args:
-        picture: Any picture that Pillow reads; transparency is laid on white.
+        picture: A PNG, JPEG, WebP, GIF, BMP or TIFF file; transparency is laid on white.
         out: The .lpz file to write.
         vae: Name or folder of the VAE; emoji-tiny makes larger and better files.
         step: Width of rounding in units of the latents: larger makes smaller files. Left out: what fit-codec learnt, else 0.5.

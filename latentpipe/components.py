@@ -140,8 +140,7 @@ def telling(path: Path, what: str) -> Iterator[None]:
         raise (error if str(path) in str(error) else UserError(f"{path}: {error}")) from None
     except Exception as error:
         refuse(error, str(path))
-        text = str(error).strip()
-        reason = text.splitlines()[0][:200].rstrip(".") if text else type(error).__name__
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise UserError(f"{path}: its config does not describe a working {what} ({reason}).") from None
 
 

@@ -16,6 +16,7 @@ import torch
 from latentpipe.components import built_within, check_config, telling
 from latentpipe.errors import UserError
 from latentpipe.files import HASH_LENGTH, atomic_folder, content_hash, load_strictly, read_header, read_json, read_tensors
+from latentpipe.model_files import check_small_files, check_tokenizer, read_card
 from latentpipe.precision import all_finite
 from latentpipe.shortage import refuse
 from latentpipe.weights import CARD_FILE, PREVIEW_FILE, VAE_FILE, find_model, load_vae, open_vae, quiet, refuse_wrapped, vae_hash
@@ -39,6 +40,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
             )
         if name == "StableDiffusionPipeline":
             _check_parts(folder)
+        check_small_files(folder)
         enforce_chain(folder)
         parts = {part: _network(folder / part, *source, dtype) for part, source in networks(index).items() if part != "vae"}
         options = {"requires_safety_checker": index.get("requires_safety_checker", True)} if "safety_checker" in index else {}
@@ -50,28 +52,12 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
             reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
             raise UserError(f"{folder} is not a complete model: {reason}") from None
         if name == "StableDiffusionPipeline":
-            _check_tokenizer(pipe, folder)
+            check_tokenizer(pipe, folder)
         return pipe
 
 
 def _is_class(value: Any, base: type) -> bool:
     return isinstance(value, type) and issubclass(value, base)
-
-
-def _check_tokenizer(pipe: Any, folder: Path) -> None:
-    """UserError where the tokenizer gives numbers that the text encoder has no row for, or none at all."""
-    config, tokenizer = pipe.text_encoder.config, pipe.tokenizer
-    rows, length = config.vocab_size, config.max_position_embeddings
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest < 2 or largest >= rows:
-        raise UserError(
-            f"{folder}/tokenizer has the tokens 0 to {largest}; its text encoder reads 0 to {rows - 1}: they do not match."
-        )
-    if not 2 < tokenizer.model_max_length <= length:
-        raise UserError(
-            f"{folder}/tokenizer: model_max_length is {str(tokenizer.model_max_length)[:40]}; "
-            f"its text encoder reads {length} tokens."
-        )
 
 
 def move_pipeline(pipe: Any, device: str) -> Any:
@@ -208,10 +194,9 @@ def enforce_chain(folder: Path) -> None:
 
     A VAE that was swapped in, and proved to have the same space, is named in the card by its own hash.
     """
-    card = folder / CARD_FILE
-    if not card.is_file():
+    content = read_card(folder)
+    if content is None:
         return
-    content = read_json(card)
     expected, given = content.get("vae_hash"), vae_hash(folder / "vae")
     swapped = content.get("swapped_vae") or {}
     if expected and given not in (expected, swapped.get("hash")):
@@ -223,7 +208,7 @@ def enforce_chain(folder: Path) -> None:
 
 def check_reference(folder: Path) -> None:
     """UserError where a model's VAE was put in by force, or for its decoder alone: nothing can be measured against that one."""
-    card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
+    card = read_card(folder) or {}
     swapped = card.get("swapped_vae") or {}
     verdict = swapped.get("verdict") or {}
     if verdict.get("forced") or verdict.get("outcome") == "decoder fits":
@@ -258,7 +243,7 @@ def describe(name: str | Path) -> dict[str, Any]:
         folder = find_model(name)
     except UserError:
         folder = find_model(name, "vae")
-    card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else None
+    card = read_card(folder)
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
         parts = {part: _count(_tensors(folder / part)) for part in networks(index) if part != "vae"}

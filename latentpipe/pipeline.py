@@ -19,14 +19,16 @@ from latentpipe.adapters import Adapted, adapted, find_adapter, open_adapter
 from latentpipe.apart import apart
 from latentpipe.denoise import check_family, denoise, is_classic, native_size, size_unit
 from latentpipe.errors import Note, UserError
-from latentpipe.files import content_hash, read_json
+from latentpipe.files import content_hash
 from latentpipe.hosts import finish, host_of, takes
 from latentpipe.images import to_pixels
+from latentpipe.latents import LatentSpace
 from latentpipe.lora.attached import Loras
 from latentpipe.lora.layer import Lora
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.prompt import split_tags
 from latentpipe.lora.report import Report
+from latentpipe.model_files import read_preview
 from latentpipe.models import check_reference, hashes, load_pipeline, move_pipeline
 from latentpipe.sampling import OnStep, Settings, Step, check_settings
 from latentpipe.swap import judge_stages, stage_of
@@ -114,7 +116,8 @@ class LatentPipeline:
 
         def opened() -> LatentPipeline:
             host = move_pipeline(load_pipeline(folder, DTYPES[dtype]), device)
-            pipe = cls(host, name=name_of(folder), hashes=hashes(folder), preview_map=_preview_map(folder / "vae"))
+            preview = read_preview(folder / "vae" / PREVIEW_FILE, LatentSpace.of(host.vae).channels)
+            pipe = cls(host, name=name_of(folder), hashes=hashes(folder), preview_map=preview)
             return pipe if vae is None else pipe.with_vae(vae, folder, adapter, force)
 
         return apart(opened)
@@ -137,7 +140,7 @@ class LatentPipeline:
             if not verdict.fits:
                 raise UserError(f"VAE {vae} was not put in.\n{verdict}")
             changes["stage"] = stage if verdict.encodes else Adapted(own, None, stage)
-            changes["preview_map"] = _preview_map(place) or self.preview_map
+            changes["preview_map"] = read_preview(place / PREVIEW_FILE, stage.space.channels) or self.preview_map
         return replace(self, **changes, hashes=found)
 
     @property
@@ -283,11 +286,6 @@ class LatentPipeline:
                 str(self.host.device), str(denoiser.dtype).removeprefix("torch."), torch.get_num_threads()
             ),
         )
-
-
-def _preview_map(folder: Path) -> dict[str, list] | None:
-    path = folder / PREVIEW_FILE
-    return read_json(path) if path.is_file() else None
 
 
 def best_device() -> str:

@@ -19,6 +19,7 @@ from latentpipe.errors import Note, UserError
 from latentpipe.files import atomic_folder, content_hash, read_json
 from latentpipe.judge import judge, judge_shapes
 from latentpipe.latents import LatentSpace
+from latentpipe.model_files import read_card
 from latentpipe.models import load_pipeline
 from latentpipe.vae import VAEStage, fold_normalization
 from latentpipe.verdict import Verdict, measure
@@ -234,7 +235,7 @@ def save_swapped(folder: Path, vae: str | Path, out: Path, verdict: Verdict, for
                 shutil.copy(place / name, part / "vae" / name)
         index = read_json(folder / "model_index.json")
         (part / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", type(twin).__name__]}, indent=2) + "\n")
-        card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
+        card = read_card(folder) or {}
         proof = {"outcome": verdict.outcome, "reason": verdict.reason, "forced": force}
         new = vae_hash(part / "vae")
         card["vae_hash"] = card.get("vae_hash") or vae_hash(folder / "vae")

@@ -21,7 +21,7 @@ ORDER = [
     ["images"], ["probes"], ["latents"], ["files"], ["components"],
     ["bands"], ["bandable"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["hosts"], ["weights"],
     ["rescale"], ["fp16"],
-    ["models"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["verdicts"], ["recipe"], ["sampling"],
+    ["model_files"], ["models"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["verdicts"], ["recipe"], ["sampling"],
     ["foreign"], ["metadata"], ["emphasis"], ["denoise"], ["lora"], ["pipeline"],
     ["model_cache"], ["jobs"], ["engine"], ["xyaxes"], ["xysheet"], ["xyplot"],
     ["config"], ["data"], ["evaluate"], ["train"], ["explore"], ["lab"],
@@ -211,3 +211,19 @@ def test_the_public_names_exist() -> None:
         assert getattr(latentpipe, name).__name__ == name
     with pytest.raises(AttributeError, match="nonsense"):
         _ = latentpipe.nonsense  # type: ignore[attr-defined]
+
+
+OWN_READERS = {
+    "json.load": {"latentpipe/reading.py"},
+    "json.loads": {"latentpipe/reading.py"},
+    "yaml.safe_load": set(),
+    "Image.open": {"latentpipe/images.py"},
+}
+
+
+@pytest.mark.parametrize("name", NAMES + [f"ui/{path.name}" for path in sorted((ROOT / "ui").glob("*.py"))])
+def test_files_are_read_within_limits(name: str) -> None:
+    """One way in for JSON, YAML and pictures: `reading` and `images.picture_file`."""
+    for node in ast.walk(ast.parse((ROOT / name).read_text())):
+        if isinstance(node, ast.Call) and (called := ast.unparse(node.func)) in OWN_READERS:
+            assert name in OWN_READERS[called], f"{name}:{node.lineno} calls {called}"

@@ -24,6 +24,7 @@ from latentpipe.files import atomic_file, home
 from latentpipe.generate import free_path
 from latentpipe.jobs import Cancelled, Done, Progress, Report, Waiting, run_job
 from latentpipe.model_cache import ModelCache
+from latentpipe.shortage import is_shortage, sentence
 from latentpipe.weights import available, shipped
 
 BUILT_IN = "Built-in"
@@ -217,6 +218,8 @@ def told() -> Iterator[list[str]]:
     except (gr.Error, GeneratorExit):
         raise
     except Exception as error:
+        if is_shortage(error):
+            raise gr.Error(sentence(error), duration=20, print_exception=False) from None
         traceback.print_exc()
         kind = type(error).__name__
         raise gr.Error(
