@@ -340,17 +340,15 @@ def _open_pictures(at: Path) -> Any:
 
 def _folder(at: Path) -> None:
     write_pictures(at / "pictures")
-    for path in list((at / "pictures").glob("*.png"))[2:]:
+    for path in list((at / "pictures").glob("*.png"))[1:]:
         path.unlink()
-    rows = [json.dumps({"file_name": path.name, "text": "x", "score": 1.0}) for path in (at / "pictures").glob("*.png")]
-    (at / "pictures" / "metadata.jsonl").rename(at / "x.json")
-    (at / "x.json").write_text(rows[0])
+    (path,) = (at / "pictures").glob("*.png")
+    (at / "pictures" / "metadata.jsonl").write_text(json.dumps({"file_name": path.name, "text": "x", "score": 1.0}))
 
 
 def _open_folder(at: Path) -> Any:
     from latentpipe.data.folder import read_pictures
 
-    shutil.copy(at / "x.json", at / "pictures" / "metadata.jsonl") if (at / "x.json").is_file() else None
     return float(read_pictures(at / "pictures", 8).pixels.mean())
 
 

@@ -246,6 +246,7 @@ def special(path: Path, random: Random) -> None:
 
 KINDS: dict[str, Callable[[bytes, Random], bytes]] = {
     ".json": lambda data, random: json_text(data.decode(), random).encode("utf-8", "surrogatepass"),
+    ".jsonl": lambda data, random: json_text(data.decode(), random).encode("utf-8", "surrogatepass"),
     ".yaml": lambda data, random: yaml_text(data.decode(), random).encode("utf-8", "surrogatepass"),
     ".safetensors": safetensors,
     ".png": png,

@@ -119,13 +119,26 @@ def check_config(config: Mapping[str, Any], source: str | Path) -> None:
             raise UserError(f"{source}: {place} is {str(value)[:40]}; no network has a number beyond {LARGEST:,}.")
 
 
+def built_to_train(build: Callable[[], Built], free: int) -> Built:
+    """``build()``, a new network that is to be trained; UserError where its weights, their gradients and the two moments of
+    Adam, 16 bytes for each value, do not fit into `free` bytes.
+    """
+    why = (
+        f"The model of this config is too large to train here: its weights, gradients and moments take 16 bytes for each value, "
+        f"and {free // 2**20:,} MB are free. Give it narrower or fewer blocks."
+    )
+    with _Within(free // 16 + SPARE_ELEMENTS, 2**20, why):
+        return build()
+
+
 def built_within(build: Callable[[], Built], elements: int, tensors: int) -> Built:
     """``build()``, a network whose weights file holds so many values in so many tensors.
 
     UserError where it asks for many times that: its config describes another network. Memory is asked for, but not filled,
     before that is known. Every other error goes through.
     """
-    with _Within(FACTOR * elements + SPARE_ELEMENTS, FACTOR * tensors + SPARE_TENSORS):
+    why = "it asks for many times the values that the weights beside it hold."
+    with _Within(FACTOR * elements + SPARE_ELEMENTS, FACTOR * tensors + SPARE_TENSORS, why):
         return build()
 
 
@@ -145,15 +158,15 @@ def telling(path: Path, what: str) -> Iterator[None]:
 
 
 class TooLarge(UserError):
-    """A config asks for more than the weights file beside it holds."""
+    """A config asks for more than the weights file beside it holds, or than the memory."""
 
 
 class _Within(TorchDispatchMode):
     """Stops at the tensor by which what is made exceeds the limits; inside, torch makes tensors as usual."""
 
-    def __init__(self, elements: int, tensors: int) -> None:
+    def __init__(self, elements: int, tensors: int, why: str) -> None:
         super().__init__()
-        self.elements, self.tensors = elements, tensors
+        self.elements, self.tensors, self.why = elements, tensors, why
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         count = _made(func._schema.name, args)
@@ -161,7 +174,7 @@ class _Within(TorchDispatchMode):
             self.elements -= count
             self.tensors -= 1
             if self.elements < 0 or self.tensors < 0:
-                raise TooLarge("it asks for many times the values that the weights beside it hold.")
+                raise TooLarge(self.why)
         return func(*args, **(kwargs or {}))
 
 

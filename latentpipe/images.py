@@ -6,7 +6,7 @@ images  float tensors, B 3 H W, [-1, 1]
 
 from __future__ import annotations
 
-import math
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 WHITE = (255, 255, 255)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # decoded in this process, by code that starts no other program
-MOST_PIXELS = 178_956_970  # where Pillow speaks of a decompression bomb
+LONGEST, DEFLATE = 2**16, 1100  # pixels of a side; bytes in one of zlib's (1032 at most, zlib.net/zlib_tech.html)
+MOST_PIXELS = 2**27  # 400 MB as RGB; the largest cameras make three quarters of that
 
 
 class Unreadable(UserError):
@@ -47,15 +48,14 @@ def picture_file(path: Path, formats: tuple[str, ...] = FORMATS, most: int = MOS
     pipe or device. A UserError of the block goes through.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # pathlib's raises for a name that is too long
         raise UserError(f"{path} is a folder; expected the file of a picture.")
-    file_size(path, "a picture")
+    size = file_size(path, "a picture")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large pictures and of odd tags; the limits here are our own
             with Image.open(path, formats=formats) as picture:
-                if math.prod(picture.size) > most:
-                    raise ValueError(f"{picture.width} x {picture.height} pixels; at most {most:,} in all are read")
+                _check_size(picture, most, size)
                 yield picture
     except UserError:
         raise
@@ -65,6 +65,16 @@ def picture_file(path: Path, formats: tuple[str, ...] = FORMATS, most: int = MOS
     except Exception as error:  # Pillow raises nearly every type for a damaged or hostile file
         refuse(error, str(path))
         raise Unreadable(path, (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")) from None
+
+
+def _check_size(picture: Image.Image, most: int, size: int) -> None:
+    """ValueError where a picture has too many pixels, or a PNG fewer bytes than those can be packed into."""
+    w, h = picture.size
+    if w * h > most or max(w, h) > LONGEST:
+        raise ValueError(f"{w} x {h} pixels; at most {most:,} in all and {LONGEST:,} to a side are read")
+    bits = {"RGB": 24, "RGBA": 32, "LA": 16, "I;16": 16}.get(picture.mode, 1)
+    if picture.format == "PNG" and w * h * bits / 8 > DEFLATE * size:  # Pillow would make the missing rows black
+        raise ValueError(f"{w} x {h} pixels in {size:,} bytes; the file is cut off or damaged")
 
 
 def flatten(picture: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
@@ -80,7 +90,7 @@ def flatten(picture: Image.Image, background: tuple[int, int, int] = WHITE) -> I
         layer = picture.convert("RGBA")
         ground = Image.new("RGBA", layer.size, (*background, 255))
         picture = Image.alpha_composite(ground, layer)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _scaled(picture: Image.Image) -> Image.Image:

@@ -107,7 +107,7 @@ def check_tokenizer(pipe: Any, folder: Path) -> None:
         raise UserError(
             f"{folder}/tokenizer has the tokens 0 to {largest}; its text encoder reads 0 to {rows - 1}: they do not match."
         )
-    if not 2 < tokenizer.model_max_length <= length:
+    if type(tokenizer.model_max_length) is not int or not 2 < tokenizer.model_max_length <= length:
         raise UserError(
             f"{folder}/tokenizer: model_max_length is {str(tokenizer.model_max_length)[:40]}; "
             f"its text encoder reads {length} tokens."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -124,7 +125,7 @@ def read(path: Path) -> Recipe:
 
 def text_in(path: Path, chunk: str) -> str | None:
     """A text chunk of a picture by its name, None where it has none; UserError where the file is no readable picture."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{path}: no such picture.")
     with picture_file(path) as picture:
         picture.load()  # PNG: text may follow the pixels

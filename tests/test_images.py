@@ -241,3 +241,20 @@ def test_every_format_of_the_list_is_read(tmp_path: Path, kind: str) -> None:
     picture = images.open_picture(tmp_path / "x")
     assert picture.mode == "RGB"
     assert grey_levels(picture, draw_shape("red", "circle", 16)) <= (120 if kind == "JPEG" else 0)
+
+
+def test_a_png_without_most_of_its_rows_is_refused(tmp_path: Path) -> None:
+    draw_shape("red", "bar", 24).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    head = b"IHDR" + (24).to_bytes(4) + (60_000).to_bytes(4) + data[24:29]
+    (tmp_path / "b.png").write_bytes(data[:12] + head + zlib.crc32(head).to_bytes(4) + data[33:])
+    with Image.open(tmp_path / "b.png") as picture:
+        picture.load()  # Pillow alone takes it
+    with pytest.raises(UserError, match=r"24 x 60000 pixels in \d+ bytes; the file is cut off or damaged"):
+        images.open_picture(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16"])
+def test_the_emptiest_large_png_is_read(tmp_path: Path, mode: str) -> None:
+    Image.new(mode, (3000, 3000)).save(tmp_path / "a.png", optimize=True)
+    assert images.open_picture(tmp_path / "a.png").size == (3000, 3000)

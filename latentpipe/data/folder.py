@@ -11,8 +11,9 @@ import numpy as np
 
 from latentpipe.errors import UserError
 from latentpipe.images import Unreadable, fit_square, flatten, picture_file
-from latentpipe.reading import parse_json
+from latentpipe.reading import parse_json, read_text
 
+MOST_METADATA = 2**30  # bytes
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 
@@ -74,10 +75,8 @@ def read_pictures(folder: Path, size_px: int, most: int | None = None) -> Pictur
         name = item.path.relative_to(folder).as_posix()
         try:
             arrays.append(read_square(item.path, size_px))
-        except Unreadable as error:
-            result.skipped[name] = error.reason
         except UserError as error:
-            result.skipped[name] = str(error)
+            result.skipped[name] = error.reason if isinstance(error, Unreadable) else str(error)
             continue
         result.names.append(name)
         result.captions.append(item.captions)
@@ -108,13 +107,15 @@ def _rows(folder: Path) -> list[tuple[str, str | None]] | None:
     jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
     try:
         if jsonl.is_file():
-            lines = jsonl.read_text(encoding="utf-8-sig").split("\n")
+            lines = read_text(jsonl, MOST_METADATA, "captions").split("\n")
             records = [(number, parse_json(line, foreign=True)) for number, line in enumerate(lines, 1) if line.strip()]
         elif table.is_file():
             with table.open(newline="", encoding="utf-8-sig") as file:
                 records = list(enumerate(csv.DictReader(file), 2))
         else:
             return None
+    except UserError:
+        raise
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{folder}: its metadata cannot be read ({error}).") from None
     path = jsonl if jsonl.is_file() else table

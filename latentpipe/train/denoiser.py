@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from latentpipe.components import built_to_train
 from latentpipe.config import Diffusion, TrainDenoiser, UNetShape
 from latentpipe.data.cache import LatentCache, open_cache
 from latentpipe.errors import UserError
 from latentpipe.images import sheet
+from latentpipe.memory import available
 from latentpipe.models import load_pipeline, save_pipeline
 from latentpipe.pipeline import LatentPipeline
 from latentpipe.train import loop
@@ -133,8 +135,9 @@ def _build(config: TrainDenoiser, cache: LatentCache, vae: Any) -> tuple[Any, An
         return old.tokenizer, old.text_encoder.train(), old.unet.train()
     captions = sorted({caption for texts in cache.captions for caption in texts})
     tokenizer = train_tokenizer(captions, config.text)
-    text_encoder = build_text_encoder(tokenizer, config.text)
-    return tokenizer, text_encoder, build_unet(config.unet, cache, config.text.width)
+    free = available(torch.device("cpu"))
+    text_encoder = built_to_train(lambda: build_text_encoder(tokenizer, config.text), free)
+    return tokenizer, text_encoder, built_to_train(lambda: build_unet(config.unet, cache, config.text.width), free)
 
 
 def build_unet(shape: UNetShape, cache: LatentCache, text_width: int) -> Any:
