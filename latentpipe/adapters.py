@@ -6,9 +6,10 @@ import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.nn import functional
 
@@ -126,6 +127,21 @@ class AdapterCard:
     report: dict[str, Any]
 
 
+Size = Annotated[int, Field(ge=1, le=MOST, strict=True)]
+
+
+class _StoredCard(BaseModel):
+    """An `AdapterCard` as a file has it."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    source_hash: Annotated[str, Field(max_length=64)]
+    target_hash: Annotated[str, Field(max_length=64)]
+    source: tuple[Size, Size]
+    target: tuple[Size, Size]
+    rung: Rung
+    report: dict[str, Any]
+
+
 def save_adapter(adapter: Adapter, card: AdapterCard, path: Path) -> str:
     """Write a safetensors file with the card as metadata, atomically; returns its content hash."""
     from safetensors.torch import save_file
@@ -149,13 +165,8 @@ def read_card(path: Path) -> AdapterCard:
     try:
         if metadata.get("format") != FORMAT:
             raise ValueError
-        card = parse_object(metadata["card"])
-        card |= {"source": tuple(card["source"]), "target": tuple(card["target"])}
-        sizes = [*card["source"], *card["target"]]
-        if len(sizes) != 4 or not all(type(size) is int and 0 < size <= MOST for size in sizes) or card["rung"] not in RUNGS:
-            raise ValueError
-        return AdapterCard(**card)
-    except (ValueError, KeyError, TypeError):
+        return AdapterCard(**dict(_StoredCard.model_validate(parse_object(metadata.get("card", "")))))
+    except ValueError:
         raise UserError(f"{path} is not an adapter of this version; make one with 'latentpipe fit-adapter'.") from None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latentpipe.errors import UserError
+from latentpipe.reading import read_bytes
 
 
 def compress(
@@ -128,13 +129,7 @@ def read(file: Path) -> bytes:
     """A file's bytes; UserError where there is none, or where it is larger than any that compress writes."""
     from latentpipe.explore.codec.container import LARGEST_FILE
 
-    try:
-        size = file.stat().st_size
-        if size > LARGEST_FILE:
-            raise UserError(f"{file} has {size:,} bytes; an .lpz file has at most {LARGEST_FILE:,}.")
-        return file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error}); expected an .lpz file.") from None
+    return read_bytes(file, LARGEST_FILE, "an .lpz file")
 
 
 def _bar(parts: list[Any]) -> Iterable[Any]:

@@ -16,8 +16,9 @@ import torch
 from latentpipe.components import built_within, check_config, telling
 from latentpipe.errors import UserError
 from latentpipe.files import HASH_LENGTH, atomic_folder, content_hash, load_strictly, read_header, read_json, read_tensors
-from latentpipe.model_files import check_small_files, check_tokenizer, read_card
+from latentpipe.model_files import MOST, check_small_files, check_tokenizer, read_card
 from latentpipe.precision import all_finite
+from latentpipe.reading import read_bytes
 from latentpipe.shortage import refuse
 from latentpipe.weights import CARD_FILE, PREVIEW_FILE, VAE_FILE, find_model, load_vae, open_vae, quiet, refuse_wrapped, vae_hash
 
@@ -174,7 +175,7 @@ def hashes(folder: Path) -> dict[str, str]:
         tokenizer = hashlib.sha256()
         for name in TOKENIZER_FILES:
             if (folder / part / name).is_file():
-                tokenizer.update((folder / part / name).read_bytes())
+                tokenizer.update(read_bytes(folder / part / name, MOST))
         found[part] = tokenizer.hexdigest()
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", infinite=True)
     scheduler.pop("_diffusers_version", None)

@@ -42,20 +42,25 @@ def file_size(path: Path, expected: str = "a file") -> int:
     raise UserError(f"{path}: not a file; expected {expected}.")
 
 
-def read_text(path: Path, most: int = MOST_JSON, expected: str = "a text file") -> str:
-    """A text file in UTF-8, with or without a byte order mark, of at most `most` bytes; UserError where it is none."""
+def read_bytes(path: Path, most: int, expected: str = "a file") -> bytes:
+    """The bytes of a file of at most `most`; UserError where it is none, or larger."""
     size = file_size(path, expected)
     if size > most:
         raise UserError(f"{path} has {size:,} bytes; {expected} has at most {most:,} here.")
     try:
         with open(path, "rb") as file:
-            data = file.read(most + 1)
+            return file.read(most)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({(error.strerror or str(error)).lower()}).") from None
+
+
+def read_text(path: Path, most: int = MOST_JSON, expected: str = "a text file") -> str:
+    """A text file in UTF-8, with or without a byte order mark, of at most `most` bytes; UserError where it is none."""
+    data = read_bytes(path, most, expected)
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{path} is text in UTF-16; save it as UTF-8.")
     try:
-        return data[:most].decode("utf-8-sig").replace("\r\n", "\n")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         byte = f"byte {error.start} is {data[error.start]:#04x}"
         raise UserError(f"{path}: not text in UTF-8 ({byte}); expected {expected}.") from None

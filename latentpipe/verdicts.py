@@ -59,7 +59,7 @@ def judged(host: VAEStage, stage: VAEStage) -> Verdict:
     kept = _place(host, stage)
     if kept is not None and kept.is_file():
         with suppress(OSError, ValueError, TypeError, KeyError):  # a damaged one is measured again
-            return Verdict.from_dict(json.loads(kept.read_text()))
+            return Verdict.from_dict(read_json(kept, infinite=True))
     verdict = judge_stages(host, stage)
     if kept is not None:
         with suppress(OSError), atomic_file(kept) as part:  # a folder without rights costs time only
