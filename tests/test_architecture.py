@@ -17,7 +17,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 
 # A module imports from those above it, from itself and from its own package only.
 ORDER = [
-    ["errors"], ["apart"], ["version"], ["defaults"], ["images"], ["probes"], ["latents"], ["files"],
+    ["errors"], ["ending"], ["apart"], ["version"], ["defaults"], ["images"], ["probes"], ["latents"], ["files"],
     ["bands"], ["bandable"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["hosts"], ["weights"],
     ["rescale"], ["fp16"],
     ["models"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["verdicts"], ["recipe"], ["sampling"],
