@@ -16,7 +16,7 @@ def main() -> int:
         say(error)
         leave(status_of(error))
     except SystemExit as end:
-        if end.code in (130, 143):
+        if end.code in (0, 130, 143):
             leave(int(end.code))
         raise
     if status in (130, 143):

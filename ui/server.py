@@ -91,7 +91,7 @@ class Served:
         self.page, self.address, self._state, self._running = page, address, state, running
 
     def until_told(self) -> None:
-        """Serve until Ctrl-C, which is raised as KeyboardInterrupt, or SIGTERM, a server's usual end; a second one kills."""
+        """Serve until Ctrl-C (KeyboardInterrupt, exit status 130) or SIGTERM (a server's usual end, 0); a second one kills."""
         told = threading.Event()
         came: list[int] = []
 
@@ -107,12 +107,12 @@ class Served:
             self.close()
         if came == [signal.SIGINT]:
             raise KeyboardInterrupt
+        raise SystemExit(0)
 
     def close(self) -> None:
         """Stop the jobs, let the visitors go, and remove what was shown."""
         self._state.jobs.close()
-        serving.let_go(self.page)
-        self._running.close()
+        self._running.close(self.page)
         self._state.close()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
+import logging
 import socket
 import threading
 from collections.abc import Sequence
@@ -110,13 +112,6 @@ def mounted(page: gr.Blocks, **options: Any) -> FastAPI:
     return app
 
 
-def let_go(page: gr.Blocks) -> None:
-    """End the streams of events, which else keep their visitors connected."""
-    page._queue.close()
-    page.is_running = False
-    page.app.stop_event.set()
-
-
 class Running:
     """A server that answers in a thread of its own until `close`."""
 
@@ -125,9 +120,13 @@ class Running:
             app, log_level="warning", proxy_headers=behind_proxy, server_header=False, timeout_graceful_shutdown=1, ws="none"
         )
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(
-            target=self._server.run, kwargs={"sockets": list(sockets)}, name="latentpipe_server", daemon=True
-        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+        async def answer() -> None:
+            self._loop = asyncio.get_running_loop()
+            await self._server.serve(sockets=list(sockets))
+
+        self._thread = threading.Thread(target=asyncio.run, args=(answer(),), name="latentpipe_server", daemon=True)
         self._thread.start()
         waited = threading.Event()
         for _ in range(int(START_S / 0.02)):
@@ -137,7 +136,13 @@ class Running:
         if not self._server.started:
             raise UserError("The server did not start; what it said stands above.")
 
-    def close(self) -> None:
-        """Answer no more; whoever is connected still is let go."""
+    def close(self, page: gr.Blocks) -> None:
+        """Answer no more; whoever reads the page's events is let go."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would print where each stream was cut off
+        page._queue.close()
+        page.is_running = False
+        if self._loop is not None and self._thread.is_alive():
+            with contextlib.suppress(RuntimeError):  # it has just ended
+                self._loop.call_soon_threadsafe(page.app.stop_event.set)
         self._server.should_exit = True
         self._thread.join(END_S)

@@ -11,6 +11,7 @@ import gradio as gr
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from gradio.exceptions import Error
+from gradio.route_utils import FnIndexInferError
 from gradio.utils import get_upload_folder
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -111,10 +112,10 @@ def answer_in_words(app: FastAPI) -> None:
 
     async def not_valid(_: Request, error: Exception) -> JSONResponse:
         problems = error.errors() if isinstance(error, RequestValidationError) else []
-        found = "; ".join(
-            f"{'.'.join(str(part) for part in one['loc'] if part != 'body') or 'the body'}: {one['msg']}" for one in problems[:3]
-        )
-        return _said(f"The request is not of the form that is taken here. {found}.".replace("..", "."), 422)
+        if any(one["type"] == "json_invalid" for one in problems):
+            return _said("The request is no JSON.", 422)
+        found = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg'].lower()}" for one in problems[:3])
+        return _said(f"The request is not of the form that is taken here: {found}.", 422)
 
     async def not_known(request: Request, _: Exception) -> JSONResponse:
         return _said(
@@ -123,7 +124,7 @@ def answer_in_words(app: FastAPI) -> None:
         )
 
     app.add_exception_handler(RequestValidationError, not_valid)
-    for kind in (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError):
+    for kind in (FnIndexInferError, ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError):
         app.add_exception_handler(kind, not_known)
 
 
