@@ -64,8 +64,8 @@ class Jobs:
         work = width * height * steps * count / 1e6
         if not work <= self.max_work:
             raise UserError(
-                f"This asks for {width:g} x {height:g} pixels x {steps:g} steps x {count:g} pictures: {work:,.0f} million. "
-                f"At most {self.max_work:,.6g} million are drawn at once here; choose fewer steps or pictures, or a smaller size."
+                f"This asks for {width:g} x {height:g} pixels x {steps:g} steps x {count:g} pictures: {work:,.6g} million; "
+                f"at most {self.max_work:,.6g} million are drawn at once here. Choose fewer steps or pictures, or a smaller size."
             )
 
     def run(
