@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-AGAIN_S = 5.0  # an exception that a callback has swallowed (those of the import system do) is raised anew after this
+AGAIN_S = 10.0  # an exception that a callback has swallowed (those of the import system do) is raised anew after this
 JOIN_S = 5.0  # seconds that a worker gets to leave its step
 
 
@@ -60,7 +60,10 @@ def interruptible() -> Iterator[None]:
 
     def insist(number: int) -> None:
         if not over.wait(AGAIN_S):
-            signal.raise_signal(number)
+            if hasattr(signal, "pthread_kill"):  # to the main thread, which may sleep in a system call
+                signal.pthread_kill(threading.main_thread().ident or 0, number)
+            else:
+                signal.raise_signal(number)
 
     def on_signal(number: int, _: FrameType | None) -> None:
         threading.Thread(target=insist, args=(number,), name="latentpipe_insist", daemon=True).start()
