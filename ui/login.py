@@ -56,8 +56,10 @@ class Door:
 
     def closed(self, request: Request) -> Response:
         """What anybody else gets: the page to log in on, or one sentence for a program."""
+        if request.method in ("GET", "HEAD") and request.scope["path"] == "/":
+            return self._page("", 200)
         if request.method in ("GET", "HEAD") and _reads_html(request):
-            return self._page("", 401 if request.url.path != "/" else 200)
+            return self._page("", 401)
         return JSONResponse({"detail": "Not authenticated: log in first."}, 401)
 
     async def log_in(self, request: Request) -> Response:

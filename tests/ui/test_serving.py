@@ -168,7 +168,8 @@ def test_every_route_of_gradio_needs_the_login(closed: Server) -> None:
     paths = paths_of(closed.page.app)
     assert {"/gradio_api/upload", "/gradio_api/heartbeat/{session_hash}", "/config", "/assets/x"} <= paths
     with httpx.Client(base_url=closed.address) as client:
-        for path in sorted(paths - {"/login", "/login/"}):
+        assert 'name="password"' in client.get("/").text
+        for path in sorted(paths - {"/", "/login", "/login/"}):
             for method in ("GET", "POST"):
                 assert client.request(method, path.replace("{", "").replace("}", "")).status_code == 401, (method, path)
     with pytest.raises(Exception, match=r"(?i)auth|login|credential"):
