@@ -249,12 +249,12 @@ def add_endpoint(app: App) -> None:
         Returns the figures, and a PNG sheet of originals, reconstructions and differences. side 0: what suits all.
         """
         with told() as notes:
-            given = pictures_of(pictures)
             if not isinstance(vaes, list) or not vaes or not all(isinstance(name, str) for name in vaes):
                 raise UserError('vaes is no list of names; expected such as ["emoji", "emoji-tiny"].')
             names = [app.named("vae", name) for name in dict.fromkeys(vaes)]
             if side and not 1 <= side <= MOST_SIDE:
                 raise UserError(f"side is {side:g}; expected 1 to {MOST_SIDE} pixels, or 0 for what suits all.")
+            given = pictures_of(pictures)
 
             def work(report: Report) -> Laboratory:
                 return compare_pictures(given, names, int(side or 0) or None, report, app.models.stage)
