@@ -30,6 +30,8 @@ ORDER = [
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 EXEMPT = {"latentpipe/__init__.py", "latentpipe/__main__.py"}
+SERVES = {"guard", "login", "serving", "shapes"}  # of the front end: what stands between the network and gradio
+SERVING = {"fastapi", "starlette", "uvicorn"}  # what gradio itself is served by
 PUBLIC = {
     "Verdict",
     "check_swap",
