@@ -1,12 +1,10 @@
-"""Files: safetensors in, strictly; folders and files out, atomically; content hashes."""
+"""Files: safetensors in, strictly; content hashes; folders and files out, atomically (`atomic`)."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +13,8 @@ from typing import Any
 
 import torch
 
+from latentpipe.atomic import atomic_file as atomic_file
+from latentpipe.atomic import atomic_folder as atomic_folder
 from latentpipe.errors import UserError
 from latentpipe.latents import LatentSpace
 from latentpipe.reading import MOST_HEADER, file_size
@@ -32,50 +32,6 @@ def home() -> Path:
         return Path(os.environ["LATENTPIPE_HOME"])
     data = os.environ.get("XDG_DATA_HOME") or os.environ.get("LOCALAPPDATA")
     return Path(data or Path.home() / ".local" / "share") / "latentpipe"
-
-
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its name when the block succeeds, and vanishes when it fails."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            os.replace(target, old)
-        try:
-            os.replace(temporary, target)
-        except BaseException:
-            if old.exists() and not target.exists():
-                os.replace(old, target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def atomic_file(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target` that takes its name when the block succeeds, and vanishes when it fails."""
-    target = Path(target)
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.part")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    except OSError as error:
-        if error.filename == str(temporary):
-            error.filename = str(target)  # the name that was asked for
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

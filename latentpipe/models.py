@@ -18,6 +18,7 @@ from latentpipe.errors import UserError
 from latentpipe.files import HASH_LENGTH, atomic_folder, content_hash, load_strictly, read_header, read_json, read_tensors
 from latentpipe.model_files import MOST, check_small_files, check_tokenizer, read_card
 from latentpipe.precision import all_finite
+from latentpipe.ranges import check_network_config, check_schedule, check_scheduler_config
 from latentpipe.reading import read_bytes
 from latentpipe.shortage import refuse
 from latentpipe.weights import CARD_FILE, PREVIEW_FILE, VAE_FILE, find_model, load_vae, open_vae, quiet, refuse_wrapped, vae_hash
@@ -42,6 +43,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         if name == "StableDiffusionPipeline":
             _check_parts(folder)
         check_small_files(folder)
+        _check_numbers(folder, index)
         enforce_chain(folder)
         parts = {part: _network(folder / part, *source, dtype) for part, source in networks(index).items() if part != "vae"}
         options = {"requires_safety_checker": index.get("requires_safety_checker", True)} if "safety_checker" in index else {}
@@ -54,11 +56,23 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
             raise UserError(f"{folder} is not a complete model: {reason}") from None
         if name == "StableDiffusionPipeline":
             check_tokenizer(pipe, folder)
+        check_schedule(getattr(pipe, "scheduler", None), folder / "scheduler")
         return pipe
 
 
 def _is_class(value: Any, base: type) -> bool:
     return isinstance(value, type) and issubclass(value, base)
+
+
+def _check_numbers(folder: Path, index: dict[str, Any]) -> None:
+    """UserError where a number in a part's config would make wrong pictures."""
+    source = folder / "scheduler" / "scheduler_config.json"
+    if index.get("scheduler"):
+        check_scheduler_config(read_json(source, infinite=True), source)
+    for part in networks(index):
+        source = folder / part / "config.json"
+        if source.is_file():
+            check_network_config(read_json(source), source)
 
 
 def move_pipeline(pipe: Any, device: str) -> Any:

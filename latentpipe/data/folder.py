@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from latentpipe.atomic import LEFTOVER
 from latentpipe.errors import UserError
 from latentpipe.images import Unreadable, fit_square, flatten, picture_file
 from latentpipe.reading import parse_json, read_text
@@ -95,7 +96,8 @@ def read_square(path: Path, size_px: int) -> np.ndarray:
 def _names(folder: Path) -> list[str]:
     """Relative names of all pictures below a folder, in order; on text, for folders of 100,000 files and more."""
     names: list[str] = []
-    for at, _, files in os.walk(folder):
+    for at, inside, files in os.walk(folder):
+        inside[:] = [name for name in inside if not LEFTOVER.fullmatch(name)]  # a killed run's, and nobody's pictures
         inner = os.path.relpath(at, folder).replace(os.sep, "/")
         prefix = "" if inner == "." else f"{inner}/"
         names += [prefix + name for name in files if os.path.splitext(name)[1].lower() in SUFFIXES]

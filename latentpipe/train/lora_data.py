@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterable
@@ -17,7 +18,6 @@ from latentpipe.data.cache import LatentCache, default_path, encode_folder, open
 from latentpipe.data.folder import read_index, read_pictures
 from latentpipe.errors import Note, UserError
 from latentpipe.files import read_header
-from latentpipe.reading import MOST_HEADER, parse_json
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,7 @@ def _may_write(folder: Path) -> bool:
 def _is_fresh(path: Path, folder: Path) -> bool:
     """Whether a cache holds what the folder holds now: the same captions, and no file is newer."""
     items = read_index(folder)
-    captions = [tuple(texts) for texts in parse_json(read_header(path).metadata.get("captions", "[]"), most=MOST_HEADER)]
-    if captions != [item.captions for item in items]:
+    if read_header(path).metadata.get("captions") != json.dumps([item.captions for item in items]):
         return False  # other pictures or other captions; or some could not be read, which may have been mended
     made = path.stat().st_mtime
     return all(item.path.is_file() and item.path.stat().st_mtime <= made for item in items)

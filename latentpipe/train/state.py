@@ -37,6 +37,7 @@ class State:
     """The model, its average and its optimizer, the guard, the loss scale of fp16, and the best validation figure so far.
 
     misses  validation figures in a row that were no better
+    validated  the last step whose sheets and validation figures were made
     whole   False in the middle of an update
     refused the figures of the last step that was not taken
     """
@@ -49,6 +50,7 @@ class State:
     guard: Guard = field(default_factory=Guard)
     best: float | None = None
     misses: int = 0
+    validated: int = 0
     whole: bool = True
     refused: str = ""
 
@@ -81,8 +83,9 @@ class State:
         tensors |= checkpoint.optimizer_tensors(self.optimizer)
         for extra in self.extras:
             tensors |= extra.tensors()
-        figures = {"ema_steps": self.ema.optimization_step, "guard": self.guard.state(), "scaler": self.scaler.state_dict()}
-        return tensors, {**figures, "best": self.best, "misses": self.misses, "trained": self.trained}
+        figures: dict[str, Any] = {"ema_steps": self.ema.optimization_step, "guard": self.guard.state()}
+        figures |= {"scaler": self.scaler.state_dict(), "best": self.best, "misses": self.misses}
+        return tensors, figures | {"validated": self.validated, "trained": self.trained}
 
     def save(self, work: Path, step: int) -> None:
         """Write a checkpoint; UserError where the disk does not take it (the ones before are kept)."""
@@ -143,6 +146,7 @@ class State:
         if figures["scaler"]:
             self.scaler.load_state_dict(figures["scaler"])
         self.best, self.misses = figures["best"], figures["misses"]
+        self.validated = figures.get("validated", figures.get("step", 0))  # earlier versions saved after it
 
     def with_ema(self, call: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Call with the averaged weights in place."""
