@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from latentpipe import UserError, VAEStage
-from latentpipe.evaluate import reconstruct, tally
+from latentpipe.evaluate import latent, reconstruct, tally
 from latentpipe.evaluate.distances import frechet
 from latentpipe.evaluate.features import open_features
 from latentpipe.evaluate.lpips import LPIPS
@@ -131,7 +131,7 @@ def test_the_same_call_gives_the_same_figures_and_batches_do_not_matter(
     sampled = find_protocol("latentpipe", posterior="sample")
     first, again = (quick(stage, pictures, protocol=sampled).as_dict() for _ in range(2))
     assert first == again
-    monkeypatch.setattr(reconstruct, "MOST", 5)
+    monkeypatch.setattr(latent, "MOST", 5)
     other = quick(stage, pictures, protocol=sampled)
     assert other.per_picture["PSNR"] == pytest.approx(first["per_picture"]["PSNR"], abs=0.01)
     assert other.pictures == first["pictures"]
@@ -241,7 +241,7 @@ def test_lpips_is_measured_where_its_weights_are_installed(stage: VAEStage, tmp_
 
 
 def test_interpolation_is_of_the_latents_that_were_kept(stage: VAEStage, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconstruct, "MOST", 4)
+    monkeypatch.setattr(latent, "MOST", 4)
     monkeypatch.setattr(tally, "NEIGHBOURS", 9 * 4 * 16 * 16 * 2)  # nine pictures: two batches of four
     found = quick(stage, pictures)
     assert found.scores["interpolation Frechet distance on emoji-words"].n == 8
