@@ -8,6 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact resume and exact pictures are promised for a CPU
 os.environ.setdefault("COLUMNS", "200")  # messages of the command line are not broken into lines
+# read when torch is imported, here and in every process that a test starts: two workers share two cores, and threads that
+# spin while they wait for each other take the other worker's time
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import shutil
 import socket
