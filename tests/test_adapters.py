@@ -102,6 +102,7 @@ def test_channels_and_scale_may_change(source: str, target: str) -> None:
     json.dumps(ladder.as_dict())
 
 
+@pytest.mark.slow
 def test_each_rung_explains_no_less_than_the_one_before() -> None:
     _, ladder = fit_adapter(VAEStage(tiny_vae()), VAEStage(tiny_vae(5)), probe_images(60, 32), steps=200)
     values = [score.r2 for score in ladder.scores]
@@ -226,6 +227,7 @@ def fitted(model_folder: Path, own_home: Path, pictures: Path, tmp_path: Path) -
     return out
 
 
+@pytest.mark.slow
 def test_fit_draw_replay(fitted: Path, installed: str, tmp_path: Path) -> None:
     assert read_card(fitted).report["bound"]["name"] == "upper bound"
     assert main(["inspect", "mine"]) == 0
@@ -249,6 +251,7 @@ def test_fit_draw_replay(fitted: Path, installed: str, tmp_path: Path) -> None:
         replay(picture, device="cpu")
 
 
+@pytest.mark.slow
 def test_an_adapter_for_another_vae_is_refused(fitted: Path, installed: str, own_home: Path, capsys: Any) -> None:
     save_vae(coarser(4).vae, own_home / "vae" / "other", {})
     assert main(["generate", "x", "--model", installed, "--vae", "other", "--adapter", "mine"]) == 2
@@ -257,6 +260,7 @@ def test_an_adapter_for_another_vae_is_refused(fitted: Path, installed: str, own
     assert "--adapter mine needs --vae as well" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pictures_begin_from_the_hosts_own_encoding(fitted: Path, installed: str, own_home: Path) -> None:
     from PIL import Image
 

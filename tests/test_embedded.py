@@ -26,6 +26,7 @@ def pipe():
     return LatentPipeline.from_pretrained()
 
 
+@pytest.mark.slow
 def test_stock_diffusers_draws_the_same_picture(folder, pipe):
     from diffusers import StableDiffusionPipeline
 
@@ -46,6 +47,7 @@ def test_the_picture_is_red_in_the_middle_and_white_around(pipe):
     assert corners.min() > 225
 
 
+@pytest.mark.slow
 def test_batch_equals_singles(pipe):
     batch = pipe("cat", n=3, seed=5)
     for index, picture in enumerate(batch):
@@ -54,6 +56,7 @@ def test_batch_equals_singles(pipe):
         assert difference.max() <= 1
 
 
+@pytest.mark.slow
 def test_repeats_are_equal_and_other_threads_are_within_a_level(pipe):
     """The README's promise. Sums of another order differ by some 1e-6: where that rounds otherwise, by 1."""
     first, again = (np.asarray(pipe("cat", seed=5, steps=6)[0].image, dtype=int) for _ in range(2))

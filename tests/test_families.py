@@ -101,6 +101,7 @@ def test_what_a_family_cannot_do_is_refused(family: str, folder: Path) -> None:
         pipe("abc", seed=1, **settings(family) | {"size": (36, 36)})
 
 
+@pytest.mark.slow
 def test_swap_and_save(family: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The family's own VAE, stored elsewhere: the same space; the saved pipeline opens with stock diffusers."""
     import diffusers

@@ -253,6 +253,7 @@ def test_equal_pictures_of_any_size_give_figures_for_a_program(vaes: int, vae_fo
     assert "SSIM" not in found["vaes"][0]["scores"]  # its window has 11 pixels
 
 
+@pytest.mark.slow
 def test_the_verb_and_the_function_write_the_same_adapter(pictures: Path, tmp_path: Path, vae_folder: Path, capsys: Any) -> None:
     from latentpipe.vae_verbs import pictures_of
 

@@ -18,6 +18,8 @@ from latentpipe.models import load_pipeline
 from latentpipe.vae import VAEStage
 from latentpipe.weights import available, find_model, load_vae, shipped, vae_hash
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 NAMES = ("emoji-decoder-ft", "emoji-eq", "emoji-tiny", "emoji-vector")
 CODECS = ("emoji-codec-small", "emoji-codec", "emoji-codec-large")

@@ -18,6 +18,8 @@ from latentpipe.models import describe, load_pipeline
 from latentpipe.vae import fold_normalization
 from latentpipe.weights import find_model, load_vae, save_vae, vae_hash
 
+pytestmark = pytest.mark.slow
+
 ROWS = ["--steps", "2", "--seed", "3", "--device", "cpu"]
 
 

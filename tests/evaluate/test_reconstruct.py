@@ -137,6 +137,7 @@ def test_the_same_call_gives_the_same_figures_and_batches_do_not_matter(
     assert other.pictures == first["pictures"]
 
 
+@pytest.mark.slow
 def test_protocols_change_what_they_say(stage: VAEStage, pictures: Path) -> None:
     found = {name: quick(stage, pictures, most=4, protocol=find_protocol(name, size_px=32)) for name in PROTOCOLS}
     values = {name: one.per_picture["PSNR"] for name, one in found.items()}
@@ -438,6 +439,7 @@ def check_published(weights: list[Path], crops: Path, tmp_path: Path) -> list[fl
     return found.per_picture["PSNR"]
 
 
+@pytest.mark.slow
 def test_the_flux2_tiny_vae_on_photographs_is_the_published_one(assets: Path, tmp_path: Path) -> None:
     (tmp_path / "crops").mkdir()
     for name, box in (("chelsea", (100, 60, 228, 188)), ("coffee", (200, 100, 328, 228)), ("astronaut", (180, 30, 308, 158))):
@@ -450,6 +452,7 @@ def test_the_flux2_tiny_vae_on_photographs_is_the_published_one(assets: Path, tm
 
 
 @pytest.mark.filterwarnings("ignore:the two halves do not rebuild")
+@pytest.mark.slow
 def test_an_autoencoder_of_the_published_layers_needs_no_files(tmp_path: Path) -> None:
     """The sibling with random weights, written as the published files are."""
     torch.manual_seed(0)

@@ -136,6 +136,7 @@ def test_the_integer_model_is_the_network_that_was_learnt() -> None:
         assert np.abs(one[1] - other[1]).max() < 0.6
 
 
+@pytest.mark.slow
 def test_learning_makes_files_smaller_than_adapting() -> None:
     random = torch.Generator().manual_seed(0)
     base = torch.randn(64, 1, 8, 8, generator=random)
@@ -191,6 +192,7 @@ def test_damaged_files_are_refused_in_a_sentence(folder: Path) -> None:
                 files.decompress(bytes(data), codec)
 
 
+@pytest.mark.slow
 def test_files_that_lie_with_a_right_checksum_end_in_a_sentence_or_a_picture(folder: Path) -> None:
     for adapts in (False, True):
         if adapts:

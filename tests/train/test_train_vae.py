@@ -68,6 +68,7 @@ def test_the_seed_decides_everything(tmp_path: Path, pictures: Path) -> None:
     assert first != other
 
 
+@pytest.mark.slow
 def test_training_learns(tmp_path: Path, pictures: Path) -> None:
     optim = {"steps": 60, "batch_size": 8, "learning_rate": 3e-3}
     training.train_vae(vae_run(tmp_path, pictures, optim=optim, crops={"whole": 1.0, "flip": False}, loss={"equivariance": 0}))
@@ -261,6 +262,7 @@ def test_the_folder_can_hold_pictures_of_every_size(tmp_path: Path) -> None:
         },
     ],
 )
+@pytest.mark.slow
 def test_resuming_is_exact_with_everything_that_changes(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
