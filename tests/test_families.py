@@ -37,6 +37,7 @@ def settings(family: str) -> dict[str, Any]:
     return {"size": (64, 64) if family in ("sana", "sprint") else (32, 32), "steps": 2, "guidance": 2.0}
 
 
+@pytest.mark.numeric
 def test_pictures_are_the_hosts_own(family: str, folder: Path) -> None:
     pipe = LatentPipeline.from_pretrained(folder, device="cpu")
     ours = pipe("abc", seed=4, **settings(family))[0]

@@ -75,6 +75,7 @@ def test_each_codec_is_small_and_what_its_card_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.numeric
 def test_each_opens_with_stock_diffusers(name: str) -> None:
     import diffusers
 
@@ -97,6 +98,7 @@ def test_each_fits_or_not_as_its_verdict_says(name: str, outcome: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.numeric
 def test_the_decoders_are_as_good_as_was_measured() -> None:
     """On other renderings than those of the table, so only the order is asserted."""
     images, own = emoji(), stage("emoji")
@@ -118,6 +120,7 @@ def test_the_floors_hold_in_the_measured_figures() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.numeric
 def test_turned_latents_of_the_equivariant_one_decode_to_turned_pictures() -> None:
     images = emoji()
     scores = {}

@@ -162,6 +162,7 @@ def test_values_may_hold_commas_in_quotes() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.numeric
 def test_each_picture_is_the_one_drawn_alone(pipe: LatentPipeline, adapter: str) -> None:
     for x, y, alone in (
         ("seed=1,2", "guidance=1,4", lambda x, y: pipe("red circle", seed=x, guidance=y, steps=2)),

@@ -65,6 +65,7 @@ def test_the_names_are_the_folder_s_and_every_n_is_stated(result: Evaluation, pi
     assert sum(np.isfinite(result.per_picture["PSNR after 10 cycles"])) == 5
 
 
+@pytest.mark.numeric
 def test_psnr_l1_and_ssim_by_hand(result: Evaluation, by_hand: tuple[torch.Tensor, ...]) -> None:
     images, _, rebuilt = by_hand
     metrics = pytest.importorskip("skimage.metrics")
@@ -125,6 +126,7 @@ def test_latent_statistics_and_spectra_have_a_value_for_each_channel_and_ring(
     assert len(result.curves["spectrum of pictures"]) == len(result.curves["spectrum of reconstructions"]) == 16
 
 
+@pytest.mark.numeric
 def test_the_same_call_gives_the_same_figures_and_batches_do_not_matter(
     stage: VAEStage, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

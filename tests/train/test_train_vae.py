@@ -263,6 +263,7 @@ def test_the_folder_can_hold_pictures_of_every_size(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.slow
+@pytest.mark.numeric
 def test_resuming_is_exact_with_everything_that_changes(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
@@ -292,6 +293,7 @@ def test_resuming_is_exact_with_everything_that_changes(
     assert [row["step"] for row in rows if "l1" in row] == [1, 2, 3, 4]
 
 
+@pytest.mark.numeric
 def test_five_steps_give_their_recorded_losses(tmp_path: Path, pictures: Path) -> None:
     """A refactoring is exact; a change of these numbers is a change of what people train (say so in CHANGELOG.md)."""
     training.train_vae(vae_run(tmp_path, pictures, optim={"steps": 5}, loss={"structure": 0.1, "perceptual": 0.2}))
