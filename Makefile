@@ -1,6 +1,6 @@
 # make demo   a picture from the embedded model, from nothing
 # make ui     the interface in a browser
-# make test   everything that CI runs
+# make test   all tests, in two processes; test-fast: without the slow ones; test-docs: the README's blocks as they stand
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
@@ -9,9 +9,11 @@ AXE := axe-core@4.14.1
 ifneq ($(wildcard ../shared),)
 export LATENTPIPE_ASSETS ?= $(abspath ../shared)
 endif
+# a file's tests stay together: they share what is dear to make
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo ui test lint types clean
+.PHONY: demo ui test test-fast test-docs test-avx2 lint types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/latentpipe generate "red apple" --seed 7 --out out
@@ -20,7 +22,17 @@ ui: $(VENV)/.ui
 	$(BIN)/latentpipe ui
 
 test: $(VENV)/.dev $(VENV)/axe.min.js debian
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: $(VENV)/.dev
+	$(PYTEST) -m "not slow and not docs"
+
+test-docs: $(VENV)/.dev
+	$(BIN)/python -m pytest -m docs tests/test_readme.py
+
+# what compares numbers, with the instructions of a processor without AVX-512
+test-avx2: $(VENV)/.dev
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m "numeric and not docs"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -18,12 +18,12 @@ from latentpipe.errors import UserError
 from latentpipe.evaluate.bootstrap import interval, paired
 from latentpipe.evaluate.compare import floor_of
 from latentpipe.evaluate.cost import measure_cost
-from latentpipe.evaluate.latent import cycles, decibels
-from latentpipe.evaluate.protocol import find_protocol
+from latentpipe.evaluate.latent import batch_of, cycles, decibels, rebuild_batch
+from latentpipe.evaluate.protocol import find_protocol, round_images
 from latentpipe.evaluate.reconstruct import about
 from latentpipe.evaluate.similarity import ssim
 from latentpipe.explore.sets import read_set
-from latentpipe.images import fit_square, to_bytes, to_images, to_pixels
+from latentpipe.images import fit_square, to_images, to_pixels
 from latentpipe.jobs import Report
 from latentpipe.swap import stage_of
 from latentpipe.vae import VAEStage
@@ -114,13 +114,13 @@ def compare_pictures(
     """
     stages = _stages(vaes, opened)
     squares, side = _squares(pictures, [stage for _, stage in stages], side)
-    images = to_images(squares)
+    images = to_images(squares).contiguous()
     found = []
     total = len(stages) * 3
     for index, (name, stage) in enumerate(stages):
         step = index * 3
         _tell(report, step, total, f"{name}: rebuild")
-        rebuilt = _batched(lambda part, stage=stage: stage.decode(stage.encode(part)), images)
+        rebuilt = _rebuilt(stage, images)
         _tell(report, step + 1, total, f"{name}: encode and decode ten times")
         scores = scores_of(stage, images, rebuilt)
         _tell(report, step + 2, total, f"{name}: time")
@@ -132,7 +132,7 @@ def compare_pictures(
                 space=f"{stage.space.channels} channels at 1/{stage.space.downscale}",
                 dtype=facts["dtype"],
                 weights_mb=facts["bytes"] / 2**20,
-                pictures=to_pixels(rebuilt),
+                pictures=_shown(rebuilt),
                 differences=to_pixels((rebuilt.clamp(-1, 1) - images) * GAIN),
                 scores=scores,
                 cost={direction: cost[direction] for direction in ("encode", "decode")},
@@ -144,15 +144,14 @@ def compare_pictures(
 
 def scores_of(stage: VAEStage, images: torch.Tensor, rebuilt: torch.Tensor) -> dict[str, list[float]]:
     """The figures of a reconstruction, a value for each picture; `images` and `rebuilt` N 3 H W."""
-    first, second = to_bytes(images), to_bytes(rebuilt)
+    protocol = find_protocol("latentpipe")
+    first, second = round_images(images, "nearest"), protocol.to_bytes(rebuilt)
     scores = {"PSNR": decibels(first, second).tolist()}
     if images.shape[-1] >= 11:
         scores["SSIM"] = ssim(first.float(), second.float(), 255.0).tolist()
     scores["seam"] = seam(images, rebuilt, stage.space.downscale).tolist()
-    protocol = find_protocol("latentpipe")
-    for start in range(0, len(images), 8):
-        part = images[start : start + 8]
-        for name, values in cycles(stage, part, protocol, range(start, start + len(part))).items():
+    for seeds, part in _batches(images):
+        for name, values in cycles(stage, part, protocol, seeds).items():
             scores.setdefault(name, []).extend(values)
     return {name: values for name, values in scores.items() if name != "PSNR after 1 cycle"}
 
@@ -193,13 +192,18 @@ def decode_same(
     another shape.
     """
     [(_, encoder)], stages = _stages([source], opened), _stages(vaes, opened)
-    squares, _ = _squares(pictures, [encoder], side)
-    latents = _batched(encoder.encode, to_images(squares))
+    squares, side = _squares(pictures, [encoder], side)
+    at_once = batch_of(side, side)
+    batches = to_images(squares).contiguous().split(at_once)
+    latents = torch.cat([encoder.encode(part).float().cpu() for part in batches]).split(at_once)
     found: list[tuple[str, list[Image.Image] | str]] = []
     for index, (name, stage) in enumerate(stages):
         _tell(report, index, len(stages), f"{name}: decode")
         same = (stage.space.channels, stage.space.downscale) == (encoder.space.channels, encoder.space.downscale)
-        found.append((name, to_pixels(_batched(stage.decode, latents)) if same else stage.space.difference(encoder.space)))
+        if not same:
+            found.append((name, stage.space.difference(encoder.space)))
+            continue
+        found.append((name, _shown(torch.cat([stage.decode(part).float().cpu() for part in latents]))))
     return list(squares), found
 
 
@@ -233,8 +237,21 @@ def _squares(pictures: Sequence[Image.Image], stages: Sequence[VAEStage], side: 
     return [fit_square(picture, side) for picture in pictures], side
 
 
-def _batched(run, images: torch.Tensor) -> torch.Tensor:
-    return torch.cat([run(part).float().cpu() for part in images.split(8)])
+def _batches(images: torch.Tensor) -> list[tuple[range, torch.Tensor]]:
+    """As large as an evaluation's, with the places of their pictures: the size of a batch moves the last bits of a figure."""
+    n = batch_of(*images.shape[-2:])
+    return [(range(start, min(start + n, len(images))), images[start : start + n]) for start in range(0, len(images), n)]
+
+
+def _rebuilt(stage: VAEStage, images: torch.Tensor) -> torch.Tensor:
+    """What an evaluation makes of the pictures."""
+    protocol = find_protocol("latentpipe")
+    return torch.cat([rebuild_batch(stage, part, protocol, seeds).images for seeds, part in _batches(images)])
+
+
+def _shown(images: torch.Tensor) -> list[Image.Image]:
+    """The pictures whose bytes are measured."""
+    return [Image.fromarray(array) for array in find_protocol("latentpipe").to_bytes(images).permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def _tell(report: Report | None, done: int, total: int, what: str) -> None:

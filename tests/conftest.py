@@ -8,9 +8,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact resume and exact pictures are promised for a CPU
 os.environ.setdefault("COLUMNS", "200")  # messages of the command line are not broken into lines
+# read when torch is imported, here and in every process that a test starts: two workers share two cores, and threads that
+# spin while they wait for each other take the other worker's time
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # nor do the threads of the few tests that ask for two
 
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,12 @@ settings.register_profile("tests", deadline=None, max_examples=40, suppress_heal
 settings.load_profile("tests")
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost", None, ""}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests first, so that no worker is left alone with one at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

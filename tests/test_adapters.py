@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ def test_channels_and_scale_may_change(source: str, target: str) -> None:
     json.dumps(ladder.as_dict())
 
 
+@pytest.mark.slow
 def test_each_rung_explains_no_less_than_the_one_before() -> None:
     _, ladder = fit_adapter(VAEStage(tiny_vae()), VAEStage(tiny_vae(5)), probe_images(60, 32), steps=200)
     values = [score.r2 for score in ladder.scores]
@@ -216,16 +218,26 @@ def test_swapped_in_through_an_adapter(pipe: LatentPipeline) -> None:
     assert ours.size == pipe("red circle", seed=1, steps=2)[0].image.size
 
 
+@pytest.fixture(scope="module")
+def home_with_adapter(model_folder: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder with a coarser VAE, and an adapter to it made by the verb; not to be written to."""
+    home = tmp_path_factory.mktemp("with-adapter")
+    save_vae(coarser().vae, home / "vae" / "coarse", {})
+    ends = ["--from", str(model_folder / "vae"), "--to", "coarse", "--images", str(pictures)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LATENTPIPE_HOME", str(home))
+        assert main(["fit-adapter", *ends, "--out", str(home / "adapters" / "mine.safetensors")]) == 0
+    return home
+
+
 @pytest.fixture
-def fitted(model_folder: Path, own_home: Path, pictures: Path, tmp_path: Path) -> Path:
-    """A coarser VAE among the user's own, and an adapter to it made by the verb."""
-    save_vae(coarser().vae, own_home / "vae" / "coarse", {})
-    out = own_home / "adapters" / "mine.safetensors"
-    ends = ["--from", str(model_folder / "vae"), "--to", "coarse"]
-    assert main(["fit-adapter", *ends, "--images", str(pictures), "--out", str(out)]) == 0
-    return out
+def fitted(home_with_adapter: Path, own_home: Path) -> Path:
+    """The adapter in the user's own folder, beside its VAE."""
+    shutil.copytree(home_with_adapter, own_home, dirs_exist_ok=True)
+    return own_home / "adapters" / "mine.safetensors"
 
 
+@pytest.mark.slow
 def test_fit_draw_replay(fitted: Path, installed: str, tmp_path: Path) -> None:
     assert read_card(fitted).report["bound"]["name"] == "upper bound"
     assert main(["inspect", "mine"]) == 0
@@ -249,6 +261,7 @@ def test_fit_draw_replay(fitted: Path, installed: str, tmp_path: Path) -> None:
         replay(picture, device="cpu")
 
 
+@pytest.mark.slow
 def test_an_adapter_for_another_vae_is_refused(fitted: Path, installed: str, own_home: Path, capsys: Any) -> None:
     save_vae(coarser(4).vae, own_home / "vae" / "other", {})
     assert main(["generate", "x", "--model", installed, "--vae", "other", "--adapter", "mine"]) == 2
@@ -257,6 +270,7 @@ def test_an_adapter_for_another_vae_is_refused(fitted: Path, installed: str, own
     assert "--adapter mine needs --vae as well" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pictures_begin_from_the_hosts_own_encoding(fitted: Path, installed: str, own_home: Path) -> None:
     from PIL import Image
 

@@ -286,6 +286,7 @@ def test_ctrl_c_in_training_ends_with_130(
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_generate_keeps_the_partial_picture(model_folder: Path, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\nfrom latentpipe import cli, pipeline\n"
@@ -320,6 +321,7 @@ def test_ctrl_c_in_generate_keeps_the_partial_picture(model_folder: Path, tmp_pa
         assert json.loads(picture.info["latentpipe"])["stopped_after"] in range(3, 20)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once(model_folder: Path, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, time\nfrom latentpipe import cli, pipeline\n"
@@ -403,6 +405,7 @@ def test_replay_says_how_large_the_difference_is(capsys: pytest.CaptureFixture[s
     assert "of 255 grey levels" in out
 
 
+@pytest.mark.slow
 def test_the_whole_road_from_pictures_to_a_model(capsys: pytest.CaptureFixture[str], pictures: Path) -> None:
     from latentpipe.config import dump
 
@@ -447,6 +450,7 @@ def test_a_shipped_config_has_a_name(capsys: pytest.CaptureFixture[str]) -> None
     assert "data/emoji/train" in refused_after_start(capsys, "train-vae", "emoji-vae")
 
 
+@pytest.mark.slow
 def test_the_module_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     for arguments, status in (
         (["--version"], 0),

@@ -9,6 +9,8 @@ from latentpipe.config import TrainDenoiser, TrainLora, TrainVAE, dump, load, pa
 from latentpipe.data.shapes import write
 from latentpipe.verbs import configs_folder
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = sorted(configs_folder().glob("*.yaml"))
 SCHEMAS = {"train-vae": TrainVAE, "train-denoiser": TrainDenoiser, "train-lora": TrainLora}
 

@@ -37,6 +37,7 @@ def settings(family: str) -> dict[str, Any]:
     return {"size": (64, 64) if family in ("sana", "sprint") else (32, 32), "steps": 2, "guidance": 2.0}
 
 
+@pytest.mark.numeric
 def test_pictures_are_the_hosts_own(family: str, folder: Path) -> None:
     pipe = LatentPipeline.from_pretrained(folder, device="cpu")
     ours = pipe("abc", seed=4, **settings(family))[0]
@@ -101,6 +102,7 @@ def test_what_a_family_cannot_do_is_refused(family: str, folder: Path) -> None:
         pipe("abc", seed=1, **settings(family) | {"size": (36, 36)})
 
 
+@pytest.mark.slow
 def test_swap_and_save(family: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The family's own VAE, stored elsewhere: the same space; the saved pipeline opens with stock diffusers."""
     import diffusers

@@ -198,6 +198,7 @@ def test_the_new_vae_has_the_dtype_of_the_old(dtype: torch.dtype) -> None:
     assert all_finite(decode(copy.deepcopy(new).half(), torch.randn(1, 4, 8, 8).half()))
 
 
+@pytest.mark.slow
 def test_the_verb_writes_a_vae_that_diffusers_runs_in_fp16(
     tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,8 @@ from tiny_hosts import BUILDERS, SIDE, call
 from latentpipe import LatentSpace, UserError, VAEStage, hosts, swap_vae
 from latentpipe.files import content_hash
 
+pytestmark = pytest.mark.numeric
+
 TASKS = [
     (name, task) for name in BUILDERS for task in ("text", "image", "inpaint") if getattr(hosts.host_of(BUILDERS[name]()), task)
 ]

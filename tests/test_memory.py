@@ -69,6 +69,7 @@ def shape(direction: str, side: int, n: int = 1) -> tuple[int, int, int, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("rows", [None, 16])
+@pytest.mark.slow
 def test_the_prediction_is_within_a_fifth_of_what_is_measured(wide: Any, rows: int | None) -> None:
     side = 384
     command = [sys.executable, "-c", MEASURE, json.dumps(WIDE), str(side), str(rows or 0)]

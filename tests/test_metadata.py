@@ -476,6 +476,7 @@ CHANGES = st.lists(st.tuples(st.integers(0, 2**16), st.binary(max_size=4), st.in
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @settings(max_examples=500)
 @given(body=st.sampled_from(seeds()), changes=CHANGES, inside=st.booleans())
+@pytest.mark.slow
 def test_mutated_files_are_one_sentence_or_information(
     tmp_path_factory: pytest.TempPathFactory, body: bytes, changes: list[tuple[int, bytes, int]], inside: bool
 ) -> None:

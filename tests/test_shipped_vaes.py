@@ -18,6 +18,8 @@ from latentpipe.models import load_pipeline
 from latentpipe.vae import VAEStage
 from latentpipe.weights import available, find_model, load_vae, shipped, vae_hash
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 NAMES = ("emoji-decoder-ft", "emoji-eq", "emoji-tiny", "emoji-vector")
 CODECS = ("emoji-codec-small", "emoji-codec", "emoji-codec-large")
@@ -73,6 +75,7 @@ def test_each_codec_is_small_and_what_its_card_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.numeric
 def test_each_opens_with_stock_diffusers(name: str) -> None:
     import diffusers
 
@@ -95,6 +98,7 @@ def test_each_fits_or_not_as_its_verdict_says(name: str, outcome: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.numeric
 def test_the_decoders_are_as_good_as_was_measured() -> None:
     """On other renderings than those of the table, so only the order is asserted."""
     images, own = emoji(), stage("emoji")
@@ -116,6 +120,7 @@ def test_the_floors_hold_in_the_measured_figures() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.numeric
 def test_turned_latents_of_the_equivariant_one_decode_to_turned_pictures() -> None:
     images = emoji()
     scores = {}

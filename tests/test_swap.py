@@ -131,6 +131,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], str, str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.slow
 def test_planted_faults_are_named(fault: str, emoji: Any, probes: torch.Tensor) -> None:
     build, outcome, reason = FAULTS[fault]
     vae = build()
@@ -176,12 +177,14 @@ class NoPosterior(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", SOUND)
+@pytest.mark.slow
 def test_sound_swaps_raise_no_alarm(name: str, emoji: Any, probes: torch.Tensor) -> None:
     verdict = check_swap(emoji, SOUND[name](), probes)
     assert verdict.outcome == "same space", verdict
     assert verdict.fits
 
 
+@pytest.mark.slow
 def test_other_probes_hosts_and_files_raise_no_alarm(emoji: Any, probes: torch.Tensor, tmp_path: Path) -> None:
     from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 

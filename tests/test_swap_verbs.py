@@ -18,6 +18,8 @@ from latentpipe.models import describe, load_pipeline
 from latentpipe.vae import fold_normalization
 from latentpipe.weights import find_model, load_vae, save_vae, vae_hash
 
+pytestmark = pytest.mark.slow
+
 ROWS = ["--steps", "2", "--seed", "3", "--device", "cpu"]
 
 
@@ -77,13 +79,19 @@ def test_measured_on_your_own_pictures(same_space: Path, pictures: Path, capsys:
     assert "measured on 12 pictures given, 64 px" in out
 
 
-def test_a_saved_swap_draws_with_stock_diffusers_what_we_draw(same_space: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.fixture(scope="module")
+def saved(same_space: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with that VAE swapped in by the verb; not to be written to."""
+    out = tmp_path_factory.mktemp("swapped") / "out"
+    assert main(["swap", "--vae", str(same_space), "--out", str(out)]) == 0
+    return out
+
+
+def test_a_saved_swap_draws_with_stock_diffusers_what_we_draw(same_space: Path, saved: Path) -> None:
     """SD1's own code ignores a shift, so it is folded in: nothing is lost on the way."""
     from diffusers import StableDiffusionPipeline
 
-    out = tmp_path / "out"
-    status, _, err = verdict(capsys, "--vae", str(same_space), "--out", str(out))
-    assert status == 0, err
+    out = saved
     ours = LatentPipeline.from_pretrained("emoji", vae=same_space, device="cpu")("red apple", seed=7, steps=4)[0].image
     saved = LatentPipeline.from_pretrained(out, device="cpu")("red apple", seed=7, steps=4)[0].image
     stock = StableDiffusionPipeline.from_pretrained(out)
@@ -95,9 +103,8 @@ def test_a_saved_swap_draws_with_stock_diffusers_what_we_draw(same_space: Path, 
     assert describe(str(out))["card"]["swapped_vae"]["hash"] == vae_hash(out / "vae")
 
 
-def test_the_chain_holds_through_a_swap(same_space: Path, tmp_path: Path, capsys: Any) -> None:
-    out = tmp_path / "out"
-    verdict(capsys, "--vae", str(same_space), "--out", str(out))
+def test_the_chain_holds_through_a_swap(same_space: Path, saved: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(saved, tmp_path / "out"))
     assert main(["generate", "red apple", "--model", str(out), "--out", str(tmp_path), *ROWS]) == 0
     shutil.rmtree(out / "vae")
     shutil.copytree(same_space, out / "vae")
@@ -106,13 +113,13 @@ def test_the_chain_holds_through_a_swap(same_space: Path, tmp_path: Path, capsys
         load_pipeline(out)
 
 
-def test_nothing_is_written_over(same_space: Path, tmp_path: Path, capsys: Any) -> None:
+def test_nothing_is_written_over(model_copy: Path, vae_folder: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "out").mkdir()
-    status, _, err = verdict(capsys, "--vae", str(same_space), "--out", str(tmp_path / "out"))
+    given = ["--vae", str(vae_folder), "--model", str(model_copy)]
+    status, _, err = verdict(capsys, *given, "--out", str(tmp_path / "out"))
     assert status == 2
     assert "exists already, or lies within the model" in err
-    model = Path(shutil.copytree(find_model("emoji"), tmp_path / "model"))
-    status, _, err = verdict(capsys, "--vae", str(same_space), "--model", str(model), "--out", str(model / "unet" / "x"))
+    status, _, err = verdict(capsys, *given, "--out", str(model_copy / "unet" / "x"))
     assert status == 2
     assert "lies within the model" in err
 

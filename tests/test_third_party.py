@@ -12,6 +12,8 @@ from latentpipe import UserError, VAEStage, check_swap, swap_vae
 from latentpipe.models import load_pipeline
 from latentpipe.weights import find_model, load_vae
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

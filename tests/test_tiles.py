@@ -18,6 +18,8 @@ from latentpipe.files import content_hash
 from latentpipe.formats.tiny import TinyVAE
 from latentpipe.latents import downscale_of
 
+pytestmark = pytest.mark.numeric
+
 ROWS = (1, 3, 8, 17, 10**6)
 KINDS = ("plain", "attention", "three", "one", "bare", "asymmetric", "tiny", "pool", "own")
 

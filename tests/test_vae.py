@@ -12,6 +12,8 @@ from torch import nn
 from latentpipe import LatentSpace, VAEStage
 from latentpipe.vae import fold_normalization
 
+pytestmark = pytest.mark.numeric
+
 SPACE = LatentSpace(4, 2, (0.5, 2.0, 1.3, 0.9), (0.2, -1.0, 0.0, 3.0))
 
 

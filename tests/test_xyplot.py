@@ -161,6 +161,8 @@ def test_values_may_hold_commas_in_quotes() -> None:
 # --- pictures -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.numeric
 def test_each_picture_is_the_one_drawn_alone(pipe: LatentPipeline, adapter: str) -> None:
     for x, y, alone in (
         ("seed=1,2", "guidance=1,4", lambda x, y: pipe("red circle", seed=x, guidance=y, steps=2)),
@@ -203,6 +205,7 @@ def test_the_sheet_holds_the_pictures_pixel_by_pixel(pipe: LatentPipeline) -> No
 
 
 @pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.slow
 def test_the_dear_axis_runs_outermost(models: ModelCache, adapter: str, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever X and Y say: each VAE is opened once, LoRA weights change once for each VAE, cheap things vary within."""
     opened: list[str | None] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ CYCLES = (1, 2, 5, 10)
 MOMENTS = ("mean", "std", "skewness", "excess kurtosis")
 RESAMPLES = 200  # of pictures, for a standard error
 ROWS = 256  # of a block of distances
+AREA = 4 * 256 * 256  # pixels of a batch
+MOST = 16  # pictures of a batch
 
 Warp = Callable[[torch.Tensor], torch.Tensor]
 
@@ -40,6 +43,39 @@ def draw(mean: torch.Tensor, std: torch.Tensor, protocol: Protocol, seeds: Seque
         return mean
     noise = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return mean + std * torch.stack(noise).to(mean)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What a VAE made of one batch.
+
+    images      B 3 H W, float32 on the CPU, not clamped
+    latents     B C h w, what was decoded
+    normalized, raw  mean and standard deviation of the posteriors (B C h w each), as latents and in the VAE's own units
+    """
+
+    images: torch.Tensor
+    latents: torch.Tensor
+    normalized: tuple[torch.Tensor, torch.Tensor]
+    raw: tuple[torch.Tensor, torch.Tensor]
+
+
+def rebuild_batch(stage: VAEStage, images: torch.Tensor, protocol: Protocol, seeds: Sequence[int]) -> Reconstruction:
+    """One batch encoded and decoded, by the one road that all figures share; `seeds` as for `draw`.
+
+    Always contiguous (NCHW): oneDNN sums in another order for channels_last, the layout of a picture's file, and the last
+    bits of a figure would depend on how the same pixels were read.
+    """
+    raw_mean, raw_std = stage.raw_posterior(images.contiguous())
+    mean = stage.space.normalize(raw_mean)
+    std = raw_std * mean.new_tensor(stage.space.scale).view(1, -1, 1, 1)
+    latents = draw(mean, std, protocol, seeds)
+    return Reconstruction(stage.decode(latents).float().cpu(), latents, (mean, std), (raw_mean, raw_std))
+
+
+def batch_of(height: int, width: int) -> int:
+    """How many pictures of that size in pixels are encoded at once."""
+    return max(1, min(MOST, AREA // (height * width)))
 
 
 def rate_bits(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
@@ -91,7 +127,7 @@ def cycles(stage: VAEStage, images: torch.Tensor, protocol: Protocol, seeds: Seq
     Between two rounds the picture is rounded to uint8, as by a person who saves and opens it.
     """
     first = round_images(images, "nearest")
-    now, found = images, {}
+    now, found = images.contiguous(), {}
     for cycle in range(1, CYCLES[-1] + 1):
         latents = draw(*stage.posterior(now), protocol, [seed + cycle - 1 for seed in seeds])
         saved = protocol.to_bytes(stage.decode(latents)).cpu()

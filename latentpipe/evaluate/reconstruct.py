@@ -16,7 +16,7 @@ from latentpipe.errors import UserError
 from latentpipe.evaluate import pictures
 from latentpipe.evaluate.bootstrap import resampled_means
 from latentpipe.evaluate.cost import measure_cost
-from latentpipe.evaluate.latent import TOP_DB, cycles, draw, equivariance, nearest, slerp, statistics
+from latentpipe.evaluate.latent import TOP_DB, batch_of, cycles, equivariance, nearest, rebuild_batch, slerp, statistics
 from latentpipe.evaluate.pictures import Plan
 from latentpipe.evaluate.protocol import Protocol, find_protocol, round_images
 from latentpipe.evaluate.results import Better, Evaluation, Score
@@ -28,8 +28,6 @@ from latentpipe.precision import NAMES
 from latentpipe.vae import VAEStage
 from latentpipe.weights import find_model, name_of, open_vae
 
-AREA = 4 * 256 * 256  # pixels of a batch
-MOST = 16  # pictures of a batch
 PROBED = 64  # pictures for what encodes or decodes each several times
 
 
@@ -128,23 +126,14 @@ def about(stage: VAEStage) -> dict[str, Any]:
     }
 
 
-def batch_of(plan: Plan) -> int:
-    """How many pictures are encoded at once."""
-    return max(1, min(MOST, AREA // (plan.height * plan.width)))
-
-
 def _rebuild(stage: VAEStage, plan: Plan, protocol: Protocol, tools: Tools) -> Tally:
     """Every picture encoded and decoded once, and what is kept of that."""
     tally = Tally(stage.space)
     seed = 0
-    for names, images in _bar(pictures.read(plan, plan.names, batch_of(plan)), len(plan.names), "rebuild"):
-        raw_mean, raw_std = stage.raw_posterior(images)
-        mean = stage.space.normalize(raw_mean)
-        std = raw_std * mean.new_tensor(stage.space.scale).view(1, -1, 1, 1)
-        latents = draw(mean, std, protocol, range(seed, seed + len(names)))
-        rebuilt = stage.decode(latents).float().cpu()
-        tally.add(names, images, rebuilt, protocol, tools)
-        tally.add_latents(latents, (mean, std), (raw_mean, raw_std))
+    for names, images in _bar(pictures.read(plan, plan.names, batch_of(plan.height, plan.width)), len(plan.names), "rebuild"):
+        found = rebuild_batch(stage, images, protocol, range(seed, seed + len(names)))
+        tally.add(names, images, found.images, protocol, tools)
+        tally.add_latents(found.latents, found.normalized, found.raw)
         seed += len(names)
     if not tally.names:
         listed = "\n".join(f"  skipped {name}: {reason}" for name, reason in plan.skipped.items())
@@ -173,7 +162,7 @@ def _probe(stage: VAEStage, plan: Plan, protocol: Protocol, names: list[str]) ->
     """Round trips and equivariance on the named pictures."""
     found: dict[str, list[float]] = {}
     seed = 0
-    for part, images in _bar(pictures.read(plan, names, batch_of(plan), again=True), len(names), "probe"):
+    for part, images in _bar(pictures.read(plan, names, batch_of(plan.height, plan.width), again=True), len(names), "probe"):
         seeds = range(seed, seed + len(part))
         for metric, values in (cycles(stage, images, protocol, seeds) | equivariance(stage, images, protocol)).items():
             found.setdefault(metric, []).extend(values)
@@ -198,7 +187,9 @@ def _interpolate(stage: VAEStage, plan: Plan, tally: Tally, tools: Tools) -> dic
     places = {name: index for index, name in enumerate(tally.names)}
     midpoints: list[np.ndarray] = []
     faded: list[np.ndarray] = []
-    for names, images in _bar(pictures.read(plan, tally.names[:n], batch_of(plan), again=True), n, "interpolate"):
+    for names, images in _bar(
+        pictures.read(plan, tally.names[:n], batch_of(plan.height, plan.width), again=True), n, "interpolate"
+    ):
         mine = [places[name] for name in names]
         theirs = [partners[index] for index in mine]
         wanted = [tally.names[index] for index in theirs]
@@ -219,9 +210,8 @@ def _save_sheet(stage: VAEStage, plan: Plan, protocol: Protocol, tally: Tally, p
     originals, rebuilt, labels = [], [], []
     for word, index in examples(tally.values["PSNR"]).items():
         [(_, images)] = pictures.read(plan, [tally.names[index]], 1, again=True)
-        latents = draw(*stage.posterior(images), protocol, [index])
         originals.append(images)
-        rebuilt.append(stage.decode(latents).float().cpu())
+        rebuilt.append(rebuild_batch(stage, images, protocol, [index]).images)
         labels.append(f"{word}: {tally.names[index]}, {tally.values['PSNR'][index]:.1f} dB")
     with atomic_file(path) as part:
         example_sheet(torch.cat(originals), torch.cat(rebuilt), labels).save(part, format="PNG")

@@ -18,9 +18,9 @@ from latentpipe.evaluate.cost import measure_cost
 from latentpipe.evaluate.crops import Strip, choose, strip
 from latentpipe.evaluate.distances import paired_frechet, paired_kernel
 from latentpipe.evaluate.features import metric_names, open_features
-from latentpipe.evaluate.latent import draw
+from latentpipe.evaluate.latent import batch_of, rebuild_batch
 from latentpipe.evaluate.protocol import Protocol, find_protocol, round_images
-from latentpipe.evaluate.reconstruct import batch_of, evaluate_vae
+from latentpipe.evaluate.reconstruct import evaluate_vae
 from latentpipe.evaluate.results import Evaluation
 from latentpipe.evaluate.tally import KERNEL
 from latentpipe.files import content_hash
@@ -116,9 +116,9 @@ def rebuild(
     """
     plan = pictures.plan(folder, protocol, stage.space.downscale)
     with torch.no_grad():
-        for names, images in pictures.read(plan, list(seeds), batch_of(plan)):
-            latents = draw(*stage.posterior(images), protocol, [seeds[name] for name in names])
-            yield names, round_images(images, "nearest"), protocol.to_bytes(stage.decode(latents).float().cpu())
+        for names, images in pictures.read(plan, list(seeds), batch_of(plan.height, plan.width)):
+            rebuilt = rebuild_batch(stage, images, protocol, [seeds[name] for name in names]).images
+            yield names, round_images(images, "nearest"), protocol.to_bytes(rebuilt)
 
 
 def set_differences(

@@ -162,6 +162,7 @@ def made(rendered: list[Emoji], font: Path) -> dict[str, Any]:
     return emojis.make_split(rendered, emojis.file_hash(font))
 
 
+@pytest.mark.slow
 def test_the_set_has_its_published_size(rendered: list[Emoji]) -> None:
     assert len(rendered) == 3771
     assert len({emoji.key for emoji in rendered}) == 3771
@@ -215,6 +216,7 @@ def test_no_mirrored_twin_lies_across_the_splits(rendered: list[Emoji]) -> None:
     assert distance.min() / plain.shape[1] > 25
 
 
+@pytest.mark.slow
 def test_folders_are_written_with_captions(font: Path, tmp_path: Path) -> None:
     from latentpipe.data.folder import read_index
 

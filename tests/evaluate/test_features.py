@@ -144,6 +144,7 @@ def inception_by_hand(tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torc
     return x.mean((2, 3))
 
 
+@pytest.mark.slow
 def test_inception_opens_from_its_file_and_resizes_by_itself(tmp_path: Path, own_home: Path) -> None:
     tensors = dict(randomized(Inception()).state_dict())
     path = own_home / "metrics" / "inception.safetensors"
@@ -198,6 +199,7 @@ def test_squeezenet10_equals_a_computation_by_hand(tmp_path: Path) -> None:
         features(some_images(1, 32)[0])
 
 
+@pytest.mark.slow
 def test_the_real_squeezenet10_orders_degradations(assets: Path, own_home: Path) -> None:
     path = assets / "weights" / "squeezenet10" / "squeezenet1_0_caffe_decoded.pth"
     if not path.is_file():
@@ -211,6 +213,7 @@ def test_the_real_squeezenet10_orders_degradations(assets: Path, own_home: Path)
     assert_degradations_are_ordered(features, images)
 
 
+@pytest.mark.slow
 def test_emoji_words_ships_and_orders_degradations() -> None:
     features = open_features("emoji-words")
     assert (features.name, features.size) == ("emoji-words", 128)
@@ -258,6 +261,7 @@ def test_the_score_counts_ranked_words() -> None:
     assert words.score(logits, truth) == {"top_word": 0.5, "words": 0.25}
 
 
+@pytest.mark.slow
 def test_words_are_trained_into_a_folder_that_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(words, "LEAST", 3)
     monkeypatch.setattr(words, "BATCH", 16)

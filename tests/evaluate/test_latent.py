@@ -194,6 +194,7 @@ def test_slerp_of_parallel_latents_is_their_mean() -> None:
     assert torch.isfinite(latent.slerp(a, torch.zeros_like(a))).all()
 
 
+@pytest.mark.slow
 def test_the_cost_is_complete_and_near_the_predicted_memory() -> None:
     vae = tiny_vae()
     cost = measure_cost(VAEStage(vae, tile=None), 512, 512, repeats=1)

@@ -38,6 +38,7 @@ def test_every_picture_of_the_bank_finds_itself(bank):
     assert prompts.score(bank, rows, found)["top1"] == 1.0
 
 
+@pytest.mark.slow
 def test_nearest_equals_brute_force(bank):
     rng = np.random.default_rng(0)
     queries = rng.uniform(0, 255, (4, bank.pixels.shape[1])).astype(np.float32)
@@ -65,6 +66,7 @@ def test_attributes_are_counted_apart(bank):
     assert prompts.attributes(bank, texts, np.array([[row] * 5 for row in sibling])) == {"role": 1.0, "gender": 1.0, "tone": 0.0}
 
 
+@pytest.mark.slow
 def test_copying_the_nearest_sibling_never_wins_top1(bank):
     result = prompts.baselines(bank, "held_out", bank.rows_of("held_out"))
     assert result["nearest_sibling"]["top1"] == 0.0
@@ -83,6 +85,7 @@ def test_wilson_of_nothing_says_nothing():
     assert prompts.wilson(0, 0) == (0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_evaluate_reports_all_parts(model_folder, tmp_path):
     result = prompts.evaluate(model_folder, seen=3, held_out=2, steps=2, grid=tmp_path / "grid.png")
     assert {"n", "top1", "top5", "low", "high"} <= set(result["seen"])

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from latentpipe import UserError, VAEStage
-from latentpipe.evaluate import reconstruct, tally
+from latentpipe.evaluate import latent, reconstruct, tally
 from latentpipe.evaluate.distances import frechet
 from latentpipe.evaluate.features import open_features
 from latentpipe.evaluate.lpips import LPIPS
@@ -65,6 +65,7 @@ def test_the_names_are_the_folder_s_and_every_n_is_stated(result: Evaluation, pi
     assert sum(np.isfinite(result.per_picture["PSNR after 10 cycles"])) == 5
 
 
+@pytest.mark.numeric
 def test_psnr_l1_and_ssim_by_hand(result: Evaluation, by_hand: tuple[torch.Tensor, ...]) -> None:
     images, _, rebuilt = by_hand
     metrics = pytest.importorskip("skimage.metrics")
@@ -125,18 +126,20 @@ def test_latent_statistics_and_spectra_have_a_value_for_each_channel_and_ring(
     assert len(result.curves["spectrum of pictures"]) == len(result.curves["spectrum of reconstructions"]) == 16
 
 
+@pytest.mark.numeric
 def test_the_same_call_gives_the_same_figures_and_batches_do_not_matter(
     stage: VAEStage, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampled = find_protocol("latentpipe", posterior="sample")
     first, again = (quick(stage, pictures, protocol=sampled).as_dict() for _ in range(2))
     assert first == again
-    monkeypatch.setattr(reconstruct, "MOST", 5)
+    monkeypatch.setattr(latent, "MOST", 5)
     other = quick(stage, pictures, protocol=sampled)
     assert other.per_picture["PSNR"] == pytest.approx(first["per_picture"]["PSNR"], abs=0.01)
     assert other.pictures == first["pictures"]
 
 
+@pytest.mark.slow
 def test_protocols_change_what_they_say(stage: VAEStage, pictures: Path) -> None:
     found = {name: quick(stage, pictures, most=4, protocol=find_protocol(name, size_px=32)) for name in PROTOCOLS}
     values = {name: one.per_picture["PSNR"] for name, one in found.items()}
@@ -241,7 +244,7 @@ def test_lpips_is_measured_where_its_weights_are_installed(stage: VAEStage, tmp_
 
 
 def test_interpolation_is_of_the_latents_that_were_kept(stage: VAEStage, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconstruct, "MOST", 4)
+    monkeypatch.setattr(latent, "MOST", 4)
     monkeypatch.setattr(tally, "NEIGHBOURS", 9 * 4 * 16 * 16 * 2)  # nine pictures: two batches of four
     found = quick(stage, pictures)
     assert found.scores["interpolation Frechet distance on emoji-words"].n == 8
@@ -438,6 +441,7 @@ def check_published(weights: list[Path], crops: Path, tmp_path: Path) -> list[fl
     return found.per_picture["PSNR"]
 
 
+@pytest.mark.slow
 def test_the_flux2_tiny_vae_on_photographs_is_the_published_one(assets: Path, tmp_path: Path) -> None:
     (tmp_path / "crops").mkdir()
     for name, box in (("chelsea", (100, 60, 228, 188)), ("coffee", (200, 100, 328, 228)), ("astronaut", (180, 30, 308, 158))):
@@ -450,6 +454,7 @@ def test_the_flux2_tiny_vae_on_photographs_is_the_published_one(assets: Path, tm
 
 
 @pytest.mark.filterwarnings("ignore:the two halves do not rebuild")
+@pytest.mark.slow
 def test_an_autoencoder_of_the_published_layers_needs_no_files(tmp_path: Path) -> None:
     """The sibling with random weights, written as the published files are."""
     torch.manual_seed(0)

@@ -353,6 +353,7 @@ def test_the_verb_measures_compares_and_writes_the_page(
     assert f"--images {images}" in command
 
 
+@pytest.mark.numeric
 def test_the_crops_are_the_reconstructions_that_were_measured(three: tuple[Path, Path]) -> None:
     from latentpipe.evaluate.side_by_side import compare_vaes
     from latentpipe.images import psnr

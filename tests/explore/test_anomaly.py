@@ -140,6 +140,7 @@ def test_a_defect_changes_its_mask_alone_and_is_the_same_again(kind: str, emoji:
         defects.plant(emoji[:1], "rust")
 
 
+@pytest.mark.slow
 def test_the_heat_of_a_planted_scratch_lies_on_it(detector: anomaly.Detector, emoji: torch.Tensor) -> None:
     images, masks = defects.plant(emoji[60:90], "scratch")
     maps = detector.heat(images)
@@ -216,6 +217,7 @@ def test_the_bank_is_read_as_it_was_made(tmp_path: Path) -> None:
     assert read_given([tmp_path], 64, True).images.shape == (1, 3, 64, 64)
 
 
+@pytest.mark.slow
 def test_the_verb_names_broken_files_and_writes_sheet_table_and_detector(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

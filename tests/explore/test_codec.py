@@ -71,6 +71,7 @@ def test_counts_are_those_of_a_logistic_distribution() -> None:
             assert np.abs(found[fraction, scale] / tables.TOTAL - wanted).max() < 1.2e-3
 
 
+@pytest.mark.numeric
 def test_counts_are_the_same_everywhere() -> None:
     # a file that was written once must open for ever: this hash belongs to version 1 of the container
     assert zlib.crc32(tables.counts().astype("<u2").tobytes()) == COUNTS_CRC
@@ -79,6 +80,7 @@ def test_counts_are_the_same_everywhere() -> None:
 @given(h=st.integers(1, 9), w=st.integers(1, 9), c=st.integers(1, 6), spread=st.sampled_from([0.0, 0.3, 2.0, 40.0, 3e4]),
        seed=st.integers(0, 99), adapts=st.booleans())  # fmt: skip
 @settings(max_examples=60, deadline=None)
+@pytest.mark.numeric
 def test_latents_come_back_exactly(h: int, w: int, c: int, spread: float, seed: int, adapts: bool) -> None:
     latents = np.rint(np.random.default_rng(seed).laplace(0, spread, (c, h, w))).astype(np.int64)
     weights = learnt(c)
@@ -108,6 +110,7 @@ def test_the_length_is_what_the_counts_say() -> None:
     assert 8 * len(waves.encode(latents, context.Context(weights, 0))) == pytest.approx(spent, abs=10)
 
 
+@pytest.mark.numeric
 def test_the_integer_model_is_the_network_that_was_learnt() -> None:
     torch.manual_seed(1)
     net = ContextModel(8)
@@ -136,6 +139,7 @@ def test_the_integer_model_is_the_network_that_was_learnt() -> None:
         assert np.abs(one[1] - other[1]).max() < 0.6
 
 
+@pytest.mark.slow
 def test_learning_makes_files_smaller_than_adapting() -> None:
     random = torch.Generator().manual_seed(0)
     base = torch.randn(64, 1, 8, 8, generator=random)
@@ -148,6 +152,7 @@ def test_learning_makes_files_smaller_than_adapting() -> None:
 
 @pytest.mark.parametrize("size", [(64, 64), (33, 7), (1, 1), (50, 131)])
 @pytest.mark.parametrize("adapts", [True, False])
+@pytest.mark.numeric
 def test_any_size_comes_back_as_the_decoder_shows_it(folder: Path, size: tuple[int, int], adapts: bool) -> None:
     if adapts:
         (folder / context.FILE).unlink()
@@ -162,6 +167,7 @@ def test_any_size_comes_back_as_the_decoder_shows_it(folder: Path, size: tuple[i
     assert np.array_equal(np.asarray(back), np.asarray(files.rebuilt(latents, codec, -16, *size)))
 
 
+@pytest.mark.numeric
 def test_threads_change_no_latent_and_no_pixel_by_more_than_a_level(folder: Path) -> None:
     codec = files.open_codec(folder)
     data = files.compress(photo(96, 80), codec)
@@ -191,6 +197,7 @@ def test_damaged_files_are_refused_in_a_sentence(folder: Path) -> None:
                 files.decompress(bytes(data), codec)
 
 
+@pytest.mark.slow
 def test_files_that_lie_with_a_right_checksum_end_in_a_sentence_or_a_picture(folder: Path) -> None:
     for adapts in (False, True):
         if adapts:

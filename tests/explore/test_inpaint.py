@@ -52,6 +52,7 @@ def _nothing() -> Any:
     feather=st.sampled_from([None, 0, 2]),
 )
 @pytest.mark.filterwarnings("ignore::latentpipe.errors.Note")
+@pytest.mark.slow
 def test_bytes_outside_the_mask_stay(
     pipe: LatentPipeline, width: int, height: int, mode: str, seed: int, strength: float, feather: int | None
 ) -> None:

@@ -21,6 +21,8 @@ from latentpipe.latents import PUBLISHED, LatentSpace
 from latentpipe.probes import probe_images
 from latentpipe.weights import find_model, load_vae, open_vae, save_vae, vae_hash
 
+pytestmark = pytest.mark.slow
+
 # --- probes -------------------------------------------------------------------------------------------------
 
 

@@ -42,6 +42,7 @@ def convert_quietly(sources: list[Path], out: Path, given: Given | None = None) 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.slow
 def test_a_pair_becomes_a_plain_autoencodertiny(suffix: str, swapped: bool, tmp_path: Path) -> None:
     from diffusers import AutoencoderTiny
 
@@ -72,6 +73,7 @@ def test_a_pool_branch_is_not_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["diffusers", "comfy"])
+@pytest.mark.slow
 def test_one_file_with_both_halves_opens(ending: str, tmp_path: Path) -> None:
     halves = taesd(pool=True)
     pair = convert_quietly(write_halves(halves, tmp_path / "pth"), tmp_path / "vae")
@@ -86,6 +88,7 @@ def test_one_file_with_both_halves_opens(ending: str, tmp_path: Path) -> None:
         check(halves, path, 4)
 
 
+@pytest.mark.slow
 def test_the_deep_variant_has_strides_that_its_decoder_tells(tmp_path: Path) -> None:
     halves = f32()
     paths = write_halves(halves, tmp_path / "pth")
@@ -132,6 +135,7 @@ def test_halves_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "layer", [["conv", 3], ["conv", 3, 8, 1, "yes"], ["import", "os"], [], "relu", ["conv", 10**9, 8, 1, 1], 5]
 )
+@pytest.mark.slow
 def test_a_config_cannot_build_anything_else(layer: object, tmp_path: Path) -> None:
     convert_quietly(write_halves(taesd(pool=True), tmp_path / "pth"), tmp_path / "vae")
     path = tmp_path / "vae" / "config.json"
@@ -154,6 +158,7 @@ def test_latents_of_an_implausible_scale_are_noted(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_real_flux2_pair_rebuilds_photographs(assets: Path, tmp_path: Path) -> None:
     sources = [assets / f"weights/taesd/taef2_{side}.pth" for side in ("encoder", "decoder")]
     convert(sources, tmp_path / "vae")
@@ -170,6 +175,7 @@ def test_the_real_flux2_pair_rebuilds_photographs(assets: Path, tmp_path: Path) 
         load_vae(tmp_path / "vae")
 
 
+@pytest.mark.slow
 def test_the_real_sana_encoder_needs_its_downscale(assets: Path, tmp_path: Path) -> None:
     source = assets / "weights/taesd/taesana_encoder.pth"
     with pytest.raises(UserError, match="--downscale N"):

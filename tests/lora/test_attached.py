@@ -214,6 +214,7 @@ def test_it_works_on_other_families(home: Path) -> None:
         assert digests(pipe) == before
 
 
+@pytest.mark.slow
 def test_generate_takes_names_files_and_weights(
     installed: str, pipe: LatentPipeline, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -266,6 +267,7 @@ def test_torch_random_numbers_are_left_alone(pipe: LatentPipeline, home: Path) -
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_a_decoder_that_fits_takes_no_adapter_away(tmp_path: Path, own_home: Path) -> None:
     """An adapter on the denoiser concerns the latents, whatever decodes them; one on the VAE concerns the VAE in use."""
     swapped = LatentPipeline.from_pretrained("emoji", vae="emoji-decoder-ft")

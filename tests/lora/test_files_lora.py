@@ -55,6 +55,7 @@ def same(first: Lora, second: Lora) -> None:
 
 
 @given(loras())
+@pytest.mark.slow
 def test_round_trips_are_exact(lora: Lora) -> None:
     with tempfile.TemporaryDirectory() as folder:
         at = lora

@@ -332,6 +332,7 @@ def test_the_verbs_need_no_torch_to_be_listed() -> None:
     assert "magnitude_prune_svd" in run.stdout
 
 
+@pytest.mark.slow
 def test_third_party_files(assets: Path, tmp_path: Path, capsys: Any) -> None:
     """A real SD1.5 LoRA is inspected, merged with itself at two weights, and comes out at 1.5 times."""
     files = sorted((assets / "weights" / "lora_catundchat").glob("*.safetensors"))

@@ -110,6 +110,7 @@ OPERATION = st.tuples(
 
 @settings(max_examples=25)
 @given(operations=st.lists(OPERATION, max_size=40), seed=st.integers(0, 3))
+@pytest.mark.slow
 def test_any_order_of_changes_ends_where_a_fresh_model_ends(tmp_path_factory, model_folder, operations, seed) -> None:
     """About 1,000 switches over all examples: same bytes when everything is off, same outputs as a fresh load when it is on."""
     from latentpipe import LatentPipeline
@@ -143,6 +144,7 @@ def test_any_order_of_changes_ends_where_a_fresh_model_ends(tmp_path_factory, mo
 _models: dict[str, Any] = {}
 
 
+@pytest.mark.slow
 def test_a_thousand_switches_in_random_order_leave_no_trace(mixer: Mixer) -> None:
     """Attached, weighted, swapped, fused or not: same bytes at the end, and no tensor more than before."""
     import gc

@@ -15,7 +15,7 @@ from latentpipe.files import read_header
 from latentpipe.lora.files import read_lora, write_lora
 from latentpipe.lora.layer import Layer
 
-pytestmark = pytest.mark.filterwarnings("ignore::latentpipe.errors.Note")
+pytestmark = [pytest.mark.filterwarnings("ignore::latentpipe.errors.Note"), pytest.mark.slow]
 DTYPES = {"torch.float16": torch.float16, "torch.bfloat16": torch.bfloat16, "torch.float32": torch.float32}
 Shapes = dict[str, tuple[int, ...]]
 

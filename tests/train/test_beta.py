@@ -120,6 +120,7 @@ def test_free_bits_of_two_processes_have_the_gradient_of_one() -> None:
     assert not torch.allclose(gradient([slice(0, 3), slice(3, 6)], None), one)
 
 
+@pytest.mark.slow
 def test_a_rate_is_reached_on_a_gaussian_model() -> None:
     """One latent of data with variance 3: rate(beta) is known, and training with the controller arrives at the target."""
     variance, noise, target = 3.0, 0.1, 1.5

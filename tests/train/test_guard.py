@@ -161,6 +161,7 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_whole_step(tmp_path: Path) -> N
     assert torch.equal(whole.weight, again.weight)
 
 
+@pytest.mark.slow
 def test_sigterm_while_a_checkpoint_is_written_loses_nothing(tmp_path: Path, pictures: Path) -> None:
     config = vae_run(tmp_path, pictures, optim={"steps": 5000}, save_every_steps=1)
     (tmp_path / "config.yaml").write_text(dump(config))

@@ -123,6 +123,7 @@ def log_of(work: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 5, 9])
+@pytest.mark.numeric
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, stop_at: int) -> None:
     whole = fit(tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
@@ -212,6 +213,7 @@ def test_frozen_weights_stay(tmp_path: Path) -> None:
     assert not torch.equal(fit(tmp_path / "b").moving.weight, Line().moving.weight)
 
 
+@pytest.mark.numeric
 def test_training_without_average_is_plain_adamw(tmp_path: Path) -> None:
     optim = Optimization(steps=5, warmup_steps=0, learning_rate=0.01, ema_decay=0.0, clip_norm=1e9, weight_decay=0.1)
     model, plain = fit(tmp_path, optim), Line()
@@ -250,6 +252,7 @@ def test_sheets_are_drawn_with_the_average_in_place(tmp_path: Path) -> None:
     assert scores == [1.5, 1.5]
 
 
+@pytest.mark.numeric
 def test_drawing_sheets_does_not_change_the_training(tmp_path: Path) -> None:
     assert same(fit(tmp_path / "a"), fit(tmp_path / "b", sample_every_steps=3, save_every_steps=2))
 

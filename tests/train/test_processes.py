@@ -15,6 +15,8 @@ from helpers import vae_run
 from latentpipe.config import dump
 from latentpipe.train import checkpoint
 
+pytestmark = pytest.mark.slow
+
 CASES: dict[str, dict[str, Any]] = {
     "adversarial": {
         "adversarial": {"weight": 0.5, "width": 8, "layers": 1, "lecam": 0.1},

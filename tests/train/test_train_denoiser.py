@@ -22,6 +22,8 @@ from latentpipe.models import PARTS, hashes, load_pipeline
 from latentpipe.train import denoiser
 from latentpipe.weights import vae_hash
 
+pytestmark = pytest.mark.slow
+
 
 def weights_of(folder: Path) -> dict[str, bytes]:
     """The bytes of every weight file."""

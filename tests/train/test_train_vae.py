@@ -68,6 +68,7 @@ def test_the_seed_decides_everything(tmp_path: Path, pictures: Path) -> None:
     assert first != other
 
 
+@pytest.mark.slow
 def test_training_learns(tmp_path: Path, pictures: Path) -> None:
     optim = {"steps": 60, "batch_size": 8, "learning_rate": 3e-3}
     training.train_vae(vae_run(tmp_path, pictures, optim=optim, crops={"whole": 1.0, "flip": False}, loss={"equivariance": 0}))
@@ -261,6 +262,8 @@ def test_the_folder_can_hold_pictures_of_every_size(tmp_path: Path) -> None:
         },
     ],
 )
+@pytest.mark.slow
+@pytest.mark.numeric
 def test_resuming_is_exact_with_everything_that_changes(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
@@ -290,9 +293,12 @@ def test_resuming_is_exact_with_everything_that_changes(
     assert [row["step"] for row in rows if "l1" in row] == [1, 2, 3, 4]
 
 
+@pytest.mark.numeric
 def test_five_steps_give_their_recorded_losses(tmp_path: Path, pictures: Path) -> None:
     """A refactoring is exact; a change of these numbers is a change of what people train (say so in CHANGELOG.md)."""
     training.train_vae(vae_run(tmp_path, pictures, optim={"steps": 5}, loss={"structure": 0.1, "perceptual": 0.2}))
     rows = [json.loads(line) for line in (tmp_path / "work" / "log.jsonl").read_text().splitlines()]
     totals = [sum(row[name] for name in ("l1", "l2", "kl", "structure", "perceptual") if name in row) for row in rows]
-    assert totals == pytest.approx([2.060918, 1.863928, 1.780421, 1.354708, 1.242589], rel=1e-4)
+    # The longest sums are of 16 channels x 9 taps: in another order they differ by at most 144 x 2^-24 = 8.6e-6 of their size,
+    # which five steps carry on: 4.3e-5. With AVX2 in place of AVX-512 the difference is 8e-7, a unit of the last logged digit.
+    assert totals == pytest.approx([2.060918, 1.863928, 1.780421, 1.354708, 1.242589], rel=5e-5)

@@ -19,6 +19,8 @@ from PIL import Image, PngImagePlugin
 
 from latentpipe.recipe import read
 
+pytestmark = pytest.mark.slow
+
 CONTRACT = {
     "/txt2img": [
         "prompt", "negative", "steps", "guidance", "seed", "n", "width", "height", "scheduler", "model", "vae", "loras"

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 from served import opened
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 AXE = ROOT / ".venv" / "axe.min.js"
 TABS = ("Generate", "VAE lab", "Playground", "Grid", "PNG info")

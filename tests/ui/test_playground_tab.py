@@ -119,6 +119,7 @@ def test_directions_are_found_and_moved_along(app: App, page: Any, paths: tuple[
 
 
 @pytest.mark.parametrize("what", ["Rows", "Plane"])
+@pytest.mark.slow
 def test_sheets(app: App, page: Any, paths: tuple[str, str], what: str) -> None:
     *_, last = call(page, "lp-play-traverse", first=paths[0], what=what, **{"Pictures in a row": 3, "As far as": 2.0})
     stage = app.pipe().stage
@@ -136,6 +137,7 @@ def test_sheets(app: App, page: Any, paths: tuple[str, str], what: str) -> None:
 
 @pytest.mark.parametrize("form", ["Strip", "Grid", "Clip"])
 @pytest.mark.parametrize("ends", ["Pictures", "Prompts"])
+@pytest.mark.slow
 def test_paths(app: App, page: Any, paths: tuple[str, str], form: str, ends: str) -> None:
     given = {"first": paths[0], "second": paths[1], "ends": ends, "form": form, "count": 3, "Steps": 2, "way": "lerp"}
     *_, last = call(page, "lp-play-interpolate", **given)

@@ -25,6 +25,8 @@ from latentpipe.ui import serving
 from latentpipe.ui.login import LOGIN, login_of
 from latentpipe.ui.server import serve
 
+pytestmark = pytest.mark.slow
+
 SECRET = "anna:one:two ü"  # a password with a colon and more than ASCII
 DEAD = "http://127.0.0.1:9"
 
