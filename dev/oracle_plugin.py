@@ -1,0 +1,135 @@
+"""A pytest plug-in: diffusers' own tests with a VAEStage in the place of every pipeline's VAE.
+
+diffusers' tests are no part of this repository. In a checkout of diffusers, with this folder on PYTHONPATH:
+
+    LATENTPIPE_ORACLE=stock python -m pytest -p oracle_plugin tests/pipelines/flux -q --junit-xml stock.xml
+    LATENTPIPE_ORACLE=stage python -m pytest -p oracle_plugin tests/pipelines/flux -q --junit-xml stage.xml
+    python oracle_plugin.py stock.xml stage.xml
+
+The last line lists the tests that pass on stock and fail with the stage. The few tokenizers and text encoders that the tests
+fetch are replaced, on both sides, by tiny ones made here, so the tests run offline; a test that needs any other download
+fails on both sides and does not count.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+STAGE = os.environ.get("LATENTPIPE_ORACLE", "stage") == "stage"
+
+
+def pytest_configure(config: Any) -> None:
+    """Before diffusers' tests are collected: the stand-ins, and the stage."""
+    offline(Path(tempfile.mkdtemp(prefix="oracle-")))
+    if STAGE:
+        put_in_place()
+
+
+def put_in_place() -> None:
+    """Whatever VAE a pipeline registers, it gets what `hosts.hosted` would give it."""
+    from diffusers import DiffusionPipeline
+
+    from latentpipe import UserError, hosts
+
+    register = DiffusionPipeline.register_modules
+
+    def registered(self: Any, **parts: Any) -> None:
+        vae = parts.get("vae")
+        if vae is not None and not isinstance(vae, (tuple, list)):
+            try:
+                parts["vae"] = hosts.facade(type(self), hosts.behind(vae), vae)
+            except UserError as error:
+                print(f"refused: {type(self).__name__}: {error}", file=sys.stderr)
+        register(self, **parts)
+
+    DiffusionPipeline.register_modules = registered
+
+
+def offline(folder: Path) -> None:
+    """Let the names that the tests fetch mean tiny models in `folder`."""
+    import transformers
+
+    places = {
+        "hf-internal-testing/tiny-random-clip": clip_words(folder / "clip"),
+        "hf-internal-testing/tiny-random-t5": t5(folder / "t5"),
+        "hf-internal-testing/dummy-gemma": gemma_words(folder / "gemma"),
+    }
+    for cls in (
+        transformers.PreTrainedTokenizerBase,
+        transformers.PreTrainedModel,
+        transformers.AutoTokenizer,
+        transformers.AutoConfig,
+    ):
+        opened = cls.from_pretrained.__func__
+
+        def from_pretrained(cls: type, name: Any, *args: Any, opened: Any = opened, **options: Any) -> Any:
+            return opened(cls, places.get(name, name), *args, **options)
+
+        cls.from_pretrained = classmethod(from_pretrained)
+
+
+def clip_words(folder: Path) -> Path:
+    """A CLIP tokenizer of single bytes, 514 tokens."""
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    names = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    CLIPTokenizer(vocab={name: at for at, name in enumerate(names)}, merges=[], model_max_length=77).save_pretrained(folder)
+    return folder
+
+
+def t5(folder: Path) -> Path:
+    """A T5 encoder, 32 wide, and a tokenizer of single letters."""
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=1103, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, relative_attention_num_buckets=8,
+        dropout_rate=0.1, eos_token_id=1, pad_token_id=0, decoder_start_token_id=0,
+    )  # fmt: skip
+    T5EncoderModel(config).save_pretrained(folder)
+    letters(folder, "T5TokenizerFast", 512)
+    return folder
+
+
+def gemma_words(folder: Path) -> Path:
+    """A Gemma tokenizer of single letters."""
+    letters(folder, "GemmaTokenizerFast", 300)
+    return folder
+
+
+def letters(folder: Path, cls: str, longest: int) -> None:
+    """Save a tokenizer that reads every byte as one token."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "</s>", "<unk>", "<bos>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model = models.BPE({name: at for at, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True)
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "bos_token": "<bos>"}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), model_max_length=longest, **special).save_pretrained(folder)
+
+
+def outcomes(report: Path) -> dict[str, str]:
+    """Test -> "passed", or its failure."""
+    found = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        bad = [part for part in case if part.tag in ("failure", "error", "skipped")]
+        name = f"{case.get('classname')}::{case.get('name')}"
+        found[name] = f"{bad[0].tag}: {(bad[0].get('message') or '').splitlines()[:1]}" if bad else "passed"
+    return found
+
+
+if __name__ == "__main__":
+    stock, stage = (outcomes(Path(name)) for name in sys.argv[1:3])
+    passed = [name for name, said in stock.items() if said == "passed"]
+    worse = {name: stage.get(name, "missing") for name in passed if stage.get(name) != "passed"}
+    print(f"{len(passed)} pass on stock, {len(passed) - len(worse)} of them with the stage")
+    for name, said in worse.items():
+        print(f"  {name}: {said}")
