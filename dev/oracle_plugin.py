@@ -2,11 +2,12 @@
 
 diffusers' tests are no part of this repository. In a checkout of diffusers, with this folder on PYTHONPATH:
 
-    LATENTPIPE_ORACLE=stock python -m pytest -p oracle_plugin tests/pipelines/flux -q --junit-xml stock.xml
-    LATENTPIPE_ORACLE=stage python -m pytest -p oracle_plugin tests/pipelines/flux -q --junit-xml stage.xml
-    python oracle_plugin.py stock.xml stage.xml
+    LATENTPIPE_ORACLE=stock python -m pytest -p oracle_plugin tests/pipelines/flux -q
+    LATENTPIPE_ORACLE=stage python -m pytest -p oracle_plugin tests/pipelines/flux -q
+    python oracle_plugin.py
 
-The last line lists the tests that pass on stock and fail with the stage. The few tokenizers and text encoders that the tests
+The outcomes are appended to oracle-stock.tsv and oracle-stage.tsv in the working folder as they come; with the stage only those
+tests run that pass on stock. The last line lists the tests that pass on stock and fail with the stage. The few tokenizers and text encoders that the tests
 fetch are replaced, on both sides, by tiny ones made here, so the tests run offline; a test that needs any other download
 fails on both sides and does not count.
 """
@@ -16,17 +17,17 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-STAGE = os.environ.get("LATENTPIPE_ORACLE", "stage") == "stage"
+MODE = os.environ.get("LATENTPIPE_ORACLE", "stage")
+PLACES = {mode: Path(os.environ.get("LATENTPIPE_ORACLE_DIR", ".")) / f"oracle-{mode}.tsv" for mode in ("stock", "stage")}
 
 
 def pytest_configure(config: Any) -> None:
     """Before diffusers' tests are collected: the stand-ins, and the stage."""
     offline(Path(tempfile.mkdtemp(prefix="oracle-")))
-    if STAGE:
+    if MODE == "stage":
         put_in_place()
 
 
@@ -116,20 +117,35 @@ def letters(folder: Path, cls: str, longest: int) -> None:
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), model_max_length=longest, **special).save_pretrained(folder)
 
 
-def outcomes(report: Path) -> dict[str, str]:
-    """Test -> "passed", or its failure."""
-    found = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        bad = [part for part in case if part.tag in ("failure", "error", "skipped")]
-        name = f"{case.get('classname')}::{case.get('name')}"
-        found[name] = f"{bad[0].tag}: {(bad[0].get('message') or '').splitlines()[:1]}" if bad else "passed"
-    return found
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """With the stage: what passes on stock. On both sides: what has not been run yet."""
+    done = outcomes(MODE)
+    passed = {name for name, said in outcomes("stock").items() if said.startswith("passed")}
+    kept = [item for item in items if item.nodeid not in done and (MODE == "stock" or item.nodeid in passed)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """One line for each test: its outcome, and the last line of what went wrong."""
+    if report.when == "call" or report.outcome != "passed" and report.when == "setup":
+        said = report.longreprtext.splitlines() if report.outcome == "failed" else []
+        errors = [line for line in said if line.startswith("E  ")] or said[-1:]
+        with PLACES[MODE].open("a") as log:
+            log.write(f"{report.nodeid}\t{report.outcome} {report.duration:.0f} s {' '.join(errors)[:600]}\n")
+
+
+def outcomes(mode: str) -> dict[str, str]:
+    """Test -> what was said of it."""
+    lines = PLACES[mode].read_text().splitlines() if PLACES[mode].exists() else []
+    return dict(line.split("\t", 1) for line in lines)
 
 
 if __name__ == "__main__":
-    stock, stage = (outcomes(Path(name)) for name in sys.argv[1:3])
-    passed = [name for name, said in stock.items() if said == "passed"]
-    worse = {name: stage.get(name, "missing") for name in passed if stage.get(name) != "passed"}
-    print(f"{len(passed)} pass on stock, {len(passed) - len(worse)} of them with the stage")
+    stock, stage = outcomes("stock"), outcomes("stage")
+    passed = [name for name, said in stock.items() if said.startswith("passed")]
+    ran = [name for name in passed if name in stage]
+    worse = {name: stage[name] for name in ran if not stage[name].startswith("passed")}
+    print(f"{len(passed)} pass on stock; {len(ran)} of them were run with the stage, {len(ran) - len(worse)} passed")
     for name, said in worse.items():
         print(f"  {name}: {said}")
