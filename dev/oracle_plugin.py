@@ -7,9 +7,9 @@ diffusers' tests are no part of this repository. In a checkout of diffusers, wit
     python oracle_plugin.py
 
 The outcomes are appended to oracle-stock.tsv and oracle-stage.tsv in the working folder as they come; with the stage only those
-tests run that pass on stock. The last line lists the tests that pass on stock and fail with the stage. The few tokenizers and text encoders that the tests
-fetch are replaced, on both sides, by tiny ones made here, so the tests run offline; a test that needs any other download
-fails on both sides and does not count.
+tests run that pass on stock. The last line lists the tests that pass on stock and fail with the stage. The few tokenizers and
+text encoders that the tests fetch are replaced, on both sides, by tiny ones made here, so the tests run offline; a test that
+needs any other download fails on both sides and does not count.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 def pytest_runtest_logreport(report: Any) -> None:
     """One line for each test: its outcome, and the last line of what went wrong."""
-    if report.when == "call" or report.outcome != "passed" and report.when == "setup":
+    if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
         said = report.longreprtext.splitlines() if report.outcome == "failed" else []
         errors = [line for line in said if line.startswith("E  ")] or said[-1:]
         with PLACES[MODE].open("a") as log:

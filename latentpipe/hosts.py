@@ -97,7 +97,14 @@ BY_CLASS = {name: host for host in HOSTS for name in host.classes}
 
 
 # Their denoisers take the picture's latents as the VAE gives them, without its factor (tests/test_vae_calls.py reads them all).
-RAW = frozenset({"StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline"})
+RAW = frozenset(
+    {
+        "DreamLiteMobilePipeline",
+        "DreamLitePipeline",
+        "StableDiffusionInstructPix2PixPipeline",
+        "StableDiffusionXLInstructPix2PixPipeline",
+    }
+)
 
 
 def row(cls: type) -> Host:
@@ -245,7 +252,8 @@ def draw(pipe: Any, stage: Any = None, **call: Any) -> torch.Tensor:
     """
     stage = stage or behind(pipe.vae)
     returned = hosted(pipe, stage)(**call, output_type="latent", return_dict=False)[0]
-    images = stage.decode(unpack(pipe, returned, call.get("height"), call.get("width")))
+    latents = unpack(pipe, returned, call.get("height"), call.get("width"))
+    images = stage.decode(latents.to(stage.dtype))  # Sana returns wider ones than it decodes
     return finish(pipe, images, call)
 
 

@@ -218,7 +218,7 @@ class LatentPipeline:
         """One picture for each prompt and seed, in one batch; the straight line."""
         with torch.no_grad():
             latents = self.denoise(prompts, seeds, settings, on_step)  # B C h w
-            images = self.stage.decode(latents)  # B 3 H W, [-1, 1]
+            images = self.stage.decode(latents.to(self.stage.dtype))  # B 3 H W, [-1, 1]
             return to_pixels(finish(self.host, images, {"use_resolution_binning": False}))
 
     def denoise(
