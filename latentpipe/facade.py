@@ -11,6 +11,7 @@ the hooks and the config are the facade's own.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 from collections.abc import Mapping
@@ -189,12 +190,24 @@ def _build(kind: type, vae: Any, stage: Any, own: bool) -> Any:
     return facade
 
 
+def _signed(method: Any, like: Any) -> Any:
+    """A method with the signature of another, which diffusers reads before it calls."""
+
+    @functools.wraps(like)
+    def wrapper(self: Any, *args: Any, **options: Any) -> Any:
+        return method(self, *args, **options)
+
+    return wrapper
+
+
 def _class(kind: type, base: type) -> type:
     """`base` with the methods of a facade first, under the name of `base`, by which diffusers saves and asks."""
     if (kind, base) not in _classes:
         from diffusers.utils.accelerate_utils import apply_forward_hook
 
         hooked = {name: apply_forward_hook(getattr(kind, name)) for name in ("encode", "decode")}
+        if kind is Canonical and hasattr(base, "save_pretrained"):
+            hooked["save_pretrained"] = _signed(kind.save_pretrained, base.save_pretrained)  # type: ignore[attr-defined]
         named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         _classes[kind, base] = type(base.__name__, (kind, base), hooked | named)
     return _classes[kind, base]

@@ -197,6 +197,8 @@ def test_a_hosted_pipeline_is_saved_with_its_own_vae(tmp_path: Path) -> None:
         opened = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
         assert all(torch.equal(value, opened.state_dict()[key]) for key, value in pipe.vae.state_dict().items())
         assert LatentSpace.of(opened) == LatentSpace.of(pipe.vae)
+        placed.save_pretrained(folder / "variant", variant="fp16")
+        assert (folder / "variant/vae/diffusion_pytorch_model.fp16.safetensors").is_file()
         assert diffusers.DiffusionPipeline.load_config(folder)["vae"] == ["diffusers", "AutoencoderKL"]
 
 
