@@ -131,7 +131,7 @@ def host_for(host: Any, stage: Any, settings: Settings) -> Any:
     if hosts.host_of(host).denoiser == "unet":
         parts["scheduler"] = getattr(diffusers, name).from_config(host.scheduler.config, **SCHEDULER_OPTIONS.get(name, {}))
     cls = None if settings.image is None else getattr(diffusers, hosts.host_of(host).image)
-    twin = hosts.rebuild(host, cls, vae=hosts.Canonical(stage), **parts)
+    twin = hosts.rebuild(host, cls, vae=hosts.normalized(cls or type(host), stage, host.vae), **parts)
     twin.set_progress_bar_config(disable=True)
     return twin
 

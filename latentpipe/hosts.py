@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from latentpipe.errors import UserError
+from latentpipe.facade import Canonical, Facade, behind, canonical, declared, form, staged, with_factors
 from latentpipe.latents import LatentSpace
 from latentpipe.vae import VAEStage
 
@@ -30,6 +30,7 @@ class Host:
     shift       its own tail honours shift_factor (and needs one that is not None)
     statistics  its own tail honours latents_mean and latents_std, of four channels
     patch       side of the squares that are packed into one token, as its latents leave it; 1: B C h w
+    listed      False where nobody has read its code: it reads its own VAE right, and others that declare the same
     bins        resizes after decoding unless use_resolution_binning=False
     plain       autoencoder classes whose outputs and config its own code can read
     """
@@ -43,6 +44,7 @@ class Host:
     statistics: bool = False
     patch: int = 1
     bins: bool = False
+    listed: bool = True
     plain: tuple[str, ...] = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")
 
     @property
@@ -94,108 +96,75 @@ HOSTS = (
 BY_CLASS = {name: host for host in HOSTS for name in host.classes}
 
 
-def host_of(pipe: Any) -> Host:
-    """The row of a pipeline's class; an unknown class gets one that takes latents B C h w, checked when it has run."""
-    name = type(pipe).__name__
-    known = BY_CLASS.get(name)
+# Their denoisers take the picture's latents as the VAE gives them, without its factor (tests/test_vae_calls.py reads them all).
+RAW = frozenset(
+    {
+        "DreamLiteMobilePipeline",
+        "DreamLitePipeline",
+        "StableDiffusionInstructPix2PixPipeline",
+        "StableDiffusionXLInstructPix2PixPipeline",
+    }
+)
+
+
+def row(cls: type) -> Host:
+    """The row of a pipeline class; for one that is not listed, what its signatures say."""
+    known = BY_CLASS.get(cls.__name__)
     if known is not None:
         return known
+    unpacks = inspect.signature(getattr(cls, "_unpack_latents", lambda: None)).parameters
+    return Host(
+        cls.__name__,
+        cls.__name__,
+        denoiser="unet" if "unet" in inspect.signature(cls).parameters else "transformer",
+        patch=2 if [*unpacks] == ["latents", "height", "width", "vae_scale_factor"] else 1,
+        bins="use_resolution_binning" in inspect.signature(cls.__call__).parameters,
+        listed=False,
+        plain=(),
+    )
+
+
+def host_of(pipe: Any) -> Host:
+    """The row of a pipeline; an unknown class gets one from its signatures, checked when it has run."""
+    name = type(pipe).__name__
     if getattr(pipe, "vae", None) is None:
         raise UserError(f"{name} has no VAE; expected one of {', '.join(BY_CLASS)}, or another pipeline with a `vae`.")
-    denoiser = "unet" if getattr(pipe, "unet", None) is not None else "transformer"
-    return Host(name, name, denoiser=denoiser, plain=())
+    return row(type(pipe))
 
 
-def misreads(pipe: Any, stage: VAEStage) -> str:
-    """Empty when a pipeline's own code encodes and decodes this stage's VAE right, else the reason.
+def misreads(cls: type, stage: Any, own: Any) -> str:
+    """Empty when the code of a pipeline class encodes and decodes this stage's VAE right, else the reason; `own`: the VAE it has.
 
     Beside what its family honours: in diffusers 0.42 SD3 inpaint decodes without the shift, and SDXL inpaint encodes
     without the statistics.
     """
-    host = host_of(pipe)
-    space, name = stage.space, type(pipe).__name__
+    host, name = row(cls), cls.__name__
+    if not isinstance(stage, VAEStage):
+        return f"{name} knows one VAE, and this is two halves of different ones"
+    space = stage.space
     if name == host.inpaint and host.shift and any(space.shift) and host.patch == 1:
         return f"{name} decodes without the shift of {space.shift[0]:.4g}"
     if name == host.inpaint and host.statistics and (any(space.shift) or len(set(space.scale)) > 1):
         return f"{name} encodes without the statistics of each channel"
-    return host.honours(space, stage.vae)
+    if host.listed:
+        return host.honours(space, stage.vae)
+    if type(own) is not type(stage.vae) and not (isinstance(own, Facade) and isinstance(own, type(stage.vae))):
+        return f"{name} is known to read the VAE that it has, and not a {type(stage.vae).__name__}"
+    foreign = isinstance(own, Canonical) and not own.own
+    if foreign or space != declared(stage.vae) or form(stage.vae) != form(behind(own).vae):
+        return f"{name} is known to read the factors that its own VAE declares, and not those of this one"
+    return ""
 
 
 def takes(pipe: Any) -> tuple[int, int]:
     """Channels and downscale of the latents that a pipeline's denoiser was built for."""
     host = host_of(pipe)
-    config = getattr(pipe, host.denoiser).config
-    # in_channels also counts the mask and the masked picture of an inpainting UNet
-    channels = config.get("out_channels") or config.in_channels
-    return channels // host.patch**2, pipe.vae_scale_factor
-
-
-class Canonical(nn.Module):
-    """A stage in the place of a host's VAE: its raw values are the latents, so no host can drop a factor.
-
-    It has what diffusers pipelines read of an autoencoder: config, dtype, device, encode and decode.
-    """
-
-    def __init__(self, stage: Any) -> None:
-        super().__init__()
-        from diffusers.configuration_utils import FrozenDict
-
-        self.stage = stage
-        levels = (1,) * (1 + round(math.log2(stage.space.downscale)))  # hosts count them to get the downscale
-        self.config = FrozenDict(
-            latent_channels=stage.space.channels,
-            block_out_channels=levels,
-            encoder_block_out_channels=levels,
-            scaling_factor=1.0,
-            shift_factor=0.0,
-            latents_mean=None,
-            latents_std=None,
-            force_upcast=False,
-        )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the autoencoder's weights."""
-        return self.stage.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the autoencoder's weights are."""
-        return self.stage.device
-
-    def encode(self, images: torch.Tensor, return_dict: bool = True) -> Any:
-        """Images to an object with `latent_dist` and `latent`, both in latents."""
-        return _Encoded(self.stage, images)
-
-    def save_pretrained(self, *_: Any, **__: Any) -> None:
-        """UserError: it has no file."""
-        raise UserError(
-            "This pipeline's VAE stands behind a facade that stock diffusers cannot open; save it with 'latentpipe swap --out', "
-            "which folds the normalization in, or keep the pipeline and the VAE apart."
-        )
-
-    def decode(self, latents: torch.Tensor, return_dict: bool = True, generator: Any = None, **_: Any) -> Any:
-        """Latents to images."""
-        from diffusers.models.autoencoders.vae import DecoderOutput
-
-        images = self.stage.decode(latents)
-        return DecoderOutput(images) if return_dict else (images,)
-
-
-class _Encoded:
-    """The output of an encoder, and its own `latent_dist`: `sample` and `mode` give latents."""
-
-    def __init__(self, stage: Any, images: torch.Tensor) -> None:
-        self._stage, self._images = stage, images
-        self.latent_dist = self
-
-    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
-        return self._stage.encode(self._images, generator or torch.default_generator)
-
-    def mode(self) -> torch.Tensor:
-        return self._stage.encode(self._images)
-
-    latent = property(mode)
+    config = getattr(getattr(pipe, host.denoiser, None), "config", {})
+    # inputs also count a mask, a masked picture or a control picture, outputs a learned variance
+    counts = [config.get(name) for name in ("in_channels", "out_channels") if config.get(name)]
+    if not counts:
+        raise UserError(f"{host.name} has no {host.denoiser} that says how many channels it takes; expected in_channels.")
+    return min(counts) // host.patch**2, pipe.vae_scale_factor if host.listed else behind(pipe.vae).space.downscale
 
 
 def rebuild(pipe: Any, cls: type | None = None, **parts: Any) -> Any:
@@ -221,15 +190,37 @@ def rebuild(pipe: Any, cls: type | None = None, **parts: Any) -> Any:
                 components[name]._internal_dict = config
     if "requires_safety_checker" in flags and "requires_safety_checker" in pipe.config:
         new.register_to_config(requires_safety_checker=pipe.config["requires_safety_checker"])
-    if isinstance(new.vae, Canonical):
+    if isinstance(new.vae, Canonical) and not new.vae.own:
         new.save_pretrained = new.vae.save_pretrained  # diffusers would write a folder without a VAE
     new.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return new
 
 
 def hosted(pipe: Any, stage: Any = None, cls: type | None = None) -> Any:
-    """The pipeline rebuilt around a stage (default: its own VAE): all its tasks use that stage's one inverse pair."""
-    return rebuild(pipe, cls, vae=Canonical(stage or VAEStage(pipe.vae)))
+    """The pipeline rebuilt around a stage (default: its own VAE), as its own class or another: it draws what stock draws."""
+    host_of(pipe)
+    return rebuild(pipe, cls, vae=facade(cls or type(pipe), stage or behind(pipe.vae), pipe.vae))
+
+
+def facade(cls: type, stage: Any, own: Any) -> Any:
+    """A stage as the VAE of a pipeline class: in raw units where its code reads these right, else in latents.
+
+    own  the VAE that the pipeline has. UserError where the pipeline can be right neither way.
+    """
+    if not misreads(cls, stage, own):
+        return staged(stage, with_factors(stage.vae, stage.space, row(cls)))
+    return normalized(cls, stage, own)
+
+
+def normalized(cls: type, stage: Any, own: Any) -> Any:
+    """A stage as the VAE of a pipeline class, in latents."""
+    if cls.__name__ in RAW:
+        raise UserError(
+            f"{cls.__name__} gives its denoiser the raw values of the picture, without the factor of the VAE, and "
+            f"{misreads(cls, stage, own) or 'here they are normalized'}. Use its own VAE, or one that declares the same factors."
+        )
+    mine = isinstance(stage, VAEStage) and [*stage.vae.children()] == [*own.children()] and getattr(own, "own", True)
+    return canonical(stage, mine)
 
 
 def unpack(pipe: Any, latents: torch.Tensor, height: int | None = None, width: int | None = None) -> torch.Tensor:
@@ -237,7 +228,14 @@ def unpack(pipe: Any, latents: torch.Tensor, height: int | None = None, width: i
     host, (channels, downscale) = host_of(pipe), takes(pipe)
     if host.patch > 1 and latents.ndim == 3:
         side = pipe.default_sample_size * downscale
-        latents = pipe._unpack_latents(latents, height or side, width or side, downscale)
+        height, width = height or side, width or side
+        tokens = math.prod(int(each) // (downscale * host.patch) for each in (height, width))
+        if latents.shape[1] != tokens:
+            raise UserError(
+                f"{type(pipe).__name__} returns {latents.shape[1]} tokens, and a picture of {width} x {height} pixels has "
+                f"{tokens}; give the height and width that it draws in."
+            )
+        latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise UserError(
             f"{type(pipe).__name__} returns latents of shape {tuple(latents.shape)}; expected (B, {channels}, h, w). "
@@ -252,9 +250,10 @@ def draw(pipe: Any, stage: Any = None, **call: Any) -> torch.Tensor:
 
     What the host does after decoding is done here too: Sana's resize, SD's safety checker, SDXL's watermark.
     """
-    stage = stage or VAEStage(pipe.vae)
+    stage = stage or behind(pipe.vae)
     returned = hosted(pipe, stage)(**call, output_type="latent", return_dict=False)[0]
-    images = stage.decode(unpack(pipe, returned, call.get("height"), call.get("width")))
+    latents = unpack(pipe, returned, call.get("height"), call.get("width"))
+    images = stage.decode(latents.to(stage.dtype))  # Sana returns wider ones than it decodes
     return finish(pipe, images, call)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,12 +26,16 @@ class LatentSpace:
     downscale  picture side / latent side
     scale      one factor per channel, > 0
     shift      one offset per channel, in raw units
+    factor     the factor and the standard deviations that `scale` is the quotient of, as a config declares them: tensors of 16
+    deviation  bits are rounded step by step, and the steps are those of diffusers. No part of what the space is.
     """
 
     channels: int
     downscale: int
     scale: tuple[float, ...]
     shift: tuple[float, ...]
+    factor: float = field(default=1.0, compare=False, repr=False)
+    deviation: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, values in (("scale", self.scale), ("shift", self.shift)):
@@ -70,7 +74,7 @@ class LatentSpace:
             if any(not value > 0 for value in std):
                 raise ValueError(f"Every latents_std must be greater than 0; given {std}.")
             scale = tuple(float(factor) / float(value) for value in std)
-            return cls(channels, downscale_of(config), scale, tuple(map(float, mean)))
+            return cls(channels, downscale_of(config), scale, tuple(map(float, mean)), float(factor), tuple(map(float, std)))
         shift = float(config.get("shift_factor") or 0.0)
         return cls(channels, downscale_of(config), (float(factor),) * channels, (shift,) * channels)
 
@@ -100,14 +104,18 @@ class LatentSpace:
         return Measured(space, n, tuple((error / spread).tolist()))
 
     def normalize(self, raw: torch.Tensor) -> torch.Tensor:
-        """Raw (B C h w) to latents."""
-        shift, scale = self._affine(raw)
-        return (raw - shift) * scale
+        """Raw (B C h w) to latents, rounded to the dtype of `raw` at the steps at which diffusers rounds."""
+        self._check(raw)
+        if self.deviation:
+            return (raw - _column(raw, self.shift)) * self.factor / _column(raw, self.deviation)
+        return (raw - _factor(raw, self.shift)) * _factor(raw, self.scale)
 
     def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B C h w) to raw; the inverse of `normalize`."""
-        shift, scale = self._affine(latents)
-        return latents / scale + shift
+        self._check(latents)
+        if self.deviation:
+            return latents * _column(latents, self.deviation) / self.factor + _column(latents, self.shift)
+        return latents / _factor(latents, self.scale) + _factor(latents, self.shift)
 
     def shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         """The latents' shape for pictures of `height` x `width` pixels; ValueError if a side does not divide."""
@@ -129,12 +137,22 @@ class LatentSpace:
                     return f"The {name} of channel {channel} is {mine:.6g} in one space and {theirs:.6g} in the other."
         return ""
 
-    def _affine(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if like.ndim != 4 or like.shape[1] != self.channels:
-            raise ValueError(f"This space has {self.channels} channels (B C h w); given shape {tuple(like.shape)}.")
-        shift = like.new_tensor(self.shift).view(1, -1, 1, 1)
-        scale = like.new_tensor(self.scale).view(1, -1, 1, 1)
-        return shift, scale
+    def _check(self, given: torch.Tensor) -> None:
+        if given.ndim != 4 or given.shape[1] != self.channels:
+            raise ValueError(f"This space has {self.channels} channels (B C h w); given shape {tuple(given.shape)}.")
+
+
+def _column(like: torch.Tensor, values: tuple[float, ...]) -> torch.Tensor:
+    """One number for each channel, in the dtype of `like`."""
+    import torch
+
+    wide = torch.promote_types(like.dtype, torch.float32)  # diffusers rounds twice on the way to 16 bits
+    return torch.tensor(values, dtype=wide).view(1, -1, 1, 1).to(like.device, like.dtype)
+
+
+def _factor(like: torch.Tensor, values: tuple[float, ...]) -> Any:
+    """The one number of all channels as a float, which is not rounded to 16 bits before it divides; else one for each."""
+    return values[0] if len(set(values)) == 1 else _column(like, values)
 
 
 @dataclass(frozen=True)

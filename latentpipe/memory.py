@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from latentpipe import tiles
 from latentpipe.errors import UserError
 from latentpipe.latents import downscale_of
+from latentpipe.placed import device_of, unhooked
 
 Direction = Literal["encode", "decode"]
 Shape = tuple[int, int, int, int]
@@ -56,7 +57,7 @@ def _predict(vae: Any, direction: Direction, shape: Shape, rows: int | None) -> 
     tensors = [*vae.parameters(), *vae.buffers()]
     bare = [_on_meta(tensor) for tensor in tensors]
     # deepcopy takes the memo's tensors in place of real ones, so nothing is allocated
-    twin = copy.deepcopy(vae, {id(tensor): twin for tensor, twin in zip(tensors, bare, strict=True)})
+    twin = copy.deepcopy(unhooked(vae), {id(tensor): twin for tensor, twin in zip(tensors, bare, strict=True)})
     given = torch.empty(shape, dtype=first.dtype, device="meta")
     with _FusedAttention(), _Peak([*bare, given], first.device.type) as peak:
         result = getattr(twin if rows is None else tiles, direction)(*((given,) if rows is None else (twin, given, rows)))
@@ -190,7 +191,7 @@ def choose(vae: Any, direction: Direction, shape: Shape, free: int | None = None
 
     UserError, with what is needed and what there is, where not even the smallest band fits.
     """
-    free = available(next(vae.parameters()).device) if free is None else free
+    free = available(device_of(vae)) if free is None else free
     whole = predict(vae, direction, shape)
     if whole <= SHARE * free:
         return None

@@ -31,7 +31,7 @@ from latentpipe.lora.report import Report
 from latentpipe.model_files import read_preview
 from latentpipe.models import check_reference, hashes, load_pipeline, move_pipeline
 from latentpipe.sampling import OnStep, Settings, Step, check_settings
-from latentpipe.swap import judge_stages, stage_of
+from latentpipe.swap import host_stage, judge_stages, stage_of
 from latentpipe.vae import VAEStage
 from latentpipe.verdicts import judged, refuse_other_shape
 from latentpipe.weights import PREVIEW_FILE, find_model, name_of
@@ -72,7 +72,7 @@ class LatentPipeline:
     loras: Loras = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self.stage = self.stage or VAEStage(self.host.vae)
+        self.stage = self.stage or host_stage(self.host)
         channels, downscale = takes(self.host)
         if self.stage.space.channels != channels or self.stage.space.downscale != downscale:
             raise UserError(
@@ -218,7 +218,7 @@ class LatentPipeline:
         """One picture for each prompt and seed, in one batch; the straight line."""
         with torch.no_grad():
             latents = self.denoise(prompts, seeds, settings, on_step)  # B C h w
-            images = self.stage.decode(latents)  # B 3 H W, [-1, 1]
+            images = self.stage.decode(latents.to(self.stage.dtype))  # B 3 H W, [-1, 1]
             return to_pixels(finish(self.host, images, {"use_resolution_binning": False}))
 
     def denoise(

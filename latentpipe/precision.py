@@ -5,7 +5,6 @@ fp16 ends at 65504; a VAE whose activations pass that gives NaN, a black picture
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from torch import nn
 
 from latentpipe.errors import Note, UserError
 from latentpipe.files import atomic_file, content_hash, home, read_json
+from latentpipe.placed import copied, device_of, dtype_of, in_layers, weights_of
 
 Direction = Literal["encode", "decode"]
 Run = Callable[[Any, torch.Tensor], Any]
@@ -64,15 +64,15 @@ def run_finite(vae: Any, direction: Direction, run: Run, given: torch.Tensor) ->
     as a Note that names the first block that overflowed, and remembered for the content hash of the weights. A VAE
     that is being trained is run as it is. UserError: `given` is not finite, or fp32 is not finite either.
     """
-    device, asked = _device(vae), _asked(vae)
+    device, asked = device_of(vae), _asked(vae)
     if _unchecked.get() or (vae.training and torch.is_grad_enabled()):
-        return run(vae, given.to(device, _dtype(vae)))
+        return run(vae, given.to(device, dtype_of(vae)))
     state = _state(vae) if asked in LADDER[:-1] else _State(())
     known = _recall(vae, state, direction, asked)
     block = known.block if known else ""
     for dtype in _rungs(known.dtype if known else asked, device):
         model, guard = (vae, nullcontext()) if dtype == asked else _upcast(vae, state, dtype)
-        prepared = given.to(device, _dtype(model))
+        prepared = given.to(device, dtype_of(model))
         with guard:
             result = run(model, prepared)
             if all_finite(_values(result)):
@@ -142,8 +142,8 @@ def first_overflow(model: nn.Module, run: Run, given: torch.Tensor) -> str:
 
 def _asked(vae: nn.Module) -> torch.dtype:
     """The dtype that a plain run computes in."""
-    device = _device(vae).type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else _dtype(vae)
+    device = device_of(vae).type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype_of(vae)
 
 
 def _rungs(start: torch.dtype, device: torch.device) -> list[torch.dtype]:
@@ -156,14 +156,13 @@ def _rungs(start: torch.dtype, device: torch.device) -> list[torch.dtype]:
 
 def _upcast(vae: nn.Module, state: _State, dtype: torch.dtype) -> tuple[nn.Module, AbstractContextManager[Any]]:
     """The VAE in another dtype (itself where it has it, else its one kept copy), and a guard against autocast."""
-    device = _device(vae).type
+    device = device_of(vae).type
     autocast = torch.is_autocast_enabled(device)
     guard: AbstractContextManager[Any] = torch.autocast(device, enabled=False) if autocast else nullcontext()
-    if _dtype(vae) == dtype:
+    if dtype_of(vae) == dtype:
         return vae, guard
     if dtype not in state.copies:
-        with torch.inference_mode(False), torch.no_grad():
-            state.copies[dtype] = nn.Module.to(copy.deepcopy(vae), dtype=dtype).requires_grad_(False)
+        state.copies[dtype] = copied(vae, dtype)
     for name, value in vars(vae).items():  # tiling and slicing may have been switched since
         if isinstance(value, bool | int | float):
             setattr(state.copies[dtype], name, value)
@@ -171,7 +170,8 @@ def _upcast(vae: nn.Module, state: _State, dtype: torch.dtype) -> tuple[nn.Modul
 
 
 def _state(vae: nn.Module) -> _State:
-    tensors = chain(vae.named_parameters(), vae.named_buffers())
+    # hooks that move or cast single layers leave other tensors behind at every call; they are for inference alone
+    tensors = () if in_layers(vae) else chain(vae.named_parameters(), vae.named_buffers())
     stamp = tuple((name, each.data_ptr(), 0 if each.is_inference() else each._version) for name, each in tensors)
     state = _states.get(vae)
     if state is None or state.stamp != stamp:  # trained or replaced weights: nothing that is known holds
@@ -181,7 +181,7 @@ def _state(vae: nn.Module) -> _State:
 
 def _key(vae: nn.Module, state: _State, direction: Direction, asked: torch.dtype) -> str:
     """What is remembered is found by this. The hash reads every weight: computed when needed, and once for a VAE."""
-    state.digest = state.digest or content_hash(vae.state_dict())
+    state.digest = state.digest or content_hash(weights_of(vae))
     return f"{state.digest}/{direction}/{_name(asked)}"
 
 
@@ -248,7 +248,7 @@ def _check_given(direction: Direction, given: torch.Tensor) -> None:
 
 def _check_weights(model: nn.Module, block: str) -> None:
     """No dtype mends a weight that is NaN or infinite."""
-    for name, weight in model.named_parameters():
+    for name, weight in weights_of(model).items():
         if name.rpartition(".")[0] == block and not all_finite(weight):
             raise UserError(f"{name} of this VAE is not finite; expected finite weights. Fetch or export the VAE again.")
 
@@ -259,11 +259,3 @@ def _name(dtype: torch.dtype) -> str:
 
 def _noun(direction: Direction) -> str:
     return "images" if direction == "encode" else "latents"
-
-
-def _device(vae: nn.Module) -> torch.device:
-    return next(vae.parameters()).device
-
-
-def _dtype(vae: nn.Module) -> torch.dtype:
-    return next(vae.parameters()).dtype

@@ -16,6 +16,7 @@ from torch import nn
 from latentpipe import hosts
 from latentpipe.adapters import Adapted, Adapter, adapted, find_adapter, open_adapter
 from latentpipe.errors import Note, UserError
+from latentpipe.facade import behind
 from latentpipe.files import atomic_folder, content_hash, read_json
 from latentpipe.judge import judge, judge_shapes
 from latentpipe.latents import LatentSpace
@@ -46,19 +47,14 @@ def stage_of(vae: VAE, like: VAEStage | None = None) -> VAEStage:
         opened = open_vae(find_model(vae, "vae"))
         loaded = VAEStage(opened.build(), digest=content_hash(opened.tensors, opened.space))
         return loaded.to(like.device, like.dtype) if like else loaded
-    if not isinstance(vae, nn.Module) or not hasattr(vae, "config"):
-        raise UserError(f"{type(vae).__name__} is no VAE; expected a name, a path, a diffusers autoencoder or a VAEStage.")
-    try:
-        return VAEStage(vae)
-    except ValueError as error:
-        raise UserError(f"{type(vae).__name__}: {error}") from None
+    return behind(vae)
 
 
 def host_stage(pipe: Any) -> VAEStage:
     """The stage of the VAE that a diffusers pipeline, or the host of a LatentPipeline, came with."""
     host = getattr(pipe, "host", pipe)
     hosts.host_of(host)
-    return host.vae.stage if isinstance(host.vae, hosts.Canonical) else stage_of(host.vae)
+    return behind(host.vae)
 
 
 def check_swap(pipe: Any, vae: VAE, images: torch.Tensor | None = None) -> Verdict:
@@ -99,7 +95,7 @@ def swap_vae(
     fits, pictures are encoded by the pipeline's own VAE. With an `adapter` (from
     `fit_adapter`, or a file of `latentpipe fit-adapter`) pictures are encoded by the pipeline's own VAE and decoded, through
     the adapter, by `vae`. A VAE whose normalization the host's own code would misread is put in behind a facade of
-    scaling_factor 1 (`hosts.Canonical`); such a pipeline draws, but cannot be saved as it is.
+    scaling_factor 1 (`facade.canonical`); such a pipeline draws, but cannot be saved as it is.
     """
     host = host_stage(pipe)
     stage = stage_of(vae, host)
@@ -151,36 +147,9 @@ def _with_stage(pipe: Any, stage: Any) -> Any:
             return dataclasses.replace(pipe, stage=stage, hashes=found, vae_name=GIVEN)
         found["adapter"] = content_hash(stage.adapter.state_dict())
         return dataclasses.replace(pipe, stage=stage, hashes=found, vae_name=GIVEN, adapter_name=GIVEN)
-    if isinstance(stage, VAEStage) and not hosts.misreads(pipe, stage):
-        return hosts.rebuild(pipe, vae=with_factors(stage.vae, stage.space, hosts.host_of(pipe)))
-    return hosts.rebuild(pipe, vae=hosts.Canonical(stage))
-
-
-def with_factors(vae: Any, space: LatentSpace, host: hosts.Host) -> Any:
-    """The autoencoder with its normalization in the config fields that this host reads: the same weights, another config."""
-    config = vae.config
-    statistics = config.get("latents_mean") is not None and config.get("latents_std") is not None
-    shift = config.get("shift_factor")
-    if host.statistics if statistics else (shift is not None) if host.shift else not shift:
-        return vae
-    uniform = len(set(space.scale)) == len(set(space.shift)) == 1
-    if uniform and (host.shift or not any(space.shift)):
-        factors: dict[str, Any] = {
-            "scaling_factor": space.scale[0],
-            "shift_factor": space.shift[0] if host.shift or space.shift[0] else None,
-            "latents_mean": None,
-            "latents_std": None,
-        }
-    else:
-        factors = {
-            "scaling_factor": 1.0,
-            "shift_factor": None,
-            "latents_mean": list(space.shift),
-            "latents_std": [1 / value for value in space.scale],
-        }
-    twin = copy.copy(vae)  # shares the weights; only its config is its own
-    twin.register_to_config(**factors)
-    return twin
+    if not hosts.misreads(type(pipe), stage, pipe.vae):
+        return hosts.rebuild(pipe, vae=hosts.with_factors(stage.vae, stage.space, hosts.host_of(pipe)))
+    return hosts.rebuild(pipe, vae=hosts.normalized(type(pipe), stage, pipe.vae))
 
 
 def saveable(pipe: Any, vae: VAE) -> Any:
@@ -191,11 +160,11 @@ def saveable(pipe: Any, vae: VAE) -> Any:
     stage, host = stage_of(vae), hosts.host_of(pipe)
     reason = host.honours(stage.space, stage.vae)
     if not reason:
-        return with_factors(stage.vae, stage.space, host)
+        return hosts.with_factors(stage.vae, stage.space, host)
     if type(stage.vae).__name__ in host.plain and getattr(stage.vae, "quant_conv", None) is not None:
         folded = copy.deepcopy(stage.vae)
         fold_normalization(folded, stage.space)
-        return with_factors(folded, LatentSpace.of(folded), host)
+        return hosts.with_factors(folded, LatentSpace.of(folded), host)
     raise UserError(
         f"{reason}, so this pipeline cannot be saved with it for stock diffusers; draw with "
         "LatentPipeline or 'latentpipe generate --vae', which decode by themselves."

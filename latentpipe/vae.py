@@ -13,6 +13,7 @@ from torch import nn
 from latentpipe import bands, memory, precision, tiles
 from latentpipe.errors import Note, UserError
 from latentpipe.latents import LatentSpace
+from latentpipe.placed import device_of, dtype_of, in_layers
 
 Tile = int | Literal["auto"] | None
 SMALL = 256 * 256  # pixels of a batch whose memory needs no prediction
@@ -34,8 +35,11 @@ class VAEStage(nn.Module):
         super().__init__()
         if isinstance(tile, int) and tile < 1:
             raise UserError(f"tile is {tile}; expected a height of at least 1 pixel, auto or None.")
+        reason = reason_against(vae)
+        if reason:
+            raise UserError(reason)
         self.vae: Any = vae
-        self.space = space or LatentSpace.of(vae)
+        self.space = space or space_of(vae)
         self.digest = digest
         self.tile = tile
 
@@ -46,13 +50,13 @@ class VAEStage(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the autoencoder's weights."""
-        return next(self.vae.parameters()).dtype
+        """The dtype that the autoencoder computes in."""
+        return dtype_of(self.vae)
 
     @property
     def device(self) -> torch.device:
-        """Where the autoencoder's weights are."""
-        return next(self.vae.parameters()).device
+        """Where the autoencoder computes."""
+        return device_of(self.vae)
 
     def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images to the mean and standard deviation of their latents, B C h w each (std 0 without a posterior)."""
@@ -74,12 +78,26 @@ class VAEStage(nn.Module):
             encoded = encoded.mode() if generator is None else encoded.sample(generator)
         return self.space.normalize(encoded)
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B C h w) to images, about [-1, 1] and not clamped."""
+    def decode(self, latents: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Latents (B C h w) to images, about [-1, 1] and not clamped; `options` of the VAE's own decode."""
         if not self.decodes:
             raise UserError("This VAE is an encoder alone; it has no decoder. Give one that has both.")
-        raw = self.space.denormalize(latents)
-        return precision.run_finite(self.vae, "decode", self._run_decoder, raw)
+        return self.call("decode", self.space.denormalize(latents), **options)[0]
+
+    def call(self, direction: memory.Direction, given: torch.Tensor, **options: Any) -> tuple[Any, Any]:
+        """What ``vae.encode`` or ``vae.decode`` gives for images or raw latents, finite, in bands where memory is short.
+
+        options  further arguments of that method of the VAE
+
+        Returns the posterior of a KL autoencoder, else the tensor, in raw units; and the object that it came in.
+        """
+        carriers: list[Any] = []
+
+        def run(vae: Any, given: torch.Tensor) -> Any:
+            carriers[:] = [self._run(direction, vae, given, options)]
+            return _output(carriers[0], vae)
+
+        return precision.run_finite(self.vae, direction, run, given), carriers[0]
 
     def forward(
         self,
@@ -116,14 +134,16 @@ class VAEStage(nn.Module):
     def _encode(self, images: torch.Tensor) -> Any:
         """The posterior of a KL autoencoder, the raw latents of one without."""
         self.space.shape(len(images), *images.shape[-2:])
-        return precision.run_finite(self.vae, "encode", self._run_encoder, images)
+        return self.call("encode", images)[0]
 
-    def _run_encoder(self, vae: Any, images: torch.Tensor) -> Any:
-        rows = self._rows(vae, "encode", images)
+    def _run(self, direction: memory.Direction, vae: Any, given: torch.Tensor, options: dict[str, Any]) -> Any:
+        rows = None if options.keys() - {"generator"} else self._rows(vae, direction, given)
         if rows is not None:
-            return _output(tiles.encode(vae, images, rows), vae)
-        with self._as_predicted("encode", images):
-            return _output(vae.encode(images), vae)
+            return (tiles.encode if direction == "encode" else tiles.decode)(vae, given, rows)
+        if direction == "decode" and type(vae).__name__ == "ConsistencyDecoderVAE":  # it draws noise: the same for a picture
+            options = {"generator": torch.Generator().manual_seed(0)} | options
+        with self._as_predicted(direction, given):
+            return getattr(vae, direction)(given, **{name: _like(value, given) for name, value in options.items()})
 
     def _as_predicted(self, direction: memory.Direction, given: torch.Tensor) -> AbstractContextManager[None]:
         """Freed blocks go back to the system at once, where a whole picture takes much of the free memory as predicted."""
@@ -133,18 +153,11 @@ class VAEStage(nn.Module):
         whole = memory.predict(self.vae, direction, (n, channels, height, width))
         return bands.mapped(self.device) if whole > ROOM * memory.available(self.device) else nullcontext()
 
-    def _run_decoder(self, vae: Any, raw: torch.Tensor) -> torch.Tensor:
-        rows = self._rows(vae, "decode", raw)
-        if rows is not None:
-            return tiles.decode(vae, raw, rows)
-        # the consistency decoder draws noise: the same for the same picture
-        noise = {"generator": torch.Generator().manual_seed(0)} if type(vae).__name__ == "ConsistencyDecoderVAE" else {}
-        with self._as_predicted("decode", raw):
-            return vae.decode(raw, **noise, return_dict=False)[0]
-
     def _rows(self, vae: Any, direction: memory.Direction, given: torch.Tensor) -> int | None:
         """The height of the bands for this input, in pixels; None: the whole picture at once."""
         if self.tile is None or torch.is_grad_enabled() or (self.tile == "auto" and self._is_small(direction, given)):
+            return None
+        if in_layers(vae) or getattr(vae, "use_tiling", False):  # bands read weights without their layers' hooks
             return None
         if self.tile != "auto":
             return self.tile
@@ -167,11 +180,45 @@ class VAEStage(nn.Module):
         return area * (1 if direction == "encode" else self.space.downscale**2) <= SMALL
 
 
-def _output(encoded: Any, vae: Any) -> Any:
-    for name in ("latent_dist", "latents", "latent"):
-        if hasattr(encoded, name):
-            return getattr(encoded, name)
-    raise TypeError(f"{type(vae).__name__} returns neither latent_dist, latents nor latent from encode().")
+NAMES = ("latent_dist", "latents", "latent", "sample")  # of what diffusers' autoencoders return
+
+
+def _output(output: Any, vae: Any) -> Any:
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, tuple):
+        return output[0]
+    for name in NAMES:
+        if hasattr(output, name):
+            return getattr(output, name)
+    raise TypeError(f"{type(vae).__name__} returns none of {', '.join(NAMES)} from encode() or decode().")
+
+
+def _like(value: Any, given: torch.Tensor) -> Any:
+    """A further tensor beside the input, where and as the autoencoder computes."""
+    return value.to(given.device, given.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def space_of(vae: Any) -> LatentSpace:
+    """As `LatentSpace.of`; UserError where the config declares no space."""
+    try:
+        return LatentSpace.of(vae)
+    except ValueError as error:
+        raise UserError(f"{type(vae).__name__}: {error}") from None
+
+
+def reason_against(vae: Any) -> str:
+    """Empty where this is an autoencoder of pictures with factors in its config, else one sentence that says what it is."""
+    name, config = type(vae).__name__, getattr(vae, "config", {})
+    kinds = {type(module) for module in vae.modules()}
+    takes = "latentpipe takes autoencoders of pictures, with latents B C h w and factors in their config"
+    if any(issubclass(kind, nn.Conv3d) for kind in kinds):
+        return f"{name} is an autoencoder of videos, with latents B C T h w; {takes}."
+    if not any(issubclass(kind, nn.Conv2d) for kind in kinds) and any(issubclass(kind, nn.Conv1d) for kind in kinds):
+        return f"{name} is an autoencoder of sound; {takes}."
+    if "batch_norm_eps" in config:
+        return f"{name} normalizes its latents by running statistics of 2 x 2 patches, which are weights of its own; {takes}."
+    return ""
 
 
 def sampled(posterior: Any, noise: torch.Tensor | None, rounds: bool = False) -> torch.Tensor:

@@ -18,8 +18,8 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 # A module imports from those above it, from itself and from its own package only.
 ORDER = [
     ["errors"], ["ending"], ["shortage"], ["yaml_loader"], ["reading"], ["apart"], ["version"], ["defaults"],
-    ["images"], ["probes"], ["latents"], ["ranges"], ["atomic"], ["files"], ["components"],
-    ["bands"], ["bandable"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["hosts"], ["weights"],
+    ["images"], ["probes"], ["latents"], ["ranges"], ["atomic"], ["files"], ["placed"], ["components"],
+    ["bands"], ["bandable"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["facade"], ["hosts"], ["weights"],
     ["rescale"], ["fp16"],
     ["model_files"], ["models"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["verdicts"], ["recipe"], ["sampling"],
     ["foreign"], ["metadata"], ["emphasis"], ["denoise"], ["lora"], ["pipeline"],

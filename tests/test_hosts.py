@@ -176,8 +176,15 @@ def test_an_unknown_class_is_taken_for_what_its_latents_are() -> None:
     class Packed(diffusers.FluxPipeline):
         pass
 
-    with pytest.raises(UserError, match=r"Packed returns latents of shape .*HOSTS.*FLUX\.1"):
-        hosts.draw(hosts.rebuild(BUILDERS["flux"](), Packed), **call("flux"))
+    packed = hosts.rebuild(BUILDERS["flux"](), Packed)
+    assert torch.equal(hosts.draw(packed, **call("flux")), hosts.draw(BUILDERS["flux"](), **call("flux")))
+
+    class Strange(diffusers.FluxPipeline):
+        def _unpack_latents(self, latents: torch.Tensor) -> torch.Tensor:
+            return latents
+
+    with pytest.raises(UserError, match=r"Strange returns latents of shape .*HOSTS.*FLUX\.1"):
+        hosts.draw(hosts.rebuild(packed, Strange), **call("flux"))
 
 
 def test_a_pipeline_without_a_vae_is_refused() -> None:
