@@ -10,7 +10,7 @@ from pathlib import Path
 
 from latentpipe.config import Run
 from latentpipe.errors import Note
-from latentpipe.files import atomic_file, read_json
+from latentpipe.files import atomic_file, printable, read_json
 
 ROLL_FILE = "pictures.json"
 
@@ -22,7 +22,7 @@ def follow(run: Run, source: Path, names: Iterable[str], begun: Callable[[], Non
     names   one for each picture; several may have the same
     A run that goes on (`run.resume`) with other pictures than those kept is told in a Note how many are new or gone.
     """
-    path, now = run.work / ROLL_FILE, Counter(names)
+    path, now = run.work / ROLL_FILE, Counter(map(printable, names))
     if run.resume and path.is_file():
         before = Counter({str(name): count for name, count in read_json(path).items() if isinstance(count, int)})
         new, gone = (now - before).total(), (before - now).total()
