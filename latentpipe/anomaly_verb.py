@@ -191,7 +191,7 @@ def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
 
     from latentpipe.files import atomic_file
 
-    with atomic_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with atomic_file(path) as part, part.open("w", newline="", encoding="utf-8", errors="replace") as file:
         writer = DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -48,9 +48,36 @@ def denoise(
     return latents if stopped else hosts.unpack(host, latents, height, width)
 
 
+@torch.no_grad()
+def probe_step(host: Any, stage: Any, prompt: str, seed: int) -> torch.Tensor:
+    """What one denoising step makes of seeded noise at the smallest size, to see whether weights matter (B C h w)."""
+    side = size_unit(host)
+    if not redraws(host) or not is_classic(host):
+        return denoise(host, stage, [prompt], [seed], Settings(steps=1, guidance=1.0, size=(side, side)))
+    with quiet():
+        states, _ = emphasis.encode(host, [prompt], False, "")
+    shape = (1, host.unet.config.in_channels, *[side // host.vae_scale_factor] * 2)
+    noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)).to(host.unet.device, host.unet.dtype)
+    return host.unet(noise, 500, states, return_dict=False)[0]
+
+
 def is_classic(host: Any) -> bool:
     """Whether a host is of Stable Diffusion 1 or 2, whose guidance can be switched step by step."""
     return hosts.host_of(host) is hosts.HOSTS[0]
+
+
+def redraws(host: Any) -> str:
+    """Empty where a host's denoiser takes noise alone; else what it was made for, in words.
+
+    A UNet that also reads a mask and a masked picture has 9 input channels for 4 latent ones; `explore.inpaint` draws with it.
+    """
+    config = getattr(host, hosts.host_of(host).denoiser).config
+    taken, drawn = config.get("in_channels") or 0, config.get("out_channels") or 0
+    if hosts.host_of(host).denoiser != "unet" or taken <= drawn:
+        return ""
+    if (taken, drawn) == (9, 4):
+        return f"redraws parts of pictures (its UNet takes {taken} channels: noise, a mask and the masked picture)"
+    return f"does not draw from a prompt alone (its UNet takes {taken} channels, of which {drawn} are noise)"
 
 
 def native_size(host: Any) -> tuple[int, int]:
@@ -76,7 +103,10 @@ def check_family(host: Any, settings: Settings) -> None:
     family = hosts.host_of(host)
     wanted = inspect.signature(type(host).__call__).parameters
     wrong = ""
-    if settings.image is not None and not family.image:
+    if what := redraws(host):
+        to_do = "use 'latentpipe inpaint PICTURE --mask MASK'" if "mask" in what else "choose another model"
+        wrong = f"This model {what}; {to_do}."
+    elif settings.image is not None and not family.image:
         wrong = f"{family.name} has no pipeline that begins from a picture; leave the picture out."
     elif settings.guidance_interval != (0.0, 1.0) and not is_classic(host):
         wrong = f"{family.name} cannot switch its guidance step by step; leave guidance_interval out."
@@ -122,15 +152,16 @@ def _plain(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnSte
     return (last[0], True) if last else (latents, False)
 
 
-def host_for(host: Any, stage: Any, settings: Settings) -> Any:
-    """The host, or its img2img twin, around the stage; with a fresh scheduler, so that the lent one keeps its state."""
+def host_for(host: Any, stage: Any, settings: Settings, cls: type | None = None) -> Any:
+    """The host, or its img2img twin (or one of `cls`), around the stage; with a fresh scheduler: the lent one keeps its state."""
     import diffusers
 
     parts = {}
     name = SCHEDULERS[settings.scheduler] if settings.scheduler else type(host.scheduler).__name__
     if hosts.host_of(host).denoiser == "unet":
         parts["scheduler"] = getattr(diffusers, name).from_config(host.scheduler.config, **SCHEDULER_OPTIONS.get(name, {}))
-    cls = None if settings.image is None else getattr(diffusers, hosts.host_of(host).image)
+    family = hosts.host_of(host)  # the folder of an img2img or inpainting pipeline draws from a prompt as well
+    cls = cls or getattr(diffusers, family.text if settings.image is None else family.image, None)
     twin = hosts.rebuild(host, cls, vae=hosts.normalized(cls or type(host), stage, host.vae), **parts)
     twin.set_progress_bar_config(disable=True)
     return twin

@@ -21,8 +21,9 @@ from latentpipe.images import open_picture, picture_file
 from latentpipe.jobs import Report, Waiting, events_of
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.places import named_lora
+from latentpipe.lora.prompt import split_tags
 from latentpipe.pipeline import LatentPipeline, Picture, best_device
-from latentpipe.sampling import Step
+from latentpipe.sampling import Settings, Step
 from latentpipe.weights import available
 
 PREVIEW_SECONDS = 0.25
@@ -58,6 +59,7 @@ class Engine:
         cancel: threading.Event | None = None,
         previews: bool = False,
         loras: Mapping[str, Weight] | None = None,
+        lora_partial: bool = False,
         **settings: Any,
     ) -> Generator[Waiting | StepDone | Finished, None, None]:
         """Draw `prompt` in a worker thread and yield its events; the last one is `Finished`.
@@ -65,12 +67,14 @@ class Engine:
         cancel    setting it stops after the current step and keeps the partial pictures
         previews  whether the events carry a picture of the estimate
         loras     installed adapters that are on for this job, beside those of the pipeline and of the prompt
+        lora_partial  take these and the prompt's where they fit in part; what is left out is told in a Note
         settings  arguments of `LatentPipeline.__call__`
         Closing the iterator cancels the job and waits for its step to end. `Cancelled` where it was stopped while it waited
         for another job.
         """
         cancel = cancel or threading.Event()
-        return events_of(partial(self._draw, cancel, previews, prompt, loras or {}, settings), cancel)
+        known = dict(loras or {})
+        return events_of(partial(self._draw, cancel, previews, prompt, known, lora_partial, settings), cancel)
 
     def _draw(
         self,
@@ -78,6 +82,7 @@ class Engine:
         previews: bool,
         prompt: str,
         loras: Mapping[str, Weight],
+        lora_partial: bool,
         settings: dict[str, Any],
         emit: Callable[[StepDone], None],
     ) -> Finished:
@@ -92,7 +97,10 @@ class Engine:
             emit(StepDone(step.step, step.steps, (now - begin) / step.step * (step.steps - step.step), preview))
             return cancel.is_set()
 
-        with self.pipe.loras.more(loras):
+        if lora_partial:
+            prompt, tagged = split_tags(prompt)
+            loras = {**loras, **tagged}
+        with self.pipe.loras.more(loras, loras if lora_partial else ()):
             pictures = self.pipe(prompt, on_step=on_step, **settings)
         return Finished(pictures, time.monotonic() - begin)
 
@@ -139,7 +147,8 @@ def replay(
             report(step.step, step.steps, "draw again")
         return step.step == old.stopped_after
 
-    pictures = pipe(old.prompt, n=old.batch_size, seed=old.seed - old.batch_index, on_step=on_step, **settings)
+    chosen = pipe.check(Settings(**settings))
+    pictures = pipe.literal(old.prompt, old.batch_size, old.seed - old.batch_index, on_step, chosen)
     picture = pictures[old.batch_index]
     with picture_file(path) as stored:
         before = np.asarray(stored.convert("RGB"), dtype=np.int16)

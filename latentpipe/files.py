@@ -21,17 +21,45 @@ from latentpipe.reading import MOST_HEADER, file_size
 from latentpipe.reading import read_json as read_json
 from latentpipe.shortage import refuse
 
+SUFFIXES = (".safetensors", ".sft")  # of a safetensors file; others are judged by their first bytes
 HASH_LENGTH = 16  # characters shown to people; files keep all 64
 MOST_TENSORS, MOST_DIMENSIONS = 2**17, 16  # of a safetensors file; the largest models have some thousand, of five
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def home() -> Path:
-    """People's own files: $LATENTPIPE_HOME, else latentpipe/ in the user's data folder; holds models/, vae/, lora/."""
+    """People's own files: $LATENTPIPE_HOME, else latentpipe/ in the user's data folder; holds models/, vae/, lora/.
+
+    For a user without a home (in a container) it is a place where nothing can be; `own_home` is to write into.
+    """
     if os.environ.get("LATENTPIPE_HOME"):
         return Path(os.environ["LATENTPIPE_HOME"])
     data = os.environ.get("XDG_DATA_HOME") or os.environ.get("LOCALAPPDATA")
-    return Path(data or Path.home() / ".local" / "share") / "latentpipe"
+    try:
+        return Path(data or Path.home() / ".local" / "share") / "latentpipe"
+    except RuntimeError:  # no HOME, and the user has no name
+        return Path(os.devnull) / "latentpipe"
+
+
+def own_home() -> Path:
+    """`home`, to write into; UserError names the variable to set where there is none."""
+    if home().parent == Path(os.devnull):
+        raise UserError("This user has no home folder to keep files in; set LATENTPIPE_HOME (or HOME) to a folder.")
+    return home()
+
+
+def printable(name: str) -> str:
+    """A file's name as text that every file and console takes: bytes that are not UTF-8 become the replacement character."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def refuse_name(path: Path) -> Path:
+    """The path; UserError where its name is not UTF-8, which the safetensors library neither reads nor writes."""
+    if printable(str(path)) != str(path):
+        raise UserError(
+            f"{path}: this name is not UTF-8 text, and weights cannot be kept under it; rename it, or choose another."
+        )
+    return path
 
 
 @dataclass(frozen=True)
@@ -74,9 +102,9 @@ def _header(file: Any) -> Header:
 def _opened(path: Path) -> Iterator[Any]:
     from safetensors import safe_open
 
-    path = Path(path)
+    path = refuse_name(Path(path))
     size = check_file(path)
-    if path.suffix != ".safetensors":
+    if path.suffix not in SUFFIXES and not is_safetensors(path):
         raise UserError(
             f"{path}: only safetensors files are read here (a pickle can run code when it is opened); "
             "'latentpipe convert' turns other weights into one."
@@ -93,6 +121,16 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(
             f"{path}: not a complete safetensors file ({error}); given {size:,} bytes. Fetch or export it again."
         ) from None
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as a safetensors file does (8 bytes: the header's length; then JSON), whatever its name says."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            return file.read(1) == b"{" and 1 < length <= file.seek(0, os.SEEK_END) - 8
+    except OSError:
+        return False
 
 
 def check_file(path: Path) -> int:

@@ -36,9 +36,12 @@ def fit_adapter(
     """
     from json import dumps
 
+    from latentpipe.files import refuse_name
     from latentpipe.swap import stage_of
     from latentpipe.verdict import probe_side
 
+    if out is not None:
+        refuse_name(out)
     if out is not None and (out.suffix != ".safetensors" or out.is_dir()):
         raise UserError(f"--out {out}: an adapter is a safetensors file; give it that ending.")
     side = size or probe_side(stage_of(source).space.downscale, stage_of(to).space.downscale)
@@ -55,16 +58,18 @@ def fit_and_save(
     out       the file; None: in the user's adapters folder, under a name that says from where to where
     """
     from latentpipe.adapters import AdapterCard, save_adapter
+    from latentpipe.files import own_home
     from latentpipe.swap import stage_of
     from latentpipe.train.adapter import fit_adapter as run
-    from latentpipe.weights import find_model, home, name_of
+    from latentpipe.weights import find_model, name_of
 
+    folder = None if out is not None else own_home() / "adapters"  # said now where there is none, not after the work
     first, second = stage_of(source), stage_of(to)
     adapter, ladder = run(first, second, images, pictures, report=report)
-    names = [name_of(find_model(name, "vae"), "vae") for name in (source, to)]
+    names = [name_of(find_model(name, "vae"), "vae").replace("/", "-") for name in (source, to)]
     assert first.digest is not None
     assert second.digest is not None
-    path = out or _free(home() / "adapters" / f"{names[0]}-to-{names[1]}-{second.digest[:8]}.safetensors")
+    path = out or _free((folder or own_home()) / f"{names[0]}-to-{names[1]}-{second.digest[:8]}.safetensors")
     card = AdapterCard(first.digest, second.digest, adapter.source, adapter.target, adapter.rung, ladder.as_dict())
     save_adapter(adapter, card, path)
     return ladder, path

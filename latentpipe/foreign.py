@@ -19,6 +19,8 @@ from latentpipe.reading import parse_json
 MAX_LINES = 64 * 1024  # characters; sd-parsers' searches take quadratic time in text that is not JSON
 MAX_WALK = 10_000  # samplers times links and nodes of a graph: sd-parsers walks the graph again for each sampler
 USER_COMMENT, EXIF_IFD = 0x9286, 0x8769
+GRAPH_TAGS = (0x0110, 0x010F, 0x010E, 0x0131, 0x013B)  # Model, Make, ImageDescription, Software, Artist
+_GRAPH = re.compile(r"(prompt|workflow)\s*:\s*(\{.*)", re.IGNORECASE | re.DOTALL)
 QUOTED = re.compile(r': "(?:\\.|[^\\"])*"')
 INVOKE = {"invokeai_metadata", "sd-metadata", "Dream"}
 NOVELAI = {"Comment", "Description", "Source"}
@@ -75,6 +77,24 @@ def user_comment(exif: bytes) -> str:
     elif isinstance(value, bytes):
         value = value.removeprefix(b"ASCII\0\0\0").decode("utf-8", "replace")
     return value.strip("\ufeff\0 ") if isinstance(value, str) else ""
+
+
+def exif_graph(exif: bytes) -> dict[str, str]:
+    """ComfyUI's `prompt` and `workflow` out of EXIF: JPEG and WebP have no text chunks, so savers put them into Make, Model, ...
+
+    Each begins with its name and a colon, in whatever case (``prompt:{...}``, ``Workflow: {...}``).
+    """
+    tags = Image.Exif()
+    tags.load(exif)
+    found: dict[str, str] = {}
+    for tag in GRAPH_TAGS:
+        value = tags.get(tag)
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "replace")
+        match = _GRAPH.match(value.strip("\0 ")) if isinstance(value, str) else None
+        if match:
+            found.setdefault(match[1].lower(), match[2])
+    return found
 
 
 def readers(texts: Mapping[str, str]) -> Iterator[tuple[str, Callable[[], Stated]]]:

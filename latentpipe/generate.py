@@ -63,7 +63,7 @@ class Generate:
     lora_method: str = "sum"
     """How several are put together: sum (at once, exactly), or a method of 'latentpipe lora merge', such as ties_svd."""
     lora_partial: bool = False
-    """Take LoRA files that fit in part; what is left out is told."""
+    """Take LoRA files (of --lora and of tags in the prompt) that fit in part; what is left out is told."""
     adapter: str | None = None
     """Name or file of an adapter from the model's VAE to --vae ('latentpipe fit-adapter')."""
 
@@ -75,7 +75,7 @@ def run(options: Generate) -> None:
         raise UserError(f"--adapter {options.adapter} needs --vae as well: the VAE that it was fitted to.")
     from latentpipe.images import open_picture
 
-    names = ("n", "seed", "negative", "steps", "guidance", "guidance_interval", "scheduler", "strength")
+    names = ("n", "seed", "negative", "steps", "guidance", "guidance_interval", "scheduler", "strength", "lora_partial")
     settings: dict[str, Any] = {name: getattr(options, name) for name in names}
     settings["size"] = size_of(options.size)
     settings["image"] = open_picture(options.image) if options.image is not None else None

@@ -49,6 +49,8 @@ class Grid:
     """Side or WIDTHxHEIGHT of each picture in pixels; left out: what the model was trained at."""
     lora: tuple[str, ...] = ()
     """Names of installed LoRA that are on in all pictures, each with its weight: flat=0.7."""
+    lora_partial: bool = False
+    """Take LoRA files that fit in part; what is left out is told."""
     device: str | None = None
     """cpu, cuda or mps; left out: the best one present."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -63,7 +65,7 @@ def run(options: Grid) -> None:
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it first.")
     settings: dict[str, Any] = {
-        name: getattr(options, name) for name in ("seed", "vae", "negative", "steps", "guidance", "scheduler")
+        name: getattr(options, name) for name in ("seed", "vae", "negative", "steps", "guidance", "scheduler", "lora_partial")
     }
     settings |= {"size": size_of(options.size), "loras": dict(weighted(text) for text in options.lora)}
     from latentpipe.jobs import Report

@@ -197,9 +197,9 @@ def facts(path: Path) -> dict[str, Any]:
 
 def is_lora(path: Path) -> bool:
     """Whether a safetensors file has the keys of an adapter."""
-    from latentpipe.files import read_header
+    from latentpipe.files import SUFFIXES, is_safetensors, read_header
 
-    if path.suffix != ".safetensors" or not path.is_file():
+    if not path.is_file() or not (path.suffix in SUFFIXES or is_safetensors(path)):
         return False
     marks = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".hada_w1", ".lokr_w", ".lora.", "_lora.")
     return any(mark in name for name in read_header(path).shapes for mark in marks)
@@ -254,8 +254,9 @@ def _parsed(text: str) -> Any:
 def _check_out(out: Path) -> None:
     """UserError where --out is taken or has another ending, before anything is read."""
     from latentpipe.errors import UserError
+    from latentpipe.files import refuse_name
 
-    if out.suffix != ".safetensors":
+    if refuse_name(out).suffix != ".safetensors":
         raise UserError(f"--out {out}: a LoRA is a safetensors file; give it that ending.")
     if out.exists() or out.is_symlink():
         raise UserError(f"--out {out} exists already; choose another name, or remove it first.")

@@ -16,7 +16,7 @@ from sd_parsers.exceptions import ParserError
 
 from latentpipe import recipe as recipes
 from latentpipe.errors import UserError
-from latentpipe.foreign import CHUNKS, Stated, readers, user_comment, word
+from latentpipe.foreign import CHUNKS, Stated, exif_graph, readers, user_comment, word
 from latentpipe.images import Unreadable, picture_file
 from latentpipe.recipe import MAX_PROMPT, MAX_SEED, Recipe
 from latentpipe.sampling import MAX_SIDE, SCHEDULERS
@@ -35,7 +35,7 @@ SAMPLERS = {
 }  # fmt: skip
 SCHEDULES = re.compile(r"(k|karras|exponential|polyexponential|sgmuniform|simple|normal|beta|automatic)$")
 PLAIN_SCHEDULES = {"", "automatic", "normal", "none", "default"}
-TAG = re.compile(r"<\s*lora\s*:([^<>:]*)(?::([^<>:]*))?[^<>]*>", re.IGNORECASE)
+TAG = re.compile(r"<\s*(?:lora|lyco)\s*:([^<>:]*)(?::([^<>:]*))?[^<>]*>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ def _texts(path: Path) -> tuple[dict[str, str], str, tuple[int, int]]:
             raise UserError(f"{path} holds more text than the {MAX_TEXT} bytes that are read.")
         if isinstance(exif, bytes) and (comment := user_comment(exif)):
             texts.setdefault("parameters", comment)
+        for key, text in (exif_graph(exif) if isinstance(exif, bytes) else {}).items():
+            texts.setdefault(key, _utf8(text))
     except Unreadable as error:
         if "MAX_TEXT" in error.reason:  # Pillow's own limit
             raise UserError(f"{path} holds more text than the {MAX_TEXT} bytes that are read.") from None

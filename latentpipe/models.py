@@ -16,6 +16,8 @@ import torch
 from latentpipe.components import built_within, check_config, telling
 from latentpipe.errors import UserError
 from latentpipe.files import HASH_LENGTH, atomic_folder, content_hash, load_strictly, read_header, read_json, read_tensors
+from latentpipe.formats.source import weight_files
+from latentpipe.hosts import HOSTS
 from latentpipe.model_files import MOST, check_small_files, check_tokenizer, read_card
 from latentpipe.precision import all_finite
 from latentpipe.ranges import check_network_config, check_schedule, check_scheduler_config
@@ -23,7 +25,8 @@ from latentpipe.reading import read_bytes
 from latentpipe.shortage import refuse
 from latentpipe.weights import CARD_FILE, PREVIEW_FILE, VAE_FILE, find_model, load_vae, open_vae, quiet, refuse_wrapped, vae_hash
 
-PARTS = {"vae": VAE_FILE, "unet": VAE_FILE, "text_encoder": "model.safetensors"}  # of a Stable Diffusion folder
+TEXT_FILE = "model.safetensors"
+PARTS = {"vae": VAE_FILE, "unet": VAE_FILE, "text_encoder": TEXT_FILE}  # of a Stable Diffusion folder
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
 
 
@@ -40,7 +43,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
             raise UserError(
                 f"{folder} holds a {str(name)[:80]}; expected a pipeline with a VAE of diffusers {diffusers.__version__}."
             )
-        if name == "StableDiffusionPipeline":
+        if name in HOSTS[0].classes:  # Stable Diffusion 1 and 2: text to image, img2img, inpainting
             _check_parts(folder)
         check_small_files(folder)
         _check_numbers(folder, index)
@@ -146,10 +149,12 @@ def _check_parts(folder: Path) -> None:
 def _filled(build: Callable[[], Any], name: str, folder: Path, dtype: torch.dtype) -> Any:
     """What `build` makes, with the weights of `folder`, in eval mode."""
     source = folder / PARTS[folder.name]
-    tensors = read_tensors(source)
+    if not any(folder.glob("*.safetensors")):
+        read_header(source)  # says that there is none
+    tensors = part_tensors(folder)
     with telling(folder, name):
         model = built_within(build, sum(map(torch.numel, tensors.values())), len(tensors))
-    load_strictly(model, _as_named_by(model, tensors), source)
+    load_strictly(model, _as_named_by(model, tensors), source if source.is_file() else folder)
     return torch.nn.Module.to(model, dtype).eval()
 
 
@@ -184,7 +189,7 @@ def hashes(folder: Path) -> dict[str, str]:
     index = read_json(folder / "model_index.json")
     for part in networks(index):
         if part != "vae":
-            found[part] = content_hash(_tensors(folder / part))
+            found[part] = content_hash(part_tensors(folder / part))
     for part in sorted(path.name for path in folder.glob("tokenizer*") if path.is_dir()):
         tokenizer = hashlib.sha256()
         for name in TOKENIZER_FILES:
@@ -196,9 +201,11 @@ def hashes(folder: Path) -> dict[str, str]:
     return found | {"scheduler": hashlib.sha256(json.dumps(scheduler, sort_keys=True).encode()).hexdigest()}
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a part's safetensors files (one, or shards); not those of a variant such as fp16."""
-    files = [path for path in sorted(folder.glob("*.safetensors")) if "." not in path.stem]
+def part_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a part's weights: its file, the shards that an index names, or its one variant (such as fp16)."""
+    known = (weight_files(folder, name) for name in (VAE_FILE, TEXT_FILE))
+    files = next((found for found in known if found[0].is_file() or len(found) > 1), ())
+    files = files or tuple(path for path in sorted(folder.glob("*.safetensors")) if "." not in path.stem)
     if not files:
         raise UserError(f"{folder}: no such file; expected weights in safetensors format.")
     return {name: tensor for path in files for name, tensor in read_tensors(path).items()}
@@ -261,7 +268,7 @@ def describe(name: str | Path) -> dict[str, Any]:
     card = read_card(folder)
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
-        parts = {part: _count(_tensors(folder / part)) for part in networks(index) if part != "vae"}
+        parts = {part: _count(part_tensors(folder / part)) for part in networks(index) if part != "vae"}
         vae = open_vae(folder / "vae")
         return {
             "folder": str(folder),

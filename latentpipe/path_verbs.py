@@ -106,7 +106,7 @@ class Edit:
     seed: int = 0
     """Of the noise."""
     mask: Path | None = None
-    """A picture of the same size: only what is white here changes, all else keeps its bytes."""
+    """A picture of the same size: only what is white (or painted, or the hole in a copy of the picture) changes."""
     feather: int | None = None
     """Pixels over which the change fades out around the mask; left out: a sixteenth of the shorter side."""
     vae: str = "emoji"
@@ -133,7 +133,7 @@ def edit(options: Edit) -> None:
     play.Edit(options.share, moves, options.scale, options.noise, options.seed)  # its limits, before the work
     given = run.open_canvas(options.picture)
     other = None if options.mix is None else open_picture(options.mix)
-    hole = None if options.mask is None else run.hole_of(open_picture(options.mask), given.size)
+    hole = None if options.mask is None else run.hole_of(run.open_mask(options.mask), given.size)
     if other is None and not moves and options.scale == 1 and not options.noise:
         warnings.warn(Note("nothing was asked for: the picture is encoded and decoded (see --mix, --noise)"), stacklevel=2)
     stage, _, _ = _open(options.vae, None, options.device)
@@ -182,7 +182,8 @@ def inpaint(
 
     Args:
         picture: The picture, of any size.
-        mask: A picture of the same size, white where it is redrawn; left out: what is transparent, else the middle.
+        mask: A picture of the same size: white where it is redrawn, or strokes on transparency, or a copy of the picture with
+            a transparent hole; left out: what is transparent in the picture, else the middle.
         prompt: What to draw there.
         negative: What should not be there.
         strength: 1: from noise; less, over 0: from what is there.
@@ -198,12 +199,11 @@ def inpaint(
     from latentpipe.explore import edit as edits
     from latentpipe.explore import inpaint as run
     from latentpipe.explore_verbs import _bar, _check_png, _save
-    from latentpipe.images import open_picture
     from latentpipe.pipeline import LatentPipeline
 
     _check_png(out)
     given = edits.open_canvas(picture)
-    hole = _some_hole(given) if mask is None else edits.hole_of(open_picture(mask), given.size)
+    hole = _some_hole(given) if mask is None else edits.hole_of(edits.open_mask(mask), given.size)
     pipe = LatentPipeline.from_pretrained(model, vae, device)
     with _bar() as report:
         found = run.inpaint(pipe, given, hole, prompt, seed, steps, guidance, strength, feather, negative, report)

@@ -26,7 +26,7 @@ from latentpipe.latents import LatentSpace
 from latentpipe.lora.attached import Loras
 from latentpipe.lora.layer import Lora
 from latentpipe.lora.merge import Weight
-from latentpipe.lora.prompt import split_tags
+from latentpipe.lora.prompt import note_negative, partial_tags, split_tags
 from latentpipe.lora.report import Report
 from latentpipe.model_files import read_preview
 from latentpipe.models import check_reference, hashes, load_pipeline, move_pipeline
@@ -153,23 +153,29 @@ class LatentPipeline:
     ) -> list[Picture]:
         """Draw `n` pictures of a prompt; picture i has the seed `seed` + i (None: a random one).
 
-        ``<lora:NAME:WEIGHT>`` in the prompt switches on an installed adapter for this call.
+        ``<lora:NAME:WEIGHT>`` in the prompt switches on an installed adapter for this call; with ``:partial``, one that fits so.
 
         on_step(Step)  is called after each step; returning True stops there and keeps the partial pictures
         settings       the fields of `Settings`
         """
-        prompt, tagged = split_tags(prompt)
+        (text, tagged), partial = split_tags(prompt), partial_tags(prompt)
         chosen = self.check(Settings(**settings))
+        note_negative(chosen.negative)
+        with self.loras.more(tagged, partial):
+            return self.literal(text, n, seed, on_step, chosen)
+
+    def literal(self, prompt: str, n: int, seed: int | None, on_step: OnStep | None, chosen: Settings) -> list[Picture]:
+        """As a call, with checked settings and a prompt in which nothing is a tag, as a recipe's is."""
         seed = secrets.randbelow(2**32 - recipes.MAX_BATCH) if seed is None else seed
         if not 1 <= n <= recipes.MAX_BATCH or not 0 <= seed <= recipes.MAX_SEED - n + 1:
             raise UserError(
                 f"n is {n} and seed {seed}; expected 1 to {recipes.MAX_BATCH} pictures and seeds from 0 to {recipes.MAX_SEED}."
             )
-        if any(0xD800 <= ord(char) <= 0xDFFF for char in prompt + chosen.negative):
-            raise UserError("the prompt holds bytes that are no text; expected UTF-8.")
-        if max(len(prompt), len(chosen.negative)) > recipes.MAX_PROMPT:
-            raise UserError(f"the prompt has {len(prompt):,} characters; at most {recipes.MAX_PROMPT:,} are taken.")
         for text in (prompt, chosen.negative):
+            if any(0xD800 <= ord(char) <= 0xDFFF for char in text):
+                raise UserError("the prompt holds bytes that are no text; expected UTF-8.")
+            if len(text) > recipes.MAX_PROMPT:
+                raise UserError(f"the prompt has {len(text):,} characters; at most {recipes.MAX_PROMPT:,} are taken.")
             emphasis.refuse(self.host, text)
         assert chosen.size is not None
         self.stage.check_memory(n, *reversed(chosen.size))  # now, not after the sampling
@@ -180,9 +186,8 @@ class LatentPipeline:
             done = step.step
             return bool(on_step and on_step(step))
 
-        with self.loras.more(tagged):
-            images = self.draw([prompt] * n, list(range(seed, seed + n)), chosen, watch)
-            base = self._recipe(prompt, seed, n, chosen, done if done < chosen.steps_to_run else None)
+        images = self.draw([prompt] * n, list(range(seed, seed + n)), chosen, watch)
+        base = self._recipe(prompt, seed, n, chosen, done if done < chosen.steps_to_run else None)
         return [Picture(image, base.model_copy(update={"seed": seed + i, "batch_index": i})) for i, image in enumerate(images)]
 
     def attach_lora(
@@ -204,9 +209,9 @@ class LatentPipeline:
         """
         return self.loras.attach(lora, weight, name, partial, force)
 
-    def set_lora(self, weights: Mapping[str, Weight], fuse: bool = True, method: str = "sum") -> None:
-        """Switch on exactly these adapters with these weights, by name; see `latentpipe.lora.mixer.Mixer.set`."""
-        self.loras.set(weights, fuse, method)
+    def set_lora(self, weights: Mapping[str, Weight], fuse: bool = True, method: str = "sum", partial: bool = False) -> None:
+        """Switch on exactly these adapters with these weights, by name; see `latentpipe.lora.mixer.Mixer.set`, `attach_lora`."""
+        self.loras.set(weights, fuse, method, weights if partial else ())
 
     def detach_lora(self, name: str | None = None) -> None:
         """Take off one adapter (None: all); the weights are then what they were, to the byte."""

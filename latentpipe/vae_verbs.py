@@ -110,10 +110,13 @@ def swap(
     """
     from json import dumps
 
+    from latentpipe.files import refuse_name
     from latentpipe.swap import save_swapped
     from latentpipe.verdicts import verdict_on
     from latentpipe.weights import find_model
 
+    if out is not None:
+        refuse_name(out)
     folder = find_model(model)
     verdict = verdict_on(folder, vae, _verdict_images(images, folder, vae) if images else None)
     if out is None or verdict.fits or force:

@@ -68,14 +68,15 @@ def emoji(out: Path = Path("data/emoji"), size: int = 128, font: Path | None = N
         print(f"{out / name}: {count} pictures")
 
 
-def encode(folder: Path, /, vae: str, size: int = 64, out: Path | None = None) -> None:
+def encode(folder: Path, /, vae: str, size: int = 64, out: Path | None = None, caption_column: str | None = None) -> None:
     """Cache the latents of a folder of pictures for train-denoiser.
 
     Args:
-        folder: Pictures with metadata.jsonl or metadata.csv.
+        folder: Pictures with metadata.jsonl or metadata.csv, or with a caption in NAME.txt beside each NAME.png.
         vae: Name or folder of the VAE.
         size: Side that the pictures are resized to, in pixels.
         out: The cache file; left out: FOLDER/.latents/VAEHASH-SIZE.safetensors.
+        caption_column: Column of the metadata that holds the captions; left out: text, caption or prompt.
     """
     from tqdm import tqdm
 
@@ -84,7 +85,7 @@ def encode(folder: Path, /, vae: str, size: int = 64, out: Path | None = None) -
 
     where = find_model(vae, "vae")
     path = out or default_path(folder, where, size)
-    encode_folder(folder, where, path, size, progress=lambda parts: tqdm(parts, unit="batch"))
+    encode_folder(folder, where, path, size, progress=lambda parts: tqdm(parts, unit="batch"), column=caption_column)
     print(path)
 
 
@@ -155,19 +156,20 @@ def inspect(path: str, /) -> None:
     from latentpipe.adapters import is_adapter, own_adapters, read_card
     from latentpipe.codec_verbs import facts as codec_facts
     from latentpipe.codec_verbs import is_lpz
+    from latentpipe.files import SUFFIXES, is_safetensors
     from latentpipe.lora_verbs import facts, is_lora
     from latentpipe.models import describe
-    from latentpipe.weights import available
+    from latentpipe.weights import available, lookup
 
     if is_lpz(Path(path)):
         print(_json(codec_facts(Path(path))))
         return
-    file = available("lora").get(path, Path(path))
+    file = lookup(path, available("lora"), "lora") or Path(path)
     if is_lora(file):
         print(_json(facts(file)))
         return
     file = own_adapters().get(path, Path(path))
-    if file.suffix == ".safetensors" and file.is_file():
+    if file.is_file() and (file.suffix in SUFFIXES or is_safetensors(file)):
         print(_json(asdict(read_card(file)) if is_adapter(file) else describe(path)))
         return
     if Path(path).is_file():

@@ -6,7 +6,7 @@ prompt, settings + axes -> setups -> [VAE by VAE, LoRA weight by LoRA weight] ->
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from latentpipe.defaults import GUIDANCE, STEPS
 from latentpipe.errors import UserError
 from latentpipe.images import picture_file
 from latentpipe.jobs import Cancelled, Report
-from latentpipe.lora.prompt import split_tags
+from latentpipe.lora.prompt import partial_tags, split_tags
 from latentpipe.pipeline import LatentPipeline, Picture
 from latentpipe.recipe import MAX_PROMPT, MAX_SEED, Recipe, Unit
 from latentpipe.sampling import Settings, Step
@@ -105,6 +105,7 @@ def plot(
     vae: str | None = None,
     loras: Mapping[str, float] | None = None,
     report: Report | None = None,
+    lora_partial: bool = False,
     **settings: Any,
 ) -> Grid:
     """Draw a picture for each value of `x` (columns) and of `y` (rows); each is the one that it would be alone.
@@ -112,6 +113,7 @@ def plot(
     seed      of all pictures (None: a random one), where it is no axis; so are `vae`, `loras` and `settings`
     settings  negative, steps, guidance, guidance_interval, scheduler, size
     report    called after each step; where it raises `Cancelled`, the pictures that are done are kept
+    lora_partial  take LoRA files that fit in part; what is left out is told in a Note
 
     Whatever axis they lie on, VAEs change outermost, then LoRA weights: each VAE is put in once. UserError before anything
     is drawn: a VAE that does not fit (its verdict), a LoRA or setting that is wrong, more than MAX_CELLS pictures.
@@ -123,14 +125,14 @@ def plot(
     base = {"prompt": prompt, "seed": seed, "vae": vae, "loras": dict(loras or {}), **settings}
     setups = _setups(base, x, y)
     tell = report or (lambda done, total, what: None)
-    pipes = _checked(open_pipe, setups, tell)
+    pipes = _checked(open_pipe, setups, tell, lora_partial)
     first = pipes[setups[0].vae]
     size = setups[0].size or first.native_size
     if (area := size_of(size, x, y)) > MAX_PIXELS:
         raise UserError(
             f"The sheet would have {area:,} pixels; at most {MAX_PIXELS:,} are drawn. Take fewer values, or a smaller size."
         )
-    pictures = _draw(pipes, setups, tell)
+    pictures = _draw(pipes, setups, tell, lora_partial)
     kept = GridRecipe(model=first.name, x=x, y=y, base=Setup(**base), cells=[one.recipe if one else None for one in pictures])
     sheet = draw_sheet([one.image if one else None for one in pictures], size, x, y, _legend(kept))
     return Grid(sheet, pictures, kept)
@@ -167,7 +169,7 @@ def redraw(path: Path, open_model: Callable[[str, str | None], LatentPipeline], 
         return open_model(old.model, vae)
 
     base = old.base
-    grid = plot(open_pipe, base.prompt, old.x, old.y, base.seed, base.vae, base.loras, report, **base.settings)
+    grid = plot(open_pipe, base.prompt, old.x, old.y, base.seed, base.vae, base.loras, report, True, **base.settings)
     for before, now in zip(old.cells, grid.recipe.cells, strict=True):
         if before is not None and now is not None and before.hashes != now.hashes:
             parts = [part for part in before.hashes if before.hashes[part] != now.hashes.get(part)]
@@ -193,7 +195,7 @@ def _setups(base: Mapping[str, Any], x: Axis, y: Axis | None) -> list[Setup]:
         raise UserError(f"The plot's {'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}.") from None
 
 
-def _checked(open_pipe: OpenPipe, setups: Sequence[Setup], tell: Report) -> dict[str | None, LatentPipeline]:
+def _checked(open_pipe: OpenPipe, setups: Sequence[Setup], tell: Report, partial: bool) -> dict[str | None, LatentPipeline]:
     """The open pipeline of each VAE, tried with all that will be asked of it; nothing is drawn yet."""
     total = sum(setup.steps for setup in setups)
     pipes: dict[str | None, LatentPipeline] = {}
@@ -210,13 +212,21 @@ def _checked(open_pipe: OpenPipe, setups: Sequence[Setup], tell: Report) -> dict
         assert size is not None
         pipe.stage.check_memory(1, *reversed(size))
     for vae, pipe in pipes.items():
-        names = {name for setup in setups if setup.vae == vae for name in (setup.loras | split_tags(setup.prompt)[1])}
-        with pipe.loras.more(dict.fromkeys(names, 0.0)):
+        own = [setup for setup in setups if setup.vae == vae]
+        names = {name for setup in own for name in (setup.loras | split_tags(setup.prompt)[1])}
+        with pipe.loras.more(dict.fromkeys(names, 0.0), _partial(own, names if partial else ())):
             pass  # a LoRA that does not fit is told of now
     return pipes
 
 
-def _draw(pipes: Mapping[str | None, LatentPipeline], setups: Sequence[Setup], tell: Report) -> list[Picture | None]:
+def _partial(setups: Sequence[Setup], names: Collection[str]) -> set[str]:
+    """Names of LoRA that may fit in part: these, and those whose tags say so."""
+    return {*names, *(name for setup in setups for name in partial_tags(setup.prompt))}
+
+
+def _draw(
+    pipes: Mapping[str | None, LatentPipeline], setups: Sequence[Setup], tell: Report, partial: bool
+) -> list[Picture | None]:
     """The pictures in the order of `setups`, drawn in that of VAEs, then LoRA weights; None from a stop on."""
     pictures: list[Picture | None] = [None] * len(setups)
     total, done = sum(setup.steps for setup in setups), 0
@@ -228,14 +238,16 @@ def _draw(pipes: Mapping[str | None, LatentPipeline], setups: Sequence[Setup], t
     try:
         for (vae, loras), indices in sorted(groups.items(), key=lambda group: vaes.index(group[0][0])):
             pipe = pipes[vae]
-            with pipe.loras.more(dict(loras)):
+            with pipe.loras.more(dict(loras), dict(loras) if partial else ()):
                 for index in indices:
                     setup, before, what = setups[index], done, f"picture {drawn + 1} of {len(setups)}"
 
                     def on_step(step: Step, before: int = before, what: str = what) -> None:
                         tell(before + step.step, total, what)
 
-                    (pictures[index],) = pipe(setup.prompt, seed=setup.seed, on_step=on_step, **setup.settings)
+                    text, tagged = split_tags(setup.prompt) if partial else (setup.prompt, {})
+                    with pipe.loras.more(tagged, tagged):
+                        (pictures[index],) = pipe(text, seed=setup.seed, on_step=on_step, **setup.settings)
                     done, drawn = done + setup.steps, drawn + 1
     except Cancelled:
         if not drawn:

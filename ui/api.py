@@ -28,7 +28,10 @@ from latentpipe.version import VERSION
 from latentpipe.weights import available, open_vae
 
 DRAWING_S, WAITING_S = 1.0, 5.0  # an event costs gradio some ms, which the job on the device has to share
-LORAS = {"type": "object", "additionalProperties": {"type": "number"}, "description": "names and weights"}
+LORAS = {
+    "type": "object", "additionalProperties": {"anyOf": [{"type": "number"}, {"type": "string"}]},
+    "description": 'names and weights; "0.7:partial" for one that may fit in part',
+}  # fmt: skip
 PUBLIC: dict[str, Any] = {"api_visibility": "public", "show_progress": "hidden"}
 
 
@@ -49,7 +52,8 @@ def _drawing(app: App) -> None:
         """Draw pictures of a prompt.
 
         Returns the PNG files, and a list with the recipe of each. seed -1: a random one; width and height 0: the model's own;
-        scheduler, model and vae "": the model's own; loras: {"name": weight}, beside <lora:name:weight> in the prompt.
+        scheduler, model and vae "": the model's own; loras: {"name": weight}, beside <lora:name:weight> in the prompt. A LoRA
+        that may fit in part: {"name": "0.7:partial"} or <lora:name:0.7:partial>; a message says what is left out.
         """
         settings = _settings(negative, steps, guidance, seed, n, width, height, scheduler, loras)
         yield from _draw(app, request, prompt, model, vae, settings)
@@ -99,16 +103,27 @@ def _settings(
             raise UserError(f"n is {n}; expected 1 to {MAX_BATCH} pictures.")
         if not -1 <= seed <= MAX_SEED:
             raise UserError(f"seed is {seed}; expected 0 to {MAX_SEED}, or -1 for a random one.")
-        wrong = not isinstance(loras or {}, dict) or any(
-            isinstance(weight, bool) or not isinstance(weight, int | float) for weight in (loras or {}).values()
-        )
-        if wrong:
-            raise UserError('loras is no object of names and weights; expected such as {"flat": 0.8}.')
+        weights = _weights(loras)
     return {
         "negative": negative or "", "steps": int(steps), "guidance": guidance, "seed": None if seed < 0 else int(seed),
         "n": int(n), "size": (int(width), int(height)) if width and height else None, "scheduler": scheduler or None,
-        "loras": dict(loras or {}),
+        "loras": weights, "lora_partial": any(isinstance(weight, str) for weight in (loras or {}).values()),
     }  # fmt: skip
+
+
+def _weights(loras: Any) -> dict[str, float]:
+    """Names and weights of a request, where a weight is a number or, of a LoRA that may fit in part, "0.7:partial"."""
+    found: dict[str, float] = {}
+    try:
+        for name, weight in (loras or {}).items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float | str):
+                raise ValueError
+            found[name] = float(weight.removesuffix(":partial") if isinstance(weight, str) else weight)
+            if isinstance(weight, str) and not weight.endswith(":partial"):
+                raise ValueError
+    except (AttributeError, ValueError):
+        raise UserError('loras is no object of names and weights; expected such as {"flat": 0.8}.') from None
+    return found
 
 
 def _draw(app: App, request: gr.Request, prompt: str, model: str, vae: str, settings: dict[str, Any]) -> Iterator[Any]:

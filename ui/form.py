@@ -49,6 +49,7 @@ class Form:
     image: gr.Image
     strength: gr.Slider
     rows: tuple[tuple[gr.Checkbox, gr.Dropdown, gr.Slider], ...]
+    partial: gr.Checkbox
     refresh: gr.Button
     light: gr.HTML
     in_use: gr.HTML
@@ -58,7 +59,7 @@ class Form:
         """Every field that a drawing depends on."""
         named = (
             self.prompt, self.negative, self.model, self.vae, self.adapter, self.steps, self.guidance, self.low, self.high,
-            self.scheduler, self.width, self.height, self.seed, self.batch, self.image, self.strength,
+            self.scheduler, self.width, self.height, self.seed, self.batch, self.image, self.strength, self.partial,
         )  # fmt: skip
         return {*named, *(field for row in self.rows for field in row)}
 
@@ -77,6 +78,7 @@ class Form:
             "image": picture_of(values[self.image]) if values[self.image] else None,
             "strength": float(values[self.strength]),
             "loras": self.loras(values),
+            "lora_partial": bool(values[self.partial]),
         }
 
     def loras(self, values: Values) -> dict[str, float]:
@@ -135,10 +137,10 @@ def build_form(app: App, prompt: gr.Textbox, run: gr.Button, stop: gr.Button) ->
         image = picture_input("Picture to begin from", height=220, elem_id="lp-image")
         strength = gr.Slider(0.05, 1, STRENGTH, step=0.01, label="Strength", info="how far it may move from the picture")
     model, vae, adapter, refresh, light, in_use = _vae_fields(app)
-    rows = _lora_rows(app)
+    rows, partial = _lora_rows(app)
     return Form(
         prompt, run, stop, negative, model, vae, adapter, steps, guidance, low, high, scheduler, width, height, seed, dice,
-        reuse, batch, image, strength, rows, refresh, light, in_use,
+        reuse, batch, image, strength, rows, partial, refresh, light, in_use,
     )  # fmt: skip
 
 
@@ -154,7 +156,7 @@ def _vae_fields(app: App) -> tuple[gr.Dropdown, gr.Dropdown, gr.Dropdown, gr.But
     return model, vae, adapter, refresh, light, in_use
 
 
-def _lora_rows(app: App) -> tuple[tuple[gr.Checkbox, gr.Dropdown, gr.Slider], ...]:
+def _lora_rows(app: App) -> tuple[tuple[tuple[gr.Checkbox, gr.Dropdown, gr.Slider], ...], gr.Checkbox]:
     names = app.choices("lora")
     rows = []
     with gr.Accordion("LoRA", open=False, elem_id="lp-lora"):
@@ -164,4 +166,8 @@ def _lora_rows(app: App) -> tuple[tuple[gr.Checkbox, gr.Dropdown, gr.Slider], ..
                 name = gr.Dropdown(names, value=names[index] if index < len(names) else None, label=f"LoRA {index + 1}")
                 weight = gr.Slider(-2, 2, 1.0, step=0.05, label=f"Weight of LoRA {index + 1}")
             rows.append((on, name, weight))
-    return tuple(rows)
+        partial = gr.Checkbox(
+            False, label="Take LoRA that fit in part", info="what is left out is told; also of those in the prompt",
+            elem_id="lp-lora-partial",
+        )  # fmt: skip
+    return tuple(rows), partial

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import partial as bound
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +151,10 @@ def _rest(app: App) -> dict[str, Any]:
         with gr.Row():
             model = gr.Dropdown(app.choices("models"), value=app.model, label="Model", min_width=120)
             vae = gr.Dropdown([BUILT_IN, *app.choices("vae")], value=BUILT_IN, label="VAE", min_width=120)
+        partial = gr.Checkbox(False, label="Take LoRA that fit in part", info="what is left out is told")
     return {
         "seed": seed, "steps": steps, "guidance": guidance, "scheduler": scheduler, "negative": negative, "model": model,
-        "vae": vae,
+        "vae": vae, "lora_partial": partial,
     }  # fmt: skip
 
 
@@ -194,6 +195,7 @@ def settings_of(rest: dict[str, Any], values: Values) -> dict[str, Any]:
         "scheduler": None if found["scheduler"] == OWN else found["scheduler"],
         "negative": found["negative"] or "",
         "vae": None if found["vae"] == BUILT_IN else found["vae"],
+        "lora_partial": bool(found["lora_partial"]),
     }
 
 
@@ -285,7 +287,7 @@ def _examples(prompt: gr.Textbox, x: Side, y: Side) -> None:
     with gr.Row():
         for name, words, *sides in EXAMPLES:
             gr.Button(name, size="sm", min_width=140).click(
-                partial(_filled, words, *sides), None, [prompt, x.kind, x.lora, x.text, y.kind, y.lora, y.text], **LIGHT
+                bound(_filled, words, *sides), None, [prompt, x.kind, x.lora, x.text, y.kind, y.lora, y.text], **LIGHT
             )
 
 

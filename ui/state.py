@@ -25,6 +25,7 @@ from latentpipe.errors import Note
 from latentpipe.files import atomic_file, home
 from latentpipe.generate import free_path
 from latentpipe.jobs import Cancelled, Done, Progress, Report, Waiting, device, run_job
+from latentpipe.lora.report import PARTLY
 from latentpipe.model_cache import ModelCache
 from latentpipe.shortage import is_shortage, sentence
 from latentpipe.ui.listeners import Listeners
@@ -40,6 +41,8 @@ INSTEAD = {
     "$LATENTPIPE_HOME/lora, or give it with --lora": "the server's LoRA folder, and press '↻ Look for new files'",
     "give its file with --adapter": "install it on the server first",
     "Give the right ones with --lora NAME=FILE": "The server needs the LoRA file that it was drawn with",
+    f"allow it: {PARTLY}": "tick 'Take LoRA that fit in part'",
+    "use 'latentpipe inpaint PICTURE --mask MASK'": "choose another one",
     "Give the right ones with --model": "The server needs the model that it was drawn with",
     "give it with --image": "put that one into the field 'That picture'",
 }

@@ -16,7 +16,9 @@ class LoraData(Strict):
     """Pictures with captions (imagefolder convention); their latents are cached by the hash of the model's VAE."""
 
     train: Path
-    """Folder of training pictures with captions."""
+    """Folder of training pictures; captions are in metadata.jsonl or .csv, or in NAME.txt beside each picture."""
+    caption_column: str | None = None
+    """Column of the metadata that holds the captions; left out: text, caption or prompt."""
     size_px: Side | None = None
     """Side of the training pictures; left out: what the model was trained at."""
     exclude: Path | None = None
@@ -30,6 +32,8 @@ class Prior(Strict):
 
     train: Path | None = None
     """Folder of pictures with captions, which get no trigger words; each step sees as many of them as of the others."""
+    caption_column: str | None = None
+    """As data.caption_column, of this folder."""
     weight: float = Field(1.0, gt=0)
     """Weight of their term."""
 

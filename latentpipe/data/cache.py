@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from latentpipe.data.folder import read_pictures
 from latentpipe.errors import UserError
-from latentpipe.files import HASH_LENGTH, atomic_file, content_hash, read_header, read_tensors
+from latentpipe.files import HASH_LENGTH, atomic_file, content_hash, read_header, read_tensors, refuse_name
 from latentpipe.images import bytes_to_images
 from latentpipe.latents import LatentSpace
 from latentpipe.precision import all_finite
@@ -45,14 +45,17 @@ class LatentCache:
 
 
 @torch.no_grad()
-def encode_folder(folder: Path, vae_folder: Path, out: Path, size_px: int, batch: int = 32, progress=None) -> LatentCache:
-    """Encode every picture of a folder and write the cache file `out` (safetensors), atomically."""
+def encode_folder(
+    folder: Path, vae_folder: Path, out: Path, size_px: int, batch: int = 32, progress=None, column: str | None = None
+) -> LatentCache:
+    """Encode every picture of a folder and write the cache file `out` (safetensors), atomically; `column` as for `read_index`."""
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: the cache is a safetensors file; give it that ending.")
+    refuse_name(out)
     digest = vae_hash(vae_folder)
     stage = VAEStage(load_vae(vae_folder))
     stage.space.shape(1, size_px, size_px)
-    pictures = read_pictures(folder, size_px)
+    pictures = read_pictures(folder, size_px, column=column)
     print(pictures.report())
     pixels = torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2)
     parts: Iterable[torch.Tensor] = pixels.split(batch)

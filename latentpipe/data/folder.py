@@ -1,21 +1,17 @@
-"""A folder of captioned pictures: the imagefolder convention (metadata.csv or metadata.jsonl)."""
+"""A folder of captioned pictures: the imagefolder convention, or a caption file beside each picture (`data.listing`)."""
 
 from __future__ import annotations
 
-import csv
-import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from latentpipe.atomic import LEFTOVER
-from latentpipe.errors import UserError
+from latentpipe.data.listing import SUFFIXES, Listing, list_pictures
+from latentpipe.errors import Note, UserError
+from latentpipe.files import printable
 from latentpipe.images import Unreadable, fit_square, flatten, picture_file
-from latentpipe.reading import parse_json, read_text
-
-MOST_METADATA = 2**30  # bytes
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True)
@@ -28,51 +24,59 @@ class Item:
 
 @dataclass
 class Pictures:
-    """What was read: pixels uint8 N H W 3, captions per picture, and the files that were skipped with the reason."""
+    """What was read: pixels uint8 N H W 3, captions per picture, and the files that were skipped with the reason.
+
+    source  where captions are from, in words
+    """
 
     pixels: np.ndarray
     captions: list[tuple[str, ...]]
     names: list[str]
     skipped: dict[str, str] = field(default_factory=dict)
+    source: str = ""
 
     def report(self) -> str:
         """One line on what was read, and one for each file that was not."""
-        lines = [f"{len(self.names)} pictures read, {len(self.skipped)} skipped"]
-        return "\n".join(lines + [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()])
+        lines = [f"{len(self.names)} pictures read, {len(self.skipped)} skipped"] + ([f"  {self.source}"] if self.source else [])
+        return printable("\n".join(lines + [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()]))
 
 
-def read_index(folder: Path) -> list[Item]:
-    """The folder's files with their captions, in the order of the metadata, else by name.
+def read_index(folder: Path, column: str | None = None, captions: bool = True) -> list[Item]:
+    """The folder's files with their captions, in the order of the metadata, else by name; see `listing.list_pictures`.
 
-    metadata.jsonl or metadata.csv hold `file_name` and `text`; a file named twice has two captions. Without
-    either, every picture is listed without captions.
+    column    of the metadata that holds the captions; None: text, caption or prompt
+    captions  False: caption files are not opened
+    What is left out (hidden files, links in circles, columns that are not known) is told as a Note each.
     """
-    folder = Path(folder)
+    return _items(Path(folder), _listed(Path(folder), column, captions))
+
+
+def _listed(folder: Path, column: str | None, captions: bool) -> Listing:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected a folder of pictures with metadata.jsonl or metadata.csv.")
-    rows = _rows(folder)
-    if rows is None:
-        rows = [(name, None) for name in _names(folder)]
-    captions: dict[str, list[str]] = {}
-    for name, text in rows:
-        captions.setdefault(name, []).extend([text] if text else [])
-    for name in captions:
-        # by its text: a link inside the folder was put there by its owner, and following 100,000 of them takes seconds
-        if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
-            raise UserError(f"{folder}: metadata names '{name}', which lies outside the folder.")
-    if not captions:
-        raise UserError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}).")
-    return [Item(folder / name, tuple(texts)) for name, texts in captions.items()]
+    found = list_pictures(folder, column, captions)
+    if not found.captions:
+        told = "".join(f" {note}." for note in found.notes)
+        raise UserError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}).{told}")
+    for note in found.notes:
+        warnings.warn(Note(note), stacklevel=4)
+    return found
 
 
-def read_pictures(folder: Path, size_px: int, most: int | None = None) -> Pictures:
+def _items(folder: Path, found: Listing) -> list[Item]:
+    return [Item(folder / name, tuple(texts)) for name, texts in found.captions.items()]
+
+
+def read_pictures(folder: Path, size_px: int, most: int | None = None, column: str | None = None) -> Pictures:
     """Every readable picture (or the first `most` files) as an upright RGB square of `size_px` (alpha on white, Lanczos).
 
-    Bad files are skipped and listed with the reason; UserError when nothing is left.
+    Bad files are skipped and listed with the reason; UserError when nothing is left. `column` as for `read_index`.
     """
     arrays: list[np.ndarray] = []
-    result = Pictures(np.empty((0, size_px, size_px, 3), np.uint8), [], [])
-    for item in read_index(folder)[:most]:
+    folder = Path(folder)
+    found = _listed(folder, column, True)
+    result = Pictures(np.empty((0, size_px, size_px, 3), np.uint8), [], [], source=found.summary())
+    for item in _items(folder, found)[:most]:
         name = item.path.relative_to(folder).as_posix()
         try:
             arrays.append(read_square(item.path, size_px))
@@ -91,40 +95,3 @@ def read_square(path: Path, size_px: int) -> np.ndarray:
     """One file as an upright RGB square, uint8 size size 3 (alpha on white, Lanczos); UserError if it is bad."""
     with picture_file(path) as picture:
         return np.asarray(fit_square(flatten(picture), size_px))
-
-
-def _names(folder: Path) -> list[str]:
-    """Relative names of all pictures below a folder, in order; on text, for folders of 100,000 files and more."""
-    names: list[str] = []
-    for at, inside, files in os.walk(folder):
-        inside[:] = [name for name in inside if not LEFTOVER.fullmatch(name)]  # a killed run's, and nobody's pictures
-        inner = os.path.relpath(at, folder).replace(os.sep, "/")
-        prefix = "" if inner == "." else f"{inner}/"
-        names += [prefix + name for name in files if os.path.splitext(name)[1].lower() in SUFFIXES]
-    return sorted(names, key=lambda name: name.split("/"))
-
-
-def _rows(folder: Path) -> list[tuple[str, str | None]] | None:
-    """(file_name, text) from the metadata file; None where there is none."""
-    jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
-    try:
-        if jsonl.is_file():
-            lines = read_text(jsonl, MOST_METADATA, "captions").split("\n")
-            records = [(number, parse_json(line, foreign=True)) for number, line in enumerate(lines, 1) if line.strip()]
-        elif table.is_file():
-            with table.open(newline="", encoding="utf-8-sig") as file:
-                records = list(enumerate(csv.DictReader(file), 2))
-        else:
-            return None
-    except UserError:
-        raise
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{folder}: its metadata cannot be read ({error}).") from None
-    path = jsonl if jsonl.is_file() else table
-    rows: list[tuple[str, str | None]] = []
-    for number, record in records:
-        if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
-            raise UserError(f"{path}, line {number}: expected 'file_name' and 'text'; given {record!r:.200}.")
-        text = record.get("text")
-        rows.append((record["file_name"], text if isinstance(text, str) else None))
-    return rows

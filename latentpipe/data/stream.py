@@ -14,6 +14,7 @@ import torch
 from latentpipe import memory
 from latentpipe.data.folder import Item, read_index, read_square
 from latentpipe.errors import Note, UserError
+from latentpipe.files import printable
 from latentpipe.images import Unreadable
 
 READERS = 4
@@ -30,7 +31,7 @@ class PictureStream:
 
     def __init__(self, folder: Path, size_px: int, processes: int = 1) -> None:
         self.folder, self.size_px = Path(folder), size_px
-        self.items: list[Item] = read_index(self.folder)
+        self.items: list[Item] = read_index(self.folder, captions=False)
         self.skipped: dict[str, str] = {}
         each = size_px * size_px * 3
         room = int(memory.available(torch.device("cpu")) * KEPT_SHARE / processes) // each
@@ -53,7 +54,7 @@ class PictureStream:
             head = f"{len(self.items):,} pictures, read as they are needed"
         else:
             head = f"{len(self.items) - len(self.skipped)} pictures read, {len(self.skipped)} skipped"
-        return "\n".join([head, *(f"  skipped {name}: {reason}" for name, reason in sorted(self.skipped.items()))])
+        return printable("\n".join([head, *(f"  skipped {name}: {reason}" for name, reason in sorted(self.skipped.items()))]))
 
     def batch(self, chosen: Sequence[int], ahead: Sequence[int] = ()) -> torch.Tensor:
         """The chosen pictures, uint8 B 3 H W; those of `ahead` are begun to be read for the next call."""

@@ -12,13 +12,14 @@ Classifiers (`classifier.*`, `fc.*`) and counters (`*.num_batches_tracked`) may 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from latentpipe.errors import UserError
-from latentpipe.files import content_hash, home, load_strictly, read_header, read_tensors
+from latentpipe.files import content_hash, load_strictly, own_home, read_header, read_tensors
 
 SOURCES = {
     "lpips-alex": ("LPIPS (alex)", "alexnet-owt-7be5be79.pth lpips/weights/v0.1/alex.pth"),
@@ -32,10 +33,10 @@ SOURCES = {
 
 def metric_file(name: str, given: Path | None = None) -> Path:
     """The safetensors file of a metric's weights: `given`, else the installed one; UserError says how to make it."""
-    path = home() / "metrics" / f"{name}.safetensors" if given is None else Path(given)
+    path = own_home() / "metrics" / f"{name}.safetensors" if given is None else Path(given)
     if not path.is_file():
         title, files = SOURCES[name]
-        path = Path(str(path).replace(str(Path.home()), "~", 1))  # it may stand in a page that is passed on
+        path = Path(str(path).replace(os.path.expanduser("~"), "~", 1))  # it may stand in a page that is passed on
         raise UserError(
             f"{title} needs its own weights, and {path} is no file. Make it from the published files: "
             f"'latentpipe convert {files} --out {path} --to tensors'."

@@ -59,7 +59,7 @@ def plan(folder: Path, protocol: Protocol, downscale: int, most: int | None = No
     folder = Path(folder)
     skipped: dict[str, str] = {}
     sizes: dict[str, tuple[int, int]] = {}
-    for item in read_index(folder)[:most]:
+    for item in read_index(folder, captions=False)[:most]:
         name = item.path.relative_to(folder).as_posix()
         try:
             sizes[name] = upright_size(item.path)

@@ -104,7 +104,7 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def write_csv(evaluation: Evaluation, path: Path) -> None:
     """One row for each picture: its name and its values; empty where a metric was measured on fewer pictures."""
-    with atomic_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with atomic_file(path) as part, part.open("w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.writer(file)
         writer.writerow(["file_name", *evaluation.per_picture])
         for row in zip(evaluation.names, *evaluation.per_picture.values(), strict=True):

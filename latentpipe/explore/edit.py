@@ -8,6 +8,7 @@ mask     PIL, "L", of the picture's size: 255 where it is edited, 0 where it sta
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from latentpipe.errors import UserError
+from latentpipe.errors import Note, UserError
 from latentpipe.evaluate.latent import slerp
 from latentpipe.explore import traverse
 from latentpipe.explore.directions import Direction, Report
@@ -25,6 +26,7 @@ from latentpipe.images import flatten, picture_file, to_images, to_pixels
 from latentpipe.vae import VAEStage
 
 MAX_SEED = 2**32 - 1
+ONE_COLOUR, TWO_TONE = 16, 0.9  # grey levels that strokes of one colour differ by; share of a mask that is black or white
 FEATHER_SHARE = 16  # of the shorter side, is feathered where nothing is said
 
 
@@ -131,12 +133,21 @@ def open_canvas(path: Path) -> Image.Image:
         return canvas(picture)
 
 
-def hole_of(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Where a picture of `size` is edited ("L", 0 or 255): white in the mask, from grey level 128 on; transparent is black.
+def open_mask(path: Path) -> Image.Image:
+    """A mask from a file, with its transparency (`hole_of` reads it); UserError where it is no readable picture."""
+    with picture_file(path) as picture:
+        deep = picture.mode.startswith("I") or picture.mode == "F"
+        return flatten(picture) if deep else canvas(picture)
 
+
+def hole_of(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Where a picture of `size` is edited ("L", 0 or 255): white in the mask, from grey level 128 on.
+
+    A mask with transparent parts is one of two things. A layer of strokes, black and white or of one colour: where it is
+    opaque, and white if any of it is. Or a picture with a hole: where it is transparent, which a Note says.
     UserError: another size, or nothing white.
     """
-    upright = flatten(mask, (0, 0, 0)).convert("L")
+    upright = _layer(mask) or flatten(mask, (0, 0, 0)).convert("L")
     if upright.size != size:
         given, wanted = (f"{width} x {height}" for width, height in (upright.size, size))
         raise UserError(f"The mask is {given} pixels and the picture {wanted}; give a mask of the picture's size.")
@@ -144,6 +155,24 @@ def hole_of(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
     if hole.getbbox() is None:
         raise UserError("The mask has no white pixel, so nothing would change; paint what is to be redrawn white.")
     return hole
+
+
+def _layer(mask: Image.Image) -> Image.Image | None:
+    """A mask with transparent parts as grey levels; None for one without, and for black and white on transparency."""
+    if mask.mode.startswith("I") or mask.mode == "F":
+        return None
+    layer = canvas(mask)
+    clear = clear_part(layer)
+    opaque = None if clear is None else np.array(clear) == 0
+    if clear is None or opaque is None or not opaque.any():
+        return None
+    levels = np.array(layer.convert("RGB"), np.int16)[opaque]
+    if (levels.max(0) - levels.min(0)).max() <= ONE_COLOUR:
+        return Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8))
+    if ((levels <= 32).all(1) | (levels >= 223).all(1)).mean() >= TWO_TONE:
+        return None
+    warnings.warn(Note("the mask is a picture with a transparent part, which is taken as the hole"), stacklevel=4)
+    return clear
 
 
 def clear_part(picture: Image.Image) -> Image.Image | None:

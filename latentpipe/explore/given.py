@@ -37,7 +37,7 @@ def read_given(paths: Sequence[Path], side: int, as_bank: bool = False, most: in
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; expected pictures, or folders of pictures.")
-        items = [item.path for item in read_index(path)[:most]] if path.is_dir() else [path]
+        items = [item.path for item in read_index(path, captions=False)[:most]] if path.is_dir() else [path]
         files += [(file.relative_to(path).as_posix() if path.is_dir() else path.name, file) for file in items]
     names, parts, skipped = [], [], {}
     for done, (name, file) in enumerate(files, 1):

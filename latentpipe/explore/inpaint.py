@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,15 +15,16 @@ from PIL import Image
 
 from latentpipe import emphasis
 from latentpipe.defaults import GUIDANCE, STEPS
-from latentpipe.denoise import host_for, is_classic, size_unit
+from latentpipe.denoise import host_for, is_classic, redraws, size_unit
 from latentpipe.errors import Note, UserError
 from latentpipe.explore.directions import Report
 from latentpipe.explore.edit import canvas, composite, feathered, hole_of, latent_share, sized
 from latentpipe.explore.sets import encode
 from latentpipe.hosts import finish
 from latentpipe.images import to_images, to_pixels
+from latentpipe.lora.prompt import note_negative, partial_tags, split_tags
 from latentpipe.pipeline import LatentPipeline
-from latentpipe.sampling import Guide, Settings, Step
+from latentpipe.sampling import Guide, Settings, Step, check_settings
 from latentpipe.weights import quiet
 
 LONGEST = 8  # sides at most so many times as long as the denoiser was trained at
@@ -44,37 +46,55 @@ def inpaint(
 ) -> Image.Image:
     """A picture of any size, redrawn where a mask of its size is white; RGB, or RGBA for a picture with transparency.
 
+    prompt    ``<lora:NAME:WEIGHT>`` in it switches on an installed adapter, as in `LatentPipeline.__call__`
     strength  1: from noise; less: from what the picture shows there (img2img)
     feather   pixels over which the new part fades into the old (`edit.feathered`)
 
     After each step the latents outside the mask are replaced by the picture's, noised to that step (RePaint, Lugmayr et al.,
     arXiv:2201.09865, equation 8, without resampling; with the same noise at every step, as diffusers does). Pixels outside the
-    feathered mask are the picture's own bytes. The denoiser sees the whole picture at about the area that it was trained at; a
-    larger picture gets its new part enlarged, which a Note says.
+    feathered mask are the picture's own bytes. A UNet that takes mask and masked picture draws by them as diffusers does. The
+    denoiser sees the picture at about the area it was trained at; a larger one gets its new part enlarged, which a Note says.
     UserError: families other than Stable Diffusion 1/2, settings out of range, and as for `edit.canvas` and `edit.hole_of`.
     """
     if not is_classic(pipe.host):
         raise UserError("Parts are redrawn with Stable Diffusion 1 and 2 only; this model is of another family.")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; expected 0 to {2**32 - 1}.")
+    (prompt, tagged), partial = split_tags(prompt), partial_tags(prompt)
     old = canvas(picture)
-    soft = feathered(hole_of(mask, old.size), feather)
+    hole = hole_of(mask, old.size)
+    soft = feathered(hole, feather)
     size = draw_size(pipe, old.size)
-    if size[0] < old.width or size[1] < old.height:
-        wide, high = old.size
-        message = f"the new part is drawn at {size[0]} x {size[1]} pixels and enlarged to {wide} x {high}"
-        warnings.warn(Note(message), stacklevel=2)
     begin = sized(old, size)
-    given = None if strength == 1 else begin
-    settings = pipe.check(Settings(negative=negative, steps=steps, guidance=guidance, size=size, image=given, strength=strength))
-    if cut := pipe.cut_words(prompt):
-        warnings.warn(Note(f"the prompt is longer than what the text encoder reads; cut: '{cut}'"), stacklevel=2)
-    pipe.loras.check_free()
-    known = encode(pipe.stage, to_images(begin))
-    latents = _denoised(pipe, known, latent_share(soft, (known.shape[-2], known.shape[-1])), prompt, seed, settings, report)
-    images = finish(pipe.host, pipe.stage.decode(latents), {"use_resolution_binning": False})
+    given = begin if strength != 1 or made_for_masks(pipe) else None
+    settings = Settings(negative=negative, steps=steps, guidance=guidance, size=size, image=given, strength=strength)
+    settings = check_settings(settings, pipe.native_size, size_unit(pipe.host)) if made_for_masks(pipe) else pipe.check(settings)
+    _note(pipe, prompt, negative, size, old.size)
+    with pipe.loras.more(tagged, partial):
+        if made_for_masks(pipe):
+            latents = _by_mask(pipe, hole.resize(size), prompt, seed, settings, report)
+        else:
+            known = encode(pipe.stage, to_images(begin))
+            free = latent_share(soft, (known.shape[-2], known.shape[-1]))
+            latents = _denoised(pipe, known, free, prompt, seed, settings, report)
+        images = finish(pipe.host, pipe.stage.decode(latents), {"use_resolution_binning": False})
     new = to_pixels(images)[0].resize(old.size, Image.Resampling.LANCZOS)
     return composite(old, new, soft)
+
+
+def _note(pipe: LatentPipeline, prompt: str, negative: str, drawn: tuple[int, int], size: tuple[int, int]) -> None:
+    """A Note on a part that is enlarged, and on words that are not read."""
+    if drawn[0] < size[0] or drawn[1] < size[1]:
+        message = f"the new part is drawn at {drawn[0]} x {drawn[1]} pixels and enlarged to {size[0]} x {size[1]}"
+        warnings.warn(Note(message), stacklevel=3)
+    if cut := pipe.cut_words(prompt):
+        warnings.warn(Note(f"the prompt is longer than what the text encoder reads; cut: '{cut}'"), stacklevel=3)
+    note_negative(negative)
+
+
+def made_for_masks(pipe: LatentPipeline) -> bool:
+    """Whether a model's UNet takes a mask and the masked picture beside the noise."""
+    return "mask" in redraws(pipe.host)
 
 
 def draw_size(pipe: LatentPipeline, size: tuple[int, int]) -> tuple[int, int]:
@@ -84,6 +104,28 @@ def draw_size(pipe: LatentPipeline, size: tuple[int, int]) -> tuple[int, int]:
     most = LONGEST * max(native) // unit
     width, height = (min(most, max(1, round(side * factor / unit))) * unit for side in size)
     return width, height
+
+
+def _by_mask(pipe: LatentPipeline, hole: Image.Image, prompt: str, seed: int, settings: Settings, report: Report) -> torch.Tensor:
+    """Latents (1 C h w) by a UNet that was trained to redraw the white part of `hole`, as diffusers' own pipeline asks it."""
+    from diffusers import StableDiffusionInpaintPipeline
+
+    twin = host_for(pipe.host, pipe.stage, replace(settings, image=None), StableDiffusionInpaintPipeline)
+    with quiet():
+        positive, none = emphasis.encode(twin, [prompt], settings.guidance > 1, settings.negative)
+    total = settings.steps_to_run
+
+    def watch(step: Step) -> None:
+        if report is not None:
+            report(step.step, total, "draw")
+
+    guide = Guide(settings, positive, none, total, watch)
+    assert settings.size is not None
+    return twin(
+        **guide.start(), image=settings.image, mask_image=hole, strength=settings.strength, width=settings.size[0],
+        height=settings.size[1], callback_on_step_end=guide, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+        num_inference_steps=settings.steps, generator=torch.Generator("cpu").manual_seed(seed), output_type="latent",
+    ).images  # fmt: skip
 
 
 def _denoised(

@@ -18,6 +18,7 @@ from latentpipe.evaluate.latent import slerp
 from latentpipe.explore.directions import Report, components
 from latentpipe.explore.sets import decode, encode, read_set, side_for
 from latentpipe.images import fit_square, to_images, to_pixels
+from latentpipe.lora.prompt import refuse_tags
 from latentpipe.pipeline import LatentPipeline
 from latentpipe.sampling import Guide, Settings, Step
 from latentpipe.vae import VAEStage
@@ -181,6 +182,8 @@ def between_prompts(
         raise UserError(f"seed is {seed}; expected 0 to {2**32 - 1}.")
     if not is_classic(pipe.host):
         raise UserError("Prompts are interpolated with Stable Diffusion 1 and 2 only; this model is of another family.")
+    for text in (first, second):
+        refuse_tags(text, "a path between prompts")
     settings = pipe.check(Settings(steps=steps, guidance=guidance))
     assert settings.size is not None
     pipe.loras.check_free()

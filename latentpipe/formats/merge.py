@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from latentpipe.errors import UserError
-from latentpipe.files import atomic_file, content_hash, file_hash, read_tensors
+from latentpipe.files import SUFFIXES, atomic_file, content_hash, file_hash, is_safetensors, read_tensors
 from latentpipe.formats.source import read_pickle
 
 
@@ -27,7 +27,7 @@ def merge(sources: Sequence[Path], out: Path) -> str:
         raise UserError(f"--out {out} exists already; choose another name, or remove it first.")
     merged: dict[str, torch.Tensor] = {}
     for path in map(Path, sources):
-        found = read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+        found = read_tensors(path) if path.suffix in SUFFIXES or is_safetensors(path) else read_pickle(path)
         for name, tensor in found.items():
             if name in merged and not torch.equal(merged[name], tensor):
                 raise UserError(f"{path}: '{name}' is in an earlier file too, with other values: they do not belong together.")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from latentpipe.errors import UserError
-from latentpipe.files import Header, check_file, read_header, read_json, read_tensors
+from latentpipe.files import SUFFIXES, Header, check_file, is_safetensors, read_header, read_json, read_tensors
 from latentpipe.reading import parse_object
 
 VAE_FILE = "diffusion_pytorch_model.safetensors"
@@ -47,7 +47,9 @@ def open_source(path: Path, pickles: bool = False) -> Source:
     path = Path(path)
     if path.is_dir():
         return _folder(path, pickles)
-    if path.suffix in PICKLES:
+    if not path.is_file() or is_safetensors(path):  # judged by its first bytes, not by its name
+        return _file(path)
+    if path.suffix in PICKLES or (pickles and path.suffix not in SUFFIXES):
         if not pickles:
             raise UserError(
                 f"{path}: a {path.suffix} file is a pickle, which can run code when it is opened; "
@@ -128,7 +130,7 @@ def _file(path: Path) -> Source:
 
 def _folder(folder: Path, pickles: bool) -> Source:
     config = read_json(folder / "config.json")
-    files = _weight_files(folder)
+    files = weight_files(folder)
     torch_file = folder / "diffusion_pytorch_model.bin"
     if pickles and not files[0].is_file() and torch_file.is_file():
         return _in_memory(torch_file, read_pickle(torch_file), config=config, folder=folder)
@@ -144,23 +146,21 @@ def _folder(folder: Path, pickles: bool) -> Source:
     )
 
 
-def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """The plain file; else the shards that an index names; else the one variant there is (``.fp16.safetensors``)."""
-    stem = VAE_FILE.removesuffix(".safetensors")
-    plain = folder / VAE_FILE
+def weight_files(folder: Path, name: str = VAE_FILE) -> tuple[Path, ...]:
+    """The plain file `name`; else the shards that an index names; else the one variant there is (``.fp16.safetensors``)."""
+    stem = name.removesuffix(".safetensors")
+    plain = folder / name
     if plain.exists():
         return (plain,)
     for index in sorted(folder.glob(f"{stem}*.index*.json"), key=lambda path: len(path.name)):
         listed = read_json(index).get("weight_map")
-        names = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
-        if not names or any(Path(name).name != name for name in names):
+        shards = sorted({str(shard) for shard in listed.values()}) if isinstance(listed, dict) else []
+        if not shards or any(Path(shard).name != shard for shard in shards):
             raise UserError(f"{index}: names no weight files of its own folder; expected a weight_map.")
-        return tuple(folder / name for name in names)
+        return tuple(folder / shard for shard in shards)
     variants = [path for path in sorted(folder.glob(f"{stem}.*.safetensors")) if "-of-" not in path.name]
     if len(variants) > 1:
-        raise UserError(
-            f"{folder} holds {' and '.join(path.name for path in variants)}; keep one of them, or rename it {VAE_FILE}."
-        )
+        raise UserError(f"{folder} holds {' and '.join(path.name for path in variants)}; keep one of them, or rename it {name}.")
     return tuple(variants) or (plain,)
 
 

@@ -15,7 +15,7 @@ from weakref import ReferenceType, WeakKeyDictionary, finalize, ref
 import torch
 from torch import nn
 
-from latentpipe.denoise import denoise, size_unit
+from latentpipe.denoise import probe_step, size_unit
 from latentpipe.errors import Note, UserError
 from latentpipe.files import HASH_LENGTH
 from latentpipe.hosts import host_of
@@ -25,10 +25,9 @@ from latentpipe.lora.layer import Lora
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.mixer import Mixer
 from latentpipe.lora.places import find_lora, named_lora
-from latentpipe.lora.report import Report
+from latentpipe.lora.report import SHOWN, Report
 from latentpipe.lora.sites import DENOISERS, TEXT, leaves
 from latentpipe.probes import probe_images
-from latentpipe.sampling import Settings
 from latentpipe.vae import VAEStage
 from latentpipe.verdict import Verdict, measure
 
@@ -46,6 +45,7 @@ class Loras:
     def __init__(self, host: Any, stage: Any, hashes: Mapping[str, str], vae: str | None = None) -> None:
         self.host, self.stage, self.hashes, self.vae = host, stage, hashes, vae
         self._lock = threading.RLock()  # a tag changes the weights for the time of a call
+        self._left: dict[str, tuple[str, ...]] = {}  # what was left out of the adapters that were opened by name
         self._files: dict[str, tuple[Path, tuple[float, int]]] = {}  # of the adapters that were opened by name, and their state
         self.mixer = Mixer(components(host, stage))
         self._still: tuple[Any, dict[str, torch.Tensor]] = (None, {})
@@ -68,6 +68,7 @@ class Loras:
         checked = self._check_base(lora, force)
         report = self.mixer.load(lora, partial)
         self._files.pop(lora.name, None)
+        self._left.pop(lora.name, None)
         try:
             lora = self.mixer.loaded[lora.name]
             verdict = self._verdict(lora)
@@ -88,19 +89,27 @@ class Loras:
             )
         return replace(report, parts=parts, base_checked=checked, verdict=verdict)
 
-    def set(self, weights: Mapping[str, Weight], fuse: bool = True, method: str = "sum") -> None:
-        """Switch on exactly these; names that are not open yet, or whose files have changed, are opened (installed ones only)."""
+    def set(self, weights: Mapping[str, Weight], fuse: bool = True, method: str = "sum", partial: Collection[str] = ()) -> None:
+        """Switch on exactly these; names that are not open yet, or whose files have changed, are opened (installed ones only).
+
+        partial  names whose files may fit in part; what is left out is told in a Note
+        """
         self.check_free()
         opened = []
         try:
             for name in weights:
-                if name not in self.mixer.loaded or (name not in self.weights and self._is_stale(name)):
+                again = self._is_stale(name) or bool(self._left.get(name) and name not in partial)
+                if name not in self.mixer.loaded or (name not in self.weights and again):
                     path = named_lora(name)
                     lora = replace(self.open(path), name=name)
                     self._check_base(lora, force=False)
-                    self.mixer.load(lora)
+                    left_out = self.mixer.load(lora, name in partial).left_out
+                    self._left[name] = left_out if name in partial else ()
                     self._files[name] = path, _state_of(path)
                     opened.append(name)
+                if name in partial and (left := self._left.get(name)):
+                    shown = "; ".join(left[:SHOWN]) + (f"; and {len(left) - SHOWN} more" if len(left) > SHOWN else "")
+                    warnings.warn(Note(f"LoRA '{name}' was taken in part; left out: {shown}"), stacklevel=3)
             self.mixer.set(weights, fuse, method)
         except BaseException:
             for name in opened:
@@ -113,8 +122,11 @@ class Loras:
                 _in_use.pop(model, None)
 
     @contextmanager
-    def more(self, weights: Mapping[str, Weight]) -> Iterator[None]:
-        """These are on as well, inside, one thread at a time; a name that is on already gets the new weight."""
+    def more(self, weights: Mapping[str, Weight], partial: Collection[str] = ()) -> Iterator[None]:
+        """These are on as well, inside, one thread at a time; a name that is on already gets the new weight.
+
+        partial  as for `set`
+        """
         with self._lock:
             self.check_free()
             before = dict(self.weights)
@@ -122,7 +134,7 @@ class Loras:
                 yield
                 return
             fused, method = self.mixer.fused, self.mixer.method
-            self.set({**before, **weights}, fused, method)
+            self.set({**before, **weights}, fused, method, partial)
             try:
                 yield
             finally:
@@ -219,8 +231,7 @@ class Loras:
         found: dict[str, torch.Tensor] = {}
         side = size_unit(self.host)
         if "step" in wanted:
-            settings = Settings(steps=1, guidance=1.0, size=(side, side))
-            found["step"] = denoise(self.host, self.stage, [PROBE], [0], settings).float().cpu()
+            found["step"] = probe_step(self.host, self.stage, PROBE, 0).float().cpu()
         if "encode" in wanted:
             found["encode"] = self.stage.encode(probe_images(1, side)).float().cpu()
         if "decode" in wanted:

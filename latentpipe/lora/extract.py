@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from latentpipe.errors import Note, UserError
-from latentpipe.files import read_json, read_tensors
+from latentpipe.files import read_json
 from latentpipe.latents import LatentSpace
 from latentpipe.lora.factor import plain_layer
 from latentpipe.lora.file_card import BASE
 from latentpipe.lora.layer import COMPONENTS, Layer, Lora
 from latentpipe.lora.sites import PREFIX
-from latentpipe.models import hashes, networks
+from latentpipe.models import hashes, networks, part_tensors
 from latentpipe.reading import parse_object
 from latentpipe.weights import find_model, name_of, open_vae, vae_hash
 
@@ -271,5 +271,4 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of one component's folder, whole or in shards."""
     if folder.name == "vae":
         return open_vae(folder).tensors
-    files = [path for path in sorted(folder.glob("*.safetensors")) if "." not in path.stem]
-    return {name: tensor for path in files for name, tensor in read_tensors(path).items()}
+    return part_tensors(folder)

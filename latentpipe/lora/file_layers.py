@@ -39,6 +39,8 @@ def build_layer(where: str, roles: Mapping[str, torch.Tensor], told: Told, exact
     if kind is None:
         return None
     for name, tensor in roles.items():
+        if name == "alpha" and not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
+            continue  # some trainers store it as a whole number
         _check(f"{where}.{name}", tensor)
     alpha = _alpha(roles["alpha"], where) if "alpha" in roles else None
     build = {"lora": _lora, "loha": _loha, "lokr": _lokr}[kind]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from latentpipe.errors import Note, UserError
-from latentpipe.files import atomic_file, check_file, read_header, read_json, read_tensors
+from latentpipe.files import atomic_file, check_file, is_safetensors, printable, read_header, read_json, read_tensors
 from latentpipe.formats.source import PICKLES, read_pickle
 from latentpipe.lora import ancestral
 from latentpipe.lora.file_card import base_of, card, trigger_words
@@ -58,7 +58,7 @@ def read_lora(path: Path, base: Base | None = None, pickles: bool = False) -> Lo
         raise UserError(f"{path}: holds no LoRA, LoHa or LoKr layer; given {len(tensors)} tensors ({shown}, ...).")
     if any(key.startswith(PEFT) for key in tensors) and not read_configs(metadata) and LAYERS not in metadata:
         warnings.warn(f"{path}: no {CONFIG} lies beside it, so alpha is taken to be the rank.", Note, stacklevel=2)
-    stem = path.name if path.is_dir() else path.stem
+    stem = printable(path.name if path.is_dir() else path.stem)
     return dataclasses.replace(lora, name=stem)
 
 
@@ -105,7 +105,7 @@ def _open(path: Path, pickles: bool) -> tuple[dict[str, torch.Tensor], dict[str,
             raise UserError(f"{path}: a folder without {CONFIG}; expected a peft adapter, or give the safetensors file itself.")
         config = read_json(path / CONFIG)
         return read_tensors(path / WEIGHTS), dict(read_header(path / WEIGHTS).metadata) | {ADAPTER_KEY: json.dumps(config)}
-    if path.suffix not in PICKLES:
+    if path.suffix not in PICKLES or is_safetensors(path):  # judged by its first bytes, not by its name
         return read_tensors(path), dict(read_header(path).metadata)
     check_file(path)
     if not pickles:

@@ -25,6 +25,10 @@ KOHYA = {
     "vae": "vae",
 }
 _KOHYA_STEM = re.compile(r"(?:lora_(unet|transformer|te[123]?|vae)|lycoris)_([^.]+)")
+_LDM_DOTTED = re.compile(
+    r"(?:(?:unet|model|diffusion_model)\.)*(?:base_model\.model\.)?"
+    r"((?:(?:input|output)_blocks|middle_block|time_embed|label_emb|out)\.\d.*)"
+)
 _FIRST_CODE = re.compile(r"(^|[._])(double_blocks|single_blocks|joint_blocks)[._]\d")
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -161,6 +165,8 @@ class Names:
         if stem.startswith("diffusion_model."):  # LDM's blocks with dots
             return "unet", flat(stem.removeprefix("diffusion_model.")), False
         name = stem.removeprefix(PEFT)
+        if found := _LDM_DOTTED.fullmatch(name):  # OneTrainer, LyCORIS: "unet." or nothing before LDM's blocks
+            return "unet", flat(found[1]), False
         head, _, rest = name.partition(".")
         if head in COMPONENTS and rest:
             return head, rest.removeprefix(PEFT), True

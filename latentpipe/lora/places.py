@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from latentpipe.errors import UserError
-from latentpipe.weights import available
+from latentpipe.weights import available, lookup
 
 
 def find_lora(name: str | Path) -> Path:
@@ -19,15 +19,18 @@ def find_lora(name: str | Path) -> Path:
     with suppress(OSError):  # a name too long for a file
         if Path(name).exists():
             return Path(name)
+    if (place := lookup(str(name), known, "LoRA")) is not None:
+        return place
     raise UserError(f"No LoRA '{name}': neither a file nor one of {', '.join(known) or 'none installed'}.")
 
 
 def named_lora(name: str) -> Path:
     """The file of an installed name; a path is none (names in prompts and pictures never open files elsewhere)."""
     known = available("lora")
-    if name not in known:
+    place = lookup(name, known, "LoRA")
+    if place is None:
         raise UserError(
             f"No LoRA '{name}' is installed; there are: {', '.join(known) or 'none'}. "
             "Put its file into $LATENTPIPE_HOME/lora, or give it with --lora."
         )
-    return known[name]
+    return place

@@ -18,7 +18,7 @@ from latentpipe.images import sheet
 from latentpipe.memory import available
 from latentpipe.models import load_pipeline, save_pipeline
 from latentpipe.pipeline import LatentPipeline
-from latentpipe.train import loop
+from latentpipe.train import loop, roll
 from latentpipe.train.losses import l2, velocity_target
 from latentpipe.train.progress import Progress
 from latentpipe.train.start import begin, refuse_other_shape
@@ -36,14 +36,17 @@ def train_denoiser(config: TrainDenoiser) -> Path:
     captioned = [index for index, texts in enumerate(cache.captions) if texts]
     if not captioned:
         raise UserError(
-            f"{config.data.cache}: none of its {len(cache.captions)} pictures has a caption; add 'text' to the metadata."
+            f"{config.data.cache}: none of its {len(cache.captions)} pictures has a caption; "
+            "add 'text' to metadata.jsonl, or a file NAME.txt beside each picture, and encode them again."
         )
     rows = torch.tensor(captioned)
     vae = load_vae(vae_folder)
     tokenizer, text_encoder, unet = _build(config, cache, vae)
     scheduler = build_scheduler(config.diffusion)
     alpha_bar = training_alphas(scheduler)
-    with begin(config, config.run) as record:
+    names = [" | ".join(texts) for texts in cache.captions]  # a cache keeps no file names
+    with begin(config, config.run) as begun:
+        record = roll.follow(config.run, config.data.cache, names, begun)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
         print(f"Training on {len(captioned)} captioned pictures of {config.data.cache}")

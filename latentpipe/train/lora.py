@@ -10,7 +10,7 @@ from PIL import Image
 
 from latentpipe.config import TrainLora
 from latentpipe.data.folder import read_index
-from latentpipe.denoise import denoise, native_size, size_unit
+from latentpipe.denoise import denoise, native_size, redraws, size_unit
 from latentpipe.errors import UserError
 from latentpipe.hosts import finish as finish_pictures
 from latentpipe.images import bytes_to_images, sheet, to_pixels
@@ -18,7 +18,7 @@ from latentpipe.lora.files import read_lora
 from latentpipe.lora.places import find_lora
 from latentpipe.models import load_pipeline
 from latentpipe.sampling import Settings, check_settings
-from latentpipe.train import loop, losses
+from latentpipe.train import loop, losses, roll
 from latentpipe.train.denoiser import pick_captions
 from latentpipe.train.lora_data import LoraPictures, held_out, note_long_captions, open_pictures
 from latentpipe.train.lora_loss import Schedule, noised
@@ -43,12 +43,16 @@ def train_lora(config: TrainLora) -> Path:
     folder = find_model(config.model)
     host = load_pipeline(folder)
     plan = choose(config, host)
+    if plan.denoises and (what := redraws(host)):
+        raise UserError(f"model {config.model}: it {what}; train the adapter on the model that it was made from.")
     earlier = None if config.run.warm_start is None else read_lora(find_lora(config.run.warm_start))
     size_px = _size(config, host, plan)
-    for source in (config.data.train, config.prior.train):
-        if source is not None:
-            read_index(source)  # refused now where it is no folder of pictures
-    with begin_file(config) as record:
+    items = read_index(config.data.train, config.data.caption_column)  # refused now where it is no folder of pictures
+    if config.prior.train is not None:
+        read_index(config.prior.train, config.prior.caption_column)
+    names = [item.path.relative_to(config.data.train).as_posix() for item in items]
+    with begin_file(config) as begun:
+        record = roll.follow(config.run, config.data.train, names, begun)
         pictures, prior = _pictures(config, host, folder, plan, size_px)
         host.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         training = Training(config, host, plan, pictures, prior)
@@ -170,9 +174,10 @@ def _pictures(config: TrainLora, host: Any, folder: Path, plan: Plan, size_px: i
         trigger=data.trigger,
         captioned=plan.denoises,
         pixels=plan.decodes,
+        column=data.caption_column,
     )
     again = config.prior.train
-    prior = None if again is None else open_pictures(again, vae, size_px, work, held_out=held)
+    prior = None if again is None else open_pictures(again, vae, size_px, work, held_out=held, column=config.prior.caption_column)
     if plan.denoises:
         note_long_captions(host.tokenizer, pictures.captions)
     return pictures, prior

@@ -17,7 +17,7 @@ from latentpipe.data import emoji
 from latentpipe.data.cache import LatentCache, default_path, encode_folder, open_cache
 from latentpipe.data.folder import read_index, read_pictures
 from latentpipe.errors import Note, UserError
-from latentpipe.files import read_header
+from latentpipe.files import printable, read_header
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,16 @@ def open_pictures(
     trigger: str = "",
     captioned: bool = True,
     pixels: bool = False,
+    column: str | None = None,
 ) -> LoraPictures:
     """The pictures of a folder with their latents by the VAE in `vae_folder`, encoded on first use.
 
     held_out   captions as `plain` writes them; a picture that has one is left out, in whatever style it is drawn
     captioned  leave out pictures without a caption; UserError where none has one
     pixels     also read the pictures themselves
+    column     of the metadata that holds the captions (`folder.read_index`)
     """
-    cache = _latents(folder, vae_folder, size_px, work)
+    cache = _latents(folder, vae_folder, size_px, work, column)
     held = [index for index, texts in enumerate(cache.captions) if any(plain(text) in held_out for text in texts)]
     rows = [index for index, texts in enumerate(cache.captions) if index not in set(held) and (texts or not captioned)]
     if held:
@@ -68,7 +70,8 @@ def open_pictures(
             stacklevel=3,
         )
     if not rows:
-        reason = "are held out" if len(held) == len(cache.captions) else "have no caption: add 'text' to the metadata"
+        none = "have no caption: add 'text' to metadata.jsonl, or a file NAME.txt beside each picture"
+        reason = "are held out" if len(held) == len(cache.captions) else none
         raise UserError(f"{folder}: none of its {len(cache.captions)} pictures can be trained on; they {reason}.")
     bare = len(cache.captions) - len(held) - len(rows)
     if bare:
@@ -112,27 +115,28 @@ def note_long_captions(tokenizer: Any, captions: Iterable[tuple[str, ...]]) -> N
         warnings.warn(Note(message), stacklevel=3)
 
 
-def _latents(folder: Path, vae_folder: Path, size_px: int, work: Path) -> LatentCache:
+def _latents(folder: Path, vae_folder: Path, size_px: int, work: Path, column: str | None) -> LatentCache:
     """The cache in the folder's own ``.latents`` (in `work` where nothing may be written there), made anew where it is stale."""
     usual = default_path(folder, vae_folder, size_px)
-    if usual.is_file() and _is_fresh(usual, folder):
+    if usual.is_file() and _is_fresh(usual, folder, column):
         return open_cache(usual, vae_folder)
     other = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     place = usual if _may_write(folder) else work / "latents" / f"{other}-{usual.name}"
-    if place != usual and place.is_file() and _is_fresh(place, folder):
+    if place != usual and place.is_file() and _is_fresh(place, folder, column):
         return open_cache(place, vae_folder)
     print(f"Encoding the pictures of {folder} at {size_px} px into {place}")
-    return encode_folder(folder, vae_folder, place, size_px)
+    return encode_folder(folder, vae_folder, place, size_px, column=column)
 
 
 def _may_write(folder: Path) -> bool:
     """Whether a folder's permissions allow its owner to write (also asked of an administrator, who could all the same)."""
-    return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
+    named = printable(str(folder)) == str(folder)  # else no safetensors file can be written there
+    return named and bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
 
 
-def _is_fresh(path: Path, folder: Path) -> bool:
+def _is_fresh(path: Path, folder: Path, column: str | None) -> bool:
     """Whether a cache holds what the folder holds now: the same captions, and no file is newer."""
-    items = read_index(folder)
+    items = read_index(folder, column)
     if read_header(path).metadata.get("captions") != json.dumps([item.captions for item in items]):
         return False  # other pictures or other captions; or some could not be read, which may have been mended
     made = path.stat().st_mtime

@@ -10,7 +10,7 @@ from typing import Any
 
 from latentpipe.config import TrainLora
 from latentpipe.errors import UserError
-from latentpipe.files import HASH_LENGTH, atomic_file, read_header
+from latentpipe.files import HASH_LENGTH, atomic_file, printable, read_header
 from latentpipe.lora.attach import layers_of
 from latentpipe.lora.files import card, write_lora
 from latentpipe.lora.layer import Lora
@@ -50,7 +50,7 @@ def finish(config: TrainLora, folder: Path, plan: Plan, pictures: LoraPictures, 
     before  the hashes of the touched components' weights before the run
     """
     refuse_changed_base(before, base_hashes(plan))
-    lora = Lora({name: layers_of(model, NAME) for name, model in plan.models.items()}, config.run.out.stem)
+    lora = Lora({name: layers_of(model, NAME) for name, model in plan.models.items()}, printable(config.run.out.stem))
     base, size_px = hashes(folder), pictures.cache.size_px
     training: dict[str, Any] = {
         "data": str(config.data.train),

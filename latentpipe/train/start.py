@@ -17,6 +17,7 @@ from typing import Any
 from latentpipe.atomic import atomic_file, sweep
 from latentpipe.config import Run, Strict, dump
 from latentpipe.errors import Note, UserError
+from latentpipe.files import refuse_name
 from latentpipe.reading import read_json, read_yaml
 from latentpipe.train import checkpoint
 
@@ -94,7 +95,7 @@ def _holder(record: Path) -> str:
 
 def _check_places(run: Run) -> None:
     """UserError where the result would lie among the checkpoints, or take the place of something else."""
-    out, work = run.out.resolve(), run.work.resolve()
+    out, work = (refuse_name(path).resolve() for path in (run.out, run.work))
     if work == out or work.is_relative_to(out):
         raise UserError(
             f"run.work ({run.work}) lies in run.out ({run.out}), which is replaced at the end; choose another folder."

@@ -16,8 +16,9 @@ from latentpipe.data.stream import PictureStream
 from latentpipe.errors import Note, UserError
 from latentpipe.evaluate import health
 from latentpipe.evaluate.alarms import alarms
+from latentpipe.files import printable
 from latentpipe.images import bytes_to_images, psnr, sheet, to_bytes, to_pixels
-from latentpipe.train import finish, freeze, loop
+from latentpipe.train import finish, freeze, loop, roll
 from latentpipe.train.adversarial import last_layer
 from latentpipe.train.build import build_vae, open_teacher, training_space
 from latentpipe.train.crops import draw_cut
@@ -63,7 +64,9 @@ def _train(config: TrainVAE, team: Team, stage: VAEStage, teacher: VAEStage | No
     pictures = PictureStream(config.data.train, config.data.read_size_px, team.world)
     held = _validation(config)
     if team.is_first:
-        print(f"Training on {config.data.train}: {pictures.report()}")
+        print(f"Training on {printable(str(config.data.train))}: {pictures.report()}")
+        names = [item.path.relative_to(config.data.train).as_posix() for item in pictures.items]
+        record = roll.follow(config.run, config.data.train, names, record)
     stage.to(team.device)
     objective = Objective(config, stage.vae, team)
     parts = parts_that_fit(config, stage, team)

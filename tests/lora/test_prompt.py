@@ -18,7 +18,7 @@ from latentpipe.lora.prompt import split_tags
         ("red apple <lora:flat:0.7>", "red apple", {"flat": 0.7}),
         ("<lora:flat>red apple", "red apple", {"flat": 1.0}),
         ("a <lora:flat:-0.5> b <LORA: solid : 1e-1 >, c", "a b, c", {"flat": -0.5, "solid": 0.1}),
-        ("a < b and <lore:x>", "a < b and <lore:x>", {}),
+        ("a < b and <lore x>", "a < b and <lore x>", {}),
     ],
 )
 def test_tags_are_taken_out(prompt: str, text: str, found: dict[str, float]) -> None:
