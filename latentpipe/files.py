@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from latentpipe.atomic import atomic_file as atomic_file
 from latentpipe.atomic import atomic_folder as atomic_folder
 from latentpipe.errors import UserError
-from latentpipe.latents import LatentSpace
+from latentpipe.places import home as home
 from latentpipe.reading import MOST_HEADER, file_size
 from latentpipe.reading import read_json as read_json
 from latentpipe.shortage import refuse
 
+if TYPE_CHECKING:
+    import torch
+
+    from latentpipe.latents import LatentSpace
+
 HASH_LENGTH = 16  # characters shown to people; files keep all 64
 MOST_TENSORS, MOST_DIMENSIONS = 2**17, 16  # of a safetensors file; the largest models have some thousand, of five
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def home() -> Path:
-    """People's own files: $LATENTPIPE_HOME, else latentpipe/ in the user's data folder; holds models/, vae/, lora/."""
-    if os.environ.get("LATENTPIPE_HOME"):
-        return Path(os.environ["LATENTPIPE_HOME"])
-    data = os.environ.get("XDG_DATA_HOME") or os.environ.get("LOCALAPPDATA")
-    return Path(data or Path.home() / ".local" / "share") / "latentpipe"
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -108,13 +102,14 @@ def file_hash(path: Path) -> str:
 
 def load_strictly(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
     """Fill a model from tensors; UserError names missing, extra, misshapen and non-finite ones."""
+
     wanted = model.state_dict()
     problems = [f"missing {name}" for name in wanted if name not in tensors]
     problems += [f"extra {name}" for name in tensors if name not in wanted]
     for name, tensor in tensors.items():
         if name in wanted and tensor.shape != wanted[name].shape:
             problems.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
-        elif name in wanted and wanted[name].is_floating_point() and tensor.dtype not in FLOATS:
+        elif name in wanted and wanted[name].is_floating_point() and str(tensor.dtype).removeprefix("torch.") not in FLOATS:
             problems.append(f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}, expected a float of 16 to 64 bits")
         elif tensor.is_floating_point() and not _finite(tensor):
             problems.append(f"{name} holds values that are not finite")
@@ -126,6 +121,8 @@ def load_strictly(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], s
 
 def _finite(tensor: torch.Tensor) -> bool:
     """Whether all values are finite, also as the 32-bit floats that they are computed in."""
+    import torch
+
     return bool(torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor).all())
 
 
@@ -134,6 +131,8 @@ def content_hash(tensors: Mapping[str, torch.Tensor], space: LatentSpace | None 
 
     It names the weights, not the file: metadata, key order and sharding do not change it.
     """
+    import torch
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -106,6 +106,8 @@ def _texts(path: Path) -> tuple[dict[str, str], str, tuple[int, int]]:
             raise UserError(f"{path} holds more text than the {MAX_TEXT} bytes that are read.")
         if isinstance(exif, bytes) and (comment := user_comment(exif)):
             texts.setdefault("parameters", comment)
+        if own := recipes.in_exif(exif):
+            texts.setdefault(recipes.CHUNK, own)
     except Unreadable as error:
         if "MAX_TEXT" in error.reason:  # Pillow's own limit
             raise UserError(f"{path} holds more text than the {MAX_TEXT} bytes that are read.") from None

@@ -1,4 +1,4 @@
-"""Where VAEs live: find, open, save, hash. Safetensors only; the formats are in `formats`."""
+"""VAEs: open, save, hash. Safetensors only; where they live is in `places`, the formats are in `formats`."""
 
 from __future__ import annotations
 
@@ -12,61 +12,20 @@ from typing import Any
 import torch
 
 from latentpipe.errors import UserError
-from latentpipe.files import atomic_folder, content_hash, home
+from latentpipe.files import atomic_folder, content_hash
 from latentpipe.formats import opening as formats
 from latentpipe.formats.opening import Given, VAEFile
 from latentpipe.formats.source import CARD_FILE as CARD_FILE
 from latentpipe.formats.source import VAE_FILE as VAE_FILE
 from latentpipe.latents import LatentSpace
+from latentpipe.places import available as available
+from latentpipe.places import find_model as find_model
+from latentpipe.places import home as home
+from latentpipe.places import name_of as name_of
+from latentpipe.places import shipped as shipped
 from latentpipe.ranges import check_network_config, check_space
 
 PREVIEW_FILE = "latent_rgb.json"
-
-
-def shipped() -> Path:
-    """The folder of the weights that ship with the project: in the wheel, or in a checkout."""
-    here = Path(__file__).parent
-    return here / "embedded" if (here / "embedded").is_dir() else here.parent / "weights"
-
-
-def available(kind: str = "models") -> dict[str, Path]:
-    """Names and places of all `kind` ("models", "vae" or "lora"): the shipped ones, then people's own.
-
-    A model is a folder; a VAE is a folder or a safetensors file named by its stem (by its whole name where a folder has that);
-    a LoRA is a safetensors file.
-    """
-    if kind == "lora":
-        roots = (shipped() / kind, home() / kind)
-        return {path.stem: path for root in roots for path in sorted(root.glob("*.safetensors"))}
-    index = "model_index.json" if kind == "models" else "config.json"
-    found: dict[str, Path] = {}
-    shown = "[!.]*"  # a folder that is being written has a hidden name
-    for root in (shipped(), home() / "models"):
-        for path in sorted(root.glob(f"{shown}/model_index.json")):
-            found[path.parent.name] = path.parent if kind == "models" else path.parent / "vae"
-    for root in (shipped() / kind, home() / kind):
-        found |= {path.parent.name: path.parent for path in sorted(root.glob(f"{shown}/{index}"))}
-        for path in sorted(root.glob("*.safetensors")) if kind == "vae" else ():
-            found[path.name if (root / path.stem).is_dir() else path.stem] = path
-    return found
-
-
-def find_model(name: str | Path, kind: str = "models") -> Path:
-    """The folder (or a VAE's single file) that a name or a path means; UserError lists the names there are."""
-    if not str(name).strip():
-        raise UserError(f"The {kind.removesuffix('s')} has an empty name; give a name ('latentpipe ls'), a folder or a file.")
-    known = available(kind)
-    if str(name) in known:
-        if f"{name}.safetensors" in known:
-            raise UserError(f"{kind} '{name}' is both {known[str(name)]} and {known[f'{name}.safetensors']}; rename one of them.")
-        return known[str(name)]
-    path = Path(name)
-    if kind == "vae" and (path / "model_index.json").is_file() and (path / "vae").is_dir():
-        return (path / "vae").resolve()  # a whole model stands for its VAE
-    if path.is_dir() or (kind == "vae" and path.is_file()):
-        return path.resolve()
-    kinds = "neither a folder nor a file nor" if kind == "vae" else "neither a folder nor"
-    raise UserError(f"No {kind.removesuffix('s')} '{name}': {kinds} one of {', '.join(known) or 'none installed'}.")
 
 
 def open_vae(
@@ -133,12 +92,6 @@ def refuse_wrapped(model: torch.nn.Module, what: str) -> None:
         raise UserError(
             f"{what} has adapters attached and was not saved; take them off, or fuse them (set_lora with fuse), first."
         )
-
-
-def name_of(folder: Path, kind: str = "models") -> str:
-    """The name under which `find_model` finds a folder or file; one elsewhere has its own name."""
-    known = {path.resolve(): name for name, path in available(kind).items()}
-    return known.get(folder.resolve(), folder.stem if folder.is_file() else folder.name)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from latentpipe.atomic import LEFTOVER
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.images import Unreadable, fit_square, flatten, picture_file
 from latentpipe.reading import parse_json, read_text
 
@@ -37,7 +37,7 @@ class Pictures:
 
     def report(self) -> str:
         """One line on what was read, and one for each file that was not."""
-        lines = [f"{len(self.names)} pictures read, {len(self.skipped)} skipped"]
+        lines = [f"{counted(len(self.names), 'picture')} read, {len(self.skipped)} skipped"]
         return "\n".join(lines + [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()])
 
 

@@ -13,12 +13,14 @@ Classifiers (`classifier.*`, `fc.*`) and counters (`*.num_batches_tracked`) may 
 from __future__ import annotations
 
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from latentpipe.errors import UserError
 from latentpipe.files import content_hash, home, load_strictly, read_header, read_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 SOURCES = {
     "lpips-alex": ("LPIPS (alex)", "alexnet-owt-7be5be79.pth lpips/weights/v0.1/alex.pth"),

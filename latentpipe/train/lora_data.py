@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from latentpipe.data import emoji
 from latentpipe.data.cache import LatentCache, default_path, encode_folder, open_cache
 from latentpipe.data.folder import read_index, read_pictures
-from latentpipe.errors import Note, UserError
+from latentpipe.errors import Note, UserError, counted
 from latentpipe.files import read_header
 
 
@@ -64,16 +63,19 @@ def open_pictures(
     rows = [index for index, texts in enumerate(cache.captions) if index not in set(held) and (texts or not captioned)]
     if held:
         warnings.warn(
-            Note(f"{folder}: {len(held)} of {len(cache.captions)} pictures left out, since their captions are held out"),
+            Note(
+                f"{folder}: {len(held)} of {counted(len(cache.captions), 'picture')} left out, since their captions are held out"
+            ),
             stacklevel=3,
         )
     if not rows:
         reason = "are held out" if len(held) == len(cache.captions) else "have no caption: add 'text' to the metadata"
-        raise UserError(f"{folder}: none of its {len(cache.captions)} pictures can be trained on; they {reason}.")
+        raise UserError(f"{folder}: none of its {counted(len(cache.captions), 'picture')} can be trained on; they {reason}.")
     bare = len(cache.captions) - len(held) - len(rows)
     if bare:
         warnings.warn(
-            Note(f"{folder}: {bare} of {len(cache.captions)} pictures left out, since they have no caption"), stacklevel=3
+            Note(f"{folder}: {bare} of {counted(len(cache.captions), 'picture')} left out, since they have no caption"),
+            stacklevel=3,
         )
     captions = [tuple(f"{trigger} {text}".strip() for text in texts) for texts in cache.captions]
     images = None
@@ -107,27 +109,25 @@ def note_long_captions(tokenizer: Any, captions: Iterable[tuple[str, ...]]) -> N
     long = sum(len(ids) > length for ids in tokenizer(texts, verbose=False).input_ids) if texts else 0
     if long:
         message = (
-            f"{long} of {len(texts)} captions are longer than the {length - 2} tokens that the text encoder reads; they are cut"
+            f"{long} of {counted(len(texts), 'caption')} are longer than the {length - 2} tokens that the text "
+            f"encoder reads; they are cut"
         )
         warnings.warn(Note(message), stacklevel=3)
 
 
 def _latents(folder: Path, vae_folder: Path, size_px: int, work: Path) -> LatentCache:
-    """The cache in the folder's own ``.latents`` (in `work` where nothing may be written there), made anew where it is stale."""
+    """The cache of a folder in `work`, made anew where it is stale; one that `latentpipe encode` put into the folder serves too.
+
+    Nothing is written beside people's pictures: a cache there would be taken for a part of the set by whoever copies it.
+    """
     usual = default_path(folder, vae_folder, size_px)
-    if usual.is_file() and _is_fresh(usual, folder):
-        return open_cache(usual, vae_folder)
     other = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-    place = usual if _may_write(folder) else work / "latents" / f"{other}-{usual.name}"
-    if place != usual and place.is_file() and _is_fresh(place, folder):
-        return open_cache(place, vae_folder)
+    place = work / "latents" / f"{other}-{usual.name}"
+    for path in (usual, place):
+        if path.is_file() and _is_fresh(path, folder):
+            return open_cache(path, vae_folder)
     print(f"Encoding the pictures of {folder} at {size_px} px into {place}")
     return encode_folder(folder, vae_folder, place, size_px)
-
-
-def _may_write(folder: Path) -> bool:
-    """Whether a folder's permissions allow its owner to write (also asked of an administrator, who could all the same)."""
-    return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
 
 
 def _is_fresh(path: Path, folder: Path) -> bool:
