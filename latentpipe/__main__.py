@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from latentpipe.ending import interruptible, leave, say, status_of
 
 
-def main() -> int:
-    """Run one verb of the command line; a process that is stopped ends here, also while it still imports."""
+def main() -> NoReturn:
+    """Run one verb of the command line; the process ends here as soon as the work is done, or where it is stopped.
+
+    Taking torch and its modules apart would take seconds, and nothing of that is needed.
+    """
     try:
         with interruptible():
             from latentpipe.cli import main as run
@@ -14,15 +19,13 @@ def main() -> int:
             status = run()
     except KeyboardInterrupt as error:
         say(error)
-        leave(status_of(error))
+        status = status_of(error)
     except SystemExit as end:
-        if end.code in (0, 130, 143):
-            leave(int(end.code))
-        raise
-    if status in (130, 143):
-        leave(status)
-    return status
+        if not isinstance(end.code, int | None):
+            raise
+        status = end.code or 0
+    leave(status)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

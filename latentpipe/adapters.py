@@ -13,12 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.nn import functional
 
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.files import HASH_LENGTH, atomic_file, content_hash, load_strictly, read_header, read_tensors
 from latentpipe.latents import LatentSpace
+from latentpipe.places import find_adapter as find_adapter
+from latentpipe.places import own_adapter as own_adapter
+from latentpipe.places import own_adapters as own_adapters
 from latentpipe.reading import parse_object
 from latentpipe.vae import VAEStage
-from latentpipe.weights import home
 
 FORMAT = "latentpipe.adapter.1"
 Rung = Literal["per channel", "linear 1x1", "linear 3x3", "convolution"]
@@ -184,28 +186,6 @@ def open_adapter(path: Path, source: Collection[str], target: Collection[str]) -
     return adapter.eval()
 
 
-def own_adapters() -> dict[str, Path]:
-    """Names and files of the adapters in ``$LATENTPIPE_HOME/adapters``."""
-    return {path.stem: path for path in sorted((home() / "adapters").glob("*.safetensors"))}
-
-
-def own_adapter(name: str) -> Path:
-    """The file of a name in ``$LATENTPIPE_HOME/adapters``; a path is none."""
-    if name not in own_adapters():
-        raise UserError(f"The recipe names the adapter '{name}', which is not installed; give its file with --adapter.")
-    return own_adapters()[name]
-
-
-def find_adapter(name: str | Path) -> Path:
-    """The file that a path, or a name in ``$LATENTPIPE_HOME/adapters``, means."""
-    known = own_adapters()
-    if str(name) in known:
-        return known[str(name)]
-    if Path(name).is_file():
-        return Path(name)
-    raise UserError(f"No adapter '{name}': neither a file nor one of {', '.join(known) or 'none installed'}.")
-
-
 def adapted(host: VAEStage, vae: VAEStage, adapter: Adapter) -> Adapted:
     """The stage that encodes by `host` and decodes by `vae`; UserError where the adapter's shapes are not theirs."""
     shapes = tuple((stage.space.channels, stage.space.downscale) for stage in (host, vae))
@@ -218,4 +198,4 @@ def adapted(host: VAEStage, vae: VAEStage, adapter: Adapter) -> Adapted:
 
 
 def _words(shape: tuple[int, int]) -> str:
-    return f"{shape[0]} channels at 1/{shape[1]}"
+    return f"{counted(shape[0], 'channel')} at 1/{shape[1]}"

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentpipe.errors import counted
+
 if TYPE_CHECKING:
     import torch
 
@@ -66,7 +68,7 @@ def anomaly(
     if detector is not None and (normal is not None or size is not None or save is not None):
         raise UserError("--detector brings its normal pictures and size along; leave out --normal, --size and --save.")
     if not pictures or (most is not None and most < 1):
-        raise UserError(f"Given {len(pictures)} files or folders, --most {most}; expected 1 or more.")
+        raise UserError(f"Given {counted(len(pictures), 'file')} or folders, --most {most}; expected 1 or more.")
     found = _find(pictures, normal, vae, false_alarms, size, most, detector, device)
     if save is not None:
         found.detector.save(save)

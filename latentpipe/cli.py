@@ -2,139 +2,132 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from latentpipe import (
     anomaly_verb,
+    calls,
     codec_verbs,
     compare_verb,
     evaluate_verbs,
     explore_verbs,
+    fit,
     health_verb,
     lora_verbs,
     path_verbs,
+    rules,
+    train_verbs,
     ui_verb,
     vae_verbs,
     verbs,
 )
 from latentpipe.ending import interruptible, say, status_of
-from latentpipe.errors import Note, UserError
+from latentpipe.errors import Note, UserError, begin, near
+from latentpipe.generate import Generate
+from latentpipe.grid_verb import Grid
 from latentpipe.shortage import is_shortage, sentence
-from latentpipe.verbs import configs_folder
 
 Verb = Callable[[list[str]], None]
 
 
-def train_vae(arguments: list[str]) -> None:
-    """Train a VAE from a YAML config; any key can be overridden, as in --optim.steps 500."""
-    config = _config("train-vae", "TrainVAE", arguments)
-    from latentpipe.train.vae import train_vae as run
+def _generate(options: Generate) -> None:
+    from latentpipe.generate import run
 
-    run(config)
+    run(options)
 
 
-def train_denoiser(arguments: list[str]) -> None:
-    """Train UNet, text encoder and tokenizer on cached latents, from a YAML config."""
-    config = _config("train-denoiser", "TrainDenoiser", arguments)
-    from latentpipe.train.denoiser import train_denoiser as run
+def _grid(options: Grid) -> None:
+    from latentpipe.grid_verb import run
 
-    run(config)
+    run(options)
 
 
-def train_lora(arguments: list[str]) -> None:
-    """Train a LoRA on UNet, text encoder or VAE decoder from a folder of captioned pictures and a YAML config."""
-    config = _config("train-lora", "TrainLora", arguments)
-    from latentpipe.train.lora import train_lora as run
+def _verb_of(name: str, target: Any, then: Callable[[Any], None] | None = None) -> Verb:
+    """A verb that calls `target` (a function), or makes it (a dataclass) and gives it to `then`."""
 
-    run(config)
+    def check(values: dict[str, Any], given: Collection[str], flags: Mapping[str, str]) -> None:
+        rules.prepare(name, values, given, flags)
+        if name in BEGINNINGS:
+            begin(BEGINNINGS[name].format(**values))
 
-
-def generate(arguments: list[str]) -> None:
-    """Draw pictures of a prompt and print their paths."""
-    import tyro
-
-    from latentpipe.generate import Generate, run
-
-    arguments = ["--n" if argument == "-n" else argument for argument in arguments]
-    run(tyro.cli(Generate, prog="latentpipe generate", args=arguments))
-
-
-def grid(arguments: list[str]) -> None:
-    """Draw a picture for each pair of values of two axes (seed, guidance, VAE, ...) on one sheet."""
-    import tyro
-
-    from latentpipe.grid_verb import Grid, run
-
-    run(tyro.cli(Grid, prog="latentpipe grid", args=arguments))
-
-
-def edit(arguments: list[str]) -> None:
-    """Change a picture in its latents: mix another in, move along a direction, scale, add noise; everywhere or in a mask."""
-    import tyro
-
-    path_verbs.edit(tyro.cli(path_verbs.Edit, prog="latentpipe edit", args=arguments))
-
-
-def fit_adapter(arguments: list[str]) -> None:
-    """Fit an adapter from the latents of one VAE to those of another, and score every rung of the ladder."""
-    import tyro
-
-    from latentpipe.fit import fit_adapter as run
-
-    tyro.cli(run, prog="latentpipe fit-adapter", args=arguments)
-
-
-def _function(name: str, function: Callable[..., None]) -> Verb:
     def run(arguments: list[str]) -> None:
-        import tyro
+        made = calls.run(f"latentpipe {name}", target, arguments, check)
+        if then is not None:
+            then(made)
 
-        tyro.cli(function, prog=f"latentpipe {name}", args=arguments)
-
-    run.__doc__ = function.__doc__
+    run.__doc__ = target.__doc__
     return run
 
 
+# What is said before seconds of imports.
+BEGINNINGS = {
+    "generate": "opening the model {model}",
+    "replay": "opening the model of {picture}",
+    "grid": "opening the model {model}",
+    "encode": "opening the VAE {vae}",
+    "lora convert": "reading {source}",
+    "lora merge": "reading the LoRA files",
+    "lora inspect": "reading {path}",
+    "lora extract": "reading {before} and {after}",
+    "emoji": "drawing the emoji set at {size} px",
+    "evaluate prompts": "opening the model {model}",
+    "evaluate vae": "opening the VAE {vae}",
+    "compare": "opening the VAEs",
+    "health": "opening the VAE {vae}",
+    "sample": "opening the VAE {vae}",
+    "traverse": "opening the VAE {vae}",
+    "interpolate": "opening what draws between the two",
+    "edit": "opening the VAE {vae}",
+    "inpaint": "opening the model {model}",
+    "anomaly": "opening the VAE {vae}",
+    "make-fp16-safe": "opening the VAE {vae}",
+    "convert": "reading {source}",
+    "swap": "measuring the VAE {vae} beside that of the model {model}",
+    "compress": "opening the VAE {vae}",
+    "decompress": "reading {file}",
+    "fit-codec": "opening the VAE {vae}",
+    "fit-adapter": "opening the VAEs {source} and {to}",
+    "env": "asking torch for its devices",
+}
 VERBS: dict[str, Verb] = {
-    "generate": generate,
-    "replay": _function("replay", verbs.replay),
-    "grid": grid,
-    "train-vae": train_vae,
-    "encode": _function("encode", verbs.encode),
-    "train-denoiser": train_denoiser,
-    "train-lora": train_lora,
-    "lora inspect": _function("lora inspect", lora_verbs.lora_inspect),
-    "lora convert": _function("lora convert", lora_verbs.lora_convert),
-    "lora merge": _function("lora merge", lora_verbs.lora_merge),
-    "lora extract": _function("lora extract", lora_verbs.lora_extract),
-    "emoji": _function("emoji", verbs.emoji),
-    "evaluate prompts": _function("evaluate prompts", verbs.evaluate_prompts),
-    "evaluate vae": _function("evaluate vae", evaluate_verbs.evaluate_vae),
-    "compare": _function("compare", compare_verb.compare),
-    "health": _function("health", health_verb.health),
-    "sample": _function("sample", explore_verbs.sample),
-    "traverse": _function("traverse", explore_verbs.traverse),
-    "interpolate": _function("interpolate", path_verbs.interpolate),
-    "edit": edit,
-    "inpaint": _function("inpaint", path_verbs.inpaint),
-    "anomaly": _function("anomaly", anomaly_verb.anomaly),
-    "make-fp16-safe": _function("make-fp16-safe", vae_verbs.make_fp16_safe),
-    "convert": _function("convert", vae_verbs.convert),
-    "swap": _function("swap", vae_verbs.swap),
-    "compress": _function("compress", codec_verbs.compress),
-    "decompress": _function("decompress", codec_verbs.decompress),
-    "fit-codec": _function("fit-codec", codec_verbs.fit_codec),
-    "fit-adapter": fit_adapter,
-    "ls": _function("ls", verbs.ls),
-    "inspect": _function("inspect", verbs.inspect),
-    "ui": _function("ui", ui_verb.ui),
-    "env": _function("env", verbs.env),
+    "generate": _verb_of("generate", Generate, _generate),
+    "replay": _verb_of("replay", verbs.replay),
+    "grid": _verb_of("grid", Grid, _grid),
+    "train-vae": train_verbs.train_vae,
+    "encode": _verb_of("encode", verbs.encode),
+    "train-denoiser": train_verbs.train_denoiser,
+    "train-lora": train_verbs.train_lora,
+    "lora inspect": _verb_of("lora inspect", lora_verbs.lora_inspect),
+    "lora convert": _verb_of("lora convert", lora_verbs.lora_convert),
+    "lora merge": _verb_of("lora merge", lora_verbs.lora_merge),
+    "lora extract": _verb_of("lora extract", lora_verbs.lora_extract),
+    "emoji": _verb_of("emoji", verbs.emoji),
+    "evaluate prompts": _verb_of("evaluate prompts", verbs.evaluate_prompts),
+    "evaluate vae": _verb_of("evaluate vae", evaluate_verbs.evaluate_vae),
+    "compare": _verb_of("compare", compare_verb.compare),
+    "health": _verb_of("health", health_verb.health),
+    "sample": _verb_of("sample", explore_verbs.sample),
+    "traverse": _verb_of("traverse", explore_verbs.traverse),
+    "interpolate": _verb_of("interpolate", path_verbs.interpolate),
+    "edit": _verb_of("edit", path_verbs.Edit, path_verbs.edit),
+    "inpaint": _verb_of("inpaint", path_verbs.inpaint),
+    "anomaly": _verb_of("anomaly", anomaly_verb.anomaly),
+    "make-fp16-safe": _verb_of("make-fp16-safe", vae_verbs.make_fp16_safe),
+    "convert": _verb_of("convert", vae_verbs.convert),
+    "swap": _verb_of("swap", vae_verbs.swap),
+    "compress": _verb_of("compress", codec_verbs.compress),
+    "decompress": _verb_of("decompress", codec_verbs.decompress),
+    "fit-codec": _verb_of("fit-codec", codec_verbs.fit_codec),
+    "fit-adapter": _verb_of("fit-adapter", fit.fit_adapter),
+    "ls": _verb_of("ls", verbs.ls),
+    "inspect": _verb_of("inspect", verbs.inspect),
+    "ui": _verb_of("ui", ui_verb.ui),
+    "env": _verb_of("env", verbs.env),
 }
 
 
@@ -197,9 +190,12 @@ def _fail(message: str) -> int:
 
 
 def _verb(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The verb of a call and what follows it; None for help."""
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         return None, []
-    if arguments[0] == "--version":
+    if arguments[0] in ("--version", "-V"):
         from latentpipe.version import VERSION
 
         print(VERSION)
@@ -208,10 +204,22 @@ def _verb(arguments: list[str]) -> tuple[str | None, list[str]]:
         name = " ".join(arguments[:words])
         if name in VERBS:
             return name, arguments[words:]
-    near = [name for name in VERBS if name.startswith(f"{arguments[0]} ")] or difflib.get_close_matches(arguments[0], VERBS, n=1)
-    meant = " or ".join(f"'{name}'" for name in near)
-    hint = f"Did you mean {meant}?" if near else f"Verbs: {', '.join(VERBS)}."
-    raise UserError(f"unknown verb '{arguments[0]}'. {hint}")
+    raise UserError(_unknown(arguments))
+
+
+def _unknown(arguments: list[str]) -> str:
+    """What to say of a verb that there is not."""
+    group = {name: name.split()[1] for name in VERBS if name.startswith(f"{arguments[0]} ")}
+    if group:
+        one = " or ".join(f"'{name}'" for name in group)
+        if len(arguments) == 1 or arguments[1].startswith("-"):
+            return f"'{arguments[0]}' takes a second word: {one}."
+        hint = near(" ".join(arguments[:2]), VERBS) or f" There is {one}."
+        return f"unknown verb '{' '.join(arguments[:2])}'.{hint}"
+    if arguments[0].startswith("-"):
+        return f"'{arguments[0]}' stands before a verb; the verb comes first, as in 'latentpipe generate PROMPT {arguments[0]}'."
+    hint = near(arguments[0], VERBS) or near(" ".join(arguments[:2]), VERBS) or f" Verbs: {', '.join(VERBS)}."
+    return f"unknown verb '{arguments[0][:80]}'.{hint}"
 
 
 def _help() -> str:
@@ -221,36 +229,6 @@ def _help() -> str:
     return "\n".join([head, *rows, "\n'latentpipe VERB --help' explains a verb."])
 
 
-def _config(verb: str, schema_name: str, arguments: list[str]) -> Any:
-    """The YAML config named first, with the overrides that follow it."""
-    import tyro
-    from pydantic import ValidationError
-
-    from latentpipe import config as configs
-
-    schema = getattr(configs, schema_name)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        paths = sorted(configs_folder().glob("*.yaml"))
-        known = ", ".join(path.stem for path in paths if path.read_text().startswith(f"# latentpipe {verb} "))
-        print(f"usage: latentpipe {verb} CONFIG.yaml [--key.name value ...]\n\nShipped configs: {known}\n")
-        print(f"'latentpipe {verb} CONFIG.yaml --help' lists every key with its value and meaning.")
-        raise SystemExit(0)
-    path = Path(arguments[0])
-    shipped = configs_folder() / f"{path.name}.yaml"
-    if not path.exists() and path.name == arguments[0] and shipped.is_file():
-        path = shipped
-    config = configs.load(path, schema)
-    try:
-        changed = tyro.cli(schema, prog=f"latentpipe {verb} {arguments[0]}", args=arguments[1:], default=config)
-    except ValidationError as error:
-        raise UserError(f"{' '.join(arguments)}: {error}") from None
-    return configs.parse(changed.model_dump(), schema, " ".join(arguments))
-
-
 def _show_warning(message: Any, category: Any, *_: Any) -> None:
     if issubclass(category, Note):
         print(f"latentpipe: note: {message}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 
 def compare(
@@ -13,8 +14,8 @@ def compare(
     out: Path = Path("report.html"),
     size: int | None = None,
     most: int | None = None,
-    features: str = "emoji-words",
-    protocol: str = "latentpipe",
+    features: Literal["emoji-words", "squeezenet10", "inception"] = "emoji-words",
+    protocol: Literal["latentpipe", "lightningdit", "dc-ae", "coco-5k"] = "latentpipe",
     device: str | None = None,
     json: bool = False,
 ) -> None:

@@ -98,6 +98,16 @@ def size_unit(host: Any) -> int:
     return host.vae_scale_factor * max(family.patch, config.get("patch_size") or 1)
 
 
+def check_host(host: Any) -> None:
+    """UserError where `host` is no diffusers pipeline with a VAE, but a name, a network or something else."""
+    if not hasattr(host, "components") or getattr(host, "vae", None) is None:
+        given = f"'{host}'" if isinstance(host, str) else type(host).__name__
+        raise UserError(
+            f"LatentPipeline was given {given}; expected a diffusers pipeline with a VAE. "
+            "LatentPipeline.from_pretrained opens a model by name or folder."
+        )
+
+
 def check_family(host: Any, settings: Settings) -> None:
     """UserError for settings that a host's family cannot follow."""
     family = hosts.host_of(host)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from latentpipe import hosts
+from latentpipe.defaults import MAX_PROMPT
 from latentpipe.errors import Note, UserError
 
 STEP = 1.1
@@ -60,6 +61,16 @@ def parse(prompt: str) -> list[tuple[str, float]]:
 def plain(prompt: str) -> str:
     """The text that is encoded: the prompt without its marks; UserError as for `parse`."""
     return "".join(text for text, _ in parse(prompt))
+
+
+def check(host: Any, *prompts: str) -> None:
+    """UserError for a prompt that is no text, is too long, or has marks that a host's family cannot follow."""
+    if any(0xD800 <= ord(char) <= 0xDFFF for char in "".join(prompts)):
+        raise UserError("the prompt holds bytes that are no text; expected UTF-8.")
+    if max(map(len, prompts)) > MAX_PROMPT:
+        raise UserError(f"the prompt has {max(map(len, prompts)):,} characters; at most {MAX_PROMPT:,} are taken.")
+    for text in prompts:
+        refuse(host, text)
 
 
 def refuse(host: Any, prompt: str) -> None:

@@ -82,6 +82,8 @@ def leave(status: int) -> NoReturn:
     for thread in threading.enumerate():
         if thread.name == "latentpipe_work":  # it has been told to stop, and tidies up behind itself
             thread.join(max(0.0, until - time.monotonic()))
+        elif not thread.daemon and thread is not threading.current_thread() and status not in (130, 143):
+            thread.join()
     with suppress(Exception):
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -16,13 +16,13 @@ from PIL import Image
 
 from latentpipe import recipe as recipes
 from latentpipe.adapters import own_adapter
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, expect
 from latentpipe.images import open_picture, picture_file
 from latentpipe.jobs import Report, Waiting, events_of
 from latentpipe.lora.merge import Weight
-from latentpipe.lora.places import named_lora
 from latentpipe.lora.prompt import split_tags
 from latentpipe.pipeline import LatentPipeline, Picture, best_device
+from latentpipe.places import named_lora
 from latentpipe.sampling import Settings, Step
 from latentpipe.weights import available
 
@@ -107,11 +107,16 @@ class Engine:
 
 @dataclass(frozen=True)
 class Replay:
-    """A picture drawn again: the largest difference in grey levels to the old one, and its likely causes."""
+    """A picture drawn again: the largest difference in grey levels to the old one, and its likely causes.
+
+    A JPEG has lost some of its pixels' values: the new picture is stored in the same way before the two are compared, and `kind`
+    says so ("PNG", "JPEG", "WEBP").
+    """
 
     picture: Picture
     difference: int
     causes: list[str]
+    kind: str = "PNG"
 
 
 def replay(
@@ -124,13 +129,14 @@ def replay(
     loras: Mapping[str, Path] | None = None,
     report: Report | None = None,
 ) -> Replay:
-    """Draw the picture in a PNG again from its recipe and compare.
+    """Draw the picture in a file again from its recipe and compare.
 
     `model`, `vae` and `adapter` (names or places) stand in for the recipe's names, which resolve among the shipped and the
     user's own only; `source` is the picture that img2img began from; `loras` gives the files of adapters by their names in the
     recipe; `report` is called after each step. UserError names every weight that differs.
     """
-    old = recipes.read(path)
+    expect("path", path, (str, Path), "the path of a picture that latentpipe wrote")
+    old = recipes.read(Path(path))
     pipe = _as_then(path, old, model, vae, device, adapter, loras or {})
     settings: dict[str, Any] = {
         "negative": old.negative,
@@ -151,11 +157,15 @@ def replay(
     pictures = pipe.literal(old.prompt, old.batch_size, old.seed - old.batch_index, on_step, chosen)
     picture = pictures[old.batch_index]
     with picture_file(path) as stored:
+        kind = stored.format or "PNG"
         before = np.asarray(stored.convert("RGB"), dtype=np.int16)
-    after = np.asarray(picture.image, dtype=np.int16)
+    after = np.asarray(recipes.as_stored(picture.image, kind), dtype=np.int16)
     if before.shape != after.shape:
         raise UserError(f"{path} is {before.shape[1]} x {before.shape[0]} pixels, its recipe says {old.width} x {old.height}.")
-    return Replay(picture, int(np.abs(before - after).max()), _causes(old, picture.recipe))
+    causes = _causes(old, picture.recipe)
+    if kind == "JPEG":
+        causes.append("the file is a JPEG, which another program may have stored anew, with loss")
+    return Replay(picture, int(np.abs(before - after).max()), causes, kind)
 
 
 def _as_then(
@@ -179,7 +189,7 @@ def _as_then(
         lora = pipe.loras.open(loras.get(name) or named_lora(name))
         pipe.loras.mixer.load(dataclasses.replace(lora, name=name), partial=True)
     pipe.set_lora(old.loras, old.lora_fused, old.lora_method)
-    now = pipe.hashes | {f"lora:{name}": pipe.loras.mixer.loaded[name].hash for name in old.loras}
+    now = {**pipe.hashes, **{f"lora:{name}": pipe.loras.mixer.loaded[name].hash for name in old.loras}}
     changed = [
         f"{part} is {now.get(part, 'missing')[:16]}, the picture's was {digest[:16]}"
         for part, digest in old.hashes.items()

@@ -184,7 +184,7 @@ def _apart(stage: VAEStage, vae: Any = None) -> VAEStage:
 
 def _build(kind: type, vae: Any, stage: Any, own: bool) -> Any:
     inner = stage.vae if isinstance(stage, VAEStage) else stage.decoder.vae
-    facade = object.__new__(_class(kind, type(vae)))
+    facade: Any = object.__new__(_class(kind, type(vae)))
     hook = {"_hf_hook": vars(vae)["_hf_hook"]} if "_hf_hook" in vars(vae) else {}
     vars(facade).update({**vars(inner), **hook, "_stage": stage, "own": own})
     return facade

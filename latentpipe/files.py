@@ -9,48 +9,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from latentpipe.atomic import atomic_file as atomic_file
 from latentpipe.atomic import atomic_folder as atomic_folder
 from latentpipe.errors import UserError
-from latentpipe.latents import LatentSpace
+from latentpipe.places import SUFFIXES as SUFFIXES
+from latentpipe.places import home as home
+from latentpipe.places import own_home as own_home
+from latentpipe.places import printable as printable
 from latentpipe.reading import MOST_HEADER, file_size
 from latentpipe.reading import read_json as read_json
 from latentpipe.shortage import refuse
 
-SUFFIXES = (".safetensors", ".sft")  # of a safetensors file; others are judged by their first bytes
+if TYPE_CHECKING:
+    import torch
+
+    from latentpipe.latents import LatentSpace
+
 HASH_LENGTH = 16  # characters shown to people; files keep all 64
 MOST_TENSORS, MOST_DIMENSIONS = 2**17, 16  # of a safetensors file; the largest models have some thousand, of five
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def home() -> Path:
-    """People's own files: $LATENTPIPE_HOME, else latentpipe/ in the user's data folder; holds models/, vae/, lora/.
-
-    For a user without a home (in a container) it is a place where nothing can be; `own_home` is to write into.
-    """
-    if os.environ.get("LATENTPIPE_HOME"):
-        return Path(os.environ["LATENTPIPE_HOME"])
-    data = os.environ.get("XDG_DATA_HOME") or os.environ.get("LOCALAPPDATA")
-    try:
-        return Path(data or Path.home() / ".local" / "share") / "latentpipe"
-    except RuntimeError:  # no HOME, and the user has no name
-        return Path(os.devnull) / "latentpipe"
-
-
-def own_home() -> Path:
-    """`home`, to write into; UserError names the variable to set where there is none."""
-    if home().parent == Path(os.devnull):
-        raise UserError("This user has no home folder to keep files in; set LATENTPIPE_HOME (or HOME) to a folder.")
-    return home()
-
-
-def printable(name: str) -> str:
-    """A file's name as text that every file and console takes: bytes that are not UTF-8 become the replacement character."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def refuse_name(path: Path) -> Path:
@@ -146,13 +125,14 @@ def file_hash(path: Path) -> str:
 
 def load_strictly(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
     """Fill a model from tensors; UserError names missing, extra, misshapen and non-finite ones."""
+
     wanted = model.state_dict()
     problems = [f"missing {name}" for name in wanted if name not in tensors]
     problems += [f"extra {name}" for name in tensors if name not in wanted]
     for name, tensor in tensors.items():
         if name in wanted and tensor.shape != wanted[name].shape:
             problems.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
-        elif name in wanted and wanted[name].is_floating_point() and tensor.dtype not in FLOATS:
+        elif name in wanted and wanted[name].is_floating_point() and str(tensor.dtype).removeprefix("torch.") not in FLOATS:
             problems.append(f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}, expected a float of 16 to 64 bits")
         elif tensor.is_floating_point() and not _finite(tensor):
             problems.append(f"{name} holds values that are not finite")
@@ -164,6 +144,8 @@ def load_strictly(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], s
 
 def _finite(tensor: torch.Tensor) -> bool:
     """Whether all values are finite, also as the 32-bit floats that they are computed in."""
+    import torch
+
     return bool(torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor).all())
 
 
@@ -172,6 +154,8 @@ def content_hash(tensors: Mapping[str, torch.Tensor], space: LatentSpace | None 
 
     It names the weights, not the file: metadata, key order and sharding do not change it.
     """
+    import torch
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

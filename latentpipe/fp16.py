@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.files import read_json
 from latentpipe.latents import LatentSpace
 from latentpipe.precision import all_finite, unchecked
@@ -64,7 +64,7 @@ class Report:
         """For a terminal: the verdict, the worst modules, what changed."""
         verdict = "overflows in fp16" if self.overflowed else "stays finite in fp16 as it is"
         lines = [
-            f"{self.n} images: this VAE {verdict}; {len(self.scales)} layers rescaled",
+            f"{counted(self.n, 'image')}: this VAE {verdict}; {counted(len(self.scales), 'layer')} rescaled",
             "",
             f"{'largest value':46}before       after",
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import threading
@@ -15,9 +14,10 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from latentpipe.apart import apart
+from latentpipe.checks import is_picture, size_of, weighted
 from latentpipe.defaults import GUIDANCE, STEPS, STRENGTH
 from latentpipe.ending import interruption, signals_to
-from latentpipe.errors import UserError
+from latentpipe.lora_verbs import Method
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Generate:
     n: int = 1
     """How many pictures (also -n); picture i has the seed SEED + i."""
     seed: int | None = None
-    """0 to 4294967295; left out: a random one."""
+    """0 to 4294967295; left out, or -1: a random one, which is told."""
     out: Path = Path("out")
-    """Folder for the PNG files, each with its recipe inside."""
+    """Folder for the PNG files, each with its recipe inside; or the file to write, .png, .jpg or .webp."""
     model: str = "emoji"
     """Name ('latentpipe ls') or folder of a diffusers Stable Diffusion model."""
     vae: str | None = None
@@ -60,7 +60,7 @@ class Generate:
     """Precision of the weights."""
     lora: tuple[str, ...] = ()
     """Names or files of LoRA adapters, each with its weight: flat=0.7 (1 where none is given)."""
-    lora_method: str = "sum"
+    lora_method: Literal["sum", Method] = "sum"
     """How several are put together: sum (at once, exactly), or a method of 'latentpipe lora merge', such as ties_svd."""
     lora_partial: bool = False
     """Take LoRA files (of --lora and of tags in the prompt) that fit in part; what is left out is told."""
@@ -71,15 +71,12 @@ class Generate:
 def run(options: Generate) -> None:
     """Draw, save and print the paths; KeyboardInterrupt (`Terminated`) after partial pictures were saved."""
     loras = [weighted(text) for text in options.lora]
-    if options.adapter is not None and options.vae is None:
-        raise UserError(f"--adapter {options.adapter} needs --vae as well: the VAE that it was fitted to.")
     from latentpipe.images import open_picture
 
     names = ("n", "seed", "negative", "steps", "guidance", "guidance_interval", "scheduler", "strength", "lora_partial")
     settings: dict[str, Any] = {name: getattr(options, name) for name in names}
     settings["size"] = size_of(options.size)
     settings["image"] = open_picture(options.image) if options.image is not None else None
-    _writable(options.out)
     from latentpipe import Engine, LatentPipeline
 
     def opened() -> LatentPipeline:
@@ -94,7 +91,7 @@ def run(options: Generate) -> None:
 
     pictures, stop = _watch(Engine(apart(opened)), options.prompt, settings)
     for picture in pictures:
-        print(picture.save(free_path(options.out, picture.recipe.prompt, picture.recipe.seed)))
+        print(picture.save(_place(options.out, picture.recipe, len(pictures))))
     stop.heed()
 
 
@@ -143,35 +140,11 @@ def stop_on_interrupt() -> Iterator[Stop]:
         yield stop
 
 
-def weighted(text: str) -> tuple[str, float]:
-    """``flat=0.7`` as name and weight."""
-    name, mark, weight = text.rpartition("=")
-    if not mark:
-        return text, 1.0
-    try:
-        return name, float(weight)
-    except ValueError:
-        raise UserError(f"--lora {text}: '{weight}' is no number; expected NAME or NAME=WEIGHT, such as flat=0.7.") from None
-
-
-def size_of(text: str | None) -> tuple[int, int] | None:
-    """``64`` or ``64x96`` as width and height in pixels; UserError for anything else."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,5})(?:[xX](\d{1,5}))?", text.strip())
-    if not match:
-        raise UserError(f"--size is '{text}'; expected a side such as 64, or WIDTHxHEIGHT such as 64x96.")
-    return int(match[1]), int(match[2] or match[1])
-
-
-def _writable(folder: Path) -> None:
-    """UserError unless files can be made in `folder`; found out before the work, not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be made a folder ({(error.strerror or 'error').lower()}).") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--out {folder}: this folder cannot be written to.")
+def _place(out: Path, recipe: Any, n: int) -> Path:
+    """Where a picture goes: a new file in the folder `out`; or the file `out`, of several each with its seed behind the name."""
+    if is_picture(out):
+        return out if n == 1 else out.with_stem(f"{out.stem}-{recipe.seed}")
+    return free_path(out, recipe.prompt, recipe.seed)
 
 
 def free_path(folder: Path, prompt: str, seed: int) -> Path:

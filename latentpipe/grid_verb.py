@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
+from latentpipe.checks import size_of, weighted
 from latentpipe.defaults import GUIDANCE, STEPS
-from latentpipe.errors import UserError
-from latentpipe.generate import Stop, size_of, stop_on_interrupt, weighted
+from latentpipe.generate import Stop, stop_on_interrupt
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,6 @@ class Grid:
 
 def run(options: Grid) -> None:
     """Draw, save and print the path; KeyboardInterrupt (`Terminated`) after a stopped plot was saved."""
-    out = options.out
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise UserError(f"--out {out}: expected the name of a file that ends in .png.")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first.")
     settings: dict[str, Any] = {
         name: getattr(options, name) for name in ("seed", "vae", "negative", "steps", "guidance", "scheduler", "lora_partial")
     }
@@ -80,7 +75,7 @@ def run(options: Grid) -> None:
         return plot(lambda vae: models.open(options.model, vae), options.prompt, *axes, report=report, **settings)
 
     found, stop = _watch(work)
-    print(found.save(out))
+    print(found.save(options.out))
     stop.heed()
 
 

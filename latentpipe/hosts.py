@@ -161,7 +161,7 @@ def takes(pipe: Any) -> tuple[int, int]:
     host = host_of(pipe)
     config = getattr(getattr(pipe, host.denoiser, None), "config", {})
     # inputs also count a mask, a masked picture or a control picture, outputs a learned variance
-    counts = [config.get(name) for name in ("in_channels", "out_channels") if config.get(name)]
+    counts = [int(config[name]) for name in ("in_channels", "out_channels") if config.get(name)]
     if not counts:
         raise UserError(f"{host.name} has no {host.denoiser} that says how many channels it takes; expected in_channels.")
     return min(counts) // host.patch**2, pipe.vae_scale_factor if host.listed else behind(pipe.vae).space.downscale

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from latentpipe.errors import short
 from latentpipe.latents import LatentSpace
 from latentpipe.verdict import (
     DAMAGE_DB,
@@ -102,8 +103,9 @@ def _diagnosis(vae: LatentSpace, fit: Linear, tolerance: float) -> str:
     uniform = close(gains, [common] * vae.channels)
     if uniform and abs(common - 1) > tolerance and close(offsets, [0.0] * vae.channels):
         return (
-            f"its latents come out {common:.3g} times as large as the host's: the declared scale {vae.scale[0]:.5g} should be "
-            f"{vae.scale[0] / common:.5g}"
+            f"its latents come out {short(common)} times as large as the host's: the declared scale "
+            f"{short(vae.scale[0], 5)} should be "
+            f"{short(vae.scale[0] / common, 5)}"
         )
     twice = [-shift * scale for shift, scale in zip(vae.shift, vae.scale, strict=True)]
     nontrivial = not close(list(vae.scale), [1.0] * vae.channels) or not close(twice, [0.0] * vae.channels)
@@ -117,8 +119,9 @@ def _diagnosis(vae: LatentSpace, fit: Linear, tolerance: float) -> str:
         off = statistics.fmean(offsets)
         if any(vae.shift):
             shift = statistics.fmean(vae.shift)
-            return f"its latents lie off the host's by {off:+.3g}: the declared shift {shift:.4g} should be {shift + raw:.4g}"
-        return f"its latents lie off the host's by {off:+.3g}: a shift of {raw:.4g} (raw units) is missing from its config"
+            right = short(shift + raw, 4)
+            return f"its latents lie off the host's by {off:+.3g}: the declared shift {short(shift, 4)} should be {right}"
+        return f"its latents lie off the host's by {off:+.3g}: a shift of {short(raw, 4)} (raw units) is missing from its config"
     return (
         f"its normalization is not what the weights do: against the host's, its channels have gains {_range(gains)} "
         f"and offsets {_range(offsets)}"
@@ -223,4 +226,4 @@ def _remark(seen: Evidence, outcome: Outcome) -> str:
 
 
 def _range(values: list[float]) -> str:
-    return f"{min(values):.3g} to {max(values):.3g}"
+    return f"{short(min(values))} to {short(max(values))}"

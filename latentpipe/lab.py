@@ -5,6 +5,7 @@ pictures -> images -> each VAE: encode -> latents -> decode -> images -> picture
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.evaluate.bootstrap import interval, paired
 from latentpipe.evaluate.compare import floor_of
 from latentpipe.evaluate.cost import measure_cost
@@ -34,6 +35,8 @@ GAIN = 4  # of the difference maps
 MOST = 24  # pictures
 FEWEST = 6  # pictures that an interval takes: with fewer, differences of one sign alone would leave zero out too often
 EXAMPLES = 8
+LARGEST_USUAL = 512  # pixels: at 1024 a picture takes minutes on a CPU; whoever wants it gives the side
+UNSTATED_PX = 32  # what diffusers' AutoencoderKL says where its config says nothing
 VAE = str | Path | VAEStage
 Opener = Callable[[Any], VAEStage]
 
@@ -108,7 +111,7 @@ def compare_pictures(
 
     pictures  1 to MOST, of any size; the centred square of each is used
     vaes      names, folders or files, or stages; one or more
-    side      in pixels; None: what suits all VAEs
+    side      in pixels; None: `usual_side`
     opened    makes the stage of a VAE; it says where it computes
     UserError: no picture or too many, no VAE, a side that a VAE does not take, a VAE without a decoder.
     """
@@ -129,7 +132,7 @@ def compare_pictures(
             Rebuilt(
                 name=name,
                 hash=stage.digest or "",
-                space=f"{stage.space.channels} channels at 1/{stage.space.downscale}",
+                space=f"{counted(stage.space.channels, 'channel')} at 1/{stage.space.downscale}",
                 dtype=facts["dtype"],
                 weights_mb=facts["bytes"] / 2**20,
                 pictures=_shown(rebuilt),
@@ -228,13 +231,27 @@ def _stages(vaes: Sequence[VAE], opened: Opener) -> list[tuple[str, VAEStage]]:
 
 def _squares(pictures: Sequence[Image.Image], stages: Sequence[VAEStage], side: int | None) -> tuple[list[Image.Image], int]:
     if not 1 <= len(pictures) <= MOST:
-        raise UserError(f"{len(pictures)} pictures were given; expected 1 to {MOST}.")
+        raise UserError(f"{counted(len(pictures), 'picture')} were given; expected 1 to {MOST}.")
     downscales = [stage.space.downscale for stage in stages]
-    side = side or probe_side(*downscales)
+    side = side or usual_side(stages)
     if not 8 <= side <= 1024 or any(side % unit for unit in downscales):
         units = ", ".join(str(unit) for unit in sorted(set(downscales)))
         raise UserError(f"The side is {side} pixels; expected 8 to 1024, a multiple of {units}.")
     return [fit_square(picture, side) for picture in pictures], side
+
+
+def usual_side(stages: Sequence[VAEStage]) -> int:
+    """The side in pixels that VAEs are compared at: the largest that one of them was trained at, at most LARGEST_USUAL.
+
+    It is a multiple that all of them take. Where no config states a size, 16 latents a side (`verdict.probe_side`).
+    """
+    downscales = [stage.space.downscale for stage in stages]
+    stated = [stage.vae.config.get("sample_size") for stage in stages]
+    sizes = [max(size) if isinstance(size, (list, tuple)) else size for size in stated]
+    known = [size for size in sizes if isinstance(size, int) and size != UNSTATED_PX]
+    unit = math.lcm(*downscales)
+    side = min(max(known, default=0), LARGEST_USUAL)
+    return side // unit * unit if side >= unit else probe_side(*downscales)
 
 
 def _batches(images: torch.Tensor) -> list[tuple[range, torch.Tensor]]:

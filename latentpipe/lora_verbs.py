@@ -38,7 +38,7 @@ def lora_inspect(path: str, /) -> None:
     """
     from json import dumps
 
-    from latentpipe.lora.places import find_lora
+    from latentpipe.places import find_lora
 
     print(dumps(facts(find_lora(path)), indent=2, ensure_ascii=False))
 
@@ -71,7 +71,7 @@ def lora_convert(
     from latentpipe.files import file_hash
     from latentpipe.lora.factor import as_plain
     from latentpipe.lora.files import read_lora
-    from latentpipe.lora.places import find_lora
+    from latentpipe.places import find_lora
 
     _check_out(out)
     if rank is not None and not plain:
@@ -120,7 +120,7 @@ def lora_merge(
     from latentpipe.errors import UserError
     from latentpipe.lora.files import read_lora
     from latentpipe.lora.merge import merge
-    from latentpipe.lora.places import find_lora
+    from latentpipe.places import find_lora
 
     _check_out(out)
     amounts = [_weight(text) for text in weights] or [1.0] * len(files)

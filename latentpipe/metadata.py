@@ -106,6 +106,8 @@ def _texts(path: Path) -> tuple[dict[str, str], str, tuple[int, int]]:
             raise UserError(f"{path} holds more text than the {MAX_TEXT} bytes that are read.")
         if isinstance(exif, bytes) and (comment := user_comment(exif)):
             texts.setdefault("parameters", comment)
+        if own := recipes.in_exif(exif):
+            texts.setdefault(recipes.CHUNK, own)
         for key, text in (exif_graph(exif) if isinstance(exif, bytes) else {}).items():
             texts.setdefault(key, _utf8(text))
     except Unreadable as error:

@@ -191,14 +191,18 @@ def hashes(folder: Path) -> dict[str, str]:
         if part != "vae":
             found[part] = content_hash(part_tensors(folder / part))
     for part in sorted(path.name for path in folder.glob("tokenizer*") if path.is_dir()):
-        tokenizer = hashlib.sha256()
-        for name in TOKENIZER_FILES:
-            if (folder / part / name).is_file():
-                tokenizer.update(read_bytes(folder / part / name, MOST))
-        found[part] = tokenizer.hexdigest()
+        found[part] = tokenizer_hash(folder / part) or hashlib.sha256().hexdigest()
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", infinite=True)
     scheduler.pop("_diffusers_version", None)
     return found | {"scheduler": hashlib.sha256(json.dumps(scheduler, sort_keys=True).encode()).hexdigest()}
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """sha256 over a tokenizer's files; "" where the folder has none of them."""
+    digest, files = hashlib.sha256(), [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    for path in files:
+        digest.update(read_bytes(path, MOST))
+    return digest.hexdigest() if files else ""
 
 
 def part_tensors(folder: Path) -> dict[str, torch.Tensor]:

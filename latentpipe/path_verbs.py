@@ -57,7 +57,7 @@ def interpolate(
     from latentpipe.pipeline import LatentPipeline
 
     frames.check(out, fps)
-    if _are_pictures(first, second):
+    if are_pictures(first, second):
         found = _of_pictures(Path(first), Path(second), n, way, vae, images, size, device)
     else:
         pipe = LatentPipeline.from_pretrained(model, device=device)
@@ -211,7 +211,7 @@ def inpaint(
     print(out)
 
 
-def _are_pictures(first: str, second: str) -> bool:
+def are_pictures(first: str, second: str) -> bool:
     """Whether two names are of picture files; UserError where one is and the other is not, or where a file is missing."""
     from latentpipe.errors import UserError
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import re
-import secrets
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from latentpipe import emphasis
-from latentpipe import recipe as recipes
+from latentpipe import emphasis, vocabulary
 from latentpipe.adapters import Adapted, adapted, find_adapter, open_adapter
 from latentpipe.apart import apart
-from latentpipe.denoise import check_family, denoise, is_classic, native_size, size_unit
-from latentpipe.errors import Note, UserError
-from latentpipe.files import content_hash
-from latentpipe.hosts import finish, host_of, takes
+from latentpipe.denoise import check_family, check_host, denoise, is_classic, native_size, size_unit
+from latentpipe.errors import Note, UserError, counted, expect
+from latentpipe.files import content_hash, read_json
+from latentpipe.hosts import finish, takes
 from latentpipe.images import to_pixels
+from latentpipe.in_memory import Computed, hashes_in_memory
 from latentpipe.latents import LatentSpace
 from latentpipe.lora.attached import Loras
 from latentpipe.lora.layer import Lora
@@ -30,26 +30,15 @@ from latentpipe.lora.prompt import note_negative, partial_tags, split_tags
 from latentpipe.lora.report import Report
 from latentpipe.model_files import read_preview
 from latentpipe.models import check_reference, hashes, load_pipeline, move_pipeline
-from latentpipe.sampling import OnStep, Settings, Step, check_settings
+from latentpipe.picture import Picture, recipe_of
+from latentpipe.sampling import OnStep, Settings, Step, check_settings, drawn_seed, settings_of
 from latentpipe.swap import host_stage, judge_stages, stage_of
 from latentpipe.vae import VAEStage
 from latentpipe.verdicts import judged, refuse_other_shape
-from latentpipe.weights import PREVIEW_FILE, find_model, name_of
+from latentpipe.vocabulary import known_words
+from latentpipe.weights import CARD_FILE, PREVIEW_FILE, find_model, name_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture and the recipe that makes it again."""
-
-    image: Image.Image
-    recipe: recipes.Recipe
-
-    def save(self, path: str | Path) -> Path:
-        """Write a PNG that carries the recipe."""
-        recipes.save_png(self.image, Path(path), self.recipe)
-        return Path(path)
 
 
 @dataclass
@@ -58,7 +47,9 @@ class LatentPipeline:
 
     host     the pipeline; it draws latents and is never changed, but while LoRA adapters are attached
     stage    encodes and decodes; default: the host's own VAE
-    hashes   content hash of each part that makes the pictures; `base`: of the parts that the host came with
+    hashes   content hash of each part that makes the pictures (left out: computed from the weights in memory when they are first
+             asked for); `base`: of the parts that the host came with in its files
+    words    those that the model was trained on, where its card lists them
     """
 
     host: Any
@@ -66,22 +57,26 @@ class LatentPipeline:
     name: str = "model"
     vae_name: str | None = None
     adapter_name: str | None = None
-    hashes: dict[str, str] = field(default_factory=dict)
-    base: dict[str, str] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    base: Mapping[str, str] = field(default_factory=dict)
     preview_map: dict[str, list] | None = None
+    words: frozenset[str] = field(default=frozenset(), repr=False)
     loras: Loras = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_host(self.host)
         self.stage = self.stage or host_stage(self.host)
         channels, downscale = takes(self.host)
         if self.stage.space.channels != channels or self.stage.space.downscale != downscale:
             raise UserError(
                 f"VAE {self.vae_name or 'given'} makes {self.stage.space.channels}-channel latents at "
-                f"1/{self.stage.space.downscale} size; this denoiser takes {channels} channels at 1/{downscale}. "
+                f"1/{self.stage.space.downscale} size; this denoiser takes {counted(channels, 'channel')} at 1/{downscale}. "
                 "Choose a VAE of the same space ('latentpipe ls vae --fits MODEL' lists them), or train a denoiser for this one."
             )
         self.base = self.base or self.hashes
         self.loras = Loras(self.host, self.stage, self.base, self.hashes.get("vae"))
+        if not self.hashes:
+            self.hashes = Computed(partial(hashes_in_memory, self.host, self.stage))
 
     @classmethod
     def from_pretrained(
@@ -101,6 +96,10 @@ class LatentPipeline:
         adapter  name or file of an adapter to that VAE (`latentpipe fit-adapter`)
         force    decode with `vae` whatever the verdict, as long as the shapes agree
         """
+        expect("model", model, (str, Path), "a name, or the path of a folder")
+        for name, given in (("vae", vae), ("adapter", adapter)):
+            expect(name, given, (str, Path, type(None)), "a name, the path of a folder or file, or None")
+        expect("device", device, (str, type(None)), "cpu, mps, cuda or cuda:NUMBER")
         if dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
         device = device or best_device()
@@ -116,8 +115,9 @@ class LatentPipeline:
 
         def opened() -> LatentPipeline:
             host = move_pipeline(load_pipeline(folder, DTYPES[dtype]), device)
-            preview = read_preview(folder / "vae" / PREVIEW_FILE, LatentSpace.of(host.vae).channels)
-            pipe = cls(host, name=name_of(folder), hashes=hashes(folder), preview_map=preview)
+            card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
+            own = read_preview(folder / "vae" / PREVIEW_FILE, LatentSpace.of(host.vae).channels)
+            pipe = cls(host, name=name_of(folder), hashes=hashes(folder), preview_map=own, words=known_words(card))
             return pipe if vae is None else pipe.with_vae(vae, folder, adapter, force)
 
         return apart(opened)
@@ -126,7 +126,7 @@ class LatentPipeline:
         """The same denoiser around another VAE, which an adapter or a verdict vouches for; `folder` is the model's."""
         own = VAEStage(self.host.vae, digest=self.hashes["vae"])
         stage = stage_of(vae, own)
-        found = self.hashes | {"vae": stage.digest or ""}
+        found = {**self.hashes, "vae": stage.digest or ""}
         place = find_model(vae, "vae")
         changes: dict[str, Any] = {"vae_name": name_of(place, "vae"), "stage": stage}
         if adapter is not None:
@@ -158,25 +158,17 @@ class LatentPipeline:
         on_step(Step)  is called after each step; returning True stops there and keeps the partial pictures
         settings       the fields of `Settings`
         """
+        expect("prompt", prompt, str, "one text (n draws several pictures of it)")
         (text, tagged), partial = split_tags(prompt), partial_tags(prompt)
-        chosen = self.check(Settings(**settings))
+        chosen = self.check(settings_of(settings))
         note_negative(chosen.negative)
         with self.loras.more(tagged, partial):
             return self.literal(text, n, seed, on_step, chosen)
 
     def literal(self, prompt: str, n: int, seed: int | None, on_step: OnStep | None, chosen: Settings) -> list[Picture]:
         """As a call, with checked settings and a prompt in which nothing is a tag, as a recipe's is."""
-        seed = secrets.randbelow(2**32 - recipes.MAX_BATCH) if seed is None else seed
-        if not 1 <= n <= recipes.MAX_BATCH or not 0 <= seed <= recipes.MAX_SEED - n + 1:
-            raise UserError(
-                f"n is {n} and seed {seed}; expected 1 to {recipes.MAX_BATCH} pictures and seeds from 0 to {recipes.MAX_SEED}."
-            )
-        for text in (prompt, chosen.negative):
-            if any(0xD800 <= ord(char) <= 0xDFFF for char in text):
-                raise UserError("the prompt holds bytes that are no text; expected UTF-8.")
-            if len(text) > recipes.MAX_PROMPT:
-                raise UserError(f"the prompt has {len(text):,} characters; at most {recipes.MAX_PROMPT:,} are taken.")
-            emphasis.refuse(self.host, text)
+        seed = drawn_seed(n, seed)
+        emphasis.check(self.host, prompt, chosen.negative)
         assert chosen.size is not None
         self.stage.check_memory(n, *reversed(chosen.size))  # now, not after the sampling
         done = 0
@@ -186,9 +178,13 @@ class LatentPipeline:
             done = step.step
             return bool(on_step and on_step(step))
 
+        notes = self.notes_on(prompt) + self.notes_on(chosen.negative, "negative prompt")
+        for note in notes:
+            warnings.warn(note, Note, stacklevel=3)
         images = self.draw([prompt] * n, list(range(seed, seed + n)), chosen, watch)
-        base = self._recipe(prompt, seed, n, chosen, done if done < chosen.steps_to_run else None)
-        return [Picture(image, base.model_copy(update={"seed": seed + i, "batch_index": i})) for i, image in enumerate(images)]
+        base = recipe_of(self, prompt, seed, n, chosen, done if done < chosen.steps_to_run else None)
+        own = [base.model_copy(update={"seed": seed + i, "batch_index": i}) for i in range(len(images))]
+        return [Picture(image, recipe, tuple(notes)) for image, recipe in zip(images, own, strict=True)]
 
     def attach_lora(
         self,
@@ -247,6 +243,21 @@ class LatentPipeline:
         ids = tokenizer(emphasis.plain(prompt), add_special_tokens=False, verbose=False).input_ids
         return tokenizer.decode(ids[tokenizer.model_max_length - 2 :]).strip()
 
+    def unknown_words(self, prompt: str) -> dict[str, str]:
+        """The words of a prompt that the model was never trained on, each with the nearest that it knows ("" where none is near).
+
+        Empty where the model's card lists no words. Trigger words of the adapters that are on are known.
+        """
+        return vocabulary.unknown_words(emphasis.plain(split_tags(prompt)[0]), self.words and self.words | self.loras.words)
+
+    def notes_on(self, prompt: str, what: str = "prompt") -> list[str]:
+        """What the text encoder cannot make use of in a prompt, in sentences."""
+        found = [vocabulary.sentence(self.unknown_words(prompt), self.words, what)]
+        if cut := self.cut_words(prompt):
+            read = self.host.tokenizer.model_max_length - 2
+            found.append(f"the {what} is longer than the {read} tokens that the text encoder reads; cut: '{cut}'")
+        return [note for note in found if note]
+
     def preview(self, latents: torch.Tensor, side: int = 256) -> Image.Image | None:
         """A quick picture of the first latents by the VAE's linear latent-to-RGB map; None where it has no map."""
         if self.preview_map is None:
@@ -255,42 +266,6 @@ class LatentPipeline:
         colours = torch.einsum("chw,cr->rhw", latents[0].float().cpu(), factors)
         colours += torch.tensor(self.preview_map["bias"]).view(3, 1, 1)
         return to_pixels(colours[None])[0].resize((side, side), Image.Resampling.BICUBIC)
-
-    def _recipe(self, prompt: str, seed: int, n: int, settings: Settings, stopped: int | None) -> recipes.Recipe:
-        for name, text in (("prompt", prompt), ("negative prompt", settings.negative)):
-            if cut := self.cut_words(text):
-                read = self.host.tokenizer.model_max_length - 2
-                message = f"the {name} is longer than the {read} tokens that the text encoder reads; cut: '{cut}'"
-                warnings.warn(message, Note, stacklevel=3)
-        source = None
-        if settings.image is not None:
-            source = recipes.Source(sha256=recipes.pixel_hash(settings.image), strength=settings.strength)
-        assert settings.size is not None
-        denoiser = getattr(self.host, host_of(self.host).denoiser)
-        return recipes.Recipe(
-            prompt=prompt,
-            negative=settings.negative,
-            seed=seed,
-            steps=settings.steps,
-            guidance=settings.guidance,
-            guidance_interval=settings.guidance_interval,
-            scheduler=settings.scheduler or type(self.host.scheduler).__name__,
-            width=settings.size[0],
-            height=settings.size[1],
-            batch_size=n,
-            model=self.name,
-            vae=self.vae_name,
-            adapter=self.adapter_name,
-            source=source,
-            stopped_after=stopped,
-            loras={name: dict(weight) if isinstance(weight, Mapping) else weight for name, weight in self.loras.weights.items()},
-            lora_method=self.loras.mixer.method,
-            lora_fused=self.loras.mixer.fused,
-            hashes=self.hashes | {f"lora:{name}": self.loras.mixer.loaded[name].hash for name in self.loras.weights},
-            machine=recipes.this_machine(
-                str(self.host.device), str(denoiser.dtype).removeprefix("torch."), torch.get_num_threads()
-            ),
-        )
 
 
 def best_device() -> str:

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from latentpipe.errors import Note, UserError
+from latentpipe.errors import Note, UserError, short
 from latentpipe.files import atomic_file, content_hash, home, read_json
 from latentpipe.placed import copied, device_of, dtype_of, in_layers, weights_of
 
@@ -86,7 +86,8 @@ def run_finite(vae: Any, direction: Direction, run: Run, given: torch.Tensor) ->
         state.copies.pop(dtype, None)
     raise UserError(
         f"This VAE cannot {direction}: {block} gives values that are not finite even in {_name(dtype)}, although the "
-        f"{_noun(direction)} are finite (at most {given.abs().max():.3g} in size). Expected finite values; check that the "
+        f"{_noun(direction)} are finite (at most {short(float(given.abs().max()))} in size). Expected finite "
+        f"values; check that the "
         f"{_noun(direction)} belong to this VAE and are in its range, and open the VAE from its file again."
     )
 

@@ -1,11 +1,13 @@
-"""What made a picture: written into the PNG, read back, replayed.
+"""What made a picture: written into the file, read back, replayed.
 
-Two text chunks: `parameters`, as A1111 writes it and many tools read it, and `latentpipe`, a versioned JSON.
+Two texts: `parameters`, as A1111 writes it and many tools read it, and `latentpipe`, a versioned JSON; text chunks of a PNG, EXIF
+tags of a JPEG or WebP.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import platform
@@ -13,11 +15,14 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from PIL import Image, PngImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from latentpipe.defaults import MAX_BATCH as MAX_BATCH
+from latentpipe.defaults import MAX_PROMPT as MAX_PROMPT
+from latentpipe.defaults import MAX_SEED as MAX_SEED
 from latentpipe.errors import UserError
 from latentpipe.files import atomic_file
 from latentpipe.images import flatten, picture_file
@@ -25,9 +30,11 @@ from latentpipe.reading import parse_json
 
 VERSION: Literal[1] = 1
 CHUNK = "latentpipe"
-MAX_SEED = 2**32 - 1
-MAX_BATCH = 256
-MAX_PROMPT = 20_000
+GRID_CHUNK = "latentpipe-grid"
+KINDS = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+DESCRIPTION, EXIF_IFD, USER_COMMENT = 0x010E, 0x8769, 0x9286  # EXIF tags
+MAX_JPEG_EXIF = 65_000
 Unit = Annotated[float, Field(ge=0, le=1)]
 AnyRecipe = TypeVar("AnyRecipe", bound=BaseModel)
 
@@ -101,6 +108,46 @@ def this_machine(device: str, dtype: str, threads: int) -> Machine:
     )
 
 
+def save(picture: Image.Image, path: Path, recipe: Recipe | None = None) -> None:
+    """Write a picture with its recipe as its ending says, atomically: PNG (also without one) and WebP without loss, or JPEG.
+
+    UserError for other endings, and where a JPEG cannot hold the recipe.
+    """
+    path = Path(path)
+    kind = KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise UserError(
+            f"{path}: pictures are written with their recipe as {', '.join(filter(None, KINDS))}; give one of these endings."
+        )
+    if kind == "PNG":
+        return save_png(picture, path, recipe)
+    exif = b"" if recipe is None else _exif(recipe)
+    if kind == "JPEG" and len(exif) > MAX_JPEG_EXIF:
+        raise UserError(
+            f"{path}: the recipe has {len(exif):,} bytes, and a JPEG holds {MAX_JPEG_EXIF:,}; write a .png or a .webp."
+        )
+    with atomic_file(path) as part:
+        picture.save(part, format=kind, exif=exif, **OPTIONS[kind])
+
+
+def as_stored(picture: Image.Image, kind: str | None) -> Image.Image:
+    """A picture as a file of this kind ("PNG", "JPEG", "WEBP") that was written here gives it back: JPEG loses some of it."""
+    if kind != "JPEG":
+        return picture
+    stream = io.BytesIO()
+    picture.save(stream, format=kind, **OPTIONS[kind])
+    stream.seek(0)
+    return JpegImagePlugin.JpegImageFile(stream).convert("RGB")
+
+
+def _exif(recipe: Recipe) -> bytes:
+    """Both forms of a recipe as EXIF: A1111's text as the user comment, as that program does, and the JSON as the description."""
+    tags = Image.Exif()
+    tags[DESCRIPTION] = json.dumps(recipe.model_dump(mode="json"))  # ASCII, as the tag has to be
+    tags.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + a1111_text(recipe).encode("utf-16-be")
+    return tags.tobytes()
+
+
 def save_png(
     picture: Image.Image, path: Path, recipe: Recipe | None = None, texts: Mapping[str, str] = MappingProxyType({})
 ) -> None:
@@ -116,21 +163,36 @@ def save_png(
 
 
 def read(path: Path) -> Recipe:
-    """The recipe in a PNG; UserError where the file has none, or one of another version."""
+    """The recipe in a PNG, JPEG or WebP; UserError where the file has none, or one of another version."""
     text = text_in(path, CHUNK)
     if text is None:
-        raise UserError(f"{path} carries no latentpipe recipe; only PNG files written by latentpipe can be replayed.")
+        raise UserError(f"{path} carries no latentpipe recipe; only pictures written by latentpipe can be replayed.")
     return parsed(path, text, Recipe)
 
 
 def text_in(path: Path, chunk: str) -> str | None:
-    """A text chunk of a picture by its name, None where it has none; UserError where the file is no readable picture."""
+    """A text of a picture by its name, None where it has none; UserError where the file is no readable picture."""
     if not os.path.exists(path):
         raise UserError(f"{path}: no such picture.")
     with picture_file(path) as picture:
         picture.load()  # PNG: text may follow the pixels
         text = picture.info.get(chunk)
+        if text is None and chunk == CHUNK:
+            text = in_exif(picture.info.get("exif"))
         return text if isinstance(text, str) else None
+
+
+def in_exif(exif: object) -> str | None:
+    """The recipe's JSON in EXIF, where there is one."""
+    if not isinstance(exif, bytes):
+        return None
+    tags = Image.Exif()
+    try:
+        tags.load(exif)
+        text = tags.get(DESCRIPTION)
+    except Exception:  # Pillow raises nearly every type for damaged EXIF; other programs' is none of ours
+        return None
+    return text if isinstance(text, str) and text.startswith('{"version": ') and '"hashes"' in text else None
 
 
 def parsed(path: Path, text: str, schema: type[AnyRecipe]) -> AnyRecipe:

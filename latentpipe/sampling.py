@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import secrets
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
 
-from latentpipe.defaults import GUIDANCE, STEPS, STRENGTH
-from latentpipe.errors import Note, UserError
+from latentpipe.defaults import GUIDANCE, MAX_BATCH, MAX_SEED, STEPS, STRENGTH
+from latentpipe.errors import Note, UserError, counted, expect, near
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_SIDE = 4096
 SCHEDULERS = {
@@ -66,6 +69,50 @@ class Step:
 OnStep = Callable[[Step], bool | None]
 
 
+TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "negative": (str, "a text"),
+    "steps": (int, "a whole number from 1 to 1000"),
+    "guidance": (float, "a number from 0 to 100"),
+    "scheduler": ((str, type(None)), "a name or None"),
+    "image": ((Image.Image, type(None)), "a PIL picture (PIL.Image.open opens one), or None"),
+    "strength": (float, "a number over 0, at most 1"),
+}
+
+
+def settings_of(given: Mapping[str, Any]) -> Settings:
+    """Settings from names and values; UserError names one that there is not, or that has another type."""
+    known = [one.name for one in fields(Settings)]
+    for name in given:
+        if name not in known:
+            raise UserError(f"there is no setting '{name}'; expected some of {', '.join(known)}.{near(name, known)}")
+    settings = Settings(**given)
+    for name, (kinds, what) in TYPES.items():
+        expect(name, getattr(settings, name), kinds, what)
+    pairs = (("size", int, "width and height in whole pixels"), ("guidance_interval", float, "two shares, from 0 to 1"))
+    for name, kind, what in pairs:
+        pair = getattr(settings, name)
+        if pair is None and name == "size":
+            continue
+        expect(name, pair, (tuple, list), what)
+        if len(pair) != 2:
+            raise UserError(f"{name} is {pair!r}; expected {what}.")
+        for value in pair:
+            expect(name, value, kind, what)
+    return settings
+
+
+def drawn_seed(n: int, seed: int | None) -> int:
+    """The seed of the first of `n` pictures, a random one for None and -1; UserError where there are no such seeds."""
+    expect("n", n, int, f"a whole number from 1 to {MAX_BATCH}")
+    expect("seed", seed, (int, type(None)), f"a whole number from 0 to {MAX_SEED}, or -1 or None for a random one")
+    seed = secrets.randbelow(MAX_SEED + 1 - MAX_BATCH) if seed is None or seed == -1 else seed
+    if not 1 <= n <= MAX_BATCH or not 0 <= seed <= MAX_SEED - n + 1:
+        raise UserError(
+            f"n is {n} and seed {seed}; expected 1 to {counted(MAX_BATCH, 'picture')} and seeds from 0 to {MAX_SEED}."
+        )
+    return seed
+
+
 def check_settings(settings: Settings, native: tuple[int, int], unit: int) -> Settings:
     """The settings with the size filled in; `native` width and height, `unit` the number that sides are multiples of."""
     low, high = settings.guidance_interval
@@ -82,7 +129,7 @@ def check_settings(settings: Settings, native: tuple[int, int], unit: int) -> Se
     elif settings.image is not None and not 0 < settings.strength <= 1:
         wrong = f"strength is {settings.strength}; expected more than 0 and at most 1."
     elif settings.steps_to_run < 1:
-        wrong = f"{settings.steps} steps at strength {settings.strength} run no step; raise one of them."
+        wrong = f"{counted(settings.steps, 'step')} at strength {settings.strength} run no step; raise one of them."
     elif max(width, height) > MAX_SIDE:
         wrong = f"the size is {width} x {height} pixels; at most {MAX_SIDE} x {MAX_SIDE} can be drawn."
     elif width <= 0 or height <= 0 or width % unit or height % unit:
@@ -102,6 +149,8 @@ class Guide:
 
     def __init__(self, settings: Settings, positive: torch.Tensor, negative: torch.Tensor | None, steps: int, on_step) -> None:
         self.settings, self.steps, self.on_step = settings, steps, on_step
+        import torch  # not before: reading a recipe needs the names above alone
+
         self.single = positive
         self.double = positive if negative is None else torch.cat([negative, positive])
         self.negative = negative

@@ -15,7 +15,7 @@ from torch import nn
 
 from latentpipe import hosts
 from latentpipe.adapters import Adapted, Adapter, adapted, find_adapter, open_adapter
-from latentpipe.errors import Note, UserError
+from latentpipe.errors import Note, UserError, counted
 from latentpipe.facade import behind
 from latentpipe.files import atomic_folder, content_hash, read_json
 from latentpipe.judge import judge, judge_shapes
@@ -71,7 +71,7 @@ def check_swap(pipe: Any, vae: VAE, images: torch.Tensor | None = None) -> Verdi
     if (host.space.channels, host.space.downscale) != (channels, downscale):
         raise UserError(
             f"This pipeline does not fit itself: its VAE makes {host.space.channels}-channel latents at "
-            f"1/{host.space.downscale} size, its denoiser takes {channels} channels at 1/{downscale}. "
+            f"1/{host.space.downscale} size, its denoiser takes {counted(channels, 'channel')} at 1/{downscale}. "
             "Put its own VAE back before trying another."
         )
     if isinstance(vae, (str, Path)):
@@ -142,7 +142,7 @@ def _with_stage(pipe: Any, stage: Any) -> Any:
         )
     if hasattr(pipe, "host"):  # a LatentPipeline decodes by its stage and leaves the host alone
         decoder = stage if isinstance(stage, VAEStage) else stage.decoder
-        found = pipe.hashes | {"vae": decoder.digest or content_hash(decoder.vae.state_dict(), decoder.space)}
+        found = {**pipe.hashes, "vae": decoder.digest or content_hash(decoder.vae.state_dict(), decoder.space)}
         if decoder is stage or stage.adapter is None:
             return dataclasses.replace(pipe, stage=stage, hashes=found, vae_name=GIVEN)
         found["adapter"] = content_hash(stage.adapter.state_dict())

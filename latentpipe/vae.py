@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,9 @@ class VAEStage(nn.Module):
 
     def __init__(self, vae: nn.Module, space: LatentSpace | None = None, digest: str | None = None, tile: Tile = "auto") -> None:
         super().__init__()
+        if not isinstance(vae, nn.Module):
+            given = f"'{vae}'" if isinstance(vae, str | Path) else type(vae).__name__
+            raise UserError(f"VAEStage was given {given}; expected a diffusers autoencoder (swap.stage_of opens names).")
         if isinstance(tile, int) and tile < 1:
             raise UserError(f"tile is {tile}; expected a height of at least 1 pixel, auto or None.")
         reason = reason_against(vae)

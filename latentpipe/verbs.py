@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latentpipe.defaults import GUIDANCE, STEPS
-from latentpipe.errors import UserError
+from latentpipe.errors import begin, counted
+from latentpipe.places import SUFFIXES, available, configs_folder, lookup, own_adapters
 
 
 def replay(
@@ -23,10 +24,10 @@ def replay(
     device: str | None = None,
     out: Path | None = None,
 ) -> None:
-    """Draw the picture in a PNG again from its recipe and compare every pixel.
+    """Draw the picture in a file again from its recipe and compare every pixel.
 
     Args:
-        picture: A PNG that latentpipe wrote.
+        picture: A PNG, JPEG or WebP that latentpipe wrote.
         model: Name or folder of the model, where the recipe's name is not installed.
         vae: Name or folder of the VAE, likewise.
         adapter: Name or file of the adapter, likewise.
@@ -37,16 +38,14 @@ def replay(
     """
     from latentpipe import replay as run
 
-    wrong = [text for text in lora if not text.partition("=")[2]]
-    if wrong:
-        raise UserError(f"--lora {wrong[0]}: expected NAME=FILE, with the name that the recipe gives it ('latentpipe inspect').")
     files = {name: Path(file) for name, _, file in (text.partition("=") for text in lora)}
     result = run(picture, model, vae, image, device, adapter, files)
     if out is not None:
         result.picture.save(out)
         print(out)
     if result.difference == 0:
-        print("identical: every pixel is the same")
+        loss = ", after the new picture was stored as a JPEG too (which loses a little)" if result.kind == "JPEG" else ""
+        print(f"identical: every pixel is the same{loss}")
     else:
         cause = "; ".join(result.causes) or "none found: same machine, versions and threads"
         print(f"largest difference: {result.difference} of 255 grey levels. What has changed: {cause}")
@@ -62,10 +61,8 @@ def emoji(out: Path = Path("data/emoji"), size: int = 128, font: Path | None = N
     """
     from latentpipe.data.emoji import write_folders
 
-    if not 8 <= size <= 136:
-        raise UserError(f"--size is {size}; the font's bitmaps allow 8 to 136 pixels.")
     for name, count in write_folders(out, size, font).items():
-        print(f"{out / name}: {count} pictures")
+        print(f"{out / name}: {counted(count, 'picture')}")
 
 
 def encode(folder: Path, /, vae: str, size: int = 64, out: Path | None = None, caption_column: str | None = None) -> None:
@@ -118,33 +115,26 @@ def evaluate_prompts(
 
 
 def ls(kind: Literal["all", "models", "vae", "lora", "adapters", "configs"] = "all", /, fits: str | None = None) -> None:
-    """List the models, VAEs, LoRA files, adapters and configs that names refer to.
+    """List the models, VAEs, LoRA files, adapters and configs that names refer to, kind by kind, each by name.
 
     Args:
         kind: What to list.
         fits: Name or folder of a model: list the VAEs with their verdicts, those that fit it first.
     """
-    from latentpipe.adapters import own_adapters
-    from latentpipe.weights import available
-
     if fits is not None:
-        if kind != "vae":
-            raise UserError("--fits lists VAEs; write 'latentpipe ls vae --fits MODEL'.")
         from latentpipe.verdicts import fitting
+
+        begin(f"measuring every VAE beside that of the model {fits}")
 
         for name, path, verdict in sorted(fitting(fits), key=lambda row: not row[2].fits):
             print(f"{name:20}{verdict.outcome:26}{path}")
         return
 
-    for name in ("models", "vae", "lora") if kind == "all" else (kind,):
-        if name in ("models", "vae", "lora"):
-            for entry, path in available(name).items():
-                print(f"{name.removesuffix('s'):8}{entry:20}{path}")
-    for entry, path in own_adapters().items() if kind in ("all", "adapters") else ():
-        print(f"{'adapter':8}{entry:20}{path}")
-    if kind in ("all", "configs"):
-        for path in sorted(configs_folder().glob("*.yaml")):
-            print(f"{'config':8}{path.stem:20}{path}")
+    rows = [("model", available("models")), ("vae", available("vae")), ("lora", available("lora")), ("adapter", own_adapters())]
+    rows.append(("config", {path.stem: path for path in configs_folder().glob("*.yaml")}))
+    for what, found in rows:
+        for entry, path in sorted(found.items()) if kind in ("all", what, f"{what}s") else ():
+            print(f"{what:8}{entry:20}{path}")
 
 
 def inspect(path: str, /) -> None:
@@ -153,36 +143,37 @@ def inspect(path: str, /) -> None:
     Args:
         path: A name, a model or VAE folder, a .safetensors file, an .lpz file, or a picture (also of others: A1111, ...).
     """
-    from latentpipe.adapters import is_adapter, own_adapters, read_card
-    from latentpipe.codec_verbs import facts as codec_facts
-    from latentpipe.codec_verbs import is_lpz
-    from latentpipe.files import SUFFIXES, is_safetensors
+    from latentpipe.files import is_safetensors
+
+    file = lookup(path, available("lora"), "LoRA") or own_adapters().get(path) or Path(path)
+    if file.is_file() and not (file.suffix in SUFFIXES or is_safetensors(file)):
+        print(_of_file(file))
+        return
+    begin(f"reading {path}")
+    from latentpipe.adapters import is_adapter, read_card
     from latentpipe.lora_verbs import facts, is_lora
     from latentpipe.models import describe
-    from latentpipe.weights import available, lookup
 
-    if is_lpz(Path(path)):
-        print(_json(codec_facts(Path(path))))
-        return
-    file = lookup(path, available("lora"), "lora") or Path(path)
     if is_lora(file):
         print(_json(facts(file)))
-        return
-    file = own_adapters().get(path, Path(path))
-    if file.is_file() and (file.suffix in SUFFIXES or is_safetensors(file)):
-        print(_json(asdict(read_card(file)) if is_adapter(file) else describe(path)))
-        return
-    if Path(path).is_file():
-        from latentpipe.metadata import read_info
-        from latentpipe.xyplot import is_grid, read_grid
+    else:
+        print(_json(asdict(read_card(file)) if file.is_file() and is_adapter(file) else describe(path)))
 
-        if is_grid(Path(path)):
-            print(read_grid(Path(path)).model_dump_json(indent=2))
-            return
-        info = read_info(Path(path))
-        print(info.recipe.model_dump_json(indent=2) if info.recipe else _json(asdict(info)))
-        return
-    print(_json(describe(path)))
+
+def _of_file(file: Path) -> str:
+    """What an .lpz file, a grid or another picture says, as JSON."""
+    from latentpipe.codec_verbs import facts, is_lpz
+    from latentpipe.metadata import read_info
+    from latentpipe.recipe import GRID_CHUNK, text_in
+
+    if is_lpz(file):
+        return _json(facts(file))
+    if text_in(file, GRID_CHUNK) is not None:
+        from latentpipe.xyplot import read_grid
+
+        return read_grid(file).model_dump_json(indent=2)
+    info = read_info(file)
+    return info.recipe.model_dump_json(indent=2) if info.recipe else _json(asdict(info))
 
 
 def env() -> None:
@@ -199,9 +190,3 @@ def env() -> None:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
-
-
-def configs_folder() -> Path:
-    """The folder of the shipped configs: in the wheel, or in a checkout."""
-    here = Path(__file__).parent
-    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, short
 from latentpipe.images import psnr, to_bytes
 from latentpipe.latents import LatentSpace
 from latentpipe.probes import probe_images
@@ -188,7 +188,7 @@ def _check(images: torch.Tensor) -> None:
     elif len(images) < FEWEST:
         wrong = f"{len(images)} are too few to tell two VAEs apart; give at least {FEWEST}"
     elif not -1.01 <= images.min() <= images.max() <= 1.01:
-        wrong = f"values reach from {images.min():.3g} to {images.max():.3g}; expected [-1, 1]"
+        wrong = f"values reach from {short(float(images.min()))} to {short(float(images.max()))}; expected [-1, 1]"
     if wrong:
         raise UserError(f"Images to measure on: {wrong}.")
 

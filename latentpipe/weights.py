@@ -1,10 +1,9 @@
-"""Where VAEs live: find, open, save, hash. Safetensors only; the formats are in `formats`."""
+"""VAEs: open, save, hash. Safetensors only; where they live is in `places`, the formats are in `formats`."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,99 +12,20 @@ from typing import Any
 import torch
 
 from latentpipe.errors import UserError
-from latentpipe.files import SUFFIXES, atomic_folder, content_hash, home, printable
+from latentpipe.files import atomic_folder, content_hash
 from latentpipe.formats import opening as formats
 from latentpipe.formats.opening import Given, VAEFile
 from latentpipe.formats.source import CARD_FILE as CARD_FILE
 from latentpipe.formats.source import VAE_FILE as VAE_FILE
 from latentpipe.latents import LatentSpace
+from latentpipe.places import available as available
+from latentpipe.places import find_model as find_model
+from latentpipe.places import home as home
+from latentpipe.places import name_of as name_of
+from latentpipe.places import shipped as shipped
 from latentpipe.ranges import check_network_config, check_space
 
 PREVIEW_FILE = "latent_rgb.json"
-
-
-def shipped() -> Path:
-    """The folder of the weights that ship with the project: in the wheel, or in a checkout."""
-    here = Path(__file__).parent
-    return here / "embedded" if (here / "embedded").is_dir() else here.parent / "weights"
-
-
-def available(kind: str = "models") -> dict[str, Path]:
-    """Names and places of all `kind` ("models", "vae" or "lora"): the shipped ones, then people's own.
-
-    A model is a folder; a VAE is a folder or a safetensors file named by its stem (by its whole name where a folder has that);
-    a LoRA is a safetensors file. What lies in a subfolder is named with it: "style/flat" (`lookup` also finds it as "flat").
-    """
-    found: dict[str, Path] = {}
-    if kind != "lora":
-        for path in sorted(shipped().glob("[!.]*/model_index.json")):
-            found[path.parent.name] = path.parent if kind == "models" else path.parent / "vae"
-        for name, path in _entries(home() / "models", "model_index.json").items():
-            found[name] = path if kind == "models" else path / "vae"
-    for root in (shipped() / kind, home() / kind):
-        found |= _entries(root, {"lora": "", "vae": "config.json"}.get(kind, "model_index.json"))
-    return found
-
-
-def _entries(root: Path, index: str) -> dict[str, Path]:
-    """Names and places below a folder: folders that hold `index`, and safetensors files unless that is a model's.
-
-    Links to folders are followed, each folder once; hidden ones are passed by.
-    """
-    found: dict[str, Path] = {}
-    files: dict[str, Path] = {}
-    seen: set[str] = set()
-    for at, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(at)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        if real in seen:
-            continue
-        seen.add(real)
-        place = Path(at)
-        if index and index in names and place != root:
-            found[printable(place.relative_to(root).as_posix())] = place
-            folders.clear()  # its parts are no entries
-        elif index != "model_index.json":
-            weights = (place / name for name in sorted(names) if not name.startswith("."))
-            files |= {printable(path.relative_to(root).as_posix()): path for path in weights if path.suffix in SUFFIXES}
-    found = dict(sorted(found.items()))
-    for name, path in sorted(files.items()):
-        stem = name.removesuffix(path.suffix)
-        found[name if index and (root / stem).is_dir() else stem] = path
-    return found
-
-
-def lookup(name: str, known: Mapping[str, Path], kind: str) -> Path | None:
-    """The place that a name means: its whole name, or the last part of one in a subfolder; None where there is none.
-
-    UserError where the last part occurs in several subfolders: it lists them.
-    """
-    if name in known:
-        return known[name]
-    same = sorted(whole for whole in known if whole.rpartition("/")[2] == name)
-    if len(same) > 1:
-        raise UserError(f"There are several {kind} files named '{name}': {', '.join(same)}. Give one of these names.")
-    return known[same[0]] if same else None
-
-
-def find_model(name: str | Path, kind: str = "models") -> Path:
-    """The folder (or a VAE's single file) that a name or a path means; UserError lists the names there are."""
-    if not str(name).strip():
-        raise UserError(f"The {kind.removesuffix('s')} has an empty name; give a name ('latentpipe ls'), a folder or a file.")
-    known = available(kind)
-    if (place := known.get(str(name))) is not None:
-        if f"{name}.safetensors" in known:
-            raise UserError(f"{kind} '{name}' is both {place} and {known[f'{name}.safetensors']}; rename one of them.")
-        return place
-    path = Path(name)
-    if kind == "vae" and (path / "model_index.json").is_file() and (path / "vae").is_dir():
-        return (path / "vae").resolve()  # a whole model stands for its VAE
-    if path.is_dir() or (kind == "vae" and path.is_file()):
-        return path.resolve()
-    if (place := lookup(str(name), known, kind.removesuffix("s"))) is not None:
-        return place
-    kinds = "neither a folder nor a file nor" if kind == "vae" else "neither a folder nor"
-    raise UserError(f"No {kind.removesuffix('s')} '{name}': {kinds} one of {', '.join(known) or 'none installed'}.")
 
 
 def open_vae(
@@ -172,12 +92,6 @@ def refuse_wrapped(model: torch.nn.Module, what: str) -> None:
         raise UserError(
             f"{what} has adapters attached and was not saved; take them off, or fuse them (set_lora with fuse), first."
         )
-
-
-def name_of(folder: Path, kind: str = "models") -> str:
-    """The name under which `find_model` finds a folder or file; one elsewhere has its own name."""
-    known = {path.resolve(): name for name, path in available(kind).items()}
-    return known.get(folder.resolve(), printable(folder.stem if folder.is_file() else folder.name))
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, ValidationError, model_validator
 
+from latentpipe.defaults import LORA_LIMIT as LIMIT
 from latentpipe.errors import UserError
-from latentpipe.lora.merge import LIMIT
 from latentpipe.recipe import MAX_PROMPT, MAX_SEED
 from latentpipe.sampling import SCHEDULERS
 
@@ -172,7 +172,8 @@ def _wrong(kind: str, values: tuple[Any, ...], name: str) -> str:
             low, high = _WHOLE.get(kind) or _REAL[kind]
             typed = isinstance(value, int) and not isinstance(value, bool) if kind in _WHOLE else isinstance(value, float)
             if not typed or not math.isfinite(value) or not low <= value <= high:
-                return f"'{value}' on the {kind} axis; expected {'a whole ' * (kind in _WHOLE)}number from {low:g} to {high:g}."
+                what = "whole number" if kind in _WHOLE else "number"
+                return f"'{value}' on the {kind} axis; expected a {what} from {low:.10g} to {high:.10g}."
         elif not isinstance(value, str) or not value or len(value) > MAX_PROMPT:
             return f"The {kind} axis has an empty value; expected such as {_example(kind)}."
         elif kind == "scheduler" and value not in SCHEDULERS:

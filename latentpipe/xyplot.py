@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from latentpipe import emphasis
 from latentpipe import recipe as recipes
 from latentpipe.defaults import GUIDANCE, STEPS
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.images import picture_file
 from latentpipe.jobs import Cancelled, Report
 from latentpipe.lora.prompt import partial_tags, split_tags
@@ -29,7 +29,7 @@ from latentpipe.weights import available
 from latentpipe.xyaxes import MAX_CELLS, Axis
 from latentpipe.xysheet import draw_sheet, size_of
 
-CHUNK = "latentpipe-grid"
+CHUNK = recipes.GRID_CHUNK
 MAX_PIXELS = 2**26  # of a sheet: Pillow and browsers open it without complaint
 
 OpenPipe = Callable[[str | None], LatentPipeline]
@@ -261,7 +261,7 @@ def _legend(recipe: GridRecipe) -> list[str]:
     own = {axis.kind for axis in axes}
     parts = [f"model {recipe.model}"]
     parts += [f"VAE {base.vae or 'built in'}"] * ("vae" not in own)
-    parts += [f"seed {base.seed}"] * ("seed" not in own) + [f"{base.steps} steps"] * ("steps" not in own)
+    parts += [f"seed {base.seed}"] * ("seed" not in own) + [f"{counted(base.steps, 'step')}"] * ("steps" not in own)
     parts += [f"guidance {base.guidance:g}"] * ("guidance" not in own)
     parts += [f"scheduler {base.scheduler}"] * ("scheduler" not in own and base.scheduler is not None)
     shown = {axis.name for axis in axes if axis.kind == "lora"}

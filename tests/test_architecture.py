@@ -17,17 +17,17 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 
 # A module imports from those above it, from itself and from its own package only.
 ORDER = [
-    ["errors"], ["ending"], ["shortage"], ["yaml_loader"], ["reading"], ["apart"], ["version"], ["defaults"],
+    ["errors"], ["ending"], ["shortage"], ["yaml_loader"], ["reading"], ["apart"], ["version"], ["defaults"], ["places"],
     ["images"], ["probes"], ["latents"], ["ranges"], ["atomic"], ["files"], ["placed"], ["components"],
     ["bands"], ["bandable"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["facade"], ["hosts"], ["weights"],
     ["rescale"], ["fp16"],
-    ["model_files"], ["models"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["verdicts"], ["recipe"], ["sampling"],
-    ["foreign"], ["metadata"], ["emphasis"], ["denoise"], ["lora"], ["pipeline"],
+    ["model_files"], ["models"], ["in_memory"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["verdicts"], ["recipe"],
+    ["sampling"], ["foreign"], ["metadata"], ["vocabulary"], ["emphasis"], ["denoise"], ["lora"], ["picture"], ["pipeline"],
     ["model_cache"], ["jobs"], ["engine"], ["xyaxes"], ["xysheet"], ["xyplot"],
     ["config"], ["data"], ["evaluate"], ["train"], ["explore"], ["lab"],
-    ["generate", "verbs", "vae_verbs", "lora_verbs", "codec_verbs"],
+    ["checks"], ["generate", "verbs", "vae_verbs", "lora_verbs", "codec_verbs"],
     ["health_verb", "evaluate_verbs", "compare_verb", "explore_verbs", "path_verbs", "anomaly_verb", "grid_verb"],
-    ["fit"], ["ui_verb"], ["cli"],
+    ["fit"], ["ui_verb"], ["calls", "rules", "train_verbs"], ["cli"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 EXEMPT = {"latentpipe/__init__.py", "latentpipe/__main__.py"}
@@ -179,6 +179,14 @@ def test_the_front_end_is_blocks_and_callbacks(path: Path) -> None:
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"{path.name}:{node.lineno} {node.name} has no docstring"
+
+
+def test_no_sentence_is_cut_off() -> None:
+    """An f-string alone in a line is the rest of a message that lost its parentheses."""
+    for name in NAMES:
+        for node in ast.walk(TREES[name]):
+            alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.JoinedStr)
+            assert not alone, f"{name}:{getattr(node, 'lineno', 0)}"
 
 
 def test_factors_are_typed_in_one_place_only() -> None:

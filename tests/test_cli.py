@@ -130,7 +130,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("generat", "generate"),
         ("trian-vae", "train-vae"),
         ("relpay", "replay"),
-        ("evaluate", "evaluate prompts' or 'evaluate vae"),
+        ("evaluaet", "evaluate vae"),
     ],
 )
 def test_a_misspelt_verb_suggests(capsys: pytest.CaptureFixture[str], typed: str, meant: str) -> None:
@@ -145,7 +145,7 @@ def test_an_unknown_verb_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> 
     ("arguments", "words"),
     [
         (["generate", "x", "--lora", "y"], "No LoRA 'y'"),
-        (["generate", "x", "--adapter", "y"], "--adapter y"),
+        (["generate", "x", "--adapter", "y"], "--adapter does something only with --vae"),
         (["generate", "x", "--size", "big"], "--size is 'big'"),
         (["generate", "x", "--size", "64x"], "--size"),
         (["generate", "x", "--image", "none.png"], "no such file"),
@@ -154,16 +154,16 @@ def test_an_unknown_verb_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> 
         (["generate", "x", "--steps", "many"], "steps"),
         (["generate", "x", "--stpes", "3"], "steps"),
         (["generate", "x", "--scheduler", "heun"], "heun"),
-        (["generate"], "What to draw"),
-        (["replay", "none.png"], "no such picture"),
-        (["replay", "."], "cannot be read"),
+        (["generate"], "PROMPT is missing"),
+        (["replay", "none.png"], "no such file"),
+        (["replay", "."], "is a folder"),
         (["inspect", "nothing"], "nothing"),
         (["inspect", "."], "neither model_index.json"),
-        (["encode", "none", "--vae", "nothing"], "No vae 'nothing'"),
+        (["encode", ".", "--vae", "nothing"], "No VAE 'nothing'"),
         (["emoji", "--size", "500"], "--size is 500"),
         (["emoji", "--font", "none.ttf"], "none.ttf"),
         (["train-vae", "none.yaml"], "no such config file"),
-        (["train-vae", "."], "cannot be read"),
+        (["train-vae", "."], "not a file"),
         (["ls", "everything"], "everything"),
     ],
 )
@@ -189,12 +189,12 @@ def test_an_output_that_is_a_file_is_found_out_before_the_work(capsys: pytest.Ca
     [
         (["--steps", "0"], "steps is 0"),
         (["--size", "20"], "multiples of 8"),
-        (["--seed", "-1"], "seed"),
+        (["--seed", "-2"], "seed"),
         (["--n", "0"], "n is 0"),
         (["--guidance", "nan"], "guidance"),
-        (["--guidance-interval", "0.9", "0.1"], "guidance_interval"),
+        (["--guidance-interval", "0.9", "0.1"], "--guidance-interval"),
         (["--device", "abacus"], "abacus"),
-        (["--vae", "nothing"], "No vae 'nothing'"),
+        (["--vae", "nothing"], "No VAE 'nothing'"),
     ],
 )
 def test_impossible_settings_end_with_2(
@@ -461,6 +461,71 @@ def test_the_module_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
         result = run(*arguments, cwd=tmp_path)
         assert result.returncode == status, (arguments, result.stderr)
         assert "Traceback" not in result.stderr
+
+
+def test_a_seed_that_is_drawn_is_told_and_recorded(installed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", installed, "--steps", "1", "--device", "cpu"]
+    seeds = set()
+    for given in (["--seed", "-1"], ["--seed=-1"], []):
+        status, out, err = call(capsys, "generate", "red circle", *options, *given)
+        assert status == 0, err
+        with Image.open(out.strip()) as picture:
+            seed = json.loads(picture.info["latentpipe"])["seed"]
+        assert f"latentpipe: seed {seed}\n" in err
+        seeds.add(seed)
+    assert len(seeds) == 3
+
+
+def test_out_names_the_file(installed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", installed, "--steps", "1", "--device", "cpu", "--seed", "3"]
+    for name, kind in (("a/red.jpg", "JPEG"), ("red.webp", "WEBP"), ("red.png", "PNG")):
+        status, out, err = call(capsys, "generate", "red circle", *options, "--out", name)
+        assert (status, out) == (0, f"{name}\n"), err
+        with Image.open(name) as picture:
+            assert picture.format == kind
+        assert json.loads(call(capsys, "inspect", name)[1])["seed"] == 3
+        said = call(capsys, "replay", name)
+        assert said[0] == 0
+        assert said[1].startswith("identical: every pixel is the same")
+        assert ("JPEG too" in said[1]) == (kind == "JPEG")
+    assert call(capsys, "generate", "red circle", *options, "-n", "2", "--out", "two.jpg")[1] == "two-3.jpg\ntwo-4.jpg\n"
+    with Image.open("two-3.jpg") as picture:
+        picture.save("again.jpg", quality=20, exif=picture.info["exif"])  # by another program
+    assert "another program may have stored anew" in call(capsys, "replay", "again.jpg")[1]
+
+
+def test_slow_verbs_say_at_once_what_is_under_way(installed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from latentpipe.cli import BEGINNINGS
+
+    quick = {"ls", "inspect", "ui", "train-vae", "train-denoiser", "train-lora"}  # these say it themselves, or are done at once
+    assert set(VERBS) - quick == set(BEGINNINGS)
+    err = call(capsys, "generate", "x", "--model", installed, "--steps", "1", "--device", "cpu")[2]
+    assert err.splitlines()[1] == f"latentpipe: opening the model {installed} ..."  # after the seed
+
+
+def test_ls_is_sorted_by_kind_and_name(installed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [line.split()[:2] for line in call(capsys, "ls")[1].splitlines()]
+    kinds = [kind for kind, _ in rows]
+    assert list(dict.fromkeys(kinds)) == ["model", "vae", "lora", "config"]
+    assert kinds == sorted(kinds, key=["model", "vae", "lora", "config"].index)
+    for kind in set(kinds):
+        names = [name for other, name in rows if other == kind]
+        assert names == sorted(names)
+
+
+def test_the_program_ends_when_the_work_is_done() -> None:
+    """What was registered to happen at the end happens, what was printed arrives, and nothing is taken apart."""
+    code = (
+        "import atexit, sys, threading, time\nfrom latentpipe import __main__ as program, cli\n"
+        "class Slow:\n    def __del__(self):\n        print('taken apart')\n"
+        "kept = Slow()\n"
+        "atexit.register(print, 'registered')\n"
+        "def late():\n    time.sleep(0.2)\n    print('thread')\n"
+        "def main():\n    print('work', end='')\n    threading.Thread(target=late).start()\n    return 3\n"
+        "cli.main = main\nprogram.main()"
+    )
+    result = run(code=code)
+    assert (result.returncode, result.stdout, result.stderr) == (3, "workthread\nregistered\n", "")
 
 
 def test_a_prompt_that_is_no_unicode_is_a_mistake(installed: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from latentpipe import cli
 from latentpipe.config import TrainDenoiser, TrainLora, TrainVAE, dump, load, parse
 from latentpipe.data.shapes import write
-from latentpipe.verbs import configs_folder
+from latentpipe.places import configs_folder
 
 pytestmark = pytest.mark.slow
 

@@ -85,7 +85,7 @@ def test_the_report_is_what_happened() -> None:
     difference = (decode(new, raw) - right).abs().max().item()
     assert report.decode.difference == pytest.approx(difference, abs=1e-6)
     assert report.decode.half_db == pytest.approx(psnr(decode(new.half(), raw.half()), right), abs=5)
-    assert "overflows in fp16; 1 layers rescaled" in report.table()
+    assert "overflows in fp16; 1 layer rescaled" in report.table()
 
 
 def test_emulated_fp16_is_as_good_as_the_processors() -> None:
@@ -208,7 +208,7 @@ def test_the_verb_writes_a_vae_that_diffusers_runs_in_fp16(
     save_vae(planted("conv1"), base, {"data": "drawn"}, {"factors": [[0.0] * 3] * 4, "bias": [0.0] * 3})
     assert main(["make-fp16-safe", str(base), "--out", str(out), "--images", str(pictures), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert "12 images: this VAE overflows in fp16; 1 layers rescaled" in printed
+    assert "12 images: this VAE overflows in fp16; 1 layer rescaled" in printed
     assert printed.splitlines()[-1] == str(out)
     card = json.loads((out / "card.json").read_text())
     assert card["data"] == "drawn"

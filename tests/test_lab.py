@@ -292,3 +292,16 @@ def test_images_of_the_laboratory_are_the_pictures(squares: list[Image.Image]) -
     lab = compare_pictures(squares[:2], [perfect()], SIDE)
     assert torch.equal(to_images(lab.originals), to_images(squares[:2]))
     assert [picture.tobytes() for picture in lab.vaes[0].pictures] == [picture.tobytes() for picture in squares[:2]]
+
+
+def test_vaes_are_compared_at_the_size_they_were_trained_at() -> None:
+    from latentpipe.lab import LARGEST_USUAL, usual_side
+
+    def stage(**config: Any) -> VAEStage:
+        return VAEStage(tiny_vae(**config))
+
+    assert usual_side([stage(sample_size=32)]) == 64  # diffusers' own default says nothing
+    assert usual_side([stage(sample_size=128)]) == 128
+    assert usual_side([stage(sample_size=128), stage(sample_size=256), stage(sample_size=32)]) == 256
+    assert usual_side([stage(sample_size=1024)]) == LARGEST_USUAL
+    assert usual_side([stage(sample_size=(96, 97))]) == 96  # a multiple of the downscale

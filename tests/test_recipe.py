@@ -197,3 +197,40 @@ def test_this_machine_names_the_versions() -> None:
     assert machine.versions["torch"] == torch.__version__
     assert set(machine.versions) == {"latentpipe", "torch", "diffusers", "transformers"}
     assert machine.processor
+
+
+@pytest.mark.parametrize("ending", ["jpg", "webp", "png"])
+@pytest.mark.parametrize("prompt", ["red circle", '\N{RED APPLE} кот, "x": <b>\n2'])
+def test_every_kind_of_file_carries_the_recipe(tmp_path: Path, ending: str, prompt: str) -> None:
+    from latentpipe.metadata import read_info
+
+    picture, made, path = draw_shape("red", "bar"), some_recipe(prompt=prompt), tmp_path / f"x.{ending}"
+    recipe.save(picture, path, made)
+    assert recipe.read(path) == made
+    info = read_info(path)
+    assert (info.source, info.recipe, info.prompt) == ("latentpipe", made, made.prompt)
+    with Image.open(path) as stored:
+        pixels = np.asarray(stored.convert("RGB"))
+    assert np.array_equal(pixels, np.asarray(recipe.as_stored(picture, {"jpg": "JPEG"}.get(ending))))
+    assert np.array_equal(pixels, np.asarray(picture)) == (ending != "jpg")  # a JPEG loses some of it
+    if ending != "png":  # as A1111 writes it, for whoever reads that
+        from latentpipe.foreign import user_comment
+
+        with Image.open(path) as stored:
+            assert user_comment(stored.info["exif"]) == recipe.a1111_text(made)
+
+
+def test_a_recipe_too_long_for_a_jpeg_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"write a \.png or a \.webp"):
+        recipe.save(draw_shape("red", "bar"), tmp_path / "x.jpg", some_recipe(prompt="\N{RED APPLE}" * 19_000))
+    assert not list(tmp_path.iterdir())
+    recipe.save(draw_shape("red", "bar"), tmp_path / "x.webp", some_recipe(prompt="\N{RED APPLE}" * 19_000))
+    assert len(recipe.read(tmp_path / "x.webp").prompt) == 19_000
+
+
+def test_other_programs_descriptions_are_no_recipes(tmp_path: Path) -> None:
+    tags = Image.Exif()
+    tags[recipe.DESCRIPTION] = '{"prompt": "theirs"}'
+    draw_shape("red", "bar").save(tmp_path / "x.jpg", exif=tags.tobytes())
+    with pytest.raises(UserError, match="carries no latentpipe recipe"):
+        recipe.read(tmp_path / "x.jpg")

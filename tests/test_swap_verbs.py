@@ -167,9 +167,9 @@ def test_generate_refuses_what_the_verdict_refuses(installed: str, own_home: Pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--vae", "nothing"], "No vae 'nothing'"),
+        (["--vae", "nothing"], "No VAE 'nothing'"),
         (["--vae", "emoji", "--model", "nothing"], "No model 'nothing'"),
-        (["--vae", "emoji", "--images", "nowhere"], "nowhere is not a folder"),
+        (["--vae", "emoji", "--images", "nowhere"], "no such folder"),
     ],
 )
 def test_mistakes(arguments: list[str], said: str, capsys: Any) -> None:

@@ -288,7 +288,7 @@ def test_own_vaes_have_names(vae_folder: Path, own_home: Path) -> None:
 def test_an_unknown_name_lists_the_known(installed: str) -> None:
     with pytest.raises(UserError, match=r"No model 'nothing': .*\btiny\b"):
         weights.find_model("nothing")
-    with pytest.raises(UserError, match="No vae 'nothing'"):
+    with pytest.raises(UserError, match="No VAE 'nothing'"):
         weights.find_model("nothing", "vae")
 
 

@@ -44,7 +44,7 @@ def site(tmp_path_factory):
 
 def test_draws_from_any_folder(site, tmp_path):
     code = (
-        "import latentpipe.weights as w, latentpipe.verbs as v, latentpipe.cli as c;"
+        "import latentpipe.weights as w, latentpipe.places as v, latentpipe.cli as c;"
         "print(w.shipped(), v.configs_folder());"
         "raise SystemExit(c.main(['generate', 'red apple', '--steps', '2', '--seed', '1']))"
     )
@@ -65,3 +65,26 @@ def test_data_files_are_inside(site, name):
 
 def test_nothing_else_is_inside(site):
     assert {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")} == {"latentpipe"}
+
+
+def test_types_are_found_in_an_editable_installation(tmp_path):
+    """A path entry, which type checkers read; not a hook that finds modules when the program runs, which they cannot."""
+    from mypy.modulefinder import FindModuleCache, SearchPaths
+    from mypy.options import Options
+
+    for name in ("latentpipe", "configs", "ui", "weights"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "out").mkdir()
+    code = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, "out"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (link,) = [name for name in archive.namelist() if name.endswith(".pth")]
+        assert archive.read(link).decode().strip() == str(tmp_path)
+    paths = SearchPaths(python_path=(), mypy_path=(), package_path=(str(tmp_path),), typeshed_path=())
+    found = FindModuleCache(paths, None, Options())
+    for module in ("latentpipe", "latentpipe.pipeline", "latentpipe.ui", "latentpipe.ui.show", "latentpipe.configs"):
+        assert isinstance(found.find_module(module), str), module

@@ -119,7 +119,7 @@ def test_any_text_is_an_axis_or_one_sentence(kind: str, text: str, name: str) ->
         ("seed", "no values"),
         ("seed=", "no values"),
         ("colour=1", "no axis 'colour'"),
-        ("seed=-1", "0 to 4.29497e\\+09"),
+        ("seed=-1", "0 to 4294967295"),
         ("seed=1.5", "no whole number"),
         ("seed=1_0", "no number"),
         ("seed=٣", "no number"),
@@ -426,9 +426,8 @@ def test_the_verb_writes_one_file_and_prints_its_path(
     ("options", "words"),
     [
         (["--x", "seed"], "has no values"),
-        (["--x", "vae=../etc"], "No vae '../etc'"),
+        (["--x", "vae=../etc"], "No VAE '../etc'"),
         (["--x", "seed=1", "--out", "grid.jpg"], "ends in .png"),
-        (["--x", "seed=1", "--out", "nowhere/grid.png"], "there is no folder nowhere"),
         (["--x", "seed=1", "--size", "big"], "--size is 'big'"),
     ],
 )

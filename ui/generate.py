@@ -14,6 +14,7 @@ import gradio as gr
 from latentpipe import Finished, StepDone
 from latentpipe.adapters import own_adapters
 from latentpipe.engine import Waiting
+from latentpipe.errors import counted
 from latentpipe.jobs import Done
 from latentpipe.recipe import MAX_SEED, read
 from latentpipe.ui import show
@@ -110,8 +111,10 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
         text = f"{len(pictures)} picture{'s' * (len(pictures) > 1)} in {event.seconds:.1f} s, seed {first.seed}"
         if first.stopped_after is not None:
             text = (
-                f"Stopped after {first.stopped_after} of {first.steps} steps; the unfinished picture is kept. Seed {first.seed}"
+                f"Stopped after {first.stopped_after} of {counted(first.steps, 'step')}; the unfinished picture "
+                f"is kept. Seed {first.seed}"
             )
+        text = ". ".join([text, *(note[:1].upper() + note[1:] for note in event.pictures[0].notes)])
         total = (pictures + earlier)[:HISTORY]
         return {
             status: show.words(text + "."),
@@ -174,7 +177,7 @@ def in_use(pipe: Any) -> str:
     space = pipe.stage.space
     dtype = str(pipe.stage.dtype).removeprefix("torch.")
     name = pipe.vae_name or f"{pipe.name} (built-in)"
-    return f"VAE in use: {name}, {pipe.hashes['vae'][:10]}, {space.channels} channels at 1/{space.downscale}, {dtype}."
+    return f"VAE in use: {name}, {pipe.hashes['vae'][:10]}, {counted(space.channels, 'channel')} at 1/{space.downscale}, {dtype}."
 
 
 def _choose(event: gr.SelectData) -> tuple[str | None, Any]:

@@ -11,6 +11,7 @@ import gradio as gr
 from PIL import Image
 
 from latentpipe import UserError
+from latentpipe.errors import counted
 from latentpipe.fit import fit_and_save
 from latentpipe.images import fit_square, to_images
 from latentpipe.jobs import Done, Report
@@ -204,7 +205,7 @@ def _wire_fit(app: App, fit: gr.Button, parts: _Parts, target: gr.Dropdown, ladd
                     (one.name, f"{one.psnr_db:.1f} dB ({one.low:.1f} to {one.high:.1f})", f"{one.r2:.3f}", f"{one.parameters:,}")
                     for one in [*scores.scores, scores.bound]
                 ]
-                caption = f"{scores.fitted_on} pictures fitted, {scores.held_out} others scored, {scores.size_px} px"
+                caption = f"{counted(scores.fitted_on, 'picture')} fitted, {scores.held_out} others scored, {scores.size_px} px"
                 words = f"Chosen: {scores.chosen}. Saved as the adapter '{path.stem}'; the tab Generate offers it."
                 yield show.words(words) + show.table(caption, ["Rung", "PSNR, 95 %", "R²", "Parameters"], rows)
             return

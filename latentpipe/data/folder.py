@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from latentpipe.data.listing import SUFFIXES, Listing, list_pictures
-from latentpipe.errors import Note, UserError
+from latentpipe.errors import Note, UserError, counted
 from latentpipe.files import printable
 from latentpipe.images import Unreadable, fit_square, flatten, picture_file
 
@@ -37,7 +37,8 @@ class Pictures:
 
     def report(self) -> str:
         """One line on what was read, and one for each file that was not."""
-        lines = [f"{len(self.names)} pictures read, {len(self.skipped)} skipped"] + ([f"  {self.source}"] if self.source else [])
+        lines = [f"{counted(len(self.names), 'picture')} read, {len(self.skipped)} skipped"]
+        lines += [f"  {self.source}"] if self.source else []
         return printable("\n".join(lines + [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()]))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from latentpipe.atomic import atomic_if_new
+from latentpipe.errors import counted
 
 COLOURS = {
     "red": (214, 48, 49),
@@ -60,4 +61,4 @@ def write(folder: Path) -> int:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1] if len(sys.argv) > 1 else "my-pictures")
-    print(f"{target}: {write(target)} pictures")
+    print(f"{target}: {counted(write(target), 'picture')}")

@@ -13,7 +13,7 @@ import torch
 
 from latentpipe import memory
 from latentpipe.data.folder import Item, read_index, read_square
-from latentpipe.errors import Note, UserError
+from latentpipe.errors import Note, UserError, counted
 from latentpipe.files import printable
 from latentpipe.images import Unreadable
 
@@ -51,9 +51,9 @@ class PictureStream:
     def report(self) -> str:
         """One line on what there is, and one for each file that was skipped so far."""
         if len(self.items) > EAGER:
-            head = f"{len(self.items):,} pictures, read as they are needed"
+            head = f"{counted(len(self.items), 'picture')}, read as they are needed"
         else:
-            head = f"{len(self.items) - len(self.skipped)} pictures read, {len(self.skipped)} skipped"
+            head = f"{counted(len(self.items) - len(self.skipped), 'picture')} read, {len(self.skipped)} skipped"
         return printable("\n".join([head, *(f"  skipped {name}: {reason}" for name, reason in sorted(self.skipped.items()))]))
 
     def batch(self, chosen: Sequence[int], ahead: Sequence[int] = ()) -> torch.Tensor:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from latentpipe.errors import counted, short
 from latentpipe.evaluate.health import Health
 
 COLLAPSED_SHARE = 0.9  # of channels active: below, beta is to blame; above, single channels are
@@ -82,7 +83,7 @@ def _inactive(health: Health, training: Training) -> str:
     if health.active_share >= COLLAPSED_SHARE:
         return (
             f"{_channels(dead)} of {c} {_are(dead)} dead (KL at most {kl:.2g} bits): use loss.free_bits {FREE_BITS}, "
-            f"or train with {c - len(dead)} channels."
+            f"or train with {counted(c - len(dead), 'channel')}."
         )
     cures = f"or use loss.free_bits {FREE_BITS}, or loss.target_bits {FREE_BITS}"
     return f"{len(dead)} of {c} channels are inactive (KL at most {kl:.2g} bits each): {_lower(health, training)}, {cures}."
@@ -117,7 +118,7 @@ def _blur(health: Health) -> str:
         return ""
     return (
         f"the reconstruction is blurred: it has {ratio:.0%} of the pictures' energy above half the Nyquist frequency "
-        f"(expected {BLURRED:.0%} and more). Lower loss.kl, or add loss.structure, loss.perceptual or loss.adversarial."
+        f"(expected {BLURRED:.0%} and more). Lower loss.kl, or add loss.structure, loss.perceptual or adversarial.weight."
     )
 
 
@@ -128,7 +129,8 @@ def _unbounded(health: Health) -> str:
     worst, what = (health.std, "std") if std > LARGEST_STD else (health.kurtosis, "excess kurtosis")
     limit = LARGEST_STD if what == "std" else LARGEST_KURTOSIS
     return (
-        f"the latents are not bounded: channel {worst.index(max(worst))} has {what} {max(worst):.3g} (usual: at most {limit:g}). "
+        f"the latents are not bounded: channel {worst.index(max(worst))} has {what} {short(max(worst))} (usual: "
+        f"at most {limit:g}). "
         f"Raise loss.kl, or lower optim.learning_rate."
     )
 
@@ -138,7 +140,8 @@ def _exploding(health: Health) -> str:
         return ""
     worst = health.sigma.index(max(health.sigma))
     return (
-        f"sigma explodes: channel {worst} has {health.sigma[worst]:.3g}, the prior has 1 and more than {LARGEST_SIGMA:g} carries "
+        f"sigma explodes: channel {worst} has {short(health.sigma[worst])}, the prior has 1 and more than "
+        f"{LARGEST_SIGMA:g} carries "
         f"nothing. Raise loss.kl, which pulls it back, or lower optim.learning_rate."
     )
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.evaluate.bootstrap import paired
 from latentpipe.evaluate.results import Evaluation, Score
 from latentpipe.evaluate.significance import holm, least_p, p_of_interval, sign_flip
@@ -123,7 +123,8 @@ class Comparison:
         first = self.evaluations[0]
         size = size_words(first.pictures.get("size_px"))
         head = (
-            f"{first.pictures['set']}: {first.pictures['n']} pictures, {size}; protocol {first.protocol.get('name', 'unnamed')}"
+            f"{first.pictures['set']}: {counted(first.pictures['n'], 'picture')}, {size}; protocol "
+            f"{first.protocol.get('name', 'unnamed')}"
         )
         rows = [["", *self.labels, "winner"]]
         for metric in self.metrics():
@@ -197,7 +198,8 @@ def notes_of(labels: Sequence[str], evaluations: Sequence[Evaluation], compariso
     n = len(evaluations[0].names)
     if least_p(n) * comparisons > LEVEL:
         notes.append(
-            f"{n} pictures are too few for any winner in {comparisons} comparisons: the smallest p-value of a sign-flip test "
+            f"{counted(n, 'picture')} are too few for any winner in {comparisons} comparisons: the smallest "
+            f"p-value of a sign-flip test "
             f"over them is {least_p(n):.2g}, and {min(1.0, least_p(n) * comparisons):.2g} when adjusted. Give more pictures."
         )
     return notes

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.evaluate import posteriors
 from latentpipe.evaluate.detail import Patches, high_energy
 from latentpipe.evaluate.posteriors import NATS
@@ -94,7 +94,7 @@ class Health:
         heads = {"KL bits": "kl_bits", "I bits": "mutual_bits", "gap bits": "marginal_gap_bits", "var mean": "mean_variance"}
         heads |= {"sigma": "sigma", "mean": "mean", "std": "std", "skew": "skewness", "kurtosis": "kurtosis", "use dB": "use_db"}
         columns = {head: getattr(self, name) for head, name in heads.items() if getattr(self, name) is not None}
-        lines = [f"{self.n} pictures, latents {c} x {h} x {w}; {sum(self.active)} of {c} channels active"]
+        lines = [f"{counted(self.n, 'picture')}, latents {c} x {h} x {w}; {sum(self.active)} of {counted(c, 'channel')} active"]
         lines += ["channel" + "".join(f"{head:>10}" for head in columns)]
         for index in range(c):
             cells = "".join(f"{values[index]:10.3g}" for values in columns.values())

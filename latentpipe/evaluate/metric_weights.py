@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from latentpipe.errors import UserError
 from latentpipe.files import content_hash, load_strictly, own_home, read_header, read_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 SOURCES = {
     "lpips-alex": ("LPIPS (alex)", "alexnet-owt-7be5be79.pth lpips/weights/v0.1/alex.pth"),

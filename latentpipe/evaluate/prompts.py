@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from latentpipe.data.emoji import TONES, Combination, combination_of
 from latentpipe.defaults import GUIDANCE, STEPS
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.evaluate.bank import Bank, open_bank, small
 from latentpipe.files import atomic_file
 from latentpipe.images import sheet
@@ -187,7 +187,7 @@ def table(result: dict[str, Any]) -> str:
     lines.append(f"four seeds of one prompt: rms difference {seeds['mean']:.1f} grey levels, smallest {seeds['smallest']:.1f}")
     protocol = result["protocol"]
     lines.append(
-        f"nearest of {protocol['bank']} {protocol['set']} pictures at 32 x 32; {protocol['steps']} steps, "
+        f"nearest of {protocol['bank']} {counted(protocol['set'], 'picture')} at 32 x 32; {counted(protocol['steps'], 'step')}, "
         f"guidance {protocol['guidance']}, {protocol['size_px']} px; Wilson intervals, 95 %"
     )
     return "\n".join(lines)

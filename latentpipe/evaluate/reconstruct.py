@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.evaluate import pictures
 from latentpipe.evaluate.bootstrap import resampled_means
 from latentpipe.evaluate.cost import measure_cost
@@ -222,11 +222,12 @@ def _set(plan: Plan, tally: Tally, tools: Tools) -> dict[str, Any]:
     notes = []
     if tools.features is not None and len(tally.names) <= tools.features.size:
         notes.append(
-            f"{len(tally.names)} pictures are no more than the {tools.features.size} features: Frechet distances are far too "
+            f"{counted(len(tally.names), 'picture')} are no more than the {tools.features.size} features: "
+            f"Frechet distances are far too "
             "large, and compare only at the same N"
         )
     if tools.features is not None and sum(map(len, tally.latents)) < len(tally.names):
-        notes.append(f"interpolation is of the first {sum(map(len, tally.latents))} pictures, whose latents were kept")
+        notes.append(f"interpolation is of the first {counted(sum(map(len, tally.latents)), 'picture')}, whose latents were kept")
     return {
         "set": plan.folder.resolve().name,
         "n": len(tally.names),

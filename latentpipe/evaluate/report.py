@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from latentpipe.errors import counted, short
 from latentpipe.evaluate.compare import Comparison, Difference
 from latentpipe.evaluate.crops import GAIN, Strip, Tile
 from latentpipe.evaluate.figures import Figure, figures, forests, machine, mark
@@ -74,7 +75,7 @@ def _summary(comparison: Comparison) -> str:
         said.append(f"No clear winner in {escape(_list(open_))}.")
     first = comparison.evaluations[0]
     size = size_words(first.pictures.get("size_px"))
-    told = f"{len(comparison.labels)} VAEs on the same {first.pictures['n']} pictures ({size})."
+    told = f"{counted(len(comparison.labels), 'VAE')} on the same {counted(first.pictures['n'], 'picture')} ({size})."
     return f'<p class="lede">{escape(told)} {" ".join(said)}</p>'
 
 
@@ -192,7 +193,7 @@ def _extremes(comparison: Comparison) -> str:
     rows = []
     for one in comparison.extremes:
         unit = " dB" if one.metric == "PSNR" else ""
-        gain = f'<td class="n">{one.value:.3g}{unit}</td>'
+        gain = f'<td class="n">{short(one.value)}{unit}</td>'
         cells = [_cell(one.second), gain, _cell(one.metric)]
         rows.append(f'<tr><th scope="row">{escape(one.picture)}</th>{_cell(one.first)}{"".join(cells)}</tr>')
     return _table("", ["picture", "better", "worse", "by", "metric"], rows, numeric=[3])

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from latentpipe.errors import counted
 from latentpipe.evaluate.results import Evaluation
 from latentpipe.evaluate.wording import interval_words, rounded
 from latentpipe.files import HASH_LENGTH, atomic_file
@@ -25,7 +26,7 @@ def table(evaluation: Evaluation) -> str:
     """Every figure with its interval, n and unit; then latents, cost, what is missing, and what it was measured on."""
     about = evaluation.about
     lines = [
-        f"{evaluation.name}  {evaluation.hash[:HASH_LENGTH]}  {about['class']}, {about['channels']} channels at "
+        f"{evaluation.name}  {evaluation.hash[:HASH_LENGTH]}  {about['class']}, {counted(about['channels'], 'channel')} at "
         f"1/{about['downscale']}, {about['parameters'] / 1e6:.2f} M parameters, {about['dtype']}",
         "",
     ]

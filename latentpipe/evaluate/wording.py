@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from latentpipe.errors import short
 from latentpipe.evaluate.results import Score
 
 
@@ -32,7 +33,7 @@ def rounded(value: float, low: float, high: float) -> tuple[str, str, str]:
     """Three figures as text, all with the decimals that show two digits of the half-width of low to high."""
     half = (high - low) / 2
     if not (math.isfinite(half) and half > 0):
-        return (f"{value:.4g}", f"{low:.4g}", f"{high:.4g}")
+        return (f"{short(value, 4)}", f"{short(low, 4)}", f"{short(high, 4)}")
     decimals = min(max(1 - math.floor(math.log10(half)), 0), 8)
     value_, low_, high_ = (f"{number:.{decimals}f}".replace("-", "−") for number in (value, low, high))
     return value_, low_, high_

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.evaluate.bank import open_bank, small
 from latentpipe.evaluate.latent import decibels
 from latentpipe.evaluate.results import Score
@@ -43,7 +43,7 @@ def labels(captions: Sequence[Sequence[str]], attribute: str) -> np.ndarray:
     if min(low, high) < LEAST or known.min() == known.max():
         count = int((known > 0).sum())
         raise UserError(
-            f"'{attribute}': {count} of {len(captions)} captions have it and {len(known) - count} have its opposite; "
+            f"'{attribute}': {count} of {counted(len(captions), 'caption')} have it and {len(known) - count} have its opposite; "
             f"expected {LEAST} of either kind and more. Give other words of the captions, or more pictures."
         )
     return found

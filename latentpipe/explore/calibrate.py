@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.evaluate.bootstrap import RESAMPLES, Values
 from latentpipe.evaluate.results import Score
 
@@ -62,7 +62,8 @@ def threshold(scores: Values, false_alarms: float) -> float:
     if rank > len(values):
         least = math.ceil(1 / false_alarms - 1 - 1e-9)
         raise UserError(
-            f"{len(values)} pictures to calibrate on cannot promise a false-alarm rate of {false_alarms:g}: that takes {least}. "
+            f"{counted(len(values), 'picture')} to calibrate on cannot promise a false-alarm rate of "
+            f"{false_alarms:g}: that takes {least}. "
             "Give more normal pictures, or a higher rate."
         )
     return float(values[rank - 1])

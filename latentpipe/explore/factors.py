@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from latentpipe.atomic import atomic_if_new
+from latentpipe.errors import counted
 
 FACTORS: dict[str, int] = {"shape": 3, "size": 4, "x": 6, "y": 6, "hue": 8}
 """How many values each factor has; a picture's factors are one index into each, independent and uniform over `grid`."""
@@ -82,4 +83,4 @@ def write(folder: Path, size_px: int = 64) -> int:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1] if len(sys.argv) > 1 else "factors")
-    print(f"{target}: {write(target)} pictures")
+    print(f"{target}: {counted(write(target), 'picture')}")

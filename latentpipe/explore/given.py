@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from latentpipe.data.folder import read_index, read_square
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.evaluate.bank import SIDE
 from latentpipe.explore.directions import Report
 from latentpipe.images import bytes_to_images
@@ -50,7 +50,7 @@ def read_given(paths: Sequence[Path], side: int, as_bank: bool = False, most: in
             report(done, len(files), "read")
     if not parts:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
-        raise UserError(f"None of {len(files)} files could be read as a picture.\n{reasons}".rstrip())
+        raise UserError(f"None of {counted(len(files), 'file')} could be read as a picture.\n{reasons}".rstrip())
     return Given(torch.cat(parts), names, skipped)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from latentpipe.errors import Note, UserError
+from latentpipe.errors import Note, UserError, short
 from latentpipe.formats.build import build
 from latentpipe.latents import PUBLISHED, LatentSpace, downscale_of
 from latentpipe.probes import probe_images
@@ -74,12 +74,13 @@ def space_of(config: Config, tensors: Tensors, path: Path) -> tuple[float, float
     if len(fits) != 1:
         raise UserError(
             f"{path} declares no scaling factor, and no published space of {channels} channels at 1/{downscale} size clearly "
-            f"fits its latents (mean {mean:.3g}, std {std:.3g} on {PROBES} probe images{'; ' if shown else ''}{shown}): "
-            f"state it, latentpipe convert {path} --out FOLDER --scaling-factor X [--shift-factor Y]; 1/std is {1 / std:.4g}."
+            f"fits its latents (mean {short(mean)}, std {short(std)} on {PROBES} probe images{'; ' if shown else ''}{shown}): "
+            f"state it, latentpipe convert {path} --out FOLDER --scaling-factor X [--shift-factor Y]; 1/std is "
+            f"{short(1 / std, 4)}."
         )
     space = PUBLISHED[fits[0]]
     _note(
-        f"{path.name} declares no scaling factor; measured on {PROBES} probe images its latents have std {std:.3g}, "
+        f"{path.name} declares no scaling factor; measured on {PROBES} probe images its latents have std {short(std)}, "
         f"which fits {fits[0]}: {space.scale[0]:g}, shift {space.shift[0]:g} ({shown})."
     )
     return space.scale[0], space.shift[0]
@@ -90,7 +91,7 @@ def check_normalized(config: Config, tensors: Tensors, path: Path) -> None:
     _, std = _statistics(config, tensors, path)
     if not 0.3 <= std <= 3:
         _note(
-            f"{path.name}: latents of its family are normalized by training (factor 1), but these have std {std:.3g} "
+            f"{path.name}: latents of its family are normalized by training (factor 1), but these have std {short(std)} "
             "on the probe images; state a factor with 'latentpipe convert --scaling-factor' if pictures come out wrong."
         )
 
@@ -111,7 +112,7 @@ def _statistics(config: Config, tensors: Tensors, path: Path) -> tuple[float, fl
     found = float(mean.mean()), float((mean.var(correction=0) + std.square().mean()).sqrt())
     if not all(map(math.isfinite, found)) or found[1] == 0:
         raise UserError(
-            f"{path}: its encoder gives no usable latents (mean {found[0]:.3g}, std {found[1]:.3g}); the file is broken."
+            f"{path}: its encoder gives no usable latents (mean {short(found[0])}, std {short(found[1])}); the file is broken."
         )
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from latentpipe.components import check_config
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.formats import kl, taesd
 from latentpipe.formats.build import AUTOENCODERS, build
 from latentpipe.formats.looks import carries_adapter, looks_like
@@ -166,7 +166,7 @@ def _check_header(source: Source, names: Mapping[str, str]) -> None:
     for own in IMAGE_INPUTS:
         shape = source.shapes.get(names.get(own, ""), ())
         if len(shape) == 4 and shape[1] != 3:
-            raise UserError(f"{source.path} encodes pictures of {shape[1]} channels; images here have 3.")
+            raise UserError(f"{source.path} encodes pictures of {counted(shape[1], 'channel')}; images here have 3.")
 
 
 def _complete(config: dict[str, Any], tensors: dict[str, torch.Tensor], given: Given, path: Path) -> dict[str, Any]:

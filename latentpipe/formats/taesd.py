@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 
 Shapes = Mapping[str, tuple[int, ...]]
 Layers = list[list[Any]]
@@ -56,7 +56,9 @@ def config_of(shapes: Shapes, downscale: int | None, path: Path) -> dict[str, An
         raise UserError(f"{path} holds a decoder without an encoder; give both: latentpipe convert ENCODER DECODER --out FOLDER.")
     if decoder:
         if encoder[-1][2] != decoder[0][1]:
-            raise UserError(f"{path}: its encoder makes {encoder[-1][2]} channels and its decoder takes {decoder[0][1]}.")
+            raise UserError(
+                f"{path}: its encoder makes {counted(encoder[-1][2], 'channel')} and its decoder takes {decoder[0][1]}."
+            )
         measured = 2 ** sum(layer == ["up"] for layer in decoder)
         if downscale not in (None, measured):
             raise UserError(f"{path}: its decoder enlarges {measured} times, but downscale {downscale} was given.")
@@ -106,7 +108,7 @@ def _check_chain(layers: Layers, side: str, path: Path) -> None:
     weighted = [layer for layer in layers if len(layer) > 1]
     for first, second in pairwise(weighted):
         if first[2] != second[1]:
-            raise UserError(f"{path}: a layer of its {side} gives {first[2]} channels and the next takes {second[1]}.")
+            raise UserError(f"{path}: a layer of its {side} gives {counted(first[2], 'channel')} and the next takes {second[1]}.")
     if weighted and (weighted[0][0] != "conv" or weighted[-1][0] != "conv"):
         raise UserError(f"{path}: its {side} does not begin and end with a convolution; the file is incomplete.")
 

@@ -20,13 +20,14 @@ from latentpipe.errors import Note, UserError
 from latentpipe.files import HASH_LENGTH
 from latentpipe.hosts import host_of
 from latentpipe.judge import judge
+from latentpipe.lora.file_card import trigger_words
 from latentpipe.lora.files import base_of, read_lora
 from latentpipe.lora.layer import Lora
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.mixer import Mixer
-from latentpipe.lora.places import find_lora, named_lora
 from latentpipe.lora.report import SHOWN, Report
 from latentpipe.lora.sites import DENOISERS, TEXT, leaves
+from latentpipe.places import find_lora, named_lora
 from latentpipe.probes import probe_images
 from latentpipe.vae import VAEStage
 from latentpipe.verdict import Verdict, measure
@@ -55,6 +56,12 @@ class Loras:
     def weights(self) -> dict[str, Weight]:
         """Of the adapters that are on."""
         return self.mixer.weights
+
+    @property
+    def words(self) -> set[str]:
+        """The trigger words of the adapters that are on, lower case, one by one."""
+        on = [trigger_words(self.mixer.loaded[name]) for name in self.weights if name in self.mixer.loaded]
+        return {word for phrases in on for phrase in phrases for word in phrase.lower().split()}
 
     def attach(
         self, source: Lora | str | Path, weight: Weight, name: str | None = None, partial: bool = False, force: bool = False

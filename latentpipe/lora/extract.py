@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from latentpipe.errors import Note, UserError
+from latentpipe.errors import Note, UserError, counted
 from latentpipe.files import read_json
 from latentpipe.latents import LatentSpace
 from latentpipe.lora.factor import plain_layer
@@ -49,7 +49,7 @@ class Explained:
         low, high = self.ranks
         rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
         left = f"; {len(self.left_out)} other tensors hold {self.left_share:.1%} of it and are left out" if self.left_out else ""
-        return f"{self.layers} layers, {rank}, {self.share:.1%} of their difference held{left}"
+        return f"{counted(self.layers, 'layer')}, {rank}, {self.share:.1%} of their difference held{left}"
 
 
 def extract(

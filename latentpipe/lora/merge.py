@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from latentpipe.defaults import LORA_LIMIT as LIMIT
 from latentpipe.errors import UserError
 from latentpipe.lora.file_card import BASE, WORDS, base_of, trigger_words
 from latentpipe.lora.layer import Layer, Lora
@@ -19,7 +20,6 @@ from latentpipe.lora.layer import Layer, Lora
 SAME_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # they merge A and B apart
 BY_SVD = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")  # they merge the product B A
 METHODS = ("cat", *SAME_RANK, *BY_SVD)
-LIMIT = 10.0  # beyond this every adapter gives noise
 MERGED_KEY = "latentpipe.merged"  # in the metadata: what an adapter was merged from
 Weight = float | Mapping[str, float]
 Sign = Literal["total", "frequency"]

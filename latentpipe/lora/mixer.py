@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.autograd.graph import increment_version
 
+from latentpipe.defaults import LORA_LIMIT as LIMIT
 from latentpipe.errors import UserError
 from latentpipe.lora import report
 from latentpipe.lora.attach import attach, detach, wrappers
 from latentpipe.lora.delta import delta
 from latentpipe.lora.layer import Lora
-from latentpipe.lora.merge import LIMIT, Weight, covers, merge, weight_at
+from latentpipe.lora.merge import Weight, covers, merge, weight_at
 from latentpipe.lora.sites import leaves
 
 MOST_CHANGE = 10.0  # ||dW|| / ||W|| at weight 1; adapters in use are below 1

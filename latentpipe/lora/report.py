@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentpipe.errors import Note, UserError
+from latentpipe.errors import Note, UserError, counted, short
 from latentpipe.lora.delta import delta, delta_shape
 from latentpipe.lora.layer import Layer, Lora
 from latentpipe.lora.sites import leaves
@@ -60,13 +60,13 @@ class Report:
             moved = (
                 ""
                 if part.moved is None
-                else f", moves one {'encode or decode' if component == 'vae' else 'step'} by {100 * part.moved:.2g} %"
+                else f", moves one {'encode or decode' if component == 'vae' else 'step'} by {short(100 * part.moved, 2)} %"
             )
             lines.append(
-                f"{self.name}: {component} {part.matched} of {part.layers} layers, {'/'.join(part.kinds)} "
+                f"{self.name}: {component} {part.matched} of {counted(part.layers, 'layer')}, {'/'.join(part.kinds)} "
                 f"rank {_range(part.ranks)}, alpha {_range(part.alphas)}, "
                 f"{part.parameters:,} parameters ({part.share:.1%} of the base), "
-                f"changes its weights by {100 * part.change:.2g} %{moved}"
+                f"changes its weights by {short(100 * part.change, 2)} %{moved}"
             )
         lines += [f"{self.name}: left out: {reason}" for reason in self.left_out]
         if not self.base_checked:
@@ -97,12 +97,13 @@ def fit(lora: Lora, components: Mapping[str, nn.Module], partial: bool = False) 
     shown = "; ".join(left[:SHOWN]) + (f"; and {len(left) - SHOWN} more" if len(left) > SHOWN else "")
     if not matched:
         raise UserError(
-            f"LoRA '{lora.name}' does not belong to this model: none of its {total} layers fits ({shown})."
+            f"LoRA '{lora.name}' does not belong to this model: none of its {counted(total, 'layer')} fits ({shown})."
             f"{_made_for(lora)} Choose one that was trained for this model."
         )
     if left and not partial:
         raise UserError(
-            f"LoRA '{lora.name}' fits in part only: {matched} of {total} layers and {len(unread)} other keys ({shown})."
+            f"LoRA '{lora.name}' fits in part only: {matched} of {counted(total, 'layer')} and {len(unread)} other keys "
+            f"({shown})."
             f"{_made_for(lora)} To attach that part alone, allow it: {PARTLY}."
         )
     if embeddings:

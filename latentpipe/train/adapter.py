@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from latentpipe.adapters import RUNGS, Adapter, Rung
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.evaluate.bootstrap import interval
 from latentpipe.images import psnr, to_bytes
 from latentpipe.jobs import Report
@@ -47,7 +47,10 @@ class Ladder:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"fitted on {self.fitted_on} pictures of {self.pictures}, scored on {self.held_out} others, {self.size_px} px"]
+        lines = [
+            f"fitted on {counted(self.fitted_on, 'picture')} of {self.pictures}, scored on {self.held_out} "
+            f"others, {self.size_px} px"
+        ]
         lines.append(f"{'':2}{'rung':22}{'PSNR':>9}  {'95 % interval':18}{'R^2':>7}{'parameters':>12}")
         for score in [*self.scores, self.bound]:
             mark = "*" if score.name == self.chosen else " "
@@ -74,7 +77,7 @@ def fit_adapter(
     before each rung, and in the steps of the convolution.
     """
     if len(images) < 10:
-        raise UserError(f"{len(images)} pictures are too few to fit an adapter and to score it; give at least 10.")
+        raise UserError(f"{counted(len(images), 'picture')} are too few to fit an adapter and to score it; give at least 10.")
     if not target.decodes:
         raise UserError("The VAE to adapt to has no decoder; an adapter needs one.")
     held = torch.arange(len(images)) % 5 == 4

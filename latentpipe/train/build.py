@@ -10,7 +10,7 @@ import torch
 
 from latentpipe.components import built_to_train
 from latentpipe.config import TrainVAE, VAEShape
-from latentpipe.errors import Note, UserError
+from latentpipe.errors import Note, UserError, counted
 from latentpipe.latents import LatentSpace
 from latentpipe.memory import available
 from latentpipe.train.start import refuse_other_shape
@@ -78,7 +78,9 @@ def with_new_head(vae: Any, channels: int) -> Any:
     taken = {name: copy.deepcopy(tensor) for name, tensor in old.items() if fresh[name].shape == tensor.shape}
     new.load_state_dict({**fresh, **taken})
     begun = sorted(set(fresh) - set(taken))
-    warnings.warn(Note(f"a new head of {channels} channels: {', '.join(begun) or 'nothing'} begins anew"), stacklevel=2)
+    warnings.warn(
+        Note(f"a new head of {counted(channels, 'channel')}: {', '.join(begun) or 'nothing'} begins anew"), stacklevel=2
+    )
     return new
 
 
@@ -122,7 +124,7 @@ def _refuse_other_space(vae: Any, teacher: VAEStage) -> None:
     own, wanted = LatentSpace.of(vae), teacher.space
     if (own.channels, own.downscale) != (wanted.channels, wanted.downscale):
         raise UserError(
-            f"The teacher makes {wanted.channels} channels at 1/{wanted.downscale} size, this model {own.channels} at "
+            f"The teacher makes {counted(wanted.channels, 'channel')} at 1/{wanted.downscale} size, this model {own.channels} at "
             f"1/{own.downscale}. Set model.channels to {wanted.channels} and give model.blocks "
             f"{wanted.downscale.bit_length()} levels."
         )

@@ -12,7 +12,7 @@ from torch import nn
 from latentpipe.components import built_to_train
 from latentpipe.config import Diffusion, TrainDenoiser, UNetShape
 from latentpipe.data.cache import LatentCache, open_cache
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.files import atomic_file
 from latentpipe.images import sheet
 from latentpipe.memory import available
@@ -24,6 +24,7 @@ from latentpipe.train.progress import Progress
 from latentpipe.train.start import begin, refuse_other_shape
 from latentpipe.train.team import refuse_several
 from latentpipe.train.text import build_text_encoder, token_ids, train_tokenizer
+from latentpipe.vocabulary import listed
 from latentpipe.weights import find_model, load_vae, quiet
 
 
@@ -36,7 +37,7 @@ def train_denoiser(config: TrainDenoiser) -> Path:
     captioned = [index for index, texts in enumerate(cache.captions) if texts]
     if not captioned:
         raise UserError(
-            f"{config.data.cache}: none of its {len(cache.captions)} pictures has a caption; "
+            f"{config.data.cache}: none of its {counted(len(cache.captions), 'picture')} has a caption; "
             "add 'text' to metadata.jsonl, or a file NAME.txt beside each picture, and encode them again."
         )
     rows = torch.tensor(captioned)
@@ -193,6 +194,7 @@ def _finish(config: TrainDenoiser, pipe: Any, cache: LatentCache) -> None:
         "prediction_type": "v_prediction",
         "zero_terminal_snr": True,
         "vae_hash": cache.vae_hash,
+        "words": listed(text for texts in cache.captions for text in texts),
     }
     save_pipeline(pipe, config.run.out, card, find_model(config.data.vae, "vae"))
     with atomic_file(config.run.work / "result.json") as part:

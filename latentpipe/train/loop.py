@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from latentpipe.config import Optimization, Run
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.train.guard import TRIES
 from latentpipe.train.progress import Progress
 from latentpipe.train.state import State, Stateful
@@ -166,12 +166,12 @@ def fit(
         if state.whole and told:  # in the middle of an update only the checkpoint before it is exact
             log.flush()
             state.save(run.work, done)
-        print(f"Stopped after {done} of {optim.steps} steps; go on with --run.resume.", file=sys.stderr)
+        print(f"Stopped after {done} of {counted(optim.steps, 'step')}; go on with --run.resume.", file=sys.stderr)
         raise
     finally:
         log.close()
     if ended:
-        print(f"Stopped after {done} of {optim.steps} steps; go on with --run.resume.", file=sys.stderr)
+        print(f"Stopped after {done} of {counted(optim.steps, 'step')}; go on with --run.resume.", file=sys.stderr)
         raise KeyboardInterrupt if ended == signal.SIGINT else SystemExit(128 + ended)
     if patience:
         state.take_best(run.work)

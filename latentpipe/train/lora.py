@@ -11,12 +11,12 @@ from PIL import Image
 from latentpipe.config import TrainLora
 from latentpipe.data.folder import read_index
 from latentpipe.denoise import denoise, native_size, redraws, size_unit
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.hosts import finish as finish_pictures
 from latentpipe.images import bytes_to_images, sheet, to_pixels
 from latentpipe.lora.files import read_lora
-from latentpipe.lora.places import find_lora
 from latentpipe.models import load_pipeline
+from latentpipe.places import find_lora
 from latentpipe.sampling import Settings, check_settings
 from latentpipe.train import loop, losses, roll
 from latentpipe.train.denoiser import pick_captions
@@ -64,7 +64,8 @@ def train_lora(config: TrainLora) -> Path:
             begin_from(earlier, plan)
         layers = sum(map(len, plan.paths.values()))
         count = sum(parameter.numel() for parameter in adapter.parameters())
-        print(f"Training {count:,} parameters on {layers} layers of {', '.join(plan.paths)}, with {len(pictures.rows)} pictures")
+        what = f"{counted(layers, 'layer')} of {', '.join(plan.paths)}, with {counted(len(pictures.rows), 'picture')}"
+        print(f"Training {count:,} parameters on {what}")
 
         def sample(step: int, log: Progress) -> dict[str, float]:
             for name, drawn in training.draw().items():

@@ -16,8 +16,8 @@ import torch
 from latentpipe.data import emoji
 from latentpipe.data.cache import LatentCache, default_path, encode_folder, open_cache
 from latentpipe.data.folder import read_index, read_pictures
-from latentpipe.errors import Note, UserError
-from latentpipe.files import printable, read_header
+from latentpipe.errors import Note, UserError, counted
+from latentpipe.files import read_header
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,20 @@ def open_pictures(
     rows = [index for index, texts in enumerate(cache.captions) if index not in set(held) and (texts or not captioned)]
     if held:
         warnings.warn(
-            Note(f"{folder}: {len(held)} of {len(cache.captions)} pictures left out, since their captions are held out"),
+            Note(
+                f"{folder}: {len(held)} of {counted(len(cache.captions), 'picture')} left out, since their captions are held out"
+            ),
             stacklevel=3,
         )
     if not rows:
         none = "have no caption: add 'text' to metadata.jsonl, or a file NAME.txt beside each picture"
         reason = "are held out" if len(held) == len(cache.captions) else none
-        raise UserError(f"{folder}: none of its {len(cache.captions)} pictures can be trained on; they {reason}.")
+        raise UserError(f"{folder}: none of its {counted(len(cache.captions), 'picture')} can be trained on; they {reason}.")
     bare = len(cache.captions) - len(held) - len(rows)
     if bare:
         warnings.warn(
-            Note(f"{folder}: {bare} of {len(cache.captions)} pictures left out, since they have no caption"), stacklevel=3
+            Note(f"{folder}: {bare} of {counted(len(cache.captions), 'picture')} left out, since they have no caption"),
+            stacklevel=3,
         )
     captions = [tuple(f"{trigger} {text}".strip() for text in texts) for texts in cache.captions]
     images = None
@@ -110,28 +113,25 @@ def note_long_captions(tokenizer: Any, captions: Iterable[tuple[str, ...]]) -> N
     long = sum(len(ids) > length for ids in tokenizer(texts, verbose=False).input_ids) if texts else 0
     if long:
         message = (
-            f"{long} of {len(texts)} captions are longer than the {length - 2} tokens that the text encoder reads; they are cut"
+            f"{long} of {counted(len(texts), 'caption')} are longer than the {length - 2} tokens that the text "
+            f"encoder reads; they are cut"
         )
         warnings.warn(Note(message), stacklevel=3)
 
 
 def _latents(folder: Path, vae_folder: Path, size_px: int, work: Path, column: str | None) -> LatentCache:
-    """The cache in the folder's own ``.latents`` (in `work` where nothing may be written there), made anew where it is stale."""
+    """The cache of a folder in `work`, made anew where it is stale; one that `latentpipe encode` put into the folder serves too.
+
+    Nothing is written beside people's pictures: a cache there would be taken for a part of the set by whoever copies it.
+    """
     usual = default_path(folder, vae_folder, size_px)
-    if usual.is_file() and _is_fresh(usual, folder, column):
-        return open_cache(usual, vae_folder)
-    other = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-    place = usual if _may_write(folder) else work / "latents" / f"{other}-{usual.name}"
-    if place != usual and place.is_file() and _is_fresh(place, folder, column):
-        return open_cache(place, vae_folder)
+    other = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
+    place = work / "latents" / f"{other}-{usual.name}"
+    for path in (usual, place):
+        if path.is_file() and _is_fresh(path, folder, column):
+            return open_cache(path, vae_folder)
     print(f"Encoding the pictures of {folder} at {size_px} px into {place}")
     return encode_folder(folder, vae_folder, place, size_px, column=column)
-
-
-def _may_write(folder: Path) -> bool:
-    """Whether a folder's permissions allow its owner to write (also asked of an administrator, who could all the same)."""
-    named = printable(str(folder)) == str(folder)  # else no safetensors file can be written there
-    return named and bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
 
 
 def _is_fresh(path: Path, folder: Path, column: str | None) -> bool:

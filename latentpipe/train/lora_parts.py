@@ -12,7 +12,7 @@ from torch import nn
 
 from latentpipe import hosts
 from latentpipe.config import AdapterShape, TrainLora
-from latentpipe.errors import Note, UserError
+from latentpipe.errors import Note, UserError, counted
 from latentpipe.files import content_hash
 from latentpipe.lora.attach import inject, layers_of, wrappers
 from latentpipe.lora.layer import COMPONENTS, Lora
@@ -101,7 +101,8 @@ def _note_large_ranks(shape: AdapterShape, plan: Plan) -> None:
             if rank > full:
                 small.append(f"{name}.{path} ({full})")
     if small:
-        message = f"the rank is larger than the full rank of {len(small)} layers, such as {small[0]}: parameters without use"
+        layers = counted(len(small), "layer")
+        message = f"the rank is larger than the full rank of {layers}, such as {small[0]}: parameters without use"
         warnings.warn(Note(message), stacklevel=4)
 
 

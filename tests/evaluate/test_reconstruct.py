@@ -313,7 +313,7 @@ def test_mistakes_are_told(stage: VAEStage, pictures: Path, tmp_path: Path, vae_
         ("No protocol", lambda: quick(stage, pictures, protocol="best")),
         ("No features", lambda: quick(stage, pictures, features="vgg")),
         ("needs its own weights", lambda: quick(stage, pictures, features="inception")),
-        ("No vae", lambda: quick("nothing", pictures)),
+        ("No VAE", lambda: quick("nothing", pictures)),
         ("cannot be used", lambda: quick(vae_folder, pictures, device="cuda:99")),
     ]
     for message, call in mistakes:

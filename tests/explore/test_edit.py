@@ -197,7 +197,7 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert text_in(Path("edit.png"), "parameters") is None
         assert text_in(Path("edit.png"), "latentpipe") is None
     for extra, message in (
-        (["--share", "2"], "share is 2"),
+        (["--mix", "b.png", "--share", "2"], "share is 2"),
         (["--mix", "none.png"], "none.png: no such file"),
         (["--mask", "b.png"], "64 x 64 pixels and the picture 33 x 21"),
         (["--out", "x.jpg"], "ends in .png"),

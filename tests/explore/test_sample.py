@@ -181,13 +181,13 @@ def test_the_verb_on_a_folder_as_json_with_a_mixture(
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--n", "0"], "--n 0"),
-    (["--measured", "1"], "--measured 1"),
-    (["--seed", "-1"], "--seed -1"),
+    (["--n", "0"], "--n is 0"),
+    (["--measured", "1"], "--measured is 1"),
+    (["--seed", "-2"], "--seed is -2"),
     (["--size", "33"], "multiples of 2"),
     (["--out", "samples.jpg"], "ends in .png"),
-    (["--images", "nowhere"], "not a folder"),
-    (["--vae", "nothing"], "No vae 'nothing'"),
+    (["--images", "nowhere"], "no such folder"),
+    (["--vae", "nothing"], "No VAE 'nothing'"),
     (["--measured", "2", "--features", "squeezenet10"], "squeezenet10"),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence(tiny: str, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -328,8 +328,8 @@ def test_the_verb_on_a_picture_and_a_folder_with_an_attribute(
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--rows", "0"], "--rows 0"),
-    (["--most", "1"], "--most 1"),
+    (["--rows", "0"], "--rows is 0"),
+    (["--most", "1"], "--most is 1"),
     (["--out", "page.gif"], "ends in .png"),
     (["nowhere.png"], "no such file"),
     (["--attribute", "zebras"], "'zebras': 0 of 30 captions"),

@@ -379,4 +379,4 @@ def test_the_verb_converts_and_says_where(vae_copy: Path, tmp_path: Path, capsys
     assert main(["convert", *pair, "--out", str(tmp_path / "tiny"), "--scaling-factor", "2"]) == 0
     assert open_vae(tmp_path / "tiny").space.scale == (2.0,) * 4
     assert main(["convert", "nothing", "--out", str(tmp_path / "x")]) == 2
-    assert "No vae 'nothing'" in capsys.readouterr().err
+    assert "No VAE 'nothing'" in capsys.readouterr().err

@@ -234,7 +234,7 @@ def test_generate_takes_names_files_and_weights(
     assert main(tagged) == 0
     assert Path(capsys.readouterr().out.strip()).name.startswith("red-circle-1")  # the tag is no part of the name
     assert main([*call, "--lora", "bright", "--lora-method", "mean"]) == 2
-    assert "The method is 'mean'" in capsys.readouterr().err
+    assert "--lora-method is 'mean'" in capsys.readouterr().err
     for given, said in (("bright=x", "'x' is no number"), ("nobody", "No LoRA 'nobody'"), ("bright=99", "from -10 to 10")):
         assert main([*call, "--lora", given]) == 2
         assert said in capsys.readouterr().err

@@ -245,7 +245,7 @@ def test_models_that_do_not_compare(model_folder: Path, model_copy: Path, tmp_pa
     """The same model, one that is missing, and one of other parts."""
     with pytest.raises(UserError, match="nothing to extract"):
         extract_models(model_folder, model_copy, 4)
-    with pytest.raises(UserError, match="No vae"):
+    with pytest.raises(UserError, match="No VAE"):
         extract_models(tmp_path / "missing", model_copy, 4)
     index = json.loads((model_copy / "model_index.json").read_text())
     (model_copy / "model_index.json").write_text(json.dumps({**index, "text_encoder_2": ["transformers", "CLIPTextModel"]}))

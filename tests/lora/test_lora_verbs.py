@@ -288,7 +288,7 @@ def test_extract_writes_a_file_that_names_its_base(model_folder: Path, model_cop
     for rank, to in ((4, "diffusers"), (0.9, "kohya")):
         out = tmp_path / f"{to}.safetensors"
         call(lora_verbs.lora_extract, model_folder, model_copy, "--rank", rank, "--out", out, "--to", to)
-        assert "unet: 1 layers, rank" in capsys.readouterr().out
+        assert "unet: 1 layer, rank" in capsys.readouterr().out
         lora = read_lora(out)
         assert list(lora.parts["unet"]) == ["conv_in"]
         assert lora.parts["unet"]["conv_in"].tensors["lora_A"].dtype == torch.float16

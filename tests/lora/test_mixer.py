@@ -338,7 +338,7 @@ def test_nothing_matches_is_an_error_and_a_part_must_be_allowed(mixer: Mixer) ->
     whole = random_lora(mixer.components, ["unet.attention"], "whole")
     layers = dict(whole.parts["unet"])
     first = next(iter(layers))
-    with pytest.raises(UserError, match=r"none of its \d+ layers fits \(unet has no layer elsewhere"):
+    with pytest.raises(UserError, match=r"none of its \d+ layers? fits \(unet has no layer elsewhere"):
         mixer.load(Lora({"unet": {"elsewhere.0": layers[first]}}, "x"))
     with pytest.raises(UserError, match="this model has no transformer"):
         mixer.load(Lora({"transformer": layers}, "x"))
@@ -346,7 +346,7 @@ def test_nothing_matches_is_an_error_and_a_part_must_be_allowed(mixer: Mixer) ->
     with pytest.raises(UserError, match="7 x 5 in the file"):
         mixer.load(Lora({"unet": {first: wide}}, "x"))
     half = Lora({"unet": {**layers, "elsewhere.0": wide}}, "half", unread=("some.key",))
-    with pytest.raises(UserError, match=f"in part only: {len(layers)} of {len(layers) + 1} layers and 1 other keys"):
+    with pytest.raises(UserError, match=f"in part only: {len(layers)} of {len(layers) + 1} layers? and 1 other keys"):
         mixer.load(half)
     report = mixer.load(half, partial=True)
     assert (report.parts["unet"].matched, report.parts["unet"].layers) == (len(layers), len(layers) + 1)

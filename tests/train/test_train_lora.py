@@ -21,9 +21,9 @@ from latentpipe.lora.attach import attach, wrappers
 from latentpipe.lora.files import base_of, read_lora, trigger_words
 from latentpipe.lora.layer import Lora
 from latentpipe.models import hashes, load_pipeline
+from latentpipe.places import configs_folder
 from latentpipe.train import lora as verb
 from latentpipe.train import lora_parts
-from latentpipe.verbs import configs_folder
 
 EVERYWHERE = ("unet.attention", "text", "vae.decoder")
 
@@ -371,7 +371,7 @@ def test_other_families_train_their_decoder_alone(tmp_path: Path, drawn: Path) -
 
 def test_a_large_rank_is_noted(tmp_path: Path, model_folder: Path, drawn: Path) -> None:
     config = lora_run(tmp_path, model_folder, drawn, adapter={"sites": (r"unet\.conv_out",), "rank": 5})
-    with pytest.warns(Note, match=r"larger than the full rank of 1 layers, such as unet.conv_out \(4\)"):
+    with pytest.warns(Note, match=r"larger than the full rank of 1 layer, such as unet.conv_out \(4\)"):
         lora_parts.choose(config, load_pipeline(model_folder))
 
 

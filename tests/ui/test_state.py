@@ -22,7 +22,7 @@ from latentpipe import UserError  # noqa: E402
 from latentpipe.adapters import own_adapter  # noqa: E402
 from latentpipe.errors import Note  # noqa: E402
 from latentpipe.jobs import Cancelled, Done, Progress, Report, Waiting  # noqa: E402
-from latentpipe.lora.places import named_lora  # noqa: E402
+from latentpipe.places import named_lora  # noqa: E402
 from latentpipe.ui import listeners  # noqa: E402
 from latentpipe.ui.state import INSTEAD, App, Jobs, collect_notes, public, told  # noqa: E402
 

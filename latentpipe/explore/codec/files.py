@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentpipe.errors import UserError
+from latentpipe.errors import UserError, counted
 from latentpipe.explore.codec import context, waves
 from latentpipe.explore.codec.adaptive import Adaptive
 from latentpipe.explore.codec.container import IDENTITY, LARGEST_FILE, SIXTEENTHS, Container, check_size, pack, unpack
@@ -65,7 +65,8 @@ def open_codec(name: str | Path = DEFAULT) -> Codec:
         raise UserError(f"VAE {name} is an encoder alone; a codec needs both halves.")
     if weights is not None and weights.here.shape[0] != stage.space.channels:
         raise UserError(
-            f"{file} is for {weights.here.shape[0]} channels, its VAE has {stage.space.channels}; run 'latentpipe fit-codec'."
+            f"{file} is for {counted(weights.here.shape[0], 'channel')}, its VAE has {stage.space.channels}; "
+            f"run 'latentpipe fit-codec'."
         )
     return Codec(str(name), stage, identity_of(path), weights)
 
