@@ -12,7 +12,7 @@ from latentpipe import checks
 from latentpipe.checks import above, ending, within
 from latentpipe.defaults import MAX_BATCH, MAX_SEED
 from latentpipe.errors import UserError
-from latentpipe.places import available, find_model, own_adapters
+from latentpipe.places import available, find_model, lookup, own_adapters
 
 COUNT = within(1)
 PNG = ending(".png")
@@ -106,6 +106,7 @@ RULES: dict[str, checks.Rule | None] = {
     "sample.out": PNG,
     "traverse.most": within(2),
     "traverse.out": PNG,
+    "ui.save": None,
 }
 
 # What does nothing without another option: it was meant to do something.
@@ -178,7 +179,7 @@ def _replayed(values: dict[str, Any]) -> None:
     for lora in set(old.loras) - given:
         checks.named_lora(lora)
     for kind, option, name in (("models", "model", old.model), ("vae", "vae", old.vae)):
-        if name and values[option] is None and name not in available(kind):
+        if name and values[option] is None and lookup(name, available(kind), option) is None:
             raise UserError(
                 f"The recipe names the {option} '{name}', which is not installed ('latentpipe ls' lists what is); "
                 f"give its folder with --{option}."
@@ -235,7 +236,7 @@ def _between(values: dict[str, Any]) -> None:
 def _inspected(values: dict[str, Any]) -> None:
     """A name or a path that there is."""
     name = values["path"]
-    if Path(name).exists() or name in available("lora") or name in own_adapters() or name in available("vae"):
+    if Path(name).exists() or name in own_adapters() or name in available("vae") or lookup(name, available("lora"), "LoRA"):
         return
     find_model(name)  # says what there is
 
