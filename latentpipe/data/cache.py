@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +27,24 @@ FORMAT = "latentpipe.latents.1"
 
 @dataclass(frozen=True)
 class LatentCache:
-    """Latents of N pictures: mean and std (N C h w), their captions, the size they had and the VAE that made them."""
+    """Latents of N pictures: mean and std (N C h w), captions, the size they had, the VAE that made them, and their kinds."""
 
     mean: torch.Tensor
     std: torch.Tensor
     captions: list[tuple[str, ...]]
     size_px: int
     vae_hash: str
+    kinds: tuple[str, ...] = ()
+
+    def weights(self, of_kinds: Mapping[str, float]) -> list[float]:
+        """How often each picture is wanted: the weight of its kind, 1 where that has none; UserError for an unknown kind."""
+        unknown = sorted(set(of_kinds) - set(self.kinds))
+        if unknown:
+            known = ", ".join(sorted(set(self.kinds) - {""})) or "none"
+            raise UserError(
+                f"data.weights names the kind '{unknown[0]}'; the 'kind' column of the pictures' metadata has: {known}."
+            )
+        return [of_kinds.get(kind, 1.0) for kind in self.kinds or ("",) * len(self.captions)]
 
     def sample(self, chosen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Fresh latents (B C h w) of the chosen pictures: ``mean + std * noise``."""
@@ -55,13 +66,15 @@ def encode_folder(folder: Path, vae_folder: Path, out: Path, size_px: int, batch
     parts: Iterable[torch.Tensor] = pixels.split(batch)
     pairs = [stage.posterior(bytes_to_images(part)) for part in (progress(parts) if progress else parts)]
     mean, std = (torch.cat([pair[index] for pair in pairs]).half().contiguous() for index in range(2))
-    cache = LatentCache(mean, std, pictures.captions, size_px, digest)
+    cache = LatentCache(mean, std, pictures.captions, size_px, digest, tuple(pictures.kinds) if any(pictures.kinds) else ())
     metadata = {
         "format": FORMAT,
         "vae_hash": digest,
         "size_px": str(size_px),
         "captions": json.dumps(cache.captions),
     }
+    if cache.kinds:
+        metadata["kinds"] = json.dumps(cache.kinds)
     with atomic_file(out) as part:
         save_file({"mean": mean, "std": std}, part, metadata=metadata)
     return cache
@@ -82,7 +95,8 @@ def open_cache(path: Path, vae_folder: Path) -> LatentCache:
             f"{digest[:HASH_LENGTH]}; encode the pictures again with 'latentpipe encode'."
         )
     captions = [tuple(texts) for texts in json.loads(metadata["captions"])]
-    return LatentCache(tensors["mean"], tensors["std"], captions, int(metadata["size_px"]), digest)
+    kinds = tuple(json.loads(metadata.get("kinds", "[]")))
+    return LatentCache(tensors["mean"], tensors["std"], captions, int(metadata["size_px"]), digest, kinds)
 
 
 def default_path(folder: Path, vae_folder: Path, size_px: int) -> Path:

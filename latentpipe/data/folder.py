@@ -19,20 +19,22 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture file and its captions (none, one or several)."""
+    """One picture file, its captions (none, one or several) and its kind ("" where the metadata names none)."""
 
     path: Path
     captions: tuple[str, ...]
+    kind: str = ""
 
 
 @dataclass
 class Pictures:
-    """What was read: pixels uint8 N H W 3, captions per picture, and the files that were skipped with the reason."""
+    """What was read: pixels uint8 N H W 3, captions and kind per picture, and the files that were skipped with the reason."""
 
     pixels: np.ndarray
     captions: list[tuple[str, ...]]
     names: list[str]
     skipped: dict[str, str] = field(default_factory=dict)
+    kinds: list[str] = field(default_factory=list)
 
     def report(self) -> str:
         """One line on what was read, and one for each file that was not."""
@@ -43,25 +45,27 @@ class Pictures:
 def read_index(folder: Path) -> list[Item]:
     """The folder's files with their captions, in the order of the metadata, else by name.
 
-    metadata.jsonl or metadata.csv hold `file_name` and `text`; a file named twice has two captions. Without
-    either, every picture is listed without captions.
+    metadata.jsonl or metadata.csv hold `file_name`, `text` and, where wanted, `kind`; a file named twice has two captions.
+    Without either, every picture is listed without captions.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected a folder of pictures with metadata.jsonl or metadata.csv.")
     rows = _rows(folder)
     if rows is None:
-        rows = [(name, None) for name in _names(folder)]
+        rows = [(name, None, "") for name in _names(folder)]
     captions: dict[str, list[str]] = {}
-    for name, text in rows:
+    kinds: dict[str, str] = {}
+    for name, text, kind in rows:
         captions.setdefault(name, []).extend([text] if text else [])
+        kinds[name] = kind or kinds.get(name, "")
     for name in captions:
         # by its text: a link inside the folder was put there by its owner, and following 100,000 of them takes seconds
         if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
             raise UserError(f"{folder}: metadata names '{name}', which lies outside the folder.")
     if not captions:
         raise UserError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}).")
-    return [Item(folder / name, tuple(texts)) for name, texts in captions.items()]
+    return [Item(folder / name, tuple(texts), kinds[name]) for name, texts in captions.items()]
 
 
 def read_pictures(folder: Path, size_px: int, most: int | None = None) -> Pictures:
@@ -80,6 +84,7 @@ def read_pictures(folder: Path, size_px: int, most: int | None = None) -> Pictur
             continue
         result.names.append(name)
         result.captions.append(item.captions)
+        result.kinds.append(item.kind)
     if not arrays:
         raise UserError(f"No picture in {folder} could be read.\n{result.report()}")
     result.pixels = np.stack(arrays)
@@ -102,8 +107,8 @@ def _names(folder: Path) -> list[str]:
     return sorted(names, key=lambda name: name.split("/"))
 
 
-def _rows(folder: Path) -> list[tuple[str, str | None]] | None:
-    """(file_name, text) from the metadata file; None where there is none."""
+def _rows(folder: Path) -> list[tuple[str, str | None, str]] | None:
+    """(file_name, text, kind) from the metadata file; None where there is none."""
     jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
     try:
         if jsonl.is_file():
@@ -117,10 +122,10 @@ def _rows(folder: Path) -> list[tuple[str, str | None]] | None:
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{folder}: its metadata cannot be read ({error}).") from None
     path = jsonl if jsonl.is_file() else table
-    rows: list[tuple[str, str | None]] = []
+    rows: list[tuple[str, str | None, str]] = []
     for number, record in records:
         if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
             raise UserError(f"{path}, line {number}: expected 'file_name' and 'text'; given {record!r:.200}.")
-        text = record.get("text")
-        rows.append((record["file_name"], text if isinstance(text, str) else None))
+        text, kind = record.get("text"), record.get("kind")
+        rows.append((record["file_name"], text if isinstance(text, str) else None, kind if isinstance(kind, str) else ""))
     return rows
