@@ -78,11 +78,11 @@ def emoji(out: Path = Path("data/emoji"), size: int | None = None, font: Path | 
 def _emoji_hands(out: Path, hands: Path, size: int, font: Path | None) -> None:
     from tqdm import tqdm
 
-    from latentpipe.data.emoji_hands import write_hands
+    from latentpipe.data.emoji_hands import open_library, write_hands
 
     if not 8 <= size <= 1024:
         raise UserError(f"--size is {size}; expected 8 to 1024 pixels.")
-    counts = write_hands(out, hands, size, font, lambda planned: tqdm(planned, unit="picture"))
+    counts = write_hands(out, open_library(hands, font), size, lambda planned: tqdm(planned, unit="picture"))
     for name, by_hand in counts.items():
         shares = ", ".join(f"{hand} {count}" for hand, count in by_hand.items())
         print(f"{out / name}: {sum(by_hand.values())} pictures ({shares})")
@@ -116,6 +116,7 @@ def evaluate_prompts(
     guidance: float = GUIDANCE,
     device: str | None = None,
     grid: Path | None = None,
+    styles: int | None = None,
     json: bool = False,
 ) -> None:
     """Does the picture follow the prompt? One picture for each prompt, seed = index, nothing selected.
@@ -128,11 +129,12 @@ def evaluate_prompts(
         guidance: Classifier-free guidance.
         device: cpu, cuda or mps.
         grid: Where to save a sheet of the first 16 pictures of either list.
+        styles: Also score a model of several hands: so many held-out cells of emoji and style (0: all), and "any style".
         json: Print one JSON object only.
     """
     from latentpipe.evaluate.prompts import evaluate, table
 
-    result = evaluate(model, seen, held_out, steps, guidance, device, grid)
+    result = evaluate(model, seen, held_out, steps, guidance, device, grid, styles)
     print(_json(result) if json else table(result))
 
 

@@ -122,11 +122,15 @@ class Library:
     names: Names
     sets: dict[str, HandSet]
 
+    def kind(self, key: str) -> str:
+        """As `kind_of`."""
+        return kind_of(self.sequences[key])
+
     def keys(self, hand: Hand) -> list[str]:
         """The plain keys of a hand that are used, in a fixed order."""
         own = self.emojis if not hand.package else self.sets[hand.name].entries
         kinds = {"object"} | ({"tone"} if hand.tones else set()) | ({"flag"} if hand.flags else set())
-        return sorted(key for key in own if kind_of(self.sequences[key]) in kinds)
+        return sorted(key for key in own if self.kind(key) in kinds)
 
 
 def open_library(folder: Path, font: Path | None = None) -> Library:
@@ -180,29 +184,25 @@ def drawings(library: Library, cells: dict[str, list[str]]) -> Iterator[Drawing]
             folder = shipped if shipped != "train" else "cells" if base_key(key) in kept.get(hand.name, ()) else "train"
             if not hand.trained:
                 folder = "unseen"
-            kind = kind_of(library.sequences[key])
+            kind = library.kind(key)
             keywords = keywords_of(key, own[0], library.names) if kind == "object" else ""
             yield Drawing(hand, key, captions_in(hand, own, keywords), folder, kind, library.names.groups.get(key, ""))
 
 
 def write_hands(
     out: Path,
-    packages: Path,
+    library: Library,
     size: int = 256,
-    font: Path | None = None,
     progress: Callable[[list[Drawing]], Iterable[Drawing]] = list,
-    make_cells: bool = False,
+    cells: dict[str, list[str]] | None = None,
 ) -> dict[str, Counter[str]]:
     """Write ``out/{train,validation,held_out,cells,unseen}``: PNG files with metadata.jsonl; returns counts by hand.
 
-    make_cells   draw the cells anew from the rule and ship them; only for other versions of the packages
+    cells   hand -> base keys that are held out of it; left out: those that ship
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give a new folder with --out, or delete it first.")
-    library = open_library(packages, font)
-    if make_cells:
-        write_cells(library)
-    planned = list(drawings(library, read_cells()))
+    planned = list(drawings(library, read_cells() if cells is None else cells))
     counts: dict[str, Counter[str]] = {name: Counter() for name in FOLDERS}
     with atomic_folder(out) as folder:
         lines: dict[str, list[str]] = {name: [] for name in FOLDERS}

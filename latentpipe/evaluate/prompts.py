@@ -21,6 +21,8 @@ from latentpipe.data.emoji import TONES, Combination, combination_of
 from latentpipe.defaults import GUIDANCE, STEPS
 from latentpipe.errors import UserError
 from latentpipe.evaluate.bank import Bank, open_bank, small
+from latentpipe.evaluate.styles import evaluate_cells, evaluate_variety
+from latentpipe.evaluate.wilson import wilson as wilson
 from latentpipe.images import sheet
 from latentpipe.pipeline import LatentPipeline
 from latentpipe.sampling import Settings
@@ -37,11 +39,17 @@ def evaluate(
     guidance: float = GUIDANCE,
     device: str | None = None,
     grid: Path | None = None,
+    styles: int | None = None,
 ) -> dict[str, Any]:
     """Draw and score; `seen` and `held_out` say how many prompts of each list (0: all).
 
-    Returns {"seen": scores, "held_out": scores with role, gender, tone, "baselines", "seeds", "protocol"}.
+    styles  also score so many held-out cells of the other hands (0: all) and the variety of "any style"
+
+    Returns {"seen": scores, "held_out": scores with role, gender, tone, "baselines", "seeds", "protocol"}, and with styles
+    {"cells", "variety"}.
     """
+    if styles is not None and styles < 0:
+        raise UserError(f"styles is {styles}; expected 0 (all) or more.")
     if seen < 0 or held_out < 0:
         raise UserError(f"seen is {seen} and held_out {held_out}; expected 0 (all) or more.")
     if grid is not None and (grid.suffix.lower() != ".png" or grid.is_dir()):
@@ -63,6 +71,9 @@ def evaluate(
         save_grid(bank, rows, drawn, grid)
     result["baselines"] = {name: baselines(bank, name, chosen) for name, chosen in rows.items()}
     result["seeds"] = four_seeds(pipe, [bank.captions[row][0] for row in rows["seen"][:DIVERSITY_PROMPTS]], settings)
+    if styles is not None:
+        result["cells"] = evaluate_cells(lambda texts, seeds: draw_all(pipe, texts, settings, "cells", seeds), styles)
+        result["variety"] = evaluate_variety(lambda texts, seeds: draw_all(pipe, texts, settings, "variety", seeds))
     result["protocol"] = {
         "set": "Noto Color Emoji",
         "font_sha256": bank.font_sha256,
@@ -77,12 +88,15 @@ def evaluate(
     return result
 
 
-def draw_all(pipe: LatentPipeline, prompts: Sequence[str], settings: Settings, name: str) -> list[Image.Image]:
-    """One picture for each prompt, seed = index, in batches."""
+def draw_all(
+    pipe: LatentPipeline, prompts: Sequence[str], settings: Settings, name: str, seeds: Sequence[int] | None = None
+) -> list[Image.Image]:
+    """One picture for each prompt, seed = index where none are given, in batches."""
     pictures: list[Image.Image] = []
+    seeds = range(len(prompts)) if seeds is None else seeds
     for first in tqdm(range(0, len(prompts), BATCH), desc=name, unit="batch", disable=None, file=sys.stderr):
         part = list(prompts[first : first + BATCH])
-        pictures += pipe.draw(part, range(first, first + len(part)), settings)
+        pictures += pipe.draw(part, seeds[first : first + len(part)], settings)
     return pictures
 
 
@@ -148,16 +162,6 @@ def four_seeds(pipe: LatentPipeline, prompts: Sequence[str], settings: Settings)
     return {"prompts": len(prompts), "pairs": len(apart), "smallest": min(apart), "mean": sum(apart) / len(apart)}
 
 
-def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share (E. B. Wilson, JASA 22, 1927), 95 % by default."""
-    if n == 0:
-        return 0.0, 1.0
-    share = hits / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-
-
 def save_grid(bank: Bank, rows: dict[str, list[int]], drawn: dict[str, list[Image.Image]], path: Path) -> None:
     """A sheet of the first 16 pictures of each list with their prompts, at twice their size."""
     pictures, labels = [], []
@@ -184,9 +188,32 @@ def table(result: dict[str, Any]) -> str:
     lines.append(f"held_out attributes: role {held['role']:.1%}, gender {held['gender']:.1%}, tone {held['tone']:.1%}")
     seeds = result["seeds"]
     lines.append(f"four seeds of one prompt: rms difference {seeds['mean']:.1f} grey levels, smallest {seeds['smallest']:.1f}")
+    lines += _style_lines(result) if "cells" in result else []
     protocol = result["protocol"]
     lines.append(
         f"nearest of {protocol['bank']} {protocol['set']} pictures at 32 x 32; {protocol['steps']} steps, "
         f"guidance {protocol['guidance']}, {protocol['size_px']} px; Wilson intervals, 95 %"
     )
     return "\n".join(lines)
+
+
+def _style_lines(result: dict[str, Any]) -> list[str]:
+    cells, variety = result["cells"], result["variety"]
+    lines = [
+        f"held-out cells (n = {cells['n']}): nearer to the right hand {_percent(cells['nearer'])}, "
+        f"right emoji {_percent(cells['top1'])}, among five {_percent(cells['top5'])}"
+    ]
+    rows = cells["hands"].items()
+    lines += [
+        f"  {name:12} n = {row['n']:<4} nearer {row['nearer']:.1%}, among five {row['top5']:.1%}"
+        for name, row in cells["hands"].items()
+    ]
+    lines.append(
+        f"any style (n = {variety['n']}): four seeds show two or more hands {_percent(variety['two_hands'])}, "
+        f"rms difference {variety['pairwise_rms']:.1f} grey levels (the hands themselves {variety['pairwise_rms_of_hands']:.1f})"
+    )
+    return lines
+
+
+def _percent(share: dict[str, float]) -> str:
+    return f"{share['share']:.1%} ({share['low']:.1%} to {share['high']:.1%})"

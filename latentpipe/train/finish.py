@@ -27,7 +27,14 @@ MEASURED = 20_000  # pictures that the normalization is measured on, where there
 PREVIEWED = 512
 
 
-def finish(config: TrainVAE, stage: VAEStage, pictures: PictureStream, held: torch.Tensor | None, steps: int) -> Path:
+def finish(
+    config: TrainVAE,
+    stage: VAEStage,
+    pictures: PictureStream,
+    held: torch.Tensor | None,
+    steps: int,
+    teacher: VAEStage | None = None,
+) -> Path:
     """Save in fp16, then measure what was saved; says which denoisers the VAE still fits."""
     size = config.crops.size_px
     vae = stage.vae
@@ -49,6 +56,8 @@ def finish(config: TrainVAE, stage: VAEStage, pictures: PictureStream, held: tor
     saved = VAEStage(vae.half().float().eval().cpu())  # what will be saved is what is measured
     if held is not None:
         card["validation"] = validation_card(config, saved, held)
+        if teacher is not None:  # what a denoiser of the teacher's latents gets
+            card["validation"]["psnr_db_of_teachers_latents"] = round(taught_psnr(saved, teacher.cpu(), held).mean().item(), 3)
     card["loss"] = config.loss.model_dump(mode="json")
     card["config"] = config.model_dump(mode="json")
     save_vae(saved.vae, config.run.out, card, preview_map(saved, first_pictures(pictures, size, PREVIEWED)))
@@ -85,6 +94,22 @@ def validation_card(config: TrainVAE, stage: VAEStage, held: torch.Tensor) -> di
     )
     figures = {"psnr_db": mean, "low": low, "high": high}
     return {"set": str(config.data.validation), "n": len(held), **{name: round(value, 3) for name, value in figures.items()}}
+
+
+def as_taught(stage: VAEStage, teacher: VAEStage, images: torch.Tensor) -> torch.Tensor:
+    """Images (B 3 H W) at the size that gives the teacher latents of the student's size: smaller where the student enlarges."""
+    ratio = stage.space.downscale // teacher.space.downscale
+    if ratio == 1:
+        return images
+    return functional.interpolate(images, size=images.shape[-1] // ratio, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+@torch.no_grad()
+def taught_psnr(stage: VAEStage, teacher: VAEStage, images: torch.Tensor) -> torch.Tensor:
+    """PSNR (dB) of each picture (N 3 H W) from the teacher's latents through the student's decoder."""
+    parts = images.split(64)
+    rebuilt = [stage.decode(teacher.encode(as_taught(stage, teacher, part))).float().cpu() for part in parts]
+    return psnr(to_bytes(images), to_bytes(torch.cat(rebuilt))).clamp_max(99.0)
 
 
 def fitting(config: TrainVAE, moved: bool) -> str:

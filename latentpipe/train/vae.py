@@ -64,6 +64,8 @@ def train_vae(config: TrainVAE) -> Path:
     def sample(step: int, log: Progress) -> dict[str, float]:
         stage.eval()
         found = _figures(config, stage, watched, held is not None, step, log)
+        if teacher is not None and held is not None:
+            found["teacher_psnr_db"] = finish.taught_psnr(stage, teacher, held).mean().item()
         stage.train()
         return found
 
@@ -81,7 +83,7 @@ def train_vae(config: TrainVAE) -> Path:
     )
     stage.eval()
     if team.is_first:
-        finish.finish(config, stage, pictures, held, steps)
+        finish.finish(config, stage, pictures, held, steps, teacher)
     team.wait()
     return config.run.out
 
@@ -112,9 +114,10 @@ class Training:
         config, objective = self.config, self.objective
         chosen, following = (self._chosen(at) for at in (step, step + 1))
         cut = draw_cut(len(chosen), config.data.read_size_px, config.crops, generator)
-        warp = self._warp(generator)
-        c, side = self.stage.space.channels, config.crops.size_px // self.stage.space.downscale
+        warp = self._warp(generator, cut.size_px)
+        c, side = self.stage.space.channels, cut.size_px // self.stage.space.downscale
         noise = self._noise((len(chosen), c, side, side), generator)
+        strength = self._strength(len(chosen), generator)
         mine = slice(self.shares[0].start, self.shares[-1].stop)
         pixels = self.pictures.batch(chosen[mine].tolist(), following[mine].tolist())
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -126,6 +129,8 @@ class Training:
             with self.team.gathering(self.wrapped, last), loop.fast_forward(config.run, self.team.device):
                 target = self._taught(images)
                 given = None if target is None else target[0]
+                if given is not None and self.config.loss.latent_noise:
+                    given = self._disturbed(given, noise[rows].to(self.team.device), strength[rows].to(self.team.device))
                 rebuilt, posterior = self._forward(images, warp, noise[rows].to(self.team.device), given)
             wanted = warp(images) if warp is not None else images
             rounded = sampled(posterior, noise[rows].to(self.team.device), True) if config.loss.rate else None
@@ -149,13 +154,13 @@ class Training:
             return loss.step * (torch.rand(*shape, generator=generator) - 0.5)
         return torch.randn(*shape, generator=generator)
 
-    def _warp(self, generator: torch.Generator) -> Warp | None:
+    def _warp(self, generator: torch.Generator, size_px: int) -> Warp | None:
         loss = self.config.loss
         if torch.rand((), generator=generator).item() >= loss.equivariance:
             return None
         scales = SCALES if "scale" in loss.warps else (0.5,) if "half" in loss.warps else (1.0,)
         downscale = self.stage.space.downscale
-        return draw_warp(generator, self.config.crops.size_px, downscale, scales, "rotate" in loss.warps, "flip" in loss.warps)
+        return draw_warp(generator, size_px, downscale, scales, "rotate" in loss.warps, "flip" in loss.warps)
 
     def _forward(
         self, images: torch.Tensor, warp: Warp | None, noise: torch.Tensor, given: torch.Tensor | None
@@ -168,12 +173,24 @@ class Training:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"run.compile: torch.compile does not work here ({reason[:200]}); leave the option out.") from None
 
+    def _strength(self, batch: int, generator: torch.Generator) -> torch.Tensor:
+        """Deviation of each picture's latent noise (B): 0 on half of the steps, else uniform up to loss.latent_noise."""
+        most = self.config.loss.latent_noise
+        if not most or torch.rand((), generator=generator).item() < 0.5:
+            return torch.zeros(batch)
+        return most * torch.rand(batch, generator=generator)
+
+    def _disturbed(self, given: torch.Tensor, noise: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+        """Raw latents with noise that is so strong in normalized latents."""
+        scale = given.new_tensor(self.stage.space.scale, dtype=torch.float32).view(1, -1, 1, 1)
+        return given + strength.view(-1, 1, 1, 1) * noise / scale
+
     @torch.no_grad()
     def _taught(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Mean and standard deviation of the teacher's latents, in the student's raw units; None where there is no teacher."""
         if self.teacher is None:
             return None
-        mean, std = self.teacher.posterior(images)
+        mean, std = self.teacher.posterior(finish.as_taught(self.stage, self.teacher, images))
         space = self.stage.space
         return space.denormalize(mean.float()), std.float() / std.new_tensor(space.scale, dtype=torch.float32).view(1, -1, 1, 1)
 
@@ -206,6 +223,12 @@ def _figures(config: TrainVAE, stage: VAEStage, images: torch.Tensor, validates:
 
 def _check_size(config: TrainVAE, stage: VAEStage) -> None:
     unit = stage.space.downscale
+    cut = config.crops.cut_px
+    if cut is not None and (cut % unit or cut > config.crops.size_px):
+        raise UserError(
+            f"crops.cut_px is {cut}; this model needs a multiple of {unit} that is at most crops.size_px "
+            f"({config.crops.size_px})."
+        )
     if config.crops.size_px % unit or config.crops.size_px > config.data.read_size_px:
         raise UserError(
             f"crops.size_px is {config.crops.size_px}; this model needs a multiple of {unit} "
