@@ -203,7 +203,6 @@ def _style_lines(result: dict[str, Any]) -> list[str]:
         f"held-out cells (n = {cells['n']}): nearer to the right hand {_percent(cells['nearer'])}, "
         f"right emoji {_percent(cells['top1'])}, among five {_percent(cells['top5'])}"
     ]
-    rows = cells["hands"].items()
     lines += [
         f"  {name:12} n = {row['n']:<4} nearer {row['nearer']:.1%}, among five {row['top5']:.1%}"
         for name, row in cells["hands"].items()
