@@ -14,7 +14,7 @@ from helpers import some_images, tiny_vae, vae_run
 from latentpipe import UserError, VAEStage
 from latentpipe.config import TrainVAE
 from latentpipe.errors import Note
-from latentpipe.train import freeze
+from latentpipe.train import finish, freeze
 from latentpipe.train import vae as training
 from latentpipe.train.build import build_vae, new_vae, with_new_head
 from latentpipe.train.objective import Objective
@@ -192,6 +192,46 @@ def test_a_student_learns_the_latents_of_its_teacher(tmp_path: Path, pictures: P
     assert VAEStage(load_vae(tmp_path / "vae")).space.scale == (1.0,) * 4  # the student's raw values are the latents
 
 
+def test_a_student_with_a_level_more_draws_twice_the_size_from_the_teachers_latents(tmp_path: Path, pictures: Path) -> None:
+    save_vae(tiny_vae(), tmp_path / "teacher", {})
+    config = config_of(tmp_path, pictures, model={"blocks": (8, 8, 8), "channels": 4, "norm_groups": 4}, mode="distil",
+                       teacher=tmp_path / "teacher", loss={"equivariance": 0, "kl": 0, "edges": 0.5, "latent_noise": 0.2},
+                       optim={"steps": 30, "batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.5},
+                       crops={"size_px": 48, "whole": 0.5, "cut_px": 24}, data={"train": pictures, "validation": pictures,
+                                                                                "read_size_px": 48})  # fmt: skip
+    training.train_vae(config)
+    rows = [json.loads(line) for line in (tmp_path / "work" / "log.jsonl").read_text().splitlines()]
+    assert {"l1", "edges", "latent"} <= rows[-1].keys()
+    card = json.loads((tmp_path / "vae" / "card.json").read_text())
+    student, teacher = (VAEStage(load_vae(tmp_path / name)) for name in ("vae", "teacher"))
+    assert (student.space.downscale, teacher.space.downscale) == (4, 2)
+    images = some_images(2, 48)
+    with torch.no_grad():
+        latents = teacher.encode(torch.nn.functional.interpolate(images, size=24, mode="bicubic", antialias=True).clamp(-1, 1))
+        assert torch.equal(latents, teacher.encode(finish.as_taught(student, teacher, images)))
+        assert student.decode(latents).shape == images.shape
+        assert student.encode(images).shape == latents.shape
+    assert card["validation"]["psnr_db_of_teachers_latents"] > 0
+
+
+def test_latent_noise_disturbs_half_of_the_steps_by_up_to_its_deviation(tmp_path: Path, pictures: Path) -> None:
+    save_vae(tiny_vae(scaling_factor=0.5), tmp_path / "teacher", {})
+    model = {"kind": "kl", "blocks": (8, 8), "channels": 4, "norm_groups": 4}
+    config = config_of(tmp_path, pictures, model=model, mode="distil", teacher=tmp_path / "teacher",
+                       loss={"equivariance": 0, "kl": 0, "latent_noise": 0.4})  # fmt: skip
+    run = training.Training(config, Team(), VAEStage(build_vae(config, None)), None, None, None, 1)  # type: ignore[arg-type]
+    drawn = [run._strength(50, torch.Generator().manual_seed(seed)) for seed in range(60)]
+    still = [strength for strength in drawn if not strength.any()]
+    assert 15 < len(still) < 45
+    moved = torch.cat([strength for strength in drawn if strength.any()])
+    assert 0.38 < moved.max() <= 0.4
+    assert moved.mean() == pytest.approx(0.2, abs=0.02)
+    given, noise = torch.zeros(2, 4, 24, 24), torch.randn(2, 4, 24, 24)
+    disturbed = run._disturbed(given, noise, torch.tensor([0.0, 0.3]))
+    assert torch.equal(disturbed[0], given[0])
+    assert torch.allclose(run.stage.space.normalize(disturbed)[1], 0.3 * noise[1], atol=1e-6)
+
+
 def test_the_teacher_stays_and_the_decoder_learns_from_its_latents(tmp_path: Path, pictures: Path) -> None:
     save_vae(tiny_vae(), tmp_path / "teacher", {})
     before = (tmp_path / "teacher" / VAE_FILE).read_bytes()
@@ -228,6 +268,7 @@ def test_what_cannot_train_is_refused(tmp_path: Path, pictures: Path, source: Pa
     [
         {"mode": "decoder"},
         {"mode": "distil"},
+        {"loss": {"latent_noise": 0.1}},
         {"teacher": "emoji"},
         {"new_channels": 6},
         {"loss": {"l1": 0, "l2": 0}},
