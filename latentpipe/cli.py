@@ -107,6 +107,7 @@ VERBS: dict[str, Verb] = {
     "encode": _function("encode", verbs.encode),
     "train-denoiser": train_denoiser,
     "train-lora": train_lora,
+    "train-embedded": _function("train-embedded", verbs.train_embedded),
     "lora inspect": _function("lora inspect", lora_verbs.lora_inspect),
     "lora convert": _function("lora convert", lora_verbs.lora_convert),
     "lora merge": _function("lora merge", lora_verbs.lora_merge),

@@ -88,6 +88,33 @@ def _emoji_hands(out: Path, hands: Path, size: int, font: Path | None) -> None:
         print(f"{out / name}: {sum(by_hand.values())} pictures ({shares})")
 
 
+def train_embedded(
+    hands: Path,
+    work: Path = Path("runs/embedded"),
+    vae: str = "emoji",
+    start: str | None = "emoji",
+    denoiser_steps: int | None = None,
+    decoder_steps: int | None = None,
+    batch_size: int | None = None,
+    decay: bool = True,
+) -> None:
+    """Train the whole chain of the embedded model: pictures, latents, denoiser, decoder. Given again, it goes on.
+
+    Args:
+        hands: Folder with several artists' sets, as for 'latentpipe emoji --hands'.
+        work: Folder of all parts; the model ends up in WORK/model.
+        vae: Name or folder of the VAE whose latents are kept.
+        start: Name or folder of the model that the denoiser begins with; None: random weights.
+        denoiser_steps: Steps of the denoiser, in place of the config's.
+        decoder_steps: Steps of the decoder, in place of the config's.
+        batch_size: Pictures in each step of both, in place of the configs'.
+        decay: Let the denoiser's rate fall over the last quarter; without, the run can be made longer later.
+    """
+    from latentpipe.train.chain import train_chain
+
+    print(train_chain(hands, work, configs_folder(), vae, start, denoiser_steps, decoder_steps, batch_size, decay))
+
+
 def encode(folder: Path, /, vae: str, size: int = 64, out: Path | None = None) -> None:
     """Cache the latents of a folder of pictures for train-denoiser.
 
