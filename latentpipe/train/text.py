@@ -75,7 +75,7 @@ def with_vocabulary(old: Any, old_tokenizer: Any, tokenizer: Any, shape: TextSha
         if token in known:
             table[index] = vectors[known[token]]
             continue
-        text = tokenizer.convert_tokens_to_string([token]).strip()
+        text = tokenizer.decode([index]).strip()
         pieces = old_tokenizer(text, add_special_tokens=False).input_ids
         if pieces:
             table[index] = vectors[pieces].mean(0)
