@@ -29,6 +29,7 @@ from latentpipe.data.emoji_sets import (
     base_key,
     check_packages,
     key_of,
+    plain_key,
     read_hand,
     read_names,
 )
@@ -224,7 +225,9 @@ def write_hands(
 
 def write_cells(library: Library) -> None:
     """Write emoji_cells.json from the rule."""
-    cells = held_out_cells({hand.name: set(library.keys(hand)) for hand in HANDS if hand.trained})
+    split = read_split()
+    kept = {plain_key(key) for name in ("validation", "held_out") for key in split[name]}  # out in every hand anyway
+    cells = held_out_cells({hand.name: set(library.keys(hand)) - kept for hand in HANDS if hand.trained})
     packages = {hand.name: hand.package for hand in HANDS if hand.package and hand.trained}
     CELLS_FILE.write_text(json.dumps({"packages": packages, "cells": cells}, indent=0) + "\n")
 

@@ -21,7 +21,7 @@ from latentpipe.data.emoji import TONES, Combination, combination_of
 from latentpipe.defaults import GUIDANCE, STEPS
 from latentpipe.errors import UserError
 from latentpipe.evaluate.bank import Bank, open_bank, small
-from latentpipe.evaluate.styles import evaluate_cells, evaluate_variety
+from latentpipe.evaluate.styles import evaluate_styles
 from latentpipe.evaluate.wilson import wilson as wilson
 from latentpipe.images import sheet
 from latentpipe.pipeline import LatentPipeline
@@ -48,10 +48,8 @@ def evaluate(
     Returns {"seen": scores, "held_out": scores with role, gender, tone, "baselines", "seeds", "protocol"}, and with styles
     {"cells", "variety"}.
     """
-    if styles is not None and styles < 0:
-        raise UserError(f"styles is {styles}; expected 0 (all) or more.")
-    if seen < 0 or held_out < 0:
-        raise UserError(f"seen is {seen} and held_out {held_out}; expected 0 (all) or more.")
+    if seen < 0 or held_out < 0 or (styles or 0) < 0:
+        raise UserError(f"seen is {seen}, held_out {held_out} and styles {styles}; expected 0 (all) or more.")
     if grid is not None and (grid.suffix.lower() != ".png" or grid.is_dir()):
         raise UserError(f"--grid {grid}: expected the name of a PNG file.")
     bank = open_bank()
@@ -72,20 +70,23 @@ def evaluate(
     result["baselines"] = {name: baselines(bank, name, chosen) for name, chosen in rows.items()}
     result["seeds"] = four_seeds(pipe, [bank.captions[row][0] for row in rows["seen"][:DIVERSITY_PROMPTS]], settings)
     if styles is not None:
-        result["cells"] = evaluate_cells(lambda texts, seeds: draw_all(pipe, texts, settings, "cells", seeds), styles)
-        result["variety"] = evaluate_variety(lambda texts, seeds: draw_all(pipe, texts, settings, "variety", seeds))
-    result["protocol"] = {
+        result |= evaluate_styles(lambda texts, seeds: draw_all(pipe, texts, settings, "styles", seeds), styles)
+    result["protocol"] = _protocol(pipe, bank, settings)
+    return result
+
+
+def _protocol(pipe: LatentPipeline, bank: Bank, settings: Settings) -> dict[str, Any]:
+    return {
         "set": "Noto Color Emoji",
         "font_sha256": bank.font_sha256,
         "bank": len(bank.keys),
-        "steps": steps,
-        "guidance": guidance,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
         "scheduler": type(pipe.host.scheduler).__name__,
         "size_px": pipe.native_size[0],
         "seed": "index of the prompt",
         "hashes": pipe.hashes,
     }
-    return result
 
 
 def draw_all(

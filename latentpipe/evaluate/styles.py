@@ -26,6 +26,11 @@ HANDS_ALIKE = 3  # hands that must have an emoji for its "any style" to count
 Draw = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
 
 
+def evaluate_styles(draw: Draw, count: int) -> dict[str, Any]:
+    """{"cells": of `evaluate_cells`, "variety": of `evaluate_variety`}."""
+    return {"cells": evaluate_cells(draw, count), "variety": evaluate_variety(draw)}
+
+
 def evaluate_cells(draw: Draw, count: int = 300) -> dict[str, Any]:
     """Scores of the first `count` held-out cells (0: all): shares with Wilson intervals, and each hand's own.
 

@@ -134,5 +134,5 @@ def test_the_verbs_function_scores_cells_and_variety(model_folder, monkeypatch: 
     table = prompts.table(result)
     assert "held-out cells (n = 3)" in table
     assert "two or more hands" in table
-    with pytest.raises(UserError, match="styles is -1"):
+    with pytest.raises(UserError, match="styles -1"):
         prompts.evaluate(model_folder, styles=-1)
