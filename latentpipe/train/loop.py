@@ -178,8 +178,7 @@ def fit(
     if patience:
         state.take_best(run.work)
     if score is not None:
-        found = state.take_lower(score)
-        print(", ".join(f"{name} {value:.5f}" for name, value in found.items()))
+        print(state.take_lower(score))
     state.ema.copy_to(state.parameters)
     return done
 

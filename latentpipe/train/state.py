@@ -175,12 +175,12 @@ class State:
         averages = {"ema_loss": self.ema} | ({} if self.slow is None else {"slow_ema_loss": self.slow})
         return {name: self.with_ema(score, average) for name, average in averages.items()}
 
-    def take_lower(self, score: Callable[[], float]) -> dict[str, float]:
-        """Make the average the one of the two whose score is lower; returns both scores."""
+    def take_lower(self, score: Callable[[], float]) -> str:
+        """Make the average the one of the two whose score is lower; returns both scores as a sentence."""
         found = self.scores(score)
         if self.slow is not None and found["slow_ema_loss"] < found["ema_loss"]:
             self.ema.shadow_params = [value.clone() for value in self.slow.shadow_params]
-        return found
+        return ", ".join(f"{name} {value:.5f}" for name, value in found.items())
 
     def note(self, figure: float, work: Path, writes: bool) -> None:
         """Take in a validation figure (higher is better); the averaged weights of the best are kept beside the log."""

@@ -192,13 +192,19 @@ def test_a_student_learns_the_latents_of_its_teacher(tmp_path: Path, pictures: P
     assert VAEStage(load_vae(tmp_path / "vae")).space.scale == (1.0,) * 4  # the student's raw values are the latents
 
 
+def with_noise(config: TrainVAE, deviation: float) -> TrainVAE:
+    """The same config with latent noise."""
+    return TrainVAE.model_validate(config.model_dump() | {"loss": config.loss.model_dump() | {"latent_noise": deviation}})
+
+
 def test_a_student_with_a_level_more_draws_twice_the_size_from_the_teachers_latents(tmp_path: Path, pictures: Path) -> None:
     save_vae(tiny_vae(), tmp_path / "teacher", {})
     config = config_of(tmp_path, pictures, model={"blocks": (8, 8, 8), "channels": 4, "norm_groups": 4}, mode="distil",
-                       teacher=tmp_path / "teacher", loss={"equivariance": 0, "kl": 0, "edges": 0.5, "latent_noise": 0.2},
+                       teacher=tmp_path / "teacher", loss={"equivariance": 0, "kl": 0, "edges": 0.5},
                        optim={"steps": 30, "batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.5},
                        crops={"size_px": 48, "whole": 0.5, "cut_px": 24}, data={"train": pictures, "validation": pictures,
                                                                                 "read_size_px": 48})  # fmt: skip
+    config = with_noise(config, 0.2)
     training.train_vae(config)
     rows = [json.loads(line) for line in (tmp_path / "work" / "log.jsonl").read_text().splitlines()]
     assert {"l1", "edges", "latent"} <= rows[-1].keys()
@@ -218,7 +224,8 @@ def test_latent_noise_disturbs_half_of_the_steps_by_up_to_its_deviation(tmp_path
     save_vae(tiny_vae(scaling_factor=0.5), tmp_path / "teacher", {})
     model = {"kind": "kl", "blocks": (8, 8), "channels": 4, "norm_groups": 4}
     config = config_of(tmp_path, pictures, model=model, mode="distil", teacher=tmp_path / "teacher",
-                       loss={"equivariance": 0, "kl": 0, "latent_noise": 0.4})  # fmt: skip
+                       loss={"equivariance": 0, "kl": 0})  # fmt: skip
+    config = with_noise(config, 0.4)
     run = training.Training(config, Team(), VAEStage(build_vae(config, None)), None, None, None, 1)  # type: ignore[arg-type]
     drawn = [run._strength(50, torch.Generator().manual_seed(seed)) for seed in range(60)]
     still = [strength for strength in drawn if not strength.any()]
