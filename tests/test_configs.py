@@ -1,5 +1,6 @@
 """Every shipped config loads, says how to launch it, and launches."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,22 @@ def test_launches(name, tmp_path, monkeypatch):
     assert cli.main([*denoiser, "--run.out", "m", "--run.work", "wd", *run]) == 0
     assert cli.main(["generate", "red circle", "--model", "m", "--steps", "2", "--out", "o"]) == 0
     assert list(Path("o").glob("red-circle-*.png"))
+
+
+def test_the_denoiser_of_several_hands_launches(tmp_path, monkeypatch, capsys):
+    """Two steps from the embedded model, with a new vocabulary and pictures of the kinds that the config weighs."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "pictures")
+    lines = [json.loads(line) for line in Path("pictures/metadata.jsonl").read_text().splitlines()]
+    kinds = ["tone", "flag", "object"]
+    rows = [{**line, "kind": kinds[index % 3], "text": f"{line['text']}, flat style"} for index, line in enumerate(lines)]
+    Path("pictures/metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert cli.main(["encode", "pictures", "--vae", "emoji", "--size", "64", "--out", "c.safetensors"]) == 0
+    denoiser = ["train-denoiser", "emoji-hands-denoiser", "--data.cache", "c.safetensors", "--data.vae", "emoji"]
+    denoiser += ["--run.out", "m", "--run.work", "w", "--run.warm-start", "emoji"]
+    assert cli.main([*denoiser, "--optim.batch-size", "2", "--optim.steps", "2", "--optim.warmup-steps", "1"]) == 0
+    assert "slow_ema_loss" in capsys.readouterr().out
+    assert cli.main(["generate", "red circle, flat style", "--model", "m", "--steps", "1", "--out", "o"]) == 0
 
 
 @pytest.mark.parametrize("name", [path.stem for path in CONFIGS if verb_of(path) == "train-lora"])

@@ -31,7 +31,9 @@ def train_tokenizer(captions: Iterable[str], shape: TextShape) -> Any:
     model = json.loads(backend.to_str())["model"]
     vocabulary: dict[str, int] = model["vocab"]
     merges: Any = [tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in model["merges"]]
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=shape.length)
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=shape.length)
+    token_ids(tokenizer, [""])  # its file holds how it was used last; so the file of an unused one is the same
+    return tokenizer
 
 
 def build_text_encoder(tokenizer: Any, shape: TextShape) -> Any:
