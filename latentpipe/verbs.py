@@ -144,6 +144,7 @@ def evaluate_prompts(
     device: str | None = None,
     grid: Path | None = None,
     styles: int | None = None,
+    objects: int | None = None,
     json: bool = False,
 ) -> None:
     """Does the picture follow the prompt? One picture for each prompt, seed = index, nothing selected.
@@ -157,11 +158,12 @@ def evaluate_prompts(
         device: cpu, cuda or mps.
         grid: Where to save a sheet of the first 16 pictures of either list.
         styles: Also score a model of several hands: so many held-out cells of emoji and style (0: all), and "any style".
+        objects: Also score so many of the training prompts that name no skin tone and no flag; 0: all.
         json: Print one JSON object only.
     """
     from latentpipe.evaluate.prompts import evaluate, table
 
-    result = evaluate(model, seen, held_out, steps, guidance, device, grid, styles)
+    result = evaluate(model, seen, held_out, steps, guidance, device, grid, styles, objects)
     print(_json(result) if json else table(result))
 
 

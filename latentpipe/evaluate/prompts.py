@@ -20,7 +20,7 @@ from tqdm import tqdm
 from latentpipe.data.emoji import TONES, Combination, combination_of
 from latentpipe.defaults import GUIDANCE, STEPS
 from latentpipe.errors import UserError
-from latentpipe.evaluate.bank import Bank, open_bank, small
+from latentpipe.evaluate.bank import SIDE, Bank, open_bank, small
 from latentpipe.evaluate.styles import evaluate_styles
 from latentpipe.evaluate.wilson import wilson as wilson
 from latentpipe.images import sheet
@@ -40,34 +40,40 @@ def evaluate(
     device: str | None = None,
     grid: Path | None = None,
     styles: int | None = None,
+    objects: int | None = None,
 ) -> dict[str, Any]:
     """Draw and score; `seen` and `held_out` say how many prompts of each list (0: all).
 
-    styles  also score so many held-out cells of the other hands (0: all) and the variety of "any style"
+    styles   also score so many held-out cells of the other hands (0: all) and the variety of "any style"
+    objects  also score so many of the seen prompts that name no skin tone and no flag (0: all)
 
     Returns {"seen": scores, "held_out": scores with role, gender, tone, "baselines", "seeds", "protocol"}, and with styles
-    {"cells", "variety"}.
+    {"cells", "variety"}, with objects {"objects"}.
     """
-    if seen < 0 or held_out < 0 or (styles or 0) < 0:
-        raise UserError(f"seen is {seen}, held_out {held_out} and styles {styles}; expected 0 (all) or more.")
+    if min(seen, held_out, styles or 0, objects or 0) < 0:
+        given = f"seen is {seen}, held_out {held_out}, styles {styles} and objects {objects}"
+        raise UserError(f"{given}; expected 0 (all) or more.")
     if grid is not None and (grid.suffix.lower() != ".png" or grid.is_dir()):
         raise UserError(f"--grid {grid}: expected the name of a PNG file.")
     bank = open_bank()
     pipe = LatentPipeline.from_pretrained(model, device=device)
     settings = pipe.check(Settings(steps=steps, guidance=guidance))
     rows = {"seen": bank.rows_of("train")[: seen or None], "held_out": bank.rows_of("held_out")[: held_out or None]}
+    if objects is not None:
+        rows["objects"] = bank.objects()[: objects or None]
     result: dict[str, Any] = {}
     drawn: dict[str, list[Image.Image]] = {}
     for name, chosen in rows.items():
         prompts = [bank.captions[row][0] for row in chosen]
         drawn[name] = draw_all(pipe, prompts, settings, name)
-        found = bank.nearest(np.stack([small(picture) for picture in drawn[name]]))
-        result[name] = score(bank, chosen, found)
+        pictures = np.stack([small(picture) for picture in drawn[name]])
+        found = bank.nearest(pictures)
+        result[name] = score(bank, chosen, found) | {"rms24": rms24(bank.pixels[chosen], pictures)}
         if name == "held_out":
             result[name] |= attributes(bank, prompts, found)
     if grid is not None:
         save_grid(bank, rows, drawn, grid)
-    result["baselines"] = {name: baselines(bank, name, chosen) for name, chosen in rows.items()}
+    result["baselines"] = {name: baselines(bank, name, rows[name]) for name in ("seen", "held_out")}
     result["seeds"] = four_seeds(pipe, [bank.captions[row][0] for row in rows["seen"][:DIVERSITY_PROMPTS]], settings)
     if styles is not None:
         result |= evaluate_styles(lambda texts, seeds: draw_all(pipe, texts, settings, "styles", seeds), styles)
@@ -110,6 +116,16 @@ def score(bank: Bank, rows: Sequence[int], found: np.ndarray) -> dict[str, Any]:
     low, high = wilson(top1, n)
     low5, high5 = wilson(top5, n)
     return {"n": n, "top1": top1 / n, "top5": top5 / n, "low": low, "high": high, "top5_low": low5, "top5_high": high5}
+
+
+def rms24(wanted: np.ndarray, pictures: np.ndarray) -> float:
+    """Root mean square difference in grey levels at 24 x 24 between two lists of 32 x 32 pictures: the mean over pictures."""
+
+    def reduced(rows: np.ndarray) -> np.ndarray:
+        tiles = rows.reshape(-1, SIDE, SIDE, 3).clip(0, 255).round().astype(np.uint8)
+        return np.stack([np.asarray(Image.fromarray(tile).resize((24, 24), Image.Resampling.BOX), np.float64) for tile in tiles])
+
+    return float(np.sqrt(np.square(reduced(wanted) - reduced(pictures)).mean((1, 2, 3))).mean())
 
 
 def attributes(bank: Bank, prompts: Sequence[str], found: np.ndarray) -> dict[str, float]:
@@ -177,7 +193,7 @@ def save_grid(bank: Bank, rows: dict[str, list[int]], drawn: dict[str, list[Imag
 def table(result: dict[str, Any]) -> str:
     """The scores as text."""
     lines = [f"{'':34}{'n':>5}  top-1                  top-5"]
-    entries = [(name, result[name]) for name in ("seen", "held_out")]
+    entries = [(name, result[name]) for name in ("seen", "objects", "held_out") if name in result]
     entries += [(f"  {name}: {key}", scores) for name, group in result["baselines"].items() for key, scores in group.items()]
     for name, row in entries:
         shares = [
@@ -185,6 +201,8 @@ def table(result: dict[str, Any]) -> str:
             for key, low, high in (("top1", "low", "high"), ("top5", "top5_low", "top5_high"))
         ]
         lines.append(f"{name:34}{row['n']:>5}  {shares[0]}  {shares[1]}")
+    distances = ", ".join(f"{name} {result[name]['rms24']:.1f}" for name in ("seen", "objects", "held_out") if name in result)
+    lines.append(f"rms difference to the true picture at 24 x 24, grey levels: {distances}")
     held = result["held_out"]
     lines.append(f"held_out attributes: role {held['role']:.1%}, gender {held['gender']:.1%}, tone {held['tone']:.1%}")
     seeds = result["seeds"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,7 +114,7 @@ def _rows(bank: HandBank, key: str) -> list[int]:
     return [] if row is None else [row]
 
 
-def _mean_apart(groups: Sequence[Any]) -> float:
+def _mean_apart(groups: Iterable[Any]) -> float:
     pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
     return sum(math.sqrt(np.square(a - b).mean()) for a, b in pairs) / max(1, len(pairs))
 
