@@ -95,6 +95,7 @@ def train_embedded(
     start: str | None = "emoji",
     denoiser_steps: int | None = None,
     decoder_steps: int | None = None,
+    tuning_steps: int | None = None,
     batch_size: int | None = None,
     decay: bool = True,
 ) -> None:
@@ -107,12 +108,13 @@ def train_embedded(
         start: Name or folder of the model that the denoiser begins with; None: random weights.
         denoiser_steps: Steps of the denoiser, in place of the config's.
         decoder_steps: Steps of the decoder, in place of the config's.
+        tuning_steps: Steps that the decoder then trains on what the denoiser predicts, likewise.
         batch_size: Pictures in each step of both, in place of the configs'.
         decay: Let the denoiser's rate fall over the last quarter; without, the run can be made longer later.
     """
     from latentpipe.train.chain import train_chain
 
-    print(train_chain(hands, work, configs_folder(), vae, start, denoiser_steps, decoder_steps, batch_size, decay))
+    print(train_chain(hands, work, configs_folder(), vae, start, denoiser_steps, decoder_steps, tuning_steps, batch_size, decay))
 
 
 def encode(folder: Path, /, vae: str, size: int = 64, out: Path | None = None) -> None:

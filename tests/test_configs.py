@@ -31,7 +31,10 @@ def test_loads_and_names_its_command(path):
     assert parse(yaml.safe_load(dump(config)), schema_of(path), "dumped") == config
 
 
-@pytest.mark.parametrize("name", [path.stem for path in CONFIGS if verb_of(path) == "train-vae" and path.stem[-4:] != "-vae"])
+VAES = [path.stem for path in CONFIGS if verb_of(path) == "train-vae" and path.stem[-4:] != "-vae"]
+
+
+@pytest.mark.parametrize("name", [name for name in VAES if not name.endswith("-tuned")])
 def test_the_other_vaes_launch(name, tmp_path, monkeypatch):
     """Two steps of each on pictures made by code; what it begins with ships."""
     monkeypatch.chdir(tmp_path)
@@ -40,6 +43,28 @@ def test_the_other_vaes_launch(name, tmp_path, monkeypatch):
     arguments += ["--optim.batch-size", "2", "--optim.steps", "2", "--optim.warmup-steps", "1"]
     assert cli.main(["train-vae", name, *arguments]) == 0
     assert cli.main(["inspect", "v"]) == 0
+
+
+def test_the_enlarging_decoder_is_tuned_on_what_a_denoiser_predicts(tmp_path, monkeypatch):
+    """Two steps from the decoder of one step, on the predictions of the embedded denoiser."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "pictures")
+    arguments = [
+        "--data.train",
+        "pictures",
+        "--data.validation",
+        "pictures",
+        "--optim.batch-size",
+        "2",
+        "--optim.warmup-steps",
+        "1",
+    ]
+    first = ["--run.out", "v", "--run.work", "w", "--optim.steps", "1"]
+    assert cli.main(["train-vae", "emoji-hands-decoder", *arguments, *first]) == 0
+    second = ["--run.out", "t", "--run.work", "u", "--optim.steps", "2", "--run.warm-start", "v", "--predicted.model", "emoji"]
+    second += ["--adversarial.start-step", "1"]
+    assert cli.main(["train-vae", "emoji-hands-decoder-tuned", *arguments, *second]) == 0
+    assert cli.main(["swap", "--vae", "t"]) == 0
 
 
 @pytest.mark.parametrize("name", ["emoji", "small"])

@@ -147,6 +147,17 @@ class Adversarial(Strict):
     """Weight of the LeCam regularization."""
 
 
+class Predicted(Strict):
+    """Latents as a denoiser predicts them in one step from slightly noised ones: what a decoder meets in a pipeline."""
+
+    model: Path | None = None
+    """Name or folder of a model of the teacher's latents; left out: none."""
+    share: float = Field(0.5, gt=0, le=1)
+    """Share of the steps that decode them (mode distil)."""
+    times: Positive = 250
+    """Timesteps that they are noised to, uniform from 0 up to this one."""
+
+
 class Crops(Strict):
     """Random crops: a share of whole pictures, else a square of random side, resized to `size_px`; or of `cut_px`, as it is."""
 
@@ -180,6 +191,7 @@ class TrainVAE(Strict):
     loss: VAELoss = VAELoss()
     adversarial: Adversarial = Adversarial()
     crops: Crops = Crops()
+    predicted: Predicted = Predicted()
 
     @model_validator(mode="after")
     def _mode_is_complete(self) -> TrainVAE:
@@ -187,6 +199,10 @@ class TrainVAE(Strict):
             raise ValueError("mode distil and a teacher belong together; give both or neither")
         if self.loss.rate and self.mode != "all":
             raise ValueError("loss.rate shapes the latents, so all must train; leave out mode, or the rate")
+        if self.predicted.model is not None and (self.mode != "distil" or self.crops.whole < 1 or self.crops.flip):
+            raise ValueError(
+                "predicted.model draws whole pictures as captions say; give mode distil, crops.whole 1, crops.flip false"
+            )
         if self.loss.latent_noise and self.mode != "distil":
             raise ValueError("loss.latent_noise disturbs a teacher's latents; leave it out, or give mode distil and a teacher")
         if self.mode == "distil" and not self.loss.latent:

@@ -35,6 +35,7 @@ def train_chain(
     start: str | None,
     denoiser_steps: int | None = None,
     decoder_steps: int | None = None,
+    tuning_steps: int | None = None,
     batch_size: int | None = None,
     decay: bool = True,
     say: Say = print,
@@ -42,37 +43,42 @@ def train_chain(
     """Train it all below `work`; returns the folder of the model, ``work/model``.
 
     packages        folder with the artists' sets, as for ``latentpipe emoji --hands``
-    configs         folder with emoji-hands-denoiser.yaml and emoji-hands-decoder.yaml
+    configs         folder with emoji-hands-denoiser.yaml, emoji-hands-decoder.yaml and emoji-hands-decoder-tuned.yaml
     vae             the VAE whose latents are kept, by name or folder
     start           the model that the denoiser begins with; None: random weights
-    denoiser_steps, decoder_steps, batch_size   in place of the configs'
+    denoiser_steps, decoder_steps, tuning_steps, batch_size   in place of the configs'
     decay           let the denoiser's rate fall at the end; without, the run can be made longer later
     """
     vae_folder = find_model(vae, "vae")
     hands = work / "hands"
     if not (hands / "train" / "metadata.jsonl").is_file():
-        say(f"1/5 pictures: {hands}")
+        say(f"1/6 pictures: {hands}")
         write_hands(hands, open_library(packages), progress=lambda planned: tqdm(planned, unit="picture"))
     cache = work / "train.safetensors"
     if not cache.is_file():
-        say(f"2/5 latents: {cache}")
+        say(f"2/6 latents: {cache}")
         encode_folder(hands / "train", vae_folder, cache, LATENT_PX, progress=lambda parts: tqdm(parts, unit="batch"))
     open_cache(cache, vae_folder)  # refused now where it is another VAE's
-    say("3/5 denoiser")
+    say("3/6 denoiser")
     run: dict[str, Any] = {"out": work / "denoiser", "work": work / "denoiser-run", "warm_start": start, "resume": True}
     shape = {} if batch_size is None else {"batch_size": batch_size}
     optim = {**shape, **_steps(denoiser_steps), "decay_share": 0.25 if decay else 0.0}
     data = {"cache": cache, "vae": vae_folder}
     text = {"new_vocabulary": start is not None}
     train_denoiser(_changed(configs / "emoji-hands-denoiser.yaml", TrainDenoiser, data=data, run=run, optim=optim, text=text))
-    say("4/5 decoder")
+    say("4/6 decoder")
     run = {"out": work / "decoder", "work": work / "decoder-run", "resume": True}
     optim = {**shape, **_steps(decoder_steps)}
     pictures = {"train": hands / "train", "validation": hands / "validation"}
     name = configs / "emoji-hands-decoder.yaml"
     train_vae(_changed(name, TrainVAE, data=pictures, run=run, optim=optim, teacher=vae_folder))
-    say(f"5/5 model: {work / 'model'}")
-    return assemble(work / "denoiser", work / "decoder", work / "model")
+    say("5/6 decoder on what the denoiser predicts")
+    run = {"out": work / "tuned", "work": work / "tuned-run", "warm_start": work / "decoder", "resume": True}
+    optim, predicted = {**shape, **_steps(tuning_steps)}, {"model": work / "denoiser"}
+    name = configs / "emoji-hands-decoder-tuned.yaml"
+    train_vae(_changed(name, TrainVAE, data=pictures, run=run, optim=optim, teacher=vae_folder, predicted=predicted))
+    say(f"6/6 model: {work / 'model'}")
+    return assemble(work / "denoiser", work / "tuned", work / "model")
 
 
 def assemble(denoiser: Path, decoder: Path, out: Path) -> Path:

@@ -20,6 +20,7 @@ from latentpipe.files import HASH_LENGTH, atomic_file
 from latentpipe.images import bytes_to_images, psnr, to_bytes
 from latentpipe.latents import LatentSpace
 from latentpipe.train import freeze
+from latentpipe.train.taught import taught_psnr
 from latentpipe.vae import VAEStage, declare_normalization
 from latentpipe.weights import available, find_model, save_vae, vae_hash
 
@@ -94,22 +95,6 @@ def validation_card(config: TrainVAE, stage: VAEStage, held: torch.Tensor) -> di
     )
     figures = {"psnr_db": mean, "low": low, "high": high}
     return {"set": str(config.data.validation), "n": len(held), **{name: round(value, 3) for name, value in figures.items()}}
-
-
-def as_taught(stage: VAEStage, teacher: VAEStage, images: torch.Tensor) -> torch.Tensor:
-    """Images (B 3 H W) at the size that gives the teacher latents of the student's size: smaller where the student enlarges."""
-    ratio = stage.space.downscale // teacher.space.downscale
-    if ratio == 1:
-        return images
-    return functional.interpolate(images, size=images.shape[-1] // ratio, mode="bicubic", antialias=True).clamp(-1, 1)
-
-
-@torch.no_grad()
-def taught_psnr(stage: VAEStage, teacher: VAEStage, images: torch.Tensor) -> torch.Tensor:
-    """PSNR (dB) of each picture (N 3 H W) from the teacher's latents through the student's decoder."""
-    parts = images.split(64)
-    rebuilt = [stage.decode(teacher.encode(as_taught(stage, teacher, part))).float().cpu() for part in parts]
-    return psnr(to_bytes(images), to_bytes(torch.cat(rebuilt))).clamp_max(99.0)
 
 
 def fitting(config: TrainVAE, moved: bool) -> str:

@@ -24,6 +24,7 @@ from latentpipe.train.memory import parts_that_fit
 from latentpipe.train.objective import Objective
 from latentpipe.train.progress import Progress
 from latentpipe.train.start import begin
+from latentpipe.train.taught import Lesson, taught_psnr
 from latentpipe.train.team import Team
 from latentpipe.train.warp import SCALES, Warp, draw_warp
 from latentpipe.vae import VAEStage, sampled
@@ -65,7 +66,7 @@ def train_vae(config: TrainVAE) -> Path:
         stage.eval()
         found = _figures(config, stage, watched, held is not None, step, log)
         if teacher is not None and held is not None:
-            found["teacher_psnr_db"] = finish.taught_psnr(stage, teacher, held).mean().item()
+            found["teacher_psnr_db"] = taught_psnr(stage, teacher, held).mean().item()
         stage.train()
         return found
 
@@ -102,7 +103,7 @@ class Training:
         parts: int,
     ) -> None:
         self.config, self.team, self.stage, self.pictures, self.objective = config, team, stage, pictures, objective
-        self.teacher = teacher.to(team.device) if teacher is not None else None
+        self.lesson = None if teacher is None else Lesson(config, stage, teacher, team.device)
         trains = any(parameter.requires_grad for parameter in stage.vae.decoder.parameters() if parameter.ndim == 4)
         self.last = last_layer(stage.vae) if trains else None
         self.shares = team.shares(config.optim.batch_size, parts)
@@ -117,7 +118,7 @@ class Training:
         warp = self._warp(generator, cut.size_px)
         c, side = self.stage.space.channels, cut.size_px // self.stage.space.downscale
         noise = self._noise((len(chosen), c, side, side), generator)
-        strength = self._strength(len(chosen), generator)
+        drawn = None if self.lesson is None else self.lesson.draw(self._captions(chosen), generator)
         mine = slice(self.shares[0].start, self.shares[-1].stop)
         pixels = self.pictures.batch(chosen[mine].tolist(), following[mine].tolist())
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -127,13 +128,14 @@ class Training:
             images = cut.apply(own.to(self.team.device), rows)
             last = rows is self.shares[-1]
             with self.team.gathering(self.wrapped, last), loop.fast_forward(config.run, self.team.device):
-                target = self._taught(images)
-                given = None if target is None else target[0]
-                if given is not None and self.config.loss.latent_noise:
-                    given = self._disturbed(given, noise[rows].to(self.team.device), strength[rows].to(self.team.device))
-                rebuilt, posterior = self._forward(images, warp, noise[rows].to(self.team.device), given)
+                own_noise = noise[rows].to(self.team.device)
+                target = given = None
+                if self.lesson is not None and drawn is not None:
+                    target = self.lesson.target(images)
+                    given = self.lesson.given(target, own_noise, drawn, rows)
+                rebuilt, posterior = self._forward(images, warp, own_noise, given)
             wanted = warp(images) if warp is not None else images
-            rounded = sampled(posterior, noise[rows].to(self.team.device), True) if config.loss.rate else None
+            rounded = sampled(posterior, own_noise, True) if config.loss.rate else None
             losses = objective(wanted, rebuilt, posterior, step, warp is not None, target, rounded)
             if last and step % SHARES_EVERY == 0 and self.last is not None:
                 shares = health.gradient_shares(losses, self.last)
@@ -146,6 +148,9 @@ class Training:
 
     def _chosen(self, step: int) -> torch.Tensor:
         return loop.batch_indices(len(self.pictures), self.config.optim.batch_size, self.config.run.seed, step)
+
+    def _captions(self, chosen: torch.Tensor) -> list[tuple[str, ...]]:
+        return [self.pictures.items[index].captions for index in chosen.tolist()]
 
     def _noise(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         """Standard normal, of a posterior; a codec's is uniform, as wide as its step."""
@@ -172,27 +177,6 @@ class Training:
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"run.compile: torch.compile does not work here ({reason[:200]}); leave the option out.") from None
-
-    def _strength(self, batch: int, generator: torch.Generator) -> torch.Tensor:
-        """Deviation of each picture's latent noise (B): 0 on half of the steps, else uniform up to loss.latent_noise."""
-        most = self.config.loss.latent_noise
-        if not most or torch.rand((), generator=generator).item() < 0.5:
-            return torch.zeros(batch)
-        return most * torch.rand(batch, generator=generator)
-
-    def _disturbed(self, given: torch.Tensor, noise: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-        """Raw latents with noise that is so strong in normalized latents."""
-        scale = given.new_tensor(self.stage.space.scale, dtype=torch.float32).view(1, -1, 1, 1)
-        return given + strength.view(-1, 1, 1, 1) * noise / scale
-
-    @torch.no_grad()
-    def _taught(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Mean and standard deviation of the teacher's latents, in the student's raw units; None where there is no teacher."""
-        if self.teacher is None:
-            return None
-        mean, std = self.teacher.posterior(finish.as_taught(self.stage, self.teacher, images))
-        space = self.stage.space
-        return space.denormalize(mean.float()), std.float() / std.new_tensor(space.scale, dtype=torch.float32).view(1, -1, 1, 1)
 
 
 @torch.no_grad()
