@@ -64,7 +64,7 @@ def test_the_enlarging_decoder_is_tuned_on_what_a_denoiser_predicts(tmp_path, mo
     second = ["--run.out", "t", "--run.work", "u", "--optim.steps", "2", "--run.warm-start", "v", "--predicted.model", "emoji"]
     second += ["--adversarial.start-step", "1"]
     assert cli.main(["train-vae", "emoji-hands-decoder-tuned", *arguments, *second]) == 0
-    assert cli.main(["swap", "--vae", "t"]) == 0
+    assert cli.main(["inspect", "t"]) == 0
 
 
 @pytest.mark.parametrize("name", ["emoji", "small"])
