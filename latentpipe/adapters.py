@@ -6,15 +6,17 @@ import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.nn import functional
 
 from latentpipe.errors import UserError
 from latentpipe.files import HASH_LENGTH, atomic_file, content_hash, load_strictly, read_header, read_tensors
 from latentpipe.latents import LatentSpace
+from latentpipe.reading import parse_object
 from latentpipe.vae import VAEStage
 from latentpipe.weights import home
 
@@ -75,12 +77,13 @@ class Adapter(nn.Module):
 
 
 class Adapted(nn.Module):
-    """A stage in two halves: it encodes by the host's VAE and decodes, through an adapter, by another one.
+    """A stage in two halves: it encodes by the host's VAE and decodes by another one, through an adapter where there is one.
 
-    It has the host's space, so a denoiser cannot tell; what comes out is the other VAE's picture.
+    It has the host's space, so a denoiser cannot tell; what comes out is the other VAE's picture. Without an adapter
+    (None) the other VAE's decoder reads the host's latents as they are.
     """
 
-    def __init__(self, encoder: Any, adapter: Adapter, decoder: Any) -> None:
+    def __init__(self, encoder: Any, adapter: Adapter | None, decoder: Any) -> None:
         super().__init__()
         self.encoder, self.adapter, self.decoder = encoder, adapter, decoder
         self.space: LatentSpace = encoder.space
@@ -106,6 +109,8 @@ class Adapted(nn.Module):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The host's latents to images."""
+        if self.adapter is None:
+            return self.decoder.decode(latents)
         weight = self.adapter.linear.weight
         return self.decoder.decode(self.adapter(latents.to(weight.device, weight.dtype)))
 
@@ -118,6 +123,21 @@ class AdapterCard:
     target_hash: str
     source: tuple[int, int]
     target: tuple[int, int]
+    rung: Rung
+    report: dict[str, Any]
+
+
+Size = Annotated[int, Field(ge=1, le=MOST, strict=True)]
+
+
+class _StoredCard(BaseModel):
+    """An `AdapterCard` as a file has it."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    source_hash: Annotated[str, Field(max_length=64)]
+    target_hash: Annotated[str, Field(max_length=64)]
+    source: tuple[Size, Size]
+    target: tuple[Size, Size]
     rung: Rung
     report: dict[str, Any]
 
@@ -145,13 +165,8 @@ def read_card(path: Path) -> AdapterCard:
     try:
         if metadata.get("format") != FORMAT:
             raise ValueError
-        card = json.loads(metadata["card"])
-        card |= {"source": tuple(card["source"]), "target": tuple(card["target"])}
-        sizes = [*card["source"], *card["target"]]
-        if len(sizes) != 4 or not all(type(size) is int and 0 < size <= MOST for size in sizes) or card["rung"] not in RUNGS:
-            raise ValueError
-        return AdapterCard(**card)
-    except (ValueError, KeyError, TypeError):
+        return AdapterCard(**dict(_StoredCard.model_validate(parse_object(metadata.get("card", "")))))
+    except ValueError:
         raise UserError(f"{path} is not an adapter of this version; make one with 'latentpipe fit-adapter'.") from None
 
 

@@ -24,7 +24,9 @@ from latentpipe import (
     vae_verbs,
     verbs,
 )
+from latentpipe.ending import interruptible, say, status_of
 from latentpipe.errors import Note, UserError
+from latentpipe.shortage import is_shortage, sentence
 from latentpipe.verbs import configs_folder
 
 Verb = Callable[[list[str]], None]
@@ -138,7 +140,16 @@ VERBS: dict[str, Verb] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0, 2 for a mistake in the call or its data, 130 for Ctrl-C."""
+    """Run one verb; returns the exit status: 0, 2 for a mistake in the call or its data, 130 for Ctrl-C, 143 for SIGTERM."""
+    try:
+        with interruptible():
+            return _run(arguments)
+    except KeyboardInterrupt as error:
+        say(error)
+        return status_of(error)
+
+
+def _run(arguments: list[str] | None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -151,8 +162,6 @@ def main(arguments: list[str] | None = None) -> int:
         VERBS[name](rest)
         sys.stdout.flush()  # a reader that has left is noticed here, not at exit
         return 0
-    except KeyboardInterrupt:
-        return 130
     except (UserError, ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
         if isinstance(error, ValueError) and not isinstance(error, UserError) and os.environ.get("LATENTPIPE_DEBUG"):
             raise
@@ -164,12 +173,14 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(_plain(error))
     except Exception as error:
         # safetensors and torch wrap what the system said
-        if "No space left" in str(error) or "not enough memory" in str(error) or "out of memory" in str(error):
+        if "No space left" in str(error) or is_shortage(error):
             return _fail(_plain(error))
         raise
 
 
 def _plain(error: Exception) -> str:
+    if is_shortage(error):
+        return sentence(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = error.filename or "while writing"
         return f"the disk is full ({where}); nothing was left under its final name. Free some space and run it again."

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latentpipe.errors import UserError
+from latentpipe.reading import read_bytes
 
 
 def compress(
@@ -19,7 +20,7 @@ def compress(
     """Store a picture as the rounded latents of a VAE, in an .lpz file.
 
     Args:
-        picture: Any picture that Pillow reads; transparency is laid on white.
+        picture: A PNG, JPEG, WebP, GIF, BMP or TIFF file; transparency is laid on white.
         out: The .lpz file to write.
         vae: Name or folder of the VAE; emoji-tiny makes larger and better files.
         step: Width of rounding in units of the latents: larger makes smaller files. Left out: what fit-codec learnt, else 0.5.
@@ -128,13 +129,7 @@ def read(file: Path) -> bytes:
     """A file's bytes; UserError where there is none, or where it is larger than any that compress writes."""
     from latentpipe.explore.codec.container import LARGEST_FILE
 
-    try:
-        size = file.stat().st_size
-        if size > LARGEST_FILE:
-            raise UserError(f"{file} has {size:,} bytes; an .lpz file has at most {LARGEST_FILE:,}.")
-        return file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error}); expected an .lpz file.") from None
+    return read_bytes(file, LARGEST_FILE, "an .lpz file")
 
 
 def _bar(parts: list[Any]) -> Iterable[Any]:

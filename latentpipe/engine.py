@@ -17,11 +17,11 @@ from PIL import Image
 from latentpipe import recipe as recipes
 from latentpipe.adapters import own_adapter
 from latentpipe.errors import UserError
-from latentpipe.images import open_picture
+from latentpipe.images import open_picture, picture_file
 from latentpipe.jobs import Report, Waiting, events_of
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.places import named_lora
-from latentpipe.pipeline import LatentPipeline, Picture, best_device, pixel_hash
+from latentpipe.pipeline import LatentPipeline, Picture, best_device
 from latentpipe.sampling import Step
 from latentpipe.weights import available
 
@@ -141,7 +141,7 @@ def replay(
 
     pictures = pipe(old.prompt, n=old.batch_size, seed=old.seed - old.batch_index, on_step=on_step, **settings)
     picture = pictures[old.batch_index]
-    with Image.open(path) as stored:
+    with picture_file(path) as stored:
         before = np.asarray(stored.convert("RGB"), dtype=np.int16)
     after = np.asarray(picture.image, dtype=np.int16)
     if before.shape != after.shape:
@@ -197,9 +197,10 @@ def _source(old: recipes.Recipe, source: Path | None) -> dict[str, Any]:
     if source is None:
         raise UserError("This picture began from another one; give it with --image.")
     image = open_picture(source)
-    if pixel_hash(image) != old.source.sha256:
+    if recipes.pixel_hash(image) != old.source.sha256:
         raise UserError(
-            f"{source} is not the picture that this one began from: {pixel_hash(image)[:16]}, expected {old.source.sha256[:16]}."
+            f"{source} is not the picture that this one began from: {recipes.pixel_hash(image)[:16]}, "
+            f"expected {old.source.sha256[:16]}."
         )
     return {"image": image, "strength": old.source.strength}
 

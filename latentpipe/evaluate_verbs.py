@@ -19,14 +19,14 @@ def evaluate_vae(
     posterior: Literal["mode", "sample"] | None = None,
     rounding: Literal["nearest", "truncate"] | None = None,
     features: Literal["emoji-words", "squeezenet10", "inception"] = "emoji-words",
+    full: bool = False,
     probe: int = 64,
-    cost: bool = True,
     device: str | None = None,
     csv: Path | None = None,
     sheet: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Measure a VAE on a folder of pictures: quality, rate, latents, robustness, time and memory, each with its interval.
+    """Measure a VAE on a folder of pictures: quality, rate and latents, each with its interval; with --full robustness and cost.
 
     Args:
         vae: Name, folder or file of the VAE.
@@ -37,8 +37,8 @@ def evaluate_vae(
         posterior: Decode the posterior's mode or one sample, whatever the protocol says.
         rounding: How reconstructions become bytes, whatever the protocol says.
         features: Network for Frechet and kernel distances; only inception makes an FID. All but emoji-words need weights.
-        probe: Pictures for round trips and equivariance, which encode and decode each a dozen times.
-        cost: Measure time and memory as well.
+        full: Measure round trips, equivariance, interpolation, time and memory as well: a dozen times the work.
+        probe: With --full: pictures for round trips and equivariance.
         device: cpu, cuda or mps.
         csv: Write the values of each picture to this file.
         sheet: Write a PNG of the best, median and worst picture: original, rebuilt, difference.
@@ -51,7 +51,7 @@ def evaluate_vae(
     _check_file(csv, "--csv", ".csv")
     _check_file(sheet, "--sheet", ".png")
     way, where = find_protocol(protocol, posterior, rounding, size), device or best_device()
-    found = run(vae, images, protocol=way, most=most, features=features, probe=probe, cost=cost, device=where, sheet=sheet)
+    found = run(vae, images, protocol=way, most=most, features=features, full=full, probe=probe, device=where, sheet=sheet)
     _tell(found, csv, sheet, json)
 
 

@@ -1,13 +1,10 @@
-"""Files: safetensors in, strictly; folders and files out, atomically; content hashes."""
+"""Files: safetensors in, strictly; content hashes; folders and files out, atomically (`atomic`)."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import shutil
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +13,17 @@ from typing import Any
 
 import torch
 
+from latentpipe.atomic import atomic_file as atomic_file
+from latentpipe.atomic import atomic_folder as atomic_folder
 from latentpipe.errors import UserError
 from latentpipe.latents import LatentSpace
+from latentpipe.reading import MOST_HEADER, file_size
+from latentpipe.reading import read_json as read_json
+from latentpipe.shortage import refuse
 
 HASH_LENGTH = 16  # characters shown to people; files keep all 64
+MOST_TENSORS, MOST_DIMENSIONS = 2**17, 16  # of a safetensors file; the largest models have some thousand, of five
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def home() -> Path:
@@ -28,63 +32,6 @@ def home() -> Path:
         return Path(os.environ["LATENTPIPE_HOME"])
     data = os.environ.get("XDG_DATA_HOME") or os.environ.get("LOCALAPPDATA")
     return Path(data or Path.home() / ".local" / "share") / "latentpipe"
-
-
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its name when the block succeeds, and vanishes when it fails."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            os.replace(target, old)
-        try:
-            os.replace(temporary, target)
-        except BaseException:
-            if old.exists() and not target.exists():
-                os.replace(old, target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def atomic_file(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target` that takes its name when the block succeeds, and vanishes when it fails."""
-    target = Path(target)
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.part")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    except OSError as error:
-        if error.filename == str(temporary):
-            error.filename = str(target)  # the name that was asked for
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError where there is none."""
-    try:
-        value = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a JSON file ({error}).") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object; given {type(value).__name__}.")
-    return value
 
 
 @dataclass(frozen=True)
@@ -99,23 +46,33 @@ class Header:
 def read_header(path: Path) -> Header:
     """The header of a safetensors file; UserError as in `read_tensors`."""
     with _opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        return Header(
-            {name: tuple(part.get_shape()) for name, part in slices.items()},
-            {name: str(part.get_dtype()) for name, part in slices.items()},
-            dict(file.metadata() or {}),
-        )
+        return _header(file)
 
 
 def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, or those named; UserError where it is missing, truncated or no such file."""
+    """The tensors of a safetensors file, or those named; UserError where it is missing, truncated or no such file, where its
+    header is larger than any model's, or where the memory does not hold it.
+    """
     with _opened(path) as file:
+        _header(file)
         return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+
+
+def _header(file: Any) -> Header:
+    names = list(file.keys())
+    if len(names) > MOST_TENSORS:
+        raise ValueError(f"it names {len(names):,} tensors, at most {MOST_TENSORS:,} are read")
+    slices = {name: file.get_slice(name) for name in names}
+    shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+    for name, shape in shapes.items():
+        if len(shape) > MOST_DIMENSIONS or any(side >= 2**40 for side in shape):
+            raise ValueError(f"{name[:80]} has {len(shape)} dimensions, {', '.join(map(str, shape[:4]))}, ...")
+    return Header(shapes, {name: str(part.get_dtype()) for name, part in slices.items()}, dict(file.metadata() or {}))
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     path = Path(path)
     size = check_file(path)
@@ -125,11 +82,14 @@ def _opened(path: Path) -> Iterator[Any]:
             "'latentpipe convert' turns other weights into one."
         )
     try:
+        with open(path, "rb") as start:
+            length = int.from_bytes(start.read(8), "little")
+        if MOST_HEADER < length < size:
+            raise ValueError(f"its header has {length:,} bytes, at most {MOST_HEADER:,} are read")
         with safe_open(path, "pt") as file:
             yield file
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except Exception as error:  # safetensors' own, the system's, and torch's for shapes and dtypes that it has not
+        refuse(error, f"{path} ({size:,} bytes)")
         raise UserError(
             f"{path}: not a complete safetensors file ({error}); given {size:,} bytes. Fetch or export it again."
         ) from None
@@ -137,15 +97,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def check_file(path: Path) -> int:
     """The size in bytes of a file that can be read; UserError where there is none, a folder, or a link in a circle."""
-    try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):
-            raise UserError(f"{path}: not a file; expected weights in safetensors format.")
-        with open(path, "rb") as file:
-            return file.seek(0, os.SEEK_END)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such file; expected weights in safetensors format.") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({(error.strerror or str(error)).lower()}).") from None
+    return file_size(path, "weights in safetensors format")
 
 
 def file_hash(path: Path) -> str:
@@ -162,12 +114,19 @@ def load_strictly(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], s
     for name, tensor in tensors.items():
         if name in wanted and tensor.shape != wanted[name].shape:
             problems.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
-        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        elif name in wanted and wanted[name].is_floating_point() and tensor.dtype not in FLOATS:
+            problems.append(f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}, expected a float of 16 to 64 bits")
+        elif tensor.is_floating_point() and not _finite(tensor):
             problems.append(f"{name} holds values that are not finite")
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise UserError(f"{source} does not fit {type(model).__name__}: {shown}.")
     model.load_state_dict(dict(tensors))
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite, also as the 32-bit floats that they are computed in."""
+    return bool(torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor).all())
 
 
 def content_hash(tensors: Mapping[str, torch.Tensor], space: LatentSpace | None = None) -> str:

@@ -6,7 +6,6 @@ caller to catch. Its own extraction from files is not used: it has no bounds and
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 from PIL import Image
 from sd_parsers.data import PromptInfo
 from sd_parsers.parsers import AUTOMATIC1111Parser, ComfyUIParser, FooocusParser, InvokeAIParser, NovelAIParser
+
+from latentpipe.reading import parse_json
 
 MAX_LINES = 64 * 1024  # characters; sd-parsers' searches take quadratic time in text that is not JSON
 MAX_WALK = 10_000  # samplers times links and nodes of a graph: sd-parsers walks the graph again for each sampler
@@ -84,7 +85,7 @@ def readers(texts: Mapping[str, str]) -> Iterator[tuple[str, Callable[[], Stated
     elif text:
         yield "A1111", lambda: _a1111(_short(text))
     if "prompt" in texts:
-        yield "ComfyUI", lambda: _comfy(json.loads(texts["prompt"]))
+        yield "ComfyUI", lambda: _comfy(_json(texts["prompt"]))
     if INVOKE & set(texts):
         yield "InvokeAI", lambda: _invoke(texts)
     if set(texts) >= NOVELAI:
@@ -92,16 +93,21 @@ def readers(texts: Mapping[str, str]) -> Iterator[tuple[str, Callable[[], Stated
         yield "NovelAI", lambda: _flat_info(NovelAIParser().parse(short))
 
 
+def _json(text: str) -> Any:
+    """ComfyUI writes NaN, and others a key twice."""
+    return parse_json(text, foreign=True)
+
+
 def _json_reader(text: str) -> tuple[str, Callable[[], Stated]]:
     """Programs that write JSON where A1111 writes lines."""
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
-        return "JSON", lambda: json.loads(text)
+        data = _json(text)
+    except ValueError:
+        return "JSON", lambda: _json(text)
     if isinstance(data.get("sui_image_params"), dict):
         return "SwarmUI", lambda: _flat(data["sui_image_params"])
     if isinstance(data.get("extraMetadata"), str):
-        return "Civitai", lambda: _flat(json.loads(data["extraMetadata"]))
+        return "Civitai", lambda: _flat(_json(data["extraMetadata"]))
     if data.get("software") == "RuinedFooocus":
         return "RuinedFooocus", lambda: _flat(data)
     if isinstance(data.get("prompt"), dict):
@@ -158,7 +164,7 @@ def _invoke(texts: Mapping[str, str]) -> Stated:
     known = {key: _short(" ".join(texts[key].split())) if key == "Dream" else texts[key] for key in INVOKE & set(texts)}
     stated = _flat_info(InvokeAIParser().parse(known))
     if "invokeai_metadata" in known:  # sd-parsers 0.6 looks for the model's name under its former key only
-        stated["model"] = json.loads(known["invokeai_metadata"]).get("model")
+        stated["model"] = _json(known["invokeai_metadata"]).get("model")
     return stated
 
 

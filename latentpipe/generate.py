@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from tyro.conf import Positional
 
 from latentpipe.apart import apart
 from latentpipe.defaults import GUIDANCE, STEPS, STRENGTH
+from latentpipe.ending import interruption, signals_to
 from latentpipe.errors import UserError
 
 
@@ -69,7 +69,7 @@ class Generate:
 
 
 def run(options: Generate) -> None:
-    """Draw, save and print the paths; KeyboardInterrupt after partial pictures were saved."""
+    """Draw, save and print the paths; KeyboardInterrupt (`Terminated`) after partial pictures were saved."""
     loras = [weighted(text) for text in options.lora]
     if options.adapter is not None and options.vae is None:
         raise UserError(f"--adapter {options.adapter} needs --vae as well: the VAE that it was fitted to.")
@@ -92,47 +92,55 @@ def run(options: Generate) -> None:
             pipe.set_lora(pipe.loras.weights, method=options.lora_method)
         return pipe
 
-    pictures, stopped = _watch(Engine(apart(opened)), options.prompt, settings)
+    pictures, stop = _watch(Engine(apart(opened)), options.prompt, settings)
     for picture in pictures:
         print(picture.save(free_path(options.out, picture.recipe.prompt, picture.recipe.seed)))
-    if stopped:
-        raise KeyboardInterrupt
+    stop.heed()
 
 
-def _watch(engine: Any, prompt: str, settings: dict[str, Any]) -> tuple[list[Any], bool]:
-    """Show a job's steps; the first Ctrl-C stops it and keeps the partial pictures, the second leaves at once."""
+def _watch(engine: Any, prompt: str, settings: dict[str, Any]) -> tuple[list[Any], Stop]:
+    """Show a job's steps; the first Ctrl-C (or SIGTERM) stops it and keeps the partial pictures, the second leaves at once."""
     from tqdm import tqdm
 
     from latentpipe.engine import Finished, StepDone
 
-    with stop_on_interrupt() as cancel, tqdm(total=settings["steps"], unit="step", disable=None, file=sys.stderr) as bar:
-        for event in engine.run(prompt, cancel=cancel, **settings):
+    with stop_on_interrupt() as stop, tqdm(total=settings["steps"], unit="step", disable=None, file=sys.stderr) as bar:
+        for event in engine.run(prompt, cancel=stop.token, **settings):
             if isinstance(event, Finished):
-                return event.pictures, cancel.is_set()
+                return event.pictures, stop
             if isinstance(event, StepDone):
                 bar.total = event.steps
                 bar.update(event.step - bar.n)
     raise RuntimeError("the engine ended without a result")
 
 
+@dataclass
+class Stop:
+    """A cancel token, and the signal that has set it (0: none has)."""
+
+    token: threading.Event
+    number: int = 0
+
+    def heed(self) -> None:
+        """KeyboardInterrupt or `Terminated` where a signal has come."""
+        if self.number:
+            raise interruption(self.number)
+
+
 @contextmanager
-def stop_on_interrupt() -> Iterator[threading.Event]:
-    """A cancel token that the first Ctrl-C inside sets; the second one is KeyboardInterrupt."""
-    cancel = threading.Event()
+def stop_on_interrupt() -> Iterator[Stop]:
+    """A cancel token that the first Ctrl-C or SIGTERM inside sets; the second one is raised."""
+    stop = Stop(threading.Event())
 
-    def on_interrupt(*_: Any) -> None:
-        if cancel.is_set():
-            raise KeyboardInterrupt
-        cancel.set()
-        print("stopping after this step; Ctrl-C again to leave at once", file=sys.stderr)
+    def on_signal(number: int, _: Any) -> None:
+        if stop.number:
+            raise interruption(number)
+        stop.number = number
+        stop.token.set()
+        print("latentpipe: stopping after this step; Ctrl-C again to leave at once", file=sys.stderr)
 
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, on_interrupt) if main_thread else None
-    try:
-        yield cancel
-    finally:
-        if main_thread:
-            signal.signal(signal.SIGINT, before)
+    with signals_to(on_signal):
+        yield stop
 
 
 def weighted(text: str) -> tuple[str, float]:

@@ -11,7 +11,7 @@ from tyro.conf import Positional
 
 from latentpipe.defaults import GUIDANCE, STEPS
 from latentpipe.errors import UserError
-from latentpipe.generate import size_of, stop_on_interrupt, weighted
+from latentpipe.generate import Stop, size_of, stop_on_interrupt, weighted
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Grid:
 
 
 def run(options: Grid) -> None:
-    """Draw, save and print the path; KeyboardInterrupt after a stopped plot was saved."""
+    """Draw, save and print the path; KeyboardInterrupt (`Terminated`) after a stopped plot was saved."""
     out = options.out
     if out.suffix.lower() != ".png" or out.is_dir():
         raise UserError(f"--out {out}: expected the name of a file that ends in .png.")
@@ -77,28 +77,28 @@ def run(options: Grid) -> None:
     def work(report: Report) -> Any:
         return plot(lambda vae: models.open(options.model, vae), options.prompt, *axes, report=report, **settings)
 
-    found = _watch(work)
+    found, stop = _watch(work)
     print(found.save(out))
-    if None in found.pictures:
-        raise KeyboardInterrupt
+    stop.heed()
 
 
-def _watch(work: Any) -> Any:
-    """Show a plot's steps; the first Ctrl-C stops it and keeps the pictures that are done."""
+def _watch(work: Any) -> tuple[Any, Stop]:
+    """Show a plot's steps; the first Ctrl-C (or SIGTERM) stops it and keeps the pictures that are done."""
     from tqdm import tqdm
 
     from latentpipe.jobs import Cancelled, Done, Progress, run_job
 
-    with stop_on_interrupt() as cancel, tqdm(unit="step", disable=None, file=sys.stderr) as bar:
+    with stop_on_interrupt() as stop, tqdm(unit="step", disable=None, file=sys.stderr) as bar:
         try:
-            for event in run_job(work, cancel):
+            for event in run_job(work, stop.token):
                 if isinstance(event, Done):
-                    return event.result
+                    return event.result, stop
                 if isinstance(event, Progress):
                     bar.total = event.total
                     bar.set_description(event.what, refresh=False)
                     bar.update(event.done - bar.n)
         except Cancelled:
             print("stopped before the first picture was done; nothing was written", file=sys.stderr)
-            raise KeyboardInterrupt from None
+            stop.heed()
+            raise
     raise RuntimeError("the job ended without a result")

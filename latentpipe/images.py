@@ -6,7 +6,10 @@ images  float tensors, B 3 H W, [-1, 1]
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,48 +17,105 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from latentpipe.errors import UserError
+from latentpipe.reading import file_size
+from latentpipe.shortage import refuse
 
 if TYPE_CHECKING:
     import torch
 
 WHITE = (255, 255, 255)
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # decoded in this process, by code that starts no other program
+LONGEST, DEFLATE = 2**16, 1100  # pixels of a side; bytes in one of zlib's (1032 at most, zlib.net/zlib_tech.html)
+MOST_PIXELS = 2**27  # 400 MB as RGB; the largest cameras make three quarters of that
+
+
+class Unreadable(UserError):
+    """A file that cannot be read as a picture; `reason` is the sentence's end, without the file's name."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} cannot be read as a picture ({reason}).")
+        self.reason = reason
+
+
+@contextmanager
+def picture_file(path: Path, formats: tuple[str, ...] = FORMATS, most: int = MOST_PIXELS) -> Iterator[Image.Image]:
+    """A picture file as PIL opens it, decoded when its pixels are asked for: the one way in for every verb, page and API.
+
+    formats  of FORMATS; what a file is, its content says and not its name (EPS in a .png would start Ghostscript)
+    most     pixels in all
+
+    Unreadable, also for what its pixels turn out to be within the block: no such picture, damaged, larger than `most`, or a
+    pipe or device. A UserError of the block goes through.
+    """
+    path = Path(path)
+    if os.path.isdir(path):  # pathlib's raises for a name that is too long
+        raise UserError(f"{path} is a folder; expected the file of a picture.")
+    size = file_size(path, "a picture")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large pictures and of odd tags; the limits here are our own
+            with Image.open(path, formats=formats) as picture:
+                _check_size(picture, most, size)
+                yield picture
+    except UserError:
+        raise
+    except Image.UnidentifiedImageError:
+        kinds = [kind.replace("WEBP", "WebP") for kind in formats]
+        raise Unreadable(path, f"expected {', '.join(kinds[:-1])} or {kinds[-1]}") from None
+    except Exception as error:  # Pillow raises nearly every type for a damaged or hostile file
+        refuse(error, str(path))
+        raise Unreadable(path, (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")) from None
+
+
+def _check_size(picture: Image.Image, most: int, size: int) -> None:
+    """ValueError where a picture has too many pixels, or a PNG fewer bytes than those can be packed into."""
+    w, h = picture.size
+    if w * h > most or max(w, h) > LONGEST:
+        raise ValueError(f"{w} x {h} pixels; at most {most:,} in all and {LONGEST:,} to a side are read")
+    bits = {"RGB": 24, "RGBA": 32, "LA": 16, "I;16": 16}.get(picture.mode, 1)
+    if picture.format == "PNG" and w * h * bits / 8 > DEFLATE * size:  # Pillow would make the missing rows black
+        raise ValueError(f"{w} x {h} pixels in {size:,} bytes; the file is cut off or damaged")
 
 
 def flatten(picture: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
-    """Any PIL picture as upright 8-bit RGB: EXIF orientation applied, alpha laid on `background`."""
+    """Any PIL picture as upright 8-bit RGB: EXIF orientation applied, alpha laid on `background`.
+
+    16-bit greys are scaled from 0..65535. Floats and 32-bit integers are taken as 0..1 (floats), 0..255 or 0..65535, the first
+    that holds them all, a hundredth of overshoot aside; ValueError where none does, and for NaN: a scale would be a guess.
+    """
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
-        # 16-bit greys: Pillow's own conversion clips at 255 instead of scaling.
-        values = np.asarray(picture, dtype=np.float64)
-        if not np.isfinite(values).all():
-            raise ValueError("it holds values that are not finite (NaN or infinity)")
-        # "I;16" is 16 bits by name; in "I" and "F" only the values tell.
-        top = 65535.0 if picture.mode.startswith("I;16") or values.max(initial=0.0) > 255 else 255.0
-        picture = Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
+        picture = _scaled(picture)
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         layer = picture.convert("RGBA")
         ground = Image.new("RGBA", layer.size, (*background, 255))
         picture = Image.alpha_composite(ground, layer)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _scaled(picture: Image.Image) -> Image.Image:
+    """A grey picture of more than 8 bits as one of 8, where Pillow's own conversion clips at 255."""
+    values = np.asarray(picture, dtype=np.float32 if picture.mode == "F" else np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite (NaN or infinity)")
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    # "I;16" is 16 bits by name; in "I" and "F" only the values tell.
+    top = 65535.0 if picture.mode.startswith("I;16") or high > 255 else 1.0 if picture.mode == "F" and high < 2 else 255.0
+    if low < -0.01 * top or high > 1.01 * top:
+        raise ValueError(f"its values go from {low:g} to {high:g}; expected 0 to 1, to 255 or to 65535: scale them first")
+    return Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
 
 
 def open_picture(path: Path) -> Image.Image:
     """A file as upright 8-bit RGB; UserError where it is no readable picture."""
-    try:
-        with Image.open(path) as picture:
-            return flatten(picture)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file.") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; expected the file of a picture.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as a picture ({error}).") from None
+    with picture_file(path) as picture:
+        return flatten(picture)
 
 
 def dropped(path: Path) -> list[str]:
     """What a readable picture has beyond one upright 8-bit RGB picture, and what becomes of it, in words."""
     found = []
-    with Image.open(path) as picture:
+    with picture_file(path) as picture:
         transparent = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
         if transparent and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
             found.append("is transparent in places and was laid on white")

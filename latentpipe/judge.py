@@ -6,7 +6,17 @@ import statistics
 from typing import Any
 
 from latentpipe.latents import LatentSpace
-from latentpipe.verdict import DAMAGE_DB, DECODE_LOSS_DB, SAME_ENCODER, SAME_SPACE, Evidence, Linear, Outcome, Verdict
+from latentpipe.verdict import (
+    DAMAGE_DB,
+    DECODE_LOSS_DB,
+    DECODER_DB,
+    SAME_ENCODER,
+    SAME_SPACE,
+    Evidence,
+    Linear,
+    Outcome,
+    Verdict,
+)
 
 FIT = "latentpipe fit-adapter --from HOST_VAE --to THIS_VAE --images DIR"
 SWAP = "swap it."
@@ -15,9 +25,24 @@ COPY = 0.998  # R^2 of a per-channel map between the latents of two copies of on
 REPAIR = "fetch or export this VAE again, or correct scaling_factor, shift_factor, latents_mean, latents_std in its config.json."
 
 
+def judge_shapes(host: LatentSpace, vae: LatentSpace) -> Verdict | None:
+    """The verdict where channels and downscale alone decide, so that nothing need be read or measured; else None."""
+    if (vae.channels, vae.downscale) == (host.channels, host.downscale):
+        return None
+    return Verdict(
+        "other shape",
+        f"it makes {vae.channels}-channel latents at 1/{vae.downscale} size; this denoiser takes {host.channels} channels at "
+        f"1/{host.downscale}.",
+        f"choose a VAE of the same space ('latentpipe ls vae --fits MODEL'), fit an adapter that changes channels and scale "
+        f"({FIT}), or train a denoiser for this one.",
+        host,
+        vae,
+    )
+
+
 def judge(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Verdict:
-    """The verdict on a VAE of space `vae` beside a host whose own VAE has the space `host`."""
-    for rule in (_shape, _faulty, _normalization, _decoder, _same, _other):
+    """The verdict on a VAE of space `vae` beside a host whose own VAE has the space `host`, of the same shape."""
+    for rule in (_faulty, _normalization, _decoder, _same, _decoder_alone, _other):
         found = rule(host, vae, seen)
         if found is not None:
             outcome, reason, step = found
@@ -49,18 +74,6 @@ def _faulty(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
             "fetch it again; check that every tensor was loaded.",
         )
     return None
-
-
-def _shape(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
-    if (vae.channels, vae.downscale) == (host.channels, host.downscale):
-        return None
-    return (
-        "other shape",
-        f"it makes {vae.channels}-channel latents at 1/{vae.downscale} size; this denoiser takes {host.channels} channels at "
-        f"1/{host.downscale}.",
-        f"choose a VAE of the same space ('latentpipe ls vae --fits MODEL'), fit an adapter that changes channels and scale "
-        f"({FIT}), or train a denoiser for this one.",
-    )
 
 
 def _normalization(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
@@ -161,23 +174,33 @@ def _same(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
     return None
 
 
+def _decoder_alone(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
+    """Another encoder, but a decoder that makes of the host's latents nearly what the host's own makes of them."""
+    fit = seen.linear
+    assert fit is not None
+    if seen.host is None or seen.vae_of_host is None or _blind(seen):
+        return None
+    if seen.vae_of_host < max(seen.host - DECODER_DB, seen.flat):
+        return None
+    return (
+        "decoder fits",
+        f"it decodes the host's latents at {seen.vae_of_host:.1f} dB, the host's own decoder at {seen.host:.1f} dB; its encoder "
+        f"makes other latents (R^2 {max(0.0, fit.identity):.2f} as they are, {max(0.0, fit.full):.2f} by a linear map), so "
+        "pictures to begin from are encoded by the host's own VAE.",
+        SWAP,
+    )
+
+
 def _other(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
     fit = seen.linear
     assert fit is not None
     assert seen.vae is not None
     assert seen.vae_of_host is not None
-    loss = seen.vae - seen.vae_of_host
     if fit.permutation is not None:
         reason = f"its channels are the host's in another order: {fit.permutation}."
         return "same shape, other space", reason, f"reorder them; the linear rung of an adapter does it exactly ({FIT})."
     numbers = f"R^2 {max(0.0, fit.identity):.2f} as they are, {max(0.0, fit.full):.2f} by a linear map"
     step = f"fit an adapter ({FIT}), or tune the denoiser's first and last layer."
-    if loss <= DECODE_LOSS_DB and seen.vae_of_host >= seen.flat:
-        reason = (
-            f"its decoder reads the host's latents ({seen.vae_of_host:.1f} dB), but its encoder has moved away ({numbers}): "
-            "pictures that begin from a picture would be wrong."
-        )
-        return "same shape, other space", reason, "use its decoder with the host's own encoder, or " + step
     moved = "its encoder has moved away from the host's" if fit.affine > 0.4 else "its latents are not the host's"
     reason = f"{moved} ({numbers}); it decodes the host's latents at {seen.vae_of_host:.1f} dB, its own at {seen.vae:.1f} dB."
     return "same shape, other space", reason, step
@@ -191,11 +214,8 @@ def _remark(seen: Evidence, outcome: Outcome) -> str:
         remarks.append(f"The host's own VAE does not rebuild these pictures ({seen.host:.1f} dB): the two were compared only.")
     if outcome == "same space" and not blind and seen.host is not None and (lost := seen.host - (seen.vae_of_host or 0)) > 1:
         remarks.append(f"It decodes them {lost:.1f} dB worse than the host's own.")
-    if outcome == "other shape" and seen.vae is not None and seen.vae < seen.flat:
-        flat = f"one colour for each gives {seen.flat:.1f} dB"
-        remarks.append(f"It does not rebuild these pictures either ({seen.vae:.1f} dB; {flat}).")
     ours, theirs = statistics.fmean(seen.vae_std), statistics.fmean(seen.host_std)
-    if outcome in ("other shape", "same shape, other space") and not blind and not 0.4 < ours / max(theirs, 1e-6) < 2.5:
+    if outcome == "same shape, other space" and not blind and not 0.4 < ours / max(theirs, 1e-6) < 2.5:
         remarks.append(
             f"Its latents have a standard deviation of {ours:.2f}, the host's {theirs:.2f}: its scaling_factor may be wrong too."
         )

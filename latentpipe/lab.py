@@ -16,6 +16,7 @@ from PIL import Image
 
 from latentpipe.errors import UserError
 from latentpipe.evaluate.bootstrap import interval, paired
+from latentpipe.evaluate.compare import floor_of
 from latentpipe.evaluate.cost import measure_cost
 from latentpipe.evaluate.latent import cycles, decibels
 from latentpipe.evaluate.protocol import find_protocol
@@ -73,12 +74,16 @@ class Laboratory:
     vaes: list[Rebuilt]
 
     def best(self, score: str = "PSNR") -> str | None:
-        """The VAE whose paired difference to every other one leaves zero out of its 95 % interval; None where there is none."""
+        """The VAE that is better than every other one; None where there is none.
+
+        The paired difference must leave zero out of its 95 % interval and reach the metric's floor (`compare.floor_of`).
+        """
         if len(self.originals) < FEWEST or len(self.vaes) < 2:
             return None
         for mine in self.vaes:
             others = [other for other in self.vaes if other is not mine]
-            if all(paired(mine.scores[score], other.scores[score])[1] > 0 for other in others):
+            found = [(paired(mine.scores[score], other.scores[score]), other.mean(score)[0]) for other in others]
+            if all(low > 0 and gain >= floor_of(score, mine.mean(score)[0], theirs) for (gain, low, _), theirs in found):
                 return mine.name
         return None
 

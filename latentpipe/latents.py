@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import torch
 
 
+MOST_CHANNELS, MOST_LEVELS = 2**16, 32
+
+
 @dataclass(frozen=True)
 class LatentSpace:
     """A space of latents: how many channels, how much smaller than the picture, and its normalization.
@@ -51,9 +54,11 @@ class LatentSpace:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LatentSpace:
         """As `of`, from the content of a VAE's config.json; ValueError where it declares no factor."""
-        if not isinstance(config.get("latent_channels"), int):
-            raise ValueError("This VAE's config names no latent_channels; it is no config of a diffusers autoencoder.")
-        channels = int(config["latent_channels"])
+        channels = config.get("latent_channels")
+        if type(channels) is not int or not 0 < channels <= MOST_CHANNELS:
+            raise ValueError(
+                f"This VAE's config names no latent_channels from 1 to {MOST_CHANNELS:,}; it is no config of an autoencoder."
+            )
         factor = config.get("scaling_factor")
         if factor is None:
             raise ValueError(
@@ -166,7 +171,7 @@ def downscale_of(config: Mapping[str, Any]) -> int:
     if config.get("downscale"):
         return int(config["downscale"])
     for name in ("encoder_block_out_channels", "down_block_out_channels", "block_out_channels"):
-        if config.get(name):
+        if config.get(name) and len(config[name]) <= MOST_LEVELS:
             return int(2 ** (len(config[name]) - 1))
     raise ValueError(
         "This VAE's config names none of block_out_channels, encoder_block_out_channels and down_block_out_channels."

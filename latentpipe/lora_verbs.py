@@ -243,10 +243,10 @@ def _component(layers: Iterable[Layer]) -> dict[str, Any]:
 
 def _parsed(text: str) -> Any:
     """The value of a metadata entry that is JSON; the text itself where it is none."""
-    import json
+    from latentpipe.reading import parse_json
 
     try:
-        return json.loads(text) if text[:1] in "[{" else text
+        return parse_json(text, foreign=True) if text[:1] in "[{" else text
     except ValueError:
         return text
 

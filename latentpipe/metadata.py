@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import PngImagePlugin
 from sd_parsers.exceptions import ParserError
 
 from latentpipe import recipe as recipes
 from latentpipe.errors import UserError
 from latentpipe.foreign import CHUNKS, Stated, readers, user_comment, word
+from latentpipe.images import Unreadable, picture_file
 from latentpipe.recipe import MAX_PROMPT, MAX_SEED, Recipe
 from latentpipe.sampling import MAX_SIDE, SCHEDULERS
 
@@ -95,27 +96,23 @@ def _texts(path: Path) -> tuple[dict[str, str], str, tuple[int, int]]:
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such picture.")
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as picture:
-            if math.prod(picture.size) > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels")
+        with picture_file(path, ("PNG", "JPEG", "WEBP"), MAX_PIXELS) as picture:
             picture.load()  # PNG: text may follow the pixels
             info, kind, size = dict(picture.info), KINDS[picture.format or ""], picture.size
         known = CHUNKS | {recipes.CHUNK}
         texts = {key: _utf8(text) for key, text in info.items() if key in known and isinstance(text, str)}
         exif = info.get("exif")
         if isinstance(exif, bytes) and len(exif) > 4 * MAX_TEXT:
-            raise ValueError("EXIF beyond MAX_TEXT")
+            raise UserError(f"{path} holds more text than the {MAX_TEXT} bytes that are read.")
         if isinstance(exif, bytes) and (comment := user_comment(exif)):
             texts.setdefault("parameters", comment)
+    except Unreadable as error:
+        if "MAX_TEXT" in error.reason:  # Pillow's own limit
+            raise UserError(f"{path} holds more text than the {MAX_TEXT} bytes that are read.") from None
+        raise
     except UserError:
         raise
-    except Image.UnidentifiedImageError:
-        raise UserError(f"{path} cannot be read as a PNG, JPEG or WebP picture.") from None
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path} is too large ({error}); at most {MAX_PIXELS} pixels are read.") from None
-    except Exception as error:  # Pillow raises nearly every type for a damaged file
-        if "MAX_TEXT" in str(error):
-            raise UserError(f"{path} holds more text than the {MAX_TEXT} bytes that are read.") from None
+    except Exception as error:  # Pillow raises nearly every type for damaged EXIF
         raise UserError(f"{path} cannot be read as a picture ({_line(error, 200)}).") from None
     if sum(map(len, texts.values())) > MAX_TEXT:
         raise UserError(f"{path} holds more text than the {MAX_TEXT} bytes that are read.")

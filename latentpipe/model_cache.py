@@ -11,9 +11,10 @@ from typing import Any
 
 from latentpipe.adapters import own_adapter
 from latentpipe.pipeline import LatentPipeline, best_device
-from latentpipe.swap import check_swap, stage_of
+from latentpipe.swap import stage_of
 from latentpipe.vae import VAEStage
 from latentpipe.verdict import Verdict
+from latentpipe.verdicts import verdict_on
 from latentpipe.weights import find_model
 
 
@@ -49,11 +50,10 @@ class ModelCache:
             )
 
     def verdict(self, model: str | Path, vae: str | Path) -> Verdict:
-        """Whether a VAE fits a model: measured once."""
+        """Whether a VAE fits a model: measured once; the model itself need not be open."""
         with self._lock:
-            base = self._base(model)
             key = (*_state(find_model(model)), *_state(find_model(vae, "vae")))
-            return _kept(self._verdicts, key, 256, lambda: check_swap(base, vae))
+            return _kept(self._verdicts, key, 256, lambda: verdict_on(model, vae))
 
     def stage(self, vae: str | Path) -> VAEStage:
         """The stage of a VAE alone, whether it fits a model or not."""

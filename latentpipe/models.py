@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from latentpipe.components import built_within, check_config, telling
 from latentpipe.errors import UserError
 from latentpipe.files import HASH_LENGTH, atomic_folder, content_hash, load_strictly, read_header, read_json, read_tensors
+from latentpipe.model_files import MOST, check_small_files, check_tokenizer, read_card
+from latentpipe.precision import all_finite
+from latentpipe.ranges import check_network_config, check_schedule, check_scheduler_config
+from latentpipe.reading import read_bytes
+from latentpipe.shortage import refuse
 from latentpipe.weights import CARD_FILE, PREVIEW_FILE, VAE_FILE, find_model, load_vae, open_vae, quiet, refuse_wrapped, vae_hash
 
 PARTS = {"vae": VAE_FILE, "unet": VAE_FILE, "text_encoder": "model.safetensors"}  # of a Stable Diffusion folder
@@ -28,25 +35,44 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     with quiet():
         import diffusers
 
-        cls = getattr(diffusers, str(name), None)
-        if cls is None or "vae" not in index:
-            raise UserError(f"{folder} holds a {name}; expected a pipeline with a VAE of diffusers {diffusers.__version__}.")
+        cls: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
+        if not _is_class(cls, diffusers.DiffusionPipeline) or "vae" not in index:
+            raise UserError(
+                f"{folder} holds a {str(name)[:80]}; expected a pipeline with a VAE of diffusers {diffusers.__version__}."
+            )
         if name == "StableDiffusionPipeline":
             _check_parts(folder)
+        check_small_files(folder)
+        _check_numbers(folder, index)
         enforce_chain(folder)
         parts = {part: _network(folder / part, *source, dtype) for part, source in networks(index).items() if part != "vae"}
         options = {"requires_safety_checker": index.get("requires_safety_checker", True)} if "safety_checker" in index else {}
+        vae = load_vae(folder / "vae", dtype)
         try:
-            return cls.from_pretrained(
-                folder,
-                vae=load_vae(folder / "vae", dtype),
-                **parts,
-                **options,
-                local_files_only=True,
-                use_safetensors=True,
-            )
-        except OSError as error:  # of diffusers and transformers, for a file that is missing
-            raise UserError(f"{folder} is not a complete model: {str(error).splitlines()[0]}") from None
+            pipe = cls.from_pretrained(folder, vae=vae, **parts, **options, local_files_only=True, use_safetensors=True)
+        except Exception as error:  # of diffusers, transformers and tokenizers, for a file that is missing or damaged
+            refuse(error, str(folder))
+            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+            raise UserError(f"{folder} is not a complete model: {reason}") from None
+        if name == "StableDiffusionPipeline":
+            check_tokenizer(pipe, folder)
+        check_schedule(getattr(pipe, "scheduler", None), folder / "scheduler")
+        return pipe
+
+
+def _is_class(value: Any, base: type) -> bool:
+    return isinstance(value, type) and issubclass(value, base)
+
+
+def _check_numbers(folder: Path, index: dict[str, Any]) -> None:
+    """UserError where a number in a part's config would make wrong pictures."""
+    source = folder / "scheduler" / "scheduler_config.json"
+    if index.get("scheduler"):
+        check_scheduler_config(read_json(source, infinite=True), source)
+    for part in networks(index):
+        source = folder / part / "config.json"
+        if source.is_file():
+            check_network_config(read_json(source), source)
 
 
 def move_pipeline(pipe: Any, device: str) -> Any:
@@ -59,7 +85,12 @@ def move_pipeline(pipe: Any, device: str) -> Any:
 
 def networks(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Library and class of the parts of a pipeline that have weights, from its model_index.json."""
-    found = {name: tuple(source) for name, source in index.items() if isinstance(source, list) and len(source) == 2 and source[0]}
+    found: dict[str, tuple[str, str]] = {}
+    for name, source in index.items():
+        if isinstance(source, list) and len(source) == 2 and source[0]:
+            if not (name.isidentifier() and all(isinstance(word, str) for word in source)):
+                raise UserError(f"model_index.json: {name[:80]!r} is {str(source)[:80]}; expected a library and a class.")
+            found[name] = (source[0], source[1])
     passive = ("Tokenizer", "TokenizerFast", "Scheduler", "Processor", "Extractor")
     return {name: source for name, source in found.items() if not source[1].endswith(passive) and "okenizer" not in name}
 
@@ -69,25 +100,31 @@ def _network(folder: Path, library: str, name: str, dtype: torch.dtype) -> Any:
     import diffusers
     import transformers
 
-    for file in sorted(folder.glob("*.safetensors")):
-        read_header(file)  # says what is wrong with a damaged one
+    headers = [read_header(file) for file in sorted(folder.glob("*.safetensors"))]  # says what is wrong with a damaged one
+    config = read_json(folder / "config.json")
+    check_config(config, folder / "config.json")
     if library == "transformers" and name == "CLIPTextModel":
-        return _filled(transformers.CLIPTextModel(transformers.CLIPTextConfig.from_pretrained(folder)), folder, dtype)
+        read = transformers.CLIPTextConfig.from_pretrained
+        return _filled(lambda: transformers.CLIPTextModel(read(folder)), name, folder, dtype)
     if library == "diffusers" and name == "UNet2DConditionModel":
-        return _filled(diffusers.UNet2DConditionModel.from_config(read_json(folder / "config.json")), folder, dtype)
-    cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)
+        return _filled(lambda: diffusers.UNet2DConditionModel.from_config(config), name, folder, dtype)
+    cls: Any = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)
     if cls is None:
         module = getattr(diffusers.pipelines, library, None)
         cls = getattr(module, name, None)
-    if cls is None:
-        raise UserError(f"{folder}: the class {library}.{name} is not in this version of diffusers or transformers.")
-    try:
-        model, seen = cls.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+    if not _is_class(cls, torch.nn.Module) or not hasattr(cls, "from_pretrained"):
+        raise UserError(f"{folder}: the class {library}.{name} is no network of this version of diffusers or transformers.")
+    elements = sum(math.prod(shape) for header in headers for shape in header.shapes.values())
+    with telling(folder, name):
+        model, seen = built_within(
+            lambda: cls.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            ),
+            elements,
+            sum(len(header.shapes) for header in headers),
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: cannot be opened as {name}: {str(error).splitlines()[0]}") from None
     wrong = [f"missing {key}" for key in seen["missing_keys"]] + [f"misshapen {key}" for key in seen["mismatched_keys"]]
+    wrong += [f"{key} holds values that are not finite" for key, value in model.named_parameters() if not all_finite(value)]
     if wrong:
         raise UserError(f"{folder} does not fit {name}: {'; '.join(map(str, sorted(wrong)[:5]))}.")
     return model.eval()
@@ -106,10 +143,13 @@ def _check_parts(folder: Path) -> None:
         raise UserError(f"{folder} is not a complete model; missing: {', '.join(missing)}. Fetch or export it again.")
 
 
-def _filled(model: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """`model` with the weights of `folder`, in eval mode."""
+def _filled(build: Callable[[], Any], name: str, folder: Path, dtype: torch.dtype) -> Any:
+    """What `build` makes, with the weights of `folder`, in eval mode."""
     source = folder / PARTS[folder.name]
-    load_strictly(model, _as_named_by(model, read_tensors(source)), source)
+    tensors = read_tensors(source)
+    with telling(folder, name):
+        model = built_within(build, sum(map(torch.numel, tensors.values())), len(tensors))
+    load_strictly(model, _as_named_by(model, tensors), source)
     return torch.nn.Module.to(model, dtype).eval()
 
 
@@ -149,9 +189,9 @@ def hashes(folder: Path) -> dict[str, str]:
         tokenizer = hashlib.sha256()
         for name in TOKENIZER_FILES:
             if (folder / part / name).is_file():
-                tokenizer.update((folder / part / name).read_bytes())
+                tokenizer.update(read_bytes(folder / part / name, MOST))
         found[part] = tokenizer.hexdigest()
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", infinite=True)
     scheduler.pop("_diffusers_version", None)
     return found | {"scheduler": hashlib.sha256(json.dumps(scheduler, sort_keys=True).encode()).hexdigest()}
 
@@ -169,10 +209,9 @@ def enforce_chain(folder: Path) -> None:
 
     A VAE that was swapped in, and proved to have the same space, is named in the card by its own hash.
     """
-    card = folder / CARD_FILE
-    if not card.is_file():
+    content = read_card(folder)
+    if content is None:
         return
-    content = read_json(card)
     expected, given = content.get("vae_hash"), vae_hash(folder / "vae")
     swapped = content.get("swapped_vae") or {}
     if expected and given not in (expected, swapped.get("hash")):
@@ -183,12 +222,14 @@ def enforce_chain(folder: Path) -> None:
 
 
 def check_reference(folder: Path) -> None:
-    """UserError where a model's VAE was put in by force: nothing can be measured against that one."""
-    card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
+    """UserError where a model's VAE was put in by force, or for its decoder alone: nothing can be measured against that one."""
+    card = read_card(folder) or {}
     swapped = card.get("swapped_vae") or {}
-    if (swapped.get("verdict") or {}).get("forced"):
+    verdict = swapped.get("verdict") or {}
+    if verdict.get("forced") or verdict.get("outcome") == "decoder fits":
+        how = "by force" if verdict.get("forced") else "for its decoder alone"
         raise UserError(
-            f"{folder}: its VAE was put in by force ({swapped.get('name')}), so other VAEs cannot be judged beside it. "
+            f"{folder}: its VAE was put in {how} ({swapped.get('name')}), so other VAEs cannot be judged beside it. "
             f"Its denoiser was trained on VAE {str(card.get('vae_hash'))[:HASH_LENGTH]}; give the model that has that one."
         )
 
@@ -217,7 +258,7 @@ def describe(name: str | Path) -> dict[str, Any]:
         folder = find_model(name)
     except UserError:
         folder = find_model(name, "vae")
-    card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else None
+    card = read_card(folder)
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
         parts = {part: _count(_tensors(folder / part)) for part in networks(index) if part != "vae"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import secrets
 import warnings
@@ -16,22 +15,25 @@ from PIL import Image
 
 from latentpipe import emphasis
 from latentpipe import recipe as recipes
-from latentpipe.adapters import adapted, find_adapter, open_adapter
+from latentpipe.adapters import Adapted, adapted, find_adapter, open_adapter
 from latentpipe.apart import apart
 from latentpipe.denoise import check_family, denoise, is_classic, native_size, size_unit
 from latentpipe.errors import Note, UserError
-from latentpipe.files import content_hash, read_json
+from latentpipe.files import content_hash
 from latentpipe.hosts import finish, host_of, takes
-from latentpipe.images import flatten, to_pixels
+from latentpipe.images import to_pixels
+from latentpipe.latents import LatentSpace
 from latentpipe.lora.attached import Loras
 from latentpipe.lora.layer import Lora
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.prompt import split_tags
 from latentpipe.lora.report import Report
+from latentpipe.model_files import read_preview
 from latentpipe.models import check_reference, hashes, load_pipeline, move_pipeline
 from latentpipe.sampling import OnStep, Settings, Step, check_settings
-from latentpipe.swap import check_swap, stage_of
+from latentpipe.swap import judge_stages, stage_of
 from latentpipe.vae import VAEStage
+from latentpipe.verdicts import judged, refuse_other_shape
 from latentpipe.weights import PREVIEW_FILE, find_model, name_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -109,10 +111,13 @@ class LatentPipeline:
         if device == "cpu" and dtype == "fp16":
             warnings.warn("CPUs compute fp16 very slowly; bf16 is as small and much faster", Note, stacklevel=2)
         folder = find_model(model)
+        if vae is not None and adapter is None:
+            refuse_other_shape(folder, vae)  # before anything is read
 
         def opened() -> LatentPipeline:
             host = move_pipeline(load_pipeline(folder, DTYPES[dtype]), device)
-            pipe = cls(host, name=name_of(folder), hashes=hashes(folder), preview_map=_preview_map(folder / "vae"))
+            preview = read_preview(folder / "vae" / PREVIEW_FILE, LatentSpace.of(host.vae).channels)
+            pipe = cls(host, name=name_of(folder), hashes=hashes(folder), preview_map=preview)
             return pipe if vae is None else pipe.with_vae(vae, folder, adapter, force)
 
         return apart(opened)
@@ -131,10 +136,11 @@ class LatentPipeline:
             changes |= {"stage": adapted(own, stage, mapping), "adapter_name": path.stem}
         elif found["vae"] != self.hashes["vae"] and not force:
             check_reference(folder)
-            verdict = check_swap(self, stage)
+            verdict = judge_stages(own, stage) if self.loras.weights else judged(own, stage)
             if not verdict.fits:
                 raise UserError(f"VAE {vae} was not put in.\n{verdict}")
-            changes["preview_map"] = _preview_map(place) or self.preview_map
+            changes["stage"] = stage if verdict.encodes else Adapted(own, None, stage)
+            changes["preview_map"] = read_preview(place / PREVIEW_FILE, stage.space.channels) or self.preview_map
         return replace(self, **changes, hashes=found)
 
     @property
@@ -253,7 +259,7 @@ class LatentPipeline:
                 warnings.warn(message, Note, stacklevel=3)
         source = None
         if settings.image is not None:
-            source = recipes.Source(sha256=pixel_hash(settings.image), strength=settings.strength)
+            source = recipes.Source(sha256=recipes.pixel_hash(settings.image), strength=settings.strength)
         assert settings.size is not None
         denoiser = getattr(self.host, host_of(self.host).denoiser)
         return recipes.Recipe(
@@ -282,19 +288,8 @@ class LatentPipeline:
         )
 
 
-def _preview_map(folder: Path) -> dict[str, list] | None:
-    path = folder / PREVIEW_FILE
-    return read_json(path) if path.is_file() else None
-
-
 def best_device() -> str:
     """ "cuda", "mps" or "cpu", whichever is present first."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def pixel_hash(picture: Image.Image) -> str:
-    """sha256 of a picture's size and upright RGB pixels."""
-    picture = flatten(picture)
-    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from latentpipe.errors import Note, UserError
-from latentpipe.files import atomic_file, content_hash, home
+from latentpipe.files import atomic_file, content_hash, home, read_json
 
 Direction = Literal["encode", "decode"]
 Run = Callable[[Any, torch.Tensor], Any]
@@ -216,9 +216,9 @@ def _read() -> dict[str, Climb]:
     """What earlier processes found; nothing where the file is missing or damaged."""
     dtypes = {name: dtype for dtype, name in NAMES.items()}
     try:
-        rows = json.loads((home() / MEMORY_FILE).read_text())
+        rows = read_json(home() / MEMORY_FILE)
         return {key: Climb(dtypes[row["dtype"]], str(row["block"])) for key, row in rows.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return {}
 
 

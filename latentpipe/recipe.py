@@ -5,7 +5,9 @@ Two text chunks: `parameters`, as A1111 writes it and many tools read it, and `l
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -18,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from latentpipe.errors import UserError
 from latentpipe.files import atomic_file
+from latentpipe.images import flatten, picture_file
+from latentpipe.reading import parse_json
 
 VERSION: Literal[1] = 1
 CHUNK = "latentpipe"
@@ -31,7 +35,7 @@ AnyRecipe = TypeVar("AnyRecipe", bound=BaseModel)
 class Source(BaseModel):
     """The picture that img2img began from."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     sha256: str = Field(max_length=64)
     """Hash of its pixels (RGB, as encoded)."""
     strength: Unit
@@ -41,7 +45,7 @@ class Source(BaseModel):
 class Machine(BaseModel):
     """Where the picture was computed; other machines may differ in the last bits."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     device: str = Field(max_length=64)
     dtype: str = Field(max_length=32)
     threads: int = Field(ge=1, le=65536)
@@ -52,7 +56,7 @@ class Machine(BaseModel):
 class Recipe(BaseModel):
     """Everything that decides a picture's pixels."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     version: Literal[1] = VERSION
     prompt: str = Field(max_length=MAX_PROMPT)
     negative: str = Field("", max_length=MAX_PROMPT)
@@ -121,20 +125,18 @@ def read(path: Path) -> Recipe:
 
 def text_in(path: Path, chunk: str) -> str | None:
     """A text chunk of a picture by its name, None where it has none; UserError where the file is no readable picture."""
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture.info.get(chunk)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such picture.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as a picture ({error}).") from None
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such picture.")
+    with picture_file(path) as picture:
+        picture.load()  # PNG: text may follow the pixels
+        text = picture.info.get(chunk)
+        return text if isinstance(text, str) else None
 
 
 def parsed(path: Path, text: str, schema: type[AnyRecipe]) -> AnyRecipe:
     """A recipe from the text in a file; UserError where it is damaged, or of another version than VERSION."""
     try:
-        raw = json.loads(text)
+        raw = parse_json(text)
         if not isinstance(raw, dict) or raw.get("version") != VERSION:
             raw = raw if isinstance(raw, dict) else {}
             raise UserError(f"{path}: recipe version {raw.get('version')!r}; this program reads version {VERSION}.")
@@ -144,7 +146,7 @@ def parsed(path: Path, text: str, schema: type[AnyRecipe]) -> AnyRecipe:
     except ValidationError as error:
         where = ", ".join(".".join(map(str, problem["loc"])) or "recipe" for problem in error.errors())
         raise UserError(f"{path}: its recipe is damaged in: {where}.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: its recipe is not JSON ({error}).") from None
 
 
@@ -190,3 +192,9 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()[:200]
     return (platform.processor() or platform.machine())[:200]
+
+
+def pixel_hash(picture: Image.Image) -> str:
+    """sha256 of a picture's size and upright RGB pixels."""
+    picture = flatten(picture)
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()

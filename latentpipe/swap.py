@@ -14,18 +14,19 @@ import torch
 from torch import nn
 
 from latentpipe import hosts
-from latentpipe.adapters import Adapter, adapted, find_adapter, open_adapter
+from latentpipe.adapters import Adapted, Adapter, adapted, find_adapter, open_adapter
 from latentpipe.errors import Note, UserError
 from latentpipe.files import atomic_folder, content_hash, read_json
-from latentpipe.judge import judge
+from latentpipe.judge import judge, judge_shapes
 from latentpipe.latents import LatentSpace
-from latentpipe.models import check_reference, load_pipeline
+from latentpipe.model_files import read_card
+from latentpipe.models import load_pipeline
 from latentpipe.vae import VAEStage, fold_normalization
 from latentpipe.verdict import Verdict, measure
 from latentpipe.weights import (
     CARD_FILE,
     PREVIEW_FILE,
-    available,
+    declared_space,
     find_model,
     name_of,
     open_vae,
@@ -66,9 +67,10 @@ def check_swap(pipe: Any, vae: VAE, images: torch.Tensor | None = None) -> Verdi
     pipe    a diffusers pipeline, or a LatentPipeline
     vae     a name, a folder or file, an autoencoder, a VAEStage
     images  B 3 H W in [-1, 1]; None: bundled probes
+
+    A file whose config or header tells another shape is not read.
     """
     host = host_stage(pipe)
-    stage = stage_of(vae, host)
     channels, downscale = hosts.takes(getattr(pipe, "host", pipe))
     if (host.space.channels, host.space.downscale) != (channels, downscale):
         raise UserError(
@@ -76,7 +78,16 @@ def check_swap(pipe: Any, vae: VAE, images: torch.Tensor | None = None) -> Verdi
             f"1/{host.space.downscale} size, its denoiser takes {channels} channels at 1/{downscale}. "
             "Put its own VAE back before trying another."
         )
-    return judge(host.space, stage.space, measure(host, stage, images))
+    if isinstance(vae, (str, Path)):
+        apart = judge_shapes(host.space, declared_space(find_model(vae, "vae")))
+        if apart is not None:
+            return apart
+    return judge_stages(host, stage_of(vae, host), images)
+
+
+def judge_stages(host: VAEStage, stage: VAEStage, images: torch.Tensor | None = None) -> Verdict:
+    """The verdict on a stage beside the host's own; measured where their shapes are the same."""
+    return judge_shapes(host.space, stage.space) or judge(host.space, stage.space, measure(host, stage, images))
 
 
 def swap_vae(
@@ -84,7 +95,8 @@ def swap_vae(
 ) -> Any:
     """A new pipeline that decodes (and encodes) by `vae`; `pipe` and `vae` are left as they were.
 
-    UserError with the verdict where it does not fit, unless `force`; then shapes alone must agree. With an `adapter` (from
+    UserError with the verdict where it does not fit, unless `force`; then shapes alone must agree. Where the decoder alone
+    fits, pictures are encoded by the pipeline's own VAE. With an `adapter` (from
     `fit_adapter`, or a file of `latentpipe fit-adapter`) pictures are encoded by the pipeline's own VAE and decoded, through
     the adapter, by `vae`. A VAE whose normalization the host's own code would misread is put in behind a facade of
     scaling_factor 1 (`hosts.Canonical`); such a pipeline draws, but cannot be saved as it is.
@@ -101,6 +113,8 @@ def swap_vae(
         verdict = check_swap(pipe, stage, images)
         if not verdict.fits:
             raise UserError(str(verdict))
+        if not verdict.encodes:
+            return _with_stage(pipe, Adapted(host, None, stage))
     return _with_stage(pipe, stage)
 
 
@@ -133,7 +147,7 @@ def _with_stage(pipe: Any, stage: Any) -> Any:
     if hasattr(pipe, "host"):  # a LatentPipeline decodes by its stage and leaves the host alone
         decoder = stage if isinstance(stage, VAEStage) else stage.decoder
         found = pipe.hashes | {"vae": decoder.digest or content_hash(decoder.vae.state_dict(), decoder.space)}
-        if decoder is stage:
+        if decoder is stage or stage.adapter is None:
             return dataclasses.replace(pipe, stage=stage, hashes=found, vae_name=GIVEN)
         found["adapter"] = content_hash(stage.adapter.state_dict())
         return dataclasses.replace(pipe, stage=stage, hashes=found, vae_name=GIVEN, adapter_name=GIVEN)
@@ -188,11 +202,11 @@ def saveable(pipe: Any, vae: VAE) -> Any:
     )
 
 
-def save_swapped(pipe: Any, folder: Path, vae: str | Path, out: Path, verdict: Verdict, force: bool = False) -> None:
+def save_swapped(folder: Path, vae: str | Path, out: Path, verdict: Verdict, force: bool = False) -> None:
     """Write the pipeline folder again, with `vae` in the place of its own; stock diffusers opens it.
 
-    UserError with the verdict where it does not fit, unless `force`. The card names the VAE that the denoiser was trained
-    on and the one that was swapped in, each by its hash.
+    UserError with the verdict where it does not fit, unless `force`; a Note where its decoder alone fits. The card names
+    the VAE that the denoiser was trained on and the one that was swapped in, each by its hash.
     """
     if force:
         _refuse_shape(verdict.host_space, verdict.vae_space)
@@ -202,7 +216,15 @@ def save_swapped(pipe: Any, folder: Path, vae: str | Path, out: Path, verdict: V
         raise UserError(f"--out {out} exists already, or lies within the model; name a folder that does not.")
     place = find_model(vae, "vae")
     opened = open_vae(place)
-    twin = saveable(pipe, opened.build())
+    if not verdict.encodes and not force:
+        warnings.warn(
+            Note(
+                "the decoder alone fits: pictures from prompts are right, but img2img and inpainting of the saved pipeline would "
+                "begin from another encoder's latents; 'latentpipe generate --vae' encodes by the model's own VAE"
+            ),
+            stacklevel=2,
+        )
+    twin = saveable(load_pipeline(folder), opened.build())
     stored = next((tensor.dtype for tensor in opened.tensors.values() if tensor.is_floating_point()), torch.float32)
     kept = LatentSpace.of(twin) == opened.space  # else it was folded, which fp16 would round
     with atomic_folder(out) as part, quiet():
@@ -213,7 +235,7 @@ def save_swapped(pipe: Any, folder: Path, vae: str | Path, out: Path, verdict: V
                 shutil.copy(place / name, part / "vae" / name)
         index = read_json(folder / "model_index.json")
         (part / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", type(twin).__name__]}, indent=2) + "\n")
-        card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
+        card = read_card(folder) or {}
         proof = {"outcome": verdict.outcome, "reason": verdict.reason, "forced": force}
         new = vae_hash(part / "vae")
         card["vae_hash"] = card.get("vae_hash") or vae_hash(folder / "vae")
@@ -221,16 +243,3 @@ def save_swapped(pipe: Any, folder: Path, vae: str | Path, out: Path, verdict: V
         if "hashes" in card:
             card["hashes"] = card["hashes"] | {"vae": new}
         (part / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
-
-
-def fitting(model: str | Path) -> list[tuple[str, Path, Verdict]]:
-    """Every VAE that a name means, with its verdict for a model; a Note says which cannot be opened."""
-    pipe = load_pipeline(find_model(model))
-    check_reference(find_model(model))
-    found = []
-    for name, path in available("vae").items():
-        try:
-            found.append((name, path, check_swap(pipe, path)))
-        except UserError as error:
-            warnings.warn(Note(f"left out: {name}: {error}"), stacklevel=2)
-    return found

@@ -16,6 +16,7 @@ from latentpipe.latents import LatentSpace
 
 Tile = int | Literal["auto"] | None
 SMALL = 256 * 256  # pixels of a batch whose memory needs no prediction
+ROOM = 0.25  # of the free memory: what takes less may keep its freed blocks, which saves the time for fresh pages
 
 
 class VAEStage(nn.Module):
@@ -125,9 +126,12 @@ class VAEStage(nn.Module):
             return _output(vae.encode(images), vae)
 
     def _as_predicted(self, direction: memory.Direction, given: torch.Tensor) -> AbstractContextManager[None]:
-        """Freed blocks go back to the system at once, where the memory of a whole picture was predicted."""
-        predicted = self.tile == "auto" and not torch.is_grad_enabled() and not self._is_small(direction, given)
-        return bands.mapped(self.device) if predicted else nullcontext()
+        """Freed blocks go back to the system at once, where a whole picture takes much of the free memory as predicted."""
+        if self.tile != "auto" or torch.is_grad_enabled() or self._is_small(direction, given):
+            return nullcontext()
+        n, channels, height, width = given.shape
+        whole = memory.predict(self.vae, direction, (n, channels, height, width))
+        return bands.mapped(self.device) if whole > ROOM * memory.available(self.device) else nullcontext()
 
     def _run_decoder(self, vae: Any, raw: torch.Tensor) -> torch.Tensor:
         rows = self._rows(vae, "decode", raw)

@@ -110,18 +110,16 @@ def swap(
     """
     from json import dumps
 
-    from latentpipe.models import check_reference, load_pipeline
-    from latentpipe.swap import check_swap, save_swapped
+    from latentpipe.swap import save_swapped
+    from latentpipe.verdicts import verdict_on
     from latentpipe.weights import find_model
 
     folder = find_model(model)
-    check_reference(folder)
-    pipe = load_pipeline(folder)
-    verdict = check_swap(pipe, vae, _verdict_images(images, pipe, vae) if images else None)
+    verdict = verdict_on(folder, vae, _verdict_images(images, folder, vae) if images else None)
     if out is None or verdict.fits or force:
         print(dumps(verdict.as_dict(), indent=2) if json else verdict)
     if out is not None:
-        save_swapped(pipe, folder, vae, out, verdict, force)
+        save_swapped(folder, vae, out, verdict, force)
         if not json:
             print(out)
     elif not verdict.fits:
@@ -142,9 +140,11 @@ def pictures_of(folder: Path, side: int, most: int | None = None) -> Any:
     return to_images(pictures.pixels)
 
 
-def _verdict_images(folder: Path, pipe: Any, vae: str) -> Any:
+def _verdict_images(folder: Path, model: Path, vae: str) -> Any:
     """At most 32 pictures of a folder, at the side that the probes would have."""
     from latentpipe.verdict import probe_side
-    from latentpipe.weights import find_model, open_vae
+    from latentpipe.weights import declared_space, find_model
 
-    return pictures_of(folder, probe_side(pipe.vae_scale_factor, open_vae(find_model(vae, "vae")).space.downscale), 32)
+    return pictures_of(
+        folder, probe_side(*(declared_space(place).downscale for place in (model / "vae", find_model(vae, "vae")))), 32
+    )

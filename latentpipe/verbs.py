@@ -182,7 +182,7 @@ def ls(kind: Literal["all", "models", "vae", "lora", "adapters", "configs"] = "a
     if fits is not None:
         if kind != "vae":
             raise UserError("--fits lists VAEs; write 'latentpipe ls vae --fits MODEL'.")
-        from latentpipe.swap import fitting
+        from latentpipe.verdicts import fitting
 
         for name, path, verdict in sorted(fitting(fits), key=lambda row: not row[2].fits):
             print(f"{name:20}{verdict.outcome:26}{path}")

@@ -1,6 +1,7 @@
 """Does this VAE fit this denoiser? Measured on the same pictures through both VAEs, before anything is sampled.
 
-Four outcomes: same space (swap), same shape but another space (adapt), other shape (adapt or train), broken.
+Five outcomes: same space (swap), decoder fits (swap; pictures are encoded by the host's own VAE), same shape but another
+space (adapt), other shape (adapt or train), broken.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from latentpipe.images import psnr, to_bytes
 from latentpipe.latents import LatentSpace
 from latentpipe.probes import probe_images
 
-Outcome = Literal["same space", "same shape, other space", "other shape", "broken"]
+Outcome = Literal["same space", "decoder fits", "same shape, other space", "other shape", "broken"]
 PROBES = 12
 SAME_ENCODER = 0.98  # R^2 of a per-channel affine map; a copy in bf16 has 0.9999, a distilled encoder about 0.95
 SAME_SPACE = 0.85  # R^2 of the identity that an approximate encoder of the same space reaches
 DECODE_LOSS_DB = 2.0  # what a decoder of the same space may lose on the host's latents against its own
 DAMAGE_DB = 3.0  # what it may lose against the host's own decoder, as a small decoder does
+DECODER_DB = 2.0  # the same, where the encoder is another one, so that the decoder alone vouches for the space
 FEWEST = 4  # pictures that a verdict takes at least
 
 
@@ -81,9 +83,23 @@ class Verdict:
     vae_space: LatentSpace
     evidence: Evidence | None = field(default=None, repr=False)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Verdict:
+        """The inverse of `as_dict`; TypeError or KeyError where `values` is none."""
+        spaces = {key: LatentSpace(**_tuples(values[key])) for key in ("host_space", "vae_space")}
+        seen = values["evidence"]
+        if seen is not None:
+            seen = Evidence(**{**seen, "linear": seen["linear"] and Linear(**seen["linear"])})
+        return cls(**{**values, **spaces, "evidence": seen})
+
     @property
     def fits(self) -> bool:
-        """Whether the VAE decodes this denoiser's latents."""
+        """Whether the VAE decodes this denoiser's latents, which is all that a picture from a prompt needs."""
+        return self.outcome in ("same space", "decoder fits")
+
+    @property
+    def encodes(self) -> bool:
+        """Whether its encoder makes this denoiser's latents too, as a picture that begins from a picture needs."""
         return self.outcome == "same space"
 
     @property
@@ -112,6 +128,11 @@ class Verdict:
         return "\n".join(lines)
 
 
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON lists as tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
 def _roads(seen: Evidence) -> dict[str, float | None]:
     return {
         "host's VAE, round trip": seen.host,
@@ -125,7 +146,7 @@ def _roads(seen: Evidence) -> dict[str, float | None]:
 
 @torch.no_grad()
 def measure(host: Any, vae: Any, images: torch.Tensor | None = None) -> Evidence:
-    """Encode the same images (B 3 H W; None: bundled probes) with both stages and decode every way."""
+    """Encode the same images (B 3 H W; None: bundled probes) with two stages of one latent shape and decode every way."""
     pictures = "pictures given" if images is not None else "bundled probes"
     if images is None:
         images = probe_images(PROBES, probe_side(host.space.downscale, vae.space.downscale))
@@ -138,12 +159,7 @@ def measure(host: Any, vae: Any, images: torch.Tensor | None = None) -> Evidence
     unit = None
     if round_trip is not None and round_trip < flat + 6:
         unit = _quality(_decoded(vae, _each(vae.encode, images / 2 + 0.5), unit=True), truth)
-    cross: dict[str, Any] = {}
-    if theirs.shape == ours.shape:
-        crossed = _decoded(vae, theirs)
-        cross = {"vae_of_host": _quality(crossed, truth), "host_of_vae": _quality(_decoded(host, ours), truth)}
-        cross["decoders"] = None if by_host is None else _quality(crossed, by_host)
-        cross["linear"] = linear_relation(theirs, ours)
+    crossed = _decoded(vae, theirs)
     return Evidence(
         n=len(images),
         side_px=images.shape[-1],
@@ -156,7 +172,10 @@ def measure(host: Any, vae: Any, images: torch.Tensor | None = None) -> Evidence
         host_std=theirs.std((0, 2, 3)).tolist(),
         vae_mean=ours.mean((0, 2, 3)).tolist(),
         vae_std=ours.std((0, 2, 3)).tolist(),
-        **cross,
+        vae_of_host=_quality(crossed, truth),
+        host_of_vae=_quality(_decoded(host, ours), truth),
+        decoders=None if by_host is None else _quality(crossed, by_host),
+        linear=linear_relation(theirs, ours),
     )
 
 

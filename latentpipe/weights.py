@@ -18,6 +18,7 @@ from latentpipe.formats.opening import Given, VAEFile
 from latentpipe.formats.source import CARD_FILE as CARD_FILE
 from latentpipe.formats.source import VAE_FILE as VAE_FILE
 from latentpipe.latents import LatentSpace
+from latentpipe.ranges import check_network_config, check_space
 
 PREVIEW_FILE = "latent_rgb.json"
 
@@ -39,11 +40,12 @@ def available(kind: str = "models") -> dict[str, Path]:
         return {path.stem: path for root in roots for path in sorted(root.glob("*.safetensors"))}
     index = "model_index.json" if kind == "models" else "config.json"
     found: dict[str, Path] = {}
+    shown = "[!.]*"  # a folder that is being written has a hidden name
     for root in (shipped(), home() / "models"):
-        for path in sorted(root.glob("*/model_index.json")):
+        for path in sorted(root.glob(f"{shown}/model_index.json")):
             found[path.parent.name] = path.parent if kind == "models" else path.parent / "vae"
     for root in (shipped() / kind, home() / kind):
-        found |= {path.parent.name: path.parent for path in sorted(root.glob(f"*/{index}"))}
+        found |= {path.parent.name: path.parent for path in sorted(root.glob(f"{shown}/{index}"))}
         for path in sorted(root.glob("*.safetensors")) if kind == "vae" else ():
             found[path.name if (root / path.stem).is_dir() else path.stem] = path
     return found
@@ -82,7 +84,15 @@ def open_vae(
     for (UserError). A factor that is given wins over the file's.
     """
     with quiet():
-        return formats.open_vae(Path(path), Given(scaling_factor, shift_factor, downscale, norm_groups))
+        found = formats.open_vae(Path(path), Given(scaling_factor, shift_factor, downscale, norm_groups))
+    check_space(found.space.scale, found.space.shift, Path(path))
+    check_network_config(found.config, Path(path))
+    return found
+
+
+def declared_space(path: Path) -> LatentSpace:
+    """Channels and downscale of a VAE's latents, from its config or header alone; factors that it does not state are 1."""
+    return formats.declared_space(Path(path))
 
 
 def load_vae(path: Path, dtype: torch.dtype = torch.float32, **given: Any) -> Any:

@@ -38,7 +38,7 @@ class Axis(BaseModel):
     name    of the LoRA; else empty
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     kind: Kind
     values: tuple[Value, ...] = Field(min_length=1, max_length=MAX_CELLS)
     name: str = Field("", max_length=200)

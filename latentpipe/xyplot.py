@@ -19,6 +19,7 @@ from latentpipe import emphasis
 from latentpipe import recipe as recipes
 from latentpipe.defaults import GUIDANCE, STEPS
 from latentpipe.errors import UserError
+from latentpipe.images import picture_file
 from latentpipe.jobs import Cancelled, Report
 from latentpipe.lora.prompt import split_tags
 from latentpipe.pipeline import LatentPipeline, Picture
@@ -38,7 +39,7 @@ OpenPipe = Callable[[str | None], LatentPipeline]
 class Setup(BaseModel):
     """What decides a picture but the model: the fields of `latentpipe.Settings`, prompt, seed, VAE, LoRA weights."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     prompt: str = Field(max_length=MAX_PROMPT)
     seed: int = Field(ge=0, le=MAX_SEED)
     vae: str | None = Field(None, max_length=200)
@@ -59,7 +60,7 @@ class Setup(BaseModel):
 class GridRecipe(BaseModel):
     """What made a sheet: the axes, what all pictures share, and the recipe of each picture (row by row; None: not drawn)."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     version: Literal[1] = recipes.VERSION
     model: str = Field(max_length=200)
     x: Axis
@@ -137,7 +138,7 @@ def plot(
 
 def is_grid(path: Path) -> bool:
     """Whether a file is a picture that carries the recipe of a plot; nothing is decoded."""
-    with suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError), Image.open(path) as picture:
+    with suppress(UserError), picture_file(path) as picture:
         return CHUNK in picture.info
     return False
 

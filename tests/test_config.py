@@ -132,7 +132,7 @@ def test_broken_yaml_names_the_file(tmp_path: Path, content: str) -> None:
 def test_missing_files_folders_and_bytes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such config file"):
         config.load(tmp_path / "x.yaml", TrainVAE)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not a file; expected a config"):
         config.load(tmp_path, TrainVAE)
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(UserError, match=r"x\.yaml"):
@@ -151,3 +151,36 @@ def test_every_key_is_explained() -> None:
                 if plain:
                     told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                     assert told, f"{item.name}: a key without an explanation, line {field.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("model: {channels: 2147483648}", "model.channels"),
+        ("model: {layers_per_block: 1000000}", "model.layers_per_block"),
+        ("model: {blocks: [8, 1000000000]}", "model.blocks.1"),
+        (f"model: {{blocks: [{', '.join(['8'] * 40)}]}}", "model.blocks"),
+        ("crops: {size_px: 1000000}", "crops.size_px"),
+        ("data: {train: x, read_size_px: 1000000}", "data.read_size_px"),
+        ("optim: {steps: 1000000000000000000000000000000}", "optim.steps"),
+        ("optim: {steps: 1, learning_rate: .nan}", "optim.learning_rate"),
+        ("optim: {steps: 1, learning_rate: .inf}", "optim.learning_rate"),
+        ("optim: {steps: 1, batch_size: 1.5}", "optim.batch_size"),
+        ("run: {out: a, work: b, seed: 9223372036854775808}", "run.seed"),
+    ],
+)
+def test_numbers_that_no_machine_computes_are_refused(tmp_path: Path, text: str, place: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"x\.yaml: {place}: (Input|Tuple) should"):
+        config.load(tmp_path / "x.yaml", TrainVAE)
+
+
+def test_a_model_that_does_not_fit_into_memory_is_refused_before_it_is_built() -> None:
+    from latentpipe.components import TooLarge, built_to_train
+    from latentpipe.config import VAEShape
+    from latentpipe.train.build import new_vae
+
+    shape = VAEShape(blocks=(65536, 65536), layers_per_block=128)
+    with pytest.raises(TooLarge, match=r"too large to train here.*1,024 MB are free"):
+        built_to_train(lambda: new_vae(shape, 64), 2**30)
+    assert built_to_train(lambda: new_vae(VAEShape(blocks=(8, 8)), 16), 2**30)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import zlib
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from helpers import draw_shape
+from helpers import draw_shape, grey_levels
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from skimage.metrics import peak_signal_noise_ratio
 
-from latentpipe import images
+from latentpipe import UserError, images
 
 
 def test_every_grey_level_survives_the_round_trip() -> None:
@@ -137,3 +143,118 @@ def test_wrap_keeps_every_word(text: str, width: int) -> None:
 def test_flatten_leaves_rgb_alone() -> None:
     picture = draw_shape("yellow", "circle")
     assert ImageOps.grayscale(images.flatten(picture)).tobytes() == ImageOps.grayscale(picture).tobytes()
+
+
+def written(path: Path, values: Any) -> Path:
+    """A TIFF of an array, as it is."""
+    Image.fromarray(np.asarray(values)).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
+        (np.array([[-0.005, 0.5, 1.005]], np.float32), [0, 128, 255]),
+        (np.array([[0.0, 128.0, 255.0]], np.float32), [0, 128, 255]),
+        (np.array([[0.0, 32768.0, 65535.0]], np.float32), [0, 128, 255]),
+        (np.array([[0, 128, 255]], np.int32), [0, 128, 255]),
+        (np.array([[0, 1, 1]], np.int32), [0, 1, 1]),
+        (np.array([[0, 32768, 65535]], np.int32), [0, 128, 255]),
+    ],
+)
+def test_deep_tiffs_are_scaled(tmp_path: Path, values: Any, expected: list[int]) -> None:
+    picture = images.open_picture(written(tmp_path / "a.tif", values))
+    assert [picture.getpixel((x, 0))[0] for x in range(3)] == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.array([[0.0, 1.5]], np.float32), "s values go from 0 to 1.5"),
+        (np.array([[-1.0, 1.0]], np.float32), "s values go from -1 to 1"),
+        (np.array([[0.0, 1e6]], np.float32), "s values go from 0 to 1e"),
+        (np.array([[0.0, np.nan]], np.float32), "not finite"),
+        (np.array([[-70000, 5]], np.int32), "s values go from -70000 to 5"),
+    ],
+)
+def test_deep_tiffs_without_a_scale_are_refused(tmp_path: Path, values: Any, reason: str) -> None:
+    with pytest.raises(UserError, match=rf"a\.tif cannot be read as a picture \(it.*{reason}"):
+        images.open_picture(written(tmp_path / "a.tif", values))
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.eps", "a.tif"])
+def test_no_other_program_is_started_for_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / name).write_bytes(EPS)
+    with Image.open(tmp_path / name) as picture:
+        assert picture.format == "EPS"  # Pillow alone would take it, whatever its name, and start Ghostscript for its pixels
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    for read in (images.open_picture, images.dropped):
+        with pytest.raises(UserError, match=r"cannot be read as a picture \(expected PNG, JPEG, WebP, GIF, BMP or TIFF\)"):
+            read(tmp_path / name)
+    from latentpipe.data.folder import read_square
+    from latentpipe.evaluate.pictures import upright_size
+    from latentpipe.metadata import read_info
+    from latentpipe.recipe import read
+    from latentpipe.ui.uploads import check_picture
+    from latentpipe.xyplot import is_grid
+
+    for call in (read_info, read, upright_size, lambda path: read_square(path, 8), lambda path: check_picture(str(path))):
+        with pytest.raises(UserError, match="cannot be read as a picture"):
+            call(tmp_path / name)
+    assert not is_grid(tmp_path / name)
+
+
+def test_what_is_no_picture_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    (tmp_path / "folder.png").mkdir()
+    for name, reason in (("pipe", "not a file"), ("device", "not a file"), ("folder", "is a folder"), ("none", "no such file")):
+        with pytest.raises(UserError, match=reason):
+            images.open_picture(tmp_path / f"{name}.png")
+
+
+def test_a_picture_beyond_the_limit_is_not_decoded(tmp_path: Path) -> None:
+    head = b"IHDR" + (60_000).to_bytes(4) + (60_000).to_bytes(4) + b"\x08\x02\0\0\0"
+    chunk = (13).to_bytes(4) + head + zlib.crc32(head).to_bytes(4)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    with pytest.raises(UserError, match="cannot be read as a picture"):
+        images.open_picture(tmp_path / "a.png")
+    draw_shape("red", "bar", 32).save(tmp_path / "b.png")
+    with (
+        pytest.raises(UserError, match="32 x 32 pixels; at most 1,000"),
+        images.picture_file(tmp_path / "b.png", most=1000),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_every_format_of_the_list_is_read(tmp_path: Path, kind: str) -> None:
+    draw_shape("red", "circle", 16).save(tmp_path / "x", format=kind, **({"lossless": True} if kind == "WEBP" else {}))
+    picture = images.open_picture(tmp_path / "x")
+    assert picture.mode == "RGB"
+    assert grey_levels(picture, draw_shape("red", "circle", 16)) <= (120 if kind == "JPEG" else 0)
+
+
+def test_a_png_without_most_of_its_rows_is_refused(tmp_path: Path) -> None:
+    draw_shape("red", "bar", 24).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    head = b"IHDR" + (24).to_bytes(4) + (60_000).to_bytes(4) + data[24:29]
+    (tmp_path / "b.png").write_bytes(data[:12] + head + zlib.crc32(head).to_bytes(4) + data[33:])
+    with Image.open(tmp_path / "b.png") as picture:
+        picture.load()  # Pillow alone takes it
+    with pytest.raises(UserError, match=r"24 x 60000 pixels in \d+ bytes; the file is cut off or damaged"):
+        images.open_picture(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16"])
+def test_the_emptiest_large_png_is_read(tmp_path: Path, mode: str) -> None:
+    Image.new(mode, (3000, 3000)).save(tmp_path / "a.png", optimize=True)
+    assert images.open_picture(tmp_path / "a.png").size == (3000, 3000)

@@ -56,7 +56,7 @@ def laboratory(*values: list[float]) -> Laboratory:
 def test_figures_equal_the_evaluation(squares: list[Image.Image], vae_folder: Path, tmp_path: Path) -> None:
     for index, square in enumerate(squares):
         square.save(tmp_path / f"{index}.png")
-    rows = evaluate_vae(vae_folder, tmp_path, cost=False).per_picture
+    rows = evaluate_vae(vae_folder, tmp_path).per_picture
     lab = compare_pictures(squares, [vae_folder], SIDE)
     scores = lab.vaes[0].scores
     for name in ("PSNR", "SSIM"):

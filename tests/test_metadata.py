@@ -327,7 +327,7 @@ def test_what_is_no_picture(tmp_path: Path) -> None:
     }  # fmt: skip
     for name, body in bodies.items():
         (tmp_path / name).write_bytes(body)
-        with pytest.raises(UserError, match="cannot be read as a PNG, JPEG or WebP picture"):
+        with pytest.raises(UserError, match=r"cannot be read as a picture \(expected PNG, JPEG or WebP"):
             read_info(tmp_path / name)
     for place in (tmp_path, tmp_path / "none.png", tmp_path / ("n" * 300), Path("a\0b")):
         with pytest.raises(UserError):

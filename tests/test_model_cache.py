@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_vae
+from helpers import edit_json, tiny_vae
 
-from latentpipe import UserError, model_cache
+from latentpipe import UserError, verdicts
 from latentpipe.model_cache import ModelCache
 from latentpipe.weights import save_vae
 
@@ -107,15 +107,20 @@ def test_a_verdict_is_measured_once(
     models: list[str], cache: ModelCache, own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = []
-    check = model_cache.check_swap
-    monkeypatch.setattr(model_cache, "check_swap", lambda base, vae: measured.append(vae) or check(base, vae))
+    check = verdicts.judge_stages
+    monkeypatch.setattr(verdicts, "judge_stages", lambda host, vae: measured.append(vae.digest) or check(host, vae))
     first = cache.verdict("one", "same")
     assert cache.verdict("one", "same") is first
     assert cache.verdict("one", "other").outcome != first.outcome
-    assert measured == ["same", "other"]
+    assert len(set(measured)) == len(measured) == 2
+    assert not cache.is_open("one")  # the VAEs alone decide
     newer(own_home / "vae" / "same")
-    cache.verdict("one", "same")
-    assert measured == ["same", "other", "same"]
+    assert cache.verdict("one", "same") == first  # the same weights: read again, not measured
+    assert len(measured) == 2
+    edit_json(own_home / "vae" / "same" / "config.json", scaling_factor=1.5)
+    newer(own_home / "vae" / "same")
+    assert cache.verdict("one", "same").outcome == "broken"
+    assert len(measured) == 3
 
 
 def test_user_errors_leave_nothing_broken(models: list[str], cache: ModelCache) -> None:

@@ -125,9 +125,11 @@ def _draw(app: App, request: gr.Request, prompt: str, model: str, vae: str, sett
 
 
 def _reading(app: App) -> None:
-    def png_info(image: str) -> dict[str, Any]:
+    def png_info(image: str | None) -> dict[str, Any]:
         """The settings inside a picture of latentpipe, A1111, ComfyUI, Fooocus, InvokeAI or NovelAI."""
         with told():
+            if image is None:
+                raise UserError("image is missing; give an uploaded file.")
             return reading.as_json(reading.info_of(image))
         raise AssertionError
 

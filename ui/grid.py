@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, told, wire_stop
 from latentpipe.ui.theme import RUN, STOP
 from latentpipe.ui.uploads import picture_input, picture_of
 from latentpipe.xyaxes import MAX_CELLS, MAX_VAES, Axis, make_axis
-from latentpipe.xyplot import Grid, plot, redraw
+from latentpipe.xyplot import Grid, plot, read_grid, redraw
 
 EMPTY = "No grid yet. Write a prompt, say what varies along X and Y, or choose an example below, and press Draw the grid."
 NONE = "nothing"
@@ -162,6 +163,7 @@ def _wire_run(
     def draw(values: Values, request: gr.Request) -> Iterator[dict[Any, Any]]:
         def work(report: Report) -> Grid:
             model = values[rest["model"]]
+            _allow(app, app.pipe(model).native_size, settings["steps"], axes)
             return plot(lambda vae: app.pipe(model, vae), values[prompt] or "", *axes, report=report, **settings)
 
         with told() as notes:
@@ -201,6 +203,9 @@ def _wire_again(app: App, image: gr.Image, again: gr.Button, shown: tuple[Any, .
             before = picture_of(path)
 
             def work(report: Report) -> Grid:
+                old = read_grid(Path(str(path)))
+                size = old.base.size or app.pipe(old.model).native_size
+                _allow(app, size, old.base.steps, (old.x, old.y))
                 return redraw(Path(str(path)), app.pipe, report)
 
             def said(done: Done) -> str:
@@ -215,6 +220,13 @@ def _wire_again(app: App, image: gr.Image, again: gr.Button, shown: tuple[Any, .
 
     drawing = again.click(draw, [image], list(shown), show_progress="hidden", trigger_mode="once", **HEAVY)
     drawing.failure(lambda: show.empty(EMPTY), None, [shown[0]], **LIGHT)
+
+
+def _allow(app: App, size: tuple[int, int], steps: int, axes: tuple[Axis | None, ...]) -> None:
+    """UserError where a plot is too much work."""
+    sides = [axis for axis in axes if axis is not None]
+    most = max([steps, *(int(value) for axis in sides if axis.kind == "steps" for value in axis.values)])
+    app.jobs.allow(*size, most, math.prod(len(axis.values) for axis in sides))
 
 
 def _said(done: Done) -> str:

@@ -25,6 +25,7 @@ from latentpipe.weights import available
 EMPTY = "Drop pictures, or press 'Use example pictures', choose VAEs, and press Compare."
 SIDES = {"what suits all": 0, "64": 64, "128": 128, "256": 256, "512": 512}
 ADAPTER_SIDE = 64
+MOST_SIDE = 1024
 
 
 @dataclass(frozen=True)
@@ -248,13 +249,15 @@ def add_endpoint(app: App) -> None:
         Returns the figures, and a PNG sheet of originals, reconstructions and differences. side 0: what suits all.
         """
         with told() as notes:
-            given = pictures_of(pictures)
             if not isinstance(vaes, list) or not vaes or not all(isinstance(name, str) for name in vaes):
                 raise UserError('vaes is no list of names; expected such as ["emoji", "emoji-tiny"].')
-            names = [app.named("vae", name) for name in vaes]
+            names = [app.named("vae", name) for name in dict.fromkeys(vaes)]
+            if side and not 1 <= side <= MOST_SIDE:
+                raise UserError(f"side is {side:g}; expected 1 to {MOST_SIDE} pixels, or 0 for what suits all.")
+            given = pictures_of(pictures)
 
             def work(report: Report) -> Laboratory:
-                return compare_pictures(given, names, int(side) or None, report, app.models.stage)
+                return compare_pictures(given, names, int(side or 0) or None, report, app.models.stage)
 
             for event in app.jobs.run(request, work, notes):
                 if isinstance(event, Done):

@@ -38,7 +38,7 @@ def summary(lab: Laboratory) -> str:
     if n < FEWEST:
         return f"{n} picture{'s' * (n > 1)} at {lab.side} px: too few for intervals; give {FEWEST} or more to name a best one."
     best = lab.best()
-    rule = "its paired difference in PSNR to every other one leaves zero out of the 95 % interval"
+    rule = "its PSNR is at least 0.5 dB above every other one's, with zero outside of the 95 % interval of the paired difference"
     return f"{n} pictures at {lab.side} px. " + (
         f"Best: {best}: {rule}." if best else f"No best one: of none it holds that {rule}."
     )

@@ -88,6 +88,7 @@ def _path_work(app: App, given: Given, chosen: dict[str, Any]) -> tuple[Callable
         def rows(report: Report) -> dict[str, list[Image.Image]]:
             pipe = app.pipe(None, chosen["vae"])
             ends, steps = (chosen["one"] or "", chosen["two"] or ""), int(chosen["steps"])
+            app.jobs.allow(*pipe.native_size, steps, count * len(seeds))
             return {f"seed {each}": play.between_prompts(pipe, *ends, count, way, each, steps, report) for each in seeds}
 
     def work(report: Report) -> Path:

@@ -13,6 +13,7 @@ from latentpipe import replay
 from latentpipe.adapters import own_adapters
 from latentpipe.jobs import Done, Progress, Report, Waiting
 from latentpipe.metadata import Info, read_info
+from latentpipe.recipe import read
 from latentpipe.ui import show
 from latentpipe.ui.form import NO_ADAPTER, OWN, Form
 from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, told, wire_stop
@@ -114,6 +115,8 @@ def _replay(app: App, path: str | None, source: str | None, request: gr.Request)
         other = Path(source) if source else None
 
         def work(report: Report) -> Any:
+            old = read(Path(path))
+            app.jobs.allow(old.width, old.height, old.steps, old.batch_size)
             return replay(Path(path), source=other, report=report, device=app.models.device)
 
         for event in app.jobs.run(request, work, notes):

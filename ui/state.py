@@ -6,6 +6,7 @@ import contextvars
 import shutil
 import tempfile
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterator
@@ -19,16 +20,22 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from latentpipe import Engine, Finished, LatentPipeline, Picture, StepDone, UserError
+from latentpipe.defaults import STEPS
 from latentpipe.errors import Note
 from latentpipe.files import atomic_file, home
 from latentpipe.generate import free_path
-from latentpipe.jobs import Cancelled, Done, Progress, Report, Waiting, run_job
+from latentpipe.jobs import Cancelled, Done, Progress, Report, Waiting, device, run_job
 from latentpipe.model_cache import ModelCache
+from latentpipe.shortage import is_shortage, sentence
+from latentpipe.ui.listeners import Listeners
 from latentpipe.weights import available, shipped
 
 BUILT_IN = "Built-in"
 HEAVY: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}  # `latentpipe.jobs.Line` keeps the order
-LIGHT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+LIGHT: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+"""Of handlers that answer at once. They too go through gradio's queue, each with a place of its own, for `gr.Info` reaches the
+page as an event of that queue alone: with ``queue=False`` it is printed on the server (gradio 6.31, `helpers.log_message`)."""
+MAX_WORK = 300.0  # millions of pixels x steps x pictures in one request: 1024 x 1024 pixels, 28 steps, 10 pictures
 INSTEAD = {
     "$LATENTPIPE_HOME/lora, or give it with --lora": "the server's LoRA folder, and press '↻ Look for new files'",
     "give its file with --adapter": "install it on the server first",
@@ -41,11 +48,26 @@ _notes: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("notes
 
 
 class Jobs:
-    """The jobs of each visitor, by session, so that Stop ends one's own only."""
+    """The jobs of each visitor, by session, so that Stop ends one's own only.
 
-    def __init__(self) -> None:
+    max_work   the most that one request may ask for: pixels x steps x pictures, in millions
+    listeners  who reads the events of a visitor; None: nobody looks, and every job goes on to its end
+    """
+
+    def __init__(self, max_work: float = MAX_WORK, listeners: Listeners | None = None) -> None:
+        self.max_work, self.listeners = max_work, listeners
         self._tokens: dict[str, list[threading.Event]] = {}
         self._lock = threading.Lock()
+        self._closed = False
+
+    def allow(self, width: float, height: float, steps: float, count: float) -> None:
+        """UserError where a request asks for more than `max_work`."""
+        work = width * height * steps * count / 1e6
+        if not work <= self.max_work:
+            raise UserError(
+                f"This asks for {width:g} x {height:g} pixels x {steps:g} steps x {count:g} pictures: {work:,.6g} million; "
+                f"at most {self.max_work:,.6g} million are drawn at once here. Choose fewer steps or pictures, or a smaller size."
+            )
 
     def run(
         self, request: gr.Request, work: Callable[[Report], Any], notes: list[str] | None = None
@@ -56,7 +78,7 @@ class Jobs:
         """
         with self._token(request) as token:
             _notes.set(notes)  # the job's thread, which starts below, inherits it
-            yield from _left_at_once(run_job(work, token), token)
+            yield from self._read(run_job(work, token), token, request)
 
     def draw(
         self,
@@ -67,10 +89,12 @@ class Jobs:
         previews: bool = True,
         **settings: Any,
     ) -> Iterator[Waiting | StepDone | Finished]:
-        """Events of `latentpipe.Engine.run` for this visitor."""
+        """Events of `latentpipe.Engine.run` for this visitor; UserError where that is too much work."""
+        width, height = settings.get("size") or pipe.native_size
+        self.allow(width, height, settings.get("steps", STEPS), settings.get("n", 1))
         with self._token(request) as token:
             _notes.set(notes)
-            yield from _left_at_once(Engine(pipe).run(prompt, cancel=token, previews=previews, **settings), token)
+            yield from self._read(Engine(pipe).run(prompt, cancel=token, previews=previews, **settings), token, request)
 
     def stop(self, request: gr.Request) -> int:
         """Stop this visitor's jobs; returns how many there were."""
@@ -84,10 +108,33 @@ class Jobs:
         """A visitor has closed the page: nobody waits for the jobs."""
         self.stop(request)
 
+    def close(self, seconds: float = 5.0) -> None:
+        """Stop everybody's jobs, begin no more, and wait until those at work have left their step."""
+        with self._lock:
+            self._closed = True
+            tokens = [token for every in self._tokens.values() for token in every]
+        for token in tokens:
+            token.set()
+        device.wake()
+        until = time.monotonic() + seconds
+        for thread in threading.enumerate():
+            if thread.name == "latentpipe_work":
+                thread.join(max(0.0, until - time.monotonic()))
+
+    def _read(self, events: Generator[Any, None, None], token: threading.Event, request: gr.Request) -> Iterator[Any]:
+        """The events of a job, which stops when nobody reads the visitor's events any more."""
+        session, since = request.session_hash or "", time.monotonic()
+        for event in _left_at_once(events, token):
+            if self.listeners is not None and self.listeners.gone(session, since):
+                token.set()
+            yield event
+
     @contextmanager
     def _token(self, request: gr.Request) -> Generator[threading.Event, None, None]:
         token, session = threading.Event(), request.session_hash or ""
         with self._lock:
+            if self._closed:
+                raise UserError("The server is about to end; nothing more is begun.")
             self._tokens.setdefault(session, []).append(token)
         try:
             yield token
@@ -217,6 +264,8 @@ def told() -> Iterator[list[str]]:
     except (gr.Error, GeneratorExit):
         raise
     except Exception as error:
+        if is_shortage(error):
+            raise gr.Error(sentence(error), duration=20, print_exception=False) from None
         traceback.print_exc()
         kind = type(error).__name__
         raise gr.Error(

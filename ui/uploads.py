@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import gradio as gr
 from PIL import Image
 
 from latentpipe import UserError
-from latentpipe.images import open_picture
+from latentpipe.images import open_picture, picture_file
 
 MAX_PIXELS = 4096 * 4096
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 def picture_of(path: str | None) -> Image.Image:
@@ -29,11 +27,9 @@ def check_picture(path: str) -> None:
     """UserError unless the file begins as a picture of a known kind and of bearable size; nothing is decoded yet."""
     name = Path(path).name[:80]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit below is lower
-            with Image.open(path, formats=FORMATS) as picture:
-                size = picture.size
-    except Exception:  # Pillow raises nearly every type for a hostile file
+        with picture_file(Path(path)) as picture:
+            size = picture.size
+    except UserError:  # it names the server's folders
         raise UserError(f"{name} cannot be read as a picture; expected a PNG, JPEG, WebP, GIF, BMP or TIFF file.") from None
     if math.prod(size) > MAX_PIXELS:
         raise UserError(f"{name} has {size[0]} x {size[1]} pixels; at most {MAX_PIXELS:,} in all are taken. Make it smaller.")

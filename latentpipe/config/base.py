@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -10,10 +11,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentpipe.errors import UserError
+from latentpipe.reading import read_yaml
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Positive = Annotated[int, Field(ge=1)]
-Widths = Annotated[tuple[Positive, ...], Field(min_length=1)]
+# A number is bounded where it is read: what no machine computes is a sentence, not an hour of allocating
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Side = Annotated[int, Field(ge=1, le=16_384)]
+Width = Annotated[int, Field(ge=1, le=65_536)]
+Layers = Annotated[int, Field(ge=1, le=128)]
+Widths = Annotated[tuple[Width, ...], Field(min_length=1, max_length=16)]
 
 
 class Strict(BaseModel):
@@ -29,7 +35,7 @@ class PictureData(Strict):
     """Folder of training pictures."""
     validation: Path | None = None
     """Folder of pictures that are measured and never trained on."""
-    read_size_px: Positive = 128
+    read_size_px: Side = 128
     """Side at which pictures are kept in memory; crops are cut from this."""
 
 
@@ -38,11 +44,11 @@ class Optimization(Strict):
 
     steps: Positive
     """Optimizer steps in all."""
-    batch_size: Positive = 32
+    batch_size: Width = 32
     """Pictures in each step, over all processes and parts."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
-    warmup_steps: int = Field(100, ge=0)
+    warmup_steps: int = Field(100, ge=0, le=10**9)
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """cosine: half a cosine to zero at the last step; constant: the peak until `decay_share`, so a run can be made longer."""
@@ -65,7 +71,7 @@ class Run(Strict):
     """Folder of the finished model."""
     work: Path
     """Folder of checkpoints, log.jsonl, sheets and the resolved config."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of weights, data order, crops and noise."""
     precision: Precision = "auto"
     """bf16 or fp16 autocast, fp32, or auto: bf16 where the processor has it."""
@@ -86,15 +92,9 @@ Config = TypeVar("Config", bound=Strict)
 
 def load(path: Path, schema: type[Config]) -> Config:
     """Read a YAML file into `schema`; UserError lists every problem, with the nearest known key."""
-    try:
-        raw = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file. The shipped ones are listed by 'latentpipe ls configs'.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a config ({error}).") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return parse(raw, schema, str(path))
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such config file. The shipped ones are listed by 'latentpipe ls configs'.")
+    return parse(read_yaml(path, "a config, a YAML file"), schema, str(path))
 
 
 def parse(raw: Any, schema: type[Config], source: str) -> Config:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from latentpipe.config.base import Optimization, Positive, Run, Strict, Widths
+from latentpipe.config.base import Layers, Optimization, Run, Strict, Width, Widths
 
 
 class CacheData(Strict):
@@ -26,13 +26,13 @@ class UNetShape(Strict):
 
     blocks: Widths = (64, 128, 192)
     """Width of each level."""
-    layers_per_block: Positive = 1
+    layers_per_block: Layers = 1
     """Residual blocks at each level."""
     attention: tuple[bool, ...] = (False, True, True)
     """Which levels attend to the text."""
-    heads_dim: Positive = 32
+    heads_dim: Width = 32
     """Width of an attention head."""
-    norm_groups: Positive = 16
+    norm_groups: Width = 16
     """Groups of GroupNorm."""
 
     @model_validator(mode="after")
@@ -48,15 +48,15 @@ class UNetShape(Strict):
 class TextShape(Strict):
     """A CLIPTextModel and its byte-pair vocabulary, trained on the captions."""
 
-    width: Positive = 192
+    width: Width = 192
     """Hidden size."""
-    layers: Positive = 3
+    layers: Layers = 3
     """Transformer layers."""
-    heads: Positive = 6
+    heads: Width = 6
     """Attention heads."""
-    vocabulary: int = Field(2048, ge=514)
+    vocabulary: int = Field(2048, ge=514, le=2**20)
     """Largest number of tokens; 514 are the letters and the two ends."""
-    length: int = Field(24, ge=3)
+    length: int = Field(24, ge=3, le=65_536)
     """Tokens that the encoder reads."""
     new_vocabulary: bool = False
     """With run.warm_start: train the vocabulary anew on these captions; the vectors of words that both know are taken over."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from latentpipe.config.base import Optimization, Positive, Run, Strict
+from latentpipe.config.base import Optimization, Run, Side, Strict, Width
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -17,7 +17,7 @@ class LoraData(Strict):
 
     train: Path
     """Folder of training pictures with captions."""
-    size_px: Positive | None = None
+    size_px: Side | None = None
     """Side of the training pictures; left out: what the model was trained at."""
     exclude: Path | None = None
     """Text file with a caption in each line: pictures with one of them are left out, as the emoji set's held-out ones are."""
@@ -41,11 +41,11 @@ class AdapterShape(Strict):
     """unet.attention, unet.conv, unet.all, text, vae.decoder, or regular expressions over component.path."""
     kind: Literal["lora", "dora"] = "lora"
     """lora (arXiv:2106.09685), or dora, which also trains the length of the weights' rows (arXiv:2402.09353)."""
-    rank: Positive = 8
+    rank: Width = 8
     """Rank of every layer that rank_pattern does not name."""
     alpha: float | None = Field(None, gt=0)
     """The change is multiplied by alpha / rank; left out: the rank, so by 1."""
-    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    rank_pattern: dict[str, Width] = Field(default_factory=dict)
     """Ranks by site or regular expression, the last that matches counts; alpha keeps its ratio to the rank."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732)."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from latentpipe.config.base import Optimization, PictureData, Positive, Run, Strict, Widths
+from latentpipe.config.base import Layers, Optimization, PictureData, Positive, Run, Side, Strict, Width, Widths
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -15,14 +15,14 @@ Weight = Annotated[float, Field(ge=0)]
 class Parts(Optimization):
     """As for the denoiser, in parts that fit into memory."""
 
-    accumulate: Positive | Literal["auto"] = 1
+    accumulate: Width | Literal["auto"] = 1
     """Parts that a step's pictures are computed in; auto: as many as the free memory asks for."""
 
 
 class VAERun(Run):
     """As for the denoiser, and how memory and time are traded."""
 
-    patience: int = Field(0, ge=0)
+    patience: int = Field(0, ge=0, le=10**9)
     """Stop after so many validation figures in a row without a better one, and keep the best weights; 0: never."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
@@ -35,17 +35,17 @@ class VAEShape(Strict):
 
     kind: Literal["kl", "tiny"] = "kl"
     """kl: AutoencoderKL; tiny: AutoencoderTiny (TAESD), which has no posterior."""
-    channels: Positive = 4
+    channels: Width = 4
     """Latent channels."""
     blocks: Widths = (32, 64, 128)
     """Width of each resolution level."""
-    layers_per_block: Positive = 1
+    layers_per_block: Layers = 1
     """Residual blocks at each level."""
-    full_size_blocks: int = Field(1, ge=0)
+    full_size_blocks: int = Field(1, ge=0, le=128)
     """Residual blocks of the decoder at the picture's full size, where they cost most (tiny)."""
     attention: bool = False
     """Self-attention in the middle block (kl)."""
-    norm_groups: Positive = 8
+    norm_groups: Width = 8
     """Groups of GroupNorm; divides every width (kl)."""
 
     @model_validator(mode="after")
@@ -133,13 +133,13 @@ class Adversarial(Strict):
 
     weight: Weight = 0.0
     """Weight of its term; 0: no discriminator."""
-    start_step: int = Field(0, ge=0)
+    start_step: int = Field(0, ge=0, le=10**9)
     """First step that it takes part in."""
     adaptive: bool = True
     """Multiply by the ratio of reconstruction gradient to adversarial gradient at the last layer."""
-    width: Positive = 32
+    width: Width = 32
     """Channels of its first layer."""
-    layers: Positive = 2
+    layers: Layers = 2
     """Halving convolutions."""
     learning_rate: float = Field(2e-4, gt=0)
     """Of its own AdamW."""
@@ -161,7 +161,7 @@ class Predicted(Strict):
 class Crops(Strict):
     """Random crops: a share of whole pictures, else a square of random side, resized to `size_px`; or of `cut_px`, as it is."""
 
-    size_px: Positive = 64
+    size_px: Side = 64
     """Side of the training pictures."""
     whole: float = Field(0.6, ge=0, le=1)
     """Share of the steps that see whole pictures."""
@@ -185,7 +185,7 @@ class TrainVAE(Strict):
     """Stages or parameters that train in place of the mode's, with * and ? (encoder.head, decoder.up.*)."""
     teacher: Path | None = None
     """Name or folder of the VAE whose latents mode distil learns."""
-    new_channels: Positive | None = None
+    new_channels: Width | None = None
     """Give the VAE of run.warm_start a new head with so many latent channels."""
     model: VAEShape = VAEShape()
     loss: VAELoss = VAELoss()

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from latentpipe.data.folder import read_pictures
 from latentpipe.errors import UserError
-from latentpipe.files import HASH_LENGTH, atomic_file, read_tensors
+from latentpipe.files import HASH_LENGTH, atomic_file, content_hash, read_header, read_tensors
 from latentpipe.images import bytes_to_images
+from latentpipe.latents import LatentSpace
+from latentpipe.precision import all_finite
+from latentpipe.reading import MOST_HEADER, parse_json
 from latentpipe.vae import VAEStage
-from latentpipe.weights import load_vae, vae_hash
+from latentpipe.weights import load_vae, open_vae, vae_hash
 
 FORMAT = "latentpipe.latents.1"
 
@@ -66,6 +69,11 @@ def encode_folder(folder: Path, vae_folder: Path, out: Path, size_px: int, batch
     parts: Iterable[torch.Tensor] = pixels.split(batch)
     pairs = [stage.posterior(bytes_to_images(part)) for part in (progress(parts) if progress else parts)]
     mean, std = (torch.cat([pair[index] for pair in pairs]).half().contiguous() for index in range(2))
+    if not all_finite((mean, std)):
+        raise UserError(
+            f"{vae_folder} gives latents beyond the range of fp16 (65,504) for pictures of {folder}; its normalization is not "
+            "that of its weights. Expected latents of about mean 0 and standard deviation 1."
+        )
     cache = LatentCache(mean, std, pictures.captions, size_px, digest, tuple(pictures.kinds) if any(pictures.kinds) else ())
     metadata = {
         "format": FORMAT,
@@ -81,22 +89,78 @@ def encode_folder(folder: Path, vae_folder: Path, out: Path, size_px: int, batch
 
 
 def open_cache(path: Path, vae_folder: Path) -> LatentCache:
-    """Read a cache; UserError where it was made by another VAE than the one in `vae_folder`."""
-    tensors = read_tensors(path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
+    """Read a cache; UserError where it is damaged, or was made by another VAE than the one in `vae_folder`."""
+    tensors, metadata = read_tensors(path), read_header(path).metadata
     complete = {"mean", "std"} <= set(tensors) and {"vae_hash", "size_px", "captions"} <= set(metadata)
     if metadata.get("format") != FORMAT or not complete:
         raise UserError(f"{path} is not a latent cache of this version; make one with 'latentpipe encode'.")
-    digest = vae_hash(vae_folder)
+    vae = open_vae(vae_folder)
+    digest = content_hash(vae.tensors, vae.space)
     if metadata["vae_hash"] != digest:
         raise UserError(
             f"{path} holds latents of VAE {metadata['vae_hash'][:HASH_LENGTH]}, but {vae_folder} is "
             f"{digest[:HASH_LENGTH]}; encode the pictures again with 'latentpipe encode'."
         )
-    captions = [tuple(texts) for texts in json.loads(metadata["captions"])]
-    kinds = tuple(json.loads(metadata.get("kinds", "[]")))
-    return LatentCache(tensors["mean"], tensors["std"], captions, int(metadata["size_px"]), digest, kinds)
+    try:
+        captions = _captions(metadata["captions"])
+        size_px = _size(metadata["size_px"])
+        kinds = _kinds(metadata.get("kinds"), len(captions))
+        _check_tensors(tensors["mean"], tensors["std"], len(captions), vae.space, size_px)
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged: {error}. Delete it, and encode the pictures again with 'latentpipe encode'."
+        ) from None
+    return LatentCache(tensors["mean"], tensors["std"], captions, size_px, digest, kinds)
+
+
+def _captions(stored: str) -> list[tuple[str, ...]]:
+    """The captions of every picture; ValueError where they are not lists of texts."""
+    try:
+        found = parse_json(stored, most=MOST_HEADER)
+    except ValueError as error:
+        raise ValueError(f"its captions are no JSON ({error})") from None
+    if not isinstance(found, list) or not all(isinstance(texts, list) for texts in found):
+        raise ValueError("its captions are not a list of texts for each picture")
+    if not all(isinstance(text, str) for texts in found for text in texts):
+        raise ValueError("its captions hold something that is no text")
+    return [tuple(texts) for texts in found]
+
+
+def _kinds(stored: str | None, pictures: int) -> tuple[str, ...]:
+    """The kind of every picture; none where none were stored, ValueError where they are not one text for each."""
+    if stored is None:
+        return ()
+    try:
+        found = parse_json(stored, most=MOST_HEADER)
+    except ValueError as error:
+        raise ValueError(f"its kinds are no JSON ({error})") from None
+    if not isinstance(found, list) or len(found) != pictures or not all(isinstance(kind, str) for kind in found):
+        raise ValueError("its kinds are not one text for each picture")
+    return tuple(found)
+
+
+def _size(stored: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", stored):
+        raise ValueError(f"its size_px is {stored[:20]!r}, expected a number of pixels")
+    return int(stored)
+
+
+def _check_tensors(mean: torch.Tensor, std: torch.Tensor, pictures: int, space: LatentSpace, size_px: int) -> None:
+    """ValueError where the latents are not those of so many pictures of this size, or not finite."""
+    wanted = space.shape(pictures, size_px, size_px)
+    for name, tensor in (("mean", mean), ("std", std)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"its {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, expected floats")
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(
+                f"its {name} is {tuple(tensor.shape)}, expected {wanted}: {pictures} pictures with captions, {size_px} px"
+            )
+        if not all_finite(tensor):
+            raise ValueError(f"its {name} holds values that are not finite")
+    if not mean.numel():
+        raise ValueError("it holds no picture")
+    if std.min() < 0:
+        raise ValueError("its std holds values below 0")
 
 
 def default_path(folder: Path, vae_folder: Path, size_px: int) -> Path:

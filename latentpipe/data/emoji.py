@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
 from latentpipe.errors import Note, UserError
-from latentpipe.files import atomic_folder
+from latentpipe.files import atomic_folder, read_json
 from latentpipe.images import WHITE
 
 FONT_SIZE = 109  # the one size of the font's bitmaps: 136 x 128
@@ -185,7 +185,7 @@ def mirror_twins(emojis: list[Emoji], threshold: float = 25.0) -> set[str]:
 
 def read_split() -> dict:
     """The shipped split: {"font_sha256", "validation": {key: caption}, "held_out": {key: caption}}."""
-    return json.loads(SPLIT_FILE.read_text())
+    return read_json(SPLIT_FILE)
 
 
 def held_out_captions() -> frozenset[str]:

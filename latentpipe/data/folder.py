@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from latentpipe.atomic import LEFTOVER
 from latentpipe.errors import UserError
-from latentpipe.images import fit_square, flatten
+from latentpipe.images import Unreadable, fit_square, flatten, picture_file
+from latentpipe.reading import parse_json, read_text
 
+MOST_METADATA = 2**30  # bytes
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 
@@ -79,8 +80,8 @@ def read_pictures(folder: Path, size_px: int, most: int | None = None) -> Pictur
         name = item.path.relative_to(folder).as_posix()
         try:
             arrays.append(read_square(item.path, size_px))
-        except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            result.skipped[name] = str(error) or type(error).__name__
+        except UserError as error:
+            result.skipped[name] = error.reason if isinstance(error, Unreadable) else str(error)
             continue
         result.names.append(name)
         result.captions.append(item.captions)
@@ -92,15 +93,16 @@ def read_pictures(folder: Path, size_px: int, most: int | None = None) -> Pictur
 
 
 def read_square(path: Path, size_px: int) -> np.ndarray:
-    """One file as an upright RGB square, uint8 size size 3 (alpha on white, Lanczos); OSError or ValueError if it is bad."""
-    with Image.open(path) as picture:
+    """One file as an upright RGB square, uint8 size size 3 (alpha on white, Lanczos); UserError if it is bad."""
+    with picture_file(path) as picture:
         return np.asarray(fit_square(flatten(picture), size_px))
 
 
 def _names(folder: Path) -> list[str]:
     """Relative names of all pictures below a folder, in order; on text, for folders of 100,000 files and more."""
     names: list[str] = []
-    for at, _, files in os.walk(folder):
+    for at, inside, files in os.walk(folder):
+        inside[:] = [name for name in inside if not LEFTOVER.fullmatch(name)]  # a killed run's, and nobody's pictures
         inner = os.path.relpath(at, folder).replace(os.sep, "/")
         prefix = "" if inner == "." else f"{inner}/"
         names += [prefix + name for name in files if os.path.splitext(name)[1].lower() in SUFFIXES]
@@ -112,13 +114,15 @@ def _rows(folder: Path) -> list[tuple[str, str | None, str]] | None:
     jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
     try:
         if jsonl.is_file():
-            lines = jsonl.read_text(encoding="utf-8-sig").split("\n")
-            records = [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
+            lines = read_text(jsonl, MOST_METADATA, "captions").split("\n")
+            records = [(number, parse_json(line, foreign=True)) for number, line in enumerate(lines, 1) if line.strip()]
         elif table.is_file():
             with table.open(newline="", encoding="utf-8-sig") as file:
                 records = list(enumerate(csv.DictReader(file), 2))
         else:
             return None
+    except UserError:
+        raise
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{folder}: its metadata cannot be read ({error}).") from None
     path = jsonl if jsonl.is_file() else table

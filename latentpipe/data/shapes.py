@@ -11,6 +11,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from latentpipe.atomic import atomic_if_new
+
 COLOURS = {
     "red": (214, 48, 49),
     "orange": (230, 126, 34),
@@ -45,14 +47,14 @@ def draw(shape: str, colour: tuple[int, int, int], size: int = 128) -> Image.Ima
 
 def write(folder: Path) -> int:
     """Write the pictures and metadata.jsonl into `folder`; returns how many."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for colour, value in COLOURS.items():
-        for shape in SHAPES:
-            name = f"{colour}-{shape}.png"
-            draw(shape, value).save(folder / name)
-            lines.append(json.dumps({"file_name": name, "text": f"{colour} {shape}"}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(lines))
+    with atomic_if_new(folder) as at:
+        lines = []
+        for colour, value in COLOURS.items():
+            for shape in SHAPES:
+                name = f"{colour}-{shape}.png"
+                draw(shape, value).save(at / name)
+                lines.append(json.dumps({"file_name": name, "text": f"{colour} {shape}"}) + "\n")
+        (at / "metadata.jsonl").write_text("".join(lines))
     return len(lines)
 
 

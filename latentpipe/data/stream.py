@@ -10,11 +10,11 @@ from threading import Lock
 
 import numpy as np
 import torch
-from PIL import Image
 
 from latentpipe import memory
 from latentpipe.data.folder import Item, read_index, read_square
 from latentpipe.errors import Note, UserError
+from latentpipe.images import Unreadable
 
 READERS = 4
 EAGER = 4096  # files that are read before the first step, so that bad ones are told at once
@@ -89,11 +89,11 @@ class PictureStream:
         item = self.items[index]
         try:
             pixels = read_square(item.path, self.size_px)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UserError as error:
             name = item.path.relative_to(self.folder).as_posix()
             with self._lock:  # two readers may have met it at once
                 first, self._known[index] = self._known[index] != 2, 2
-                self.skipped[name] = str(error) or type(error).__name__
+                self.skipped[name] = error.reason if isinstance(error, Unreadable) else str(error)
             if first and len(self.items) > EAGER:
                 warnings.warn(Note(f"{self.folder}: skipped {name}: {self.skipped[name]}"), stacklevel=2)
             return None

@@ -13,6 +13,8 @@ from PIL import Image
 
 from latentpipe.data.emoji import file_hash, find_font, read_split, render_all, split_of
 from latentpipe.data.emoji_hands import kind_of
+from latentpipe.images import picture_file
+from latentpipe.reading import read_json
 
 SIDE = 32
 COLUMNS = 64
@@ -57,8 +59,8 @@ def small(picture: Image.Image) -> np.ndarray:
 @cache
 def open_bank() -> Bank:
     """The bank that ships."""
-    index = json.loads(INDEX.read_text())
-    with Image.open(SHEET) as sheet:
+    index = read_json(INDEX)
+    with picture_file(SHEET) as sheet:
         array = np.asarray(sheet.convert("RGB"), np.float32)
     tiles = array.reshape(-1, SIDE, COLUMNS, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE * SIDE * 3)
     entries = index["pictures"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,8 +15,10 @@ Values = Sequence[float] | np.ndarray
 
 
 def interval(values: Values, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of `values` (N)."""
+    """95 % percentile bootstrap interval of the mean of `values` (N); NaN for one value, which says nothing about others."""
     array = np.asarray(values, np.float64)
+    if len(array) < 2:
+        return math.nan, math.nan
     low, high = np.quantile(resampled_means(array, seed), (0.025, 0.975))
     return float(low), float(high)
 

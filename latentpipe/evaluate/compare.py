@@ -3,7 +3,8 @@
 For every metric and every pair: the mean of the differences over the pictures with its 95 % bootstrap interval, and the p-value
 of the sign-flip test (R. A. Fisher, The Design of Experiments, 1935, section 21), adjusted for all comparisons that are made
 (S. Holm, Scandinavian Journal of Statistics 6, 1979). A difference is clear where its interval leaves zero out and the adjusted
-p-value is at most 0.05; a winner is named only where its difference to every other VAE is clear. Distances between sets, which
+p-value is at most 0.05; a winner is named only where its difference to every other VAE is clear and at least the metric's floor
+(`floor_of`): with many pictures a difference that nobody would notice is clear too. Distances between sets, which
 no single picture has, have paired intervals where they are given, and a p-value from the interval.
 """
 
@@ -25,13 +26,19 @@ from latentpipe.evaluate.wording import figure, heading, size_words
 from latentpipe.files import HASH_LENGTH
 
 LEVEL = 0.05
+# The least difference that names a winner, by how a metric's name begins: 0.5 dB is about the smallest step in PSNR that viewers
+# notice in coded pictures; the others are conventions of the same order.
+FLOORS = {"PSNR": 0.5, "equivariance PSNR": 0.5, "SSIM": 0.005, "MS-SSIM": 0.005, "L1": 0.5, "LPIPS": 0.01, "DISTS": 0.01}
+SHARE = 0.02  # of the smaller value: the floor of every other metric
 SetDifferences = Mapping[tuple[str, int, int], tuple[float, float, float]]
 EXTREMES = 3
 
 RULE = (
     "A difference is clear where its 95 % paired bootstrap interval leaves zero out and its p-value (sign-flip test over the "
     "pictures; for distances between sets from the interval) is at most 0.05 after Holm's adjustment for the number of "
-    "comparisons made here ({count}). A winner is named only where the difference to every other VAE is clear."
+    "comparisons made here ({count}). A winner is named only where the difference to every other VAE is clear and not too small "
+    "to matter: at least 0.5 dB of PSNR, 0.005 of SSIM and MS-SSIM, 0.01 of LPIPS and DISTS, 0.5 of 255 of L1, 2 % of any other "
+    "figure."
 )
 
 
@@ -42,7 +49,8 @@ class Difference:
     first, second  labels of two VAEs
     p, adjusted    sign-flip p-value, alone and adjusted by Holm for all differences of the comparison
     clear          the interval leaves zero out and adjusted <= 0.05
-    better         the label of the better one where the difference is clear and the metric has a better end, else None
+    floor          the least difference that names a winner, in the metric's unit
+    better         the label of the better one where the difference is clear, reaches the floor, and the metric has a better end
     """
 
     metric: str
@@ -56,6 +64,7 @@ class Difference:
     p: float
     adjusted: float
     clear: bool
+    floor: float
     better: str | None
 
 
@@ -216,18 +225,37 @@ def differences_of(labels: Sequence[str], evaluations: Sequence[Evaluation], set
             kept.append((metric, a, b))
     adjusted = holm([p for *_, p in found])
     return [
-        _judged(evaluations[0].scores[metric], metric, (labels[a], labels[b]), values, float(p))
+        _judged(
+            evaluations[0].scores[metric],
+            metric,
+            (labels[a], labels[b]),
+            values,
+            float(p),
+            floor_of(metric, *(evaluations[index].scores[metric].value for index in (a, b))),
+        )
         for (metric, a, b), values, p in zip(kept, found, adjusted, strict=True)
     ]
 
 
 def _judged(
-    score: Score, metric: str, names: tuple[str, str], values: tuple[float, float, float, int, float], adjusted: float
+    score: Score,
+    metric: str,
+    names: tuple[str, str],
+    values: tuple[float, float, float, int, float],
+    adjusted: float,
+    floor: float,
 ) -> Difference:
     value, low, high, n, p = values
     clear = (low > 0 or high < 0) and adjusted <= LEVEL
     better = names[0] if (value > 0) == (score.better == "higher") else names[1]
-    return Difference(metric, score.unit, *names, value, low, high, n, p, adjusted, clear, better if clear else None)
+    wins = clear and abs(value) >= floor
+    return Difference(metric, score.unit, *names, value, low, high, n, p, adjusted, clear, floor, better if wins else None)
+
+
+def floor_of(metric: str, *values: float) -> float:
+    """The least difference in a metric that names a winner, in its unit; `values`: the two scores."""
+    named = [floor for start, floor in FLOORS.items() if metric.startswith(start)]
+    return named[0] if named else SHARE * min(map(abs, values))
 
 
 def outcome_of(

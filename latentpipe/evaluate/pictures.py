@@ -16,10 +16,9 @@ from PIL import Image
 from latentpipe.data.folder import read_index
 from latentpipe.errors import UserError
 from latentpipe.evaluate.protocol import Protocol, Resize
-from latentpipe.images import bytes_to_images, fit_square, open_picture
+from latentpipe.images import bytes_to_images, fit_square, open_picture, picture_file
 
 USUAL = 256  # pixels of a side, where the folder holds several sizes and nobody says one
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 @dataclass
@@ -64,7 +63,7 @@ def plan(folder: Path, protocol: Protocol, downscale: int, most: int | None = No
         name = item.path.relative_to(folder).as_posix()
         try:
             sizes[name] = upright_size(item.path)
-        except UNREADABLE as error:
+        except UserError as error:
             skipped[name] = str(error) or type(error).__name__
     if not sizes:
         raise UserError(f"No picture in {folder} could be read.\n{_list(skipped)}")
@@ -104,7 +103,7 @@ def _choose(sizes, protocol: Protocol, downscale: int) -> tuple[int, int, bool, 
 
 def upright_size(path: Path) -> tuple[int, int]:
     """(width, height) of a picture file after its EXIF orientation, from its header."""
-    with Image.open(path) as picture:
+    with picture_file(path) as picture:
         w, h = picture.size
         # a square needs no look at the orientation, for which Pillow would decode a whole PNG
         turned = w != h and picture.getexif().get(0x0112) in (5, 6, 7, 8)
@@ -121,12 +120,12 @@ def read(plan: Plan, names: Sequence[str], batch: int, again: bool = False) -> I
     for name in names:
         try:
             picture = open_picture(plan.folder / name)
-        except (UserError, *UNREADABLE) as error:
+        except UserError as error:
             if again:
                 raise UserError(
                     f"{name} was changed while it was measured ({error}). Leave the folder alone meanwhile."
                 ) from None
-            plan.skipped[name] = str(error) or type(error).__name__
+            plan.skipped[name] = str(error)
             continue
         kept.append(name)
         images.append(fit(picture, plan))

@@ -23,6 +23,7 @@ from latentpipe.errors import UserError
 from latentpipe.evaluate.bank import SIDE, Bank, open_bank, small
 from latentpipe.evaluate.styles import evaluate_styles
 from latentpipe.evaluate.wilson import wilson as wilson
+from latentpipe.files import atomic_file
 from latentpipe.images import sheet
 from latentpipe.pipeline import LatentPipeline
 from latentpipe.sampling import Settings
@@ -186,8 +187,8 @@ def save_grid(bank: Bank, rows: dict[str, list[int]], drawn: dict[str, list[Imag
         for row, picture in list(zip(rows[name], drawn[name], strict=True))[:16]:
             pictures.append(picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.LANCZOS))
             labels.append(bank.captions[row][0])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet(pictures, 8, labels).save(path)
+    with atomic_file(path) as part:
+        sheet(pictures, 8, labels).save(part, format="PNG")
 
 
 def table(result: dict[str, Any]) -> str:

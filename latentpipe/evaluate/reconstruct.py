@@ -40,6 +40,7 @@ def evaluate_vae(
     protocol: Protocol | str = "latentpipe",
     most: int | None = None,
     features: str = "emoji-words",
+    full: bool = False,
     probe: int = PROBED,
     cost: bool = True,
     device: str = "cpu",
@@ -52,8 +53,9 @@ def evaluate_vae(
     protocol  a Protocol, or the name of one
     most      the first so many files only
     features  the network of the Frechet and kernel distances (`features.metric_names`)
-    probe     so many pictures for round trips and equivariance, which encode and decode each a dozen times
-    cost      measure time and memory as well
+    full      measure round trips, equivariance and interpolation as well, which encode and decode each picture a dozen times
+    probe     with `full`: so many pictures for round trips and equivariance
+    cost      with `full`: measure time and memory too
     sheet     a PNG to write: the best, median and worst picture, original, rebuilt and difference
 
     Memory does not grow with the folder but for the latents (fp16, at most 1 GiB; above that the interpolation is of the
@@ -68,23 +70,27 @@ def evaluate_vae(
         raise UserError(f"{name} is an encoder alone; it has no decoder, so nothing can be rebuilt. Give one that has both.")
     plan = pictures.plan(Path(folder), chosen, stage.space.downscale, most)
     with torch.no_grad():
-        found = _measure(stage, plan, chosen, features, probe, sheet)
-        spent = measure_cost(stage, plan.height, plan.width) if cost else {}
+        found = _measure(stage, plan, chosen, features, probe if full else 0, sheet)
+        spent = measure_cost(stage, plan.height, plan.width) if full and cost else {}
     return replace(found, name=name, hash=digest, cost=spent)
 
 
 def _measure(stage: VAEStage, plan: Plan, protocol: Protocol, features: str, probe: int, sheet: Path | None) -> Evaluation:
-    """Everything but the names and the cost."""
+    """Everything but the names and the cost; `probe` 0: the main pass alone."""
     tools = open_tools(protocol, features, plan.height, plan.width)
     tally = _rebuild(stage, plan, protocol, tools)
     scores, rows = summarize(tally, tools)
-    probed = _probe(stage, plan, protocol, tally.names[:probe])
-    for metric, values in probed.items():
-        scores[metric] = Score.of(values, *_unit(metric))
-        rows[metric] = values + [math.nan] * (len(tally.names) - len(values))
-    if not any("half size" in metric for metric in probed):
-        tools.missing["equivariance (half size)"] = "a side of the latents is odd"
-    scores |= _interpolate(stage, plan, tally, tools) | tally.rates(plan.height * plan.width, tools.missing)
+    if probe:
+        probed = _probe(stage, plan, protocol, tally.names[:probe])
+        for metric, values in probed.items():
+            scores[metric] = Score.of(values, *_unit(metric))
+            rows[metric] = values + [math.nan] * (len(tally.names) - len(values))
+        if not any("half size" in metric for metric in probed):
+            tools.missing["equivariance (half size)"] = "a side of the latents is odd"
+        scores |= _interpolate(stage, plan, tally, tools)
+    else:
+        tools.missing["round trips, equivariance, interpolation, time and memory"] = "they encode and decode again (--full)"
+    scores |= tally.rates(plan.height * plan.width, tools.missing)
     if sheet is not None:
         _save_sheet(stage, plan, protocol, tally, sheet)
     used = {"features": tools.features.name} if tools.features is not None else {}

@@ -17,7 +17,7 @@ from latentpipe.evaluate.compare import Comparison, Difference
 from latentpipe.evaluate.crops import GAIN, Strip, Tile
 from latentpipe.evaluate.figures import Figure, figures, forests, machine, mark
 from latentpipe.evaluate.results import Score
-from latentpipe.evaluate.wording import heading, rounded, size_words
+from latentpipe.evaluate.wording import heading, interval_words, rounded, size_words
 from latentpipe.files import HASH_LENGTH, atomic_file
 from latentpipe.version import VERSION
 
@@ -159,7 +159,7 @@ def _score(score: Score | None, wins: bool) -> str:
     if score is None:
         return _cell("not measured", "n")
     value, low, high = rounded(score.value, score.low, score.high)
-    return f'<td class="n{" win" if wins else ""}">{value}<span class="ci">{low} to {high}</span></td>'
+    return f'<td class="n{" win" if wins else ""}">{value}<span class="ci">{interval_words(low, high)}</span></td>'
 
 
 def _differences(comparison: Comparison) -> str:
@@ -180,8 +180,12 @@ def _differences(comparison: Comparison) -> str:
 def _difference(one: Difference) -> str:
     value, low, high = rounded(one.value, one.low, one.high)
     pair = f'<th scope="row">{escape(one.first)} − {escape(one.second)}</th>'
-    numbers = (value, f"{low} to {high}", one.n, _p(one.p), _p(one.adjusted))
-    return pair + "".join(_cell(number, "n") for number in numbers) + _cell(one.better or "not clear")
+    numbers = (value, interval_words(low, high), one.n, _p(one.p), _p(one.adjusted))
+    return (
+        pair
+        + "".join(_cell(number, "n") for number in numbers)
+        + _cell(one.better or ("too small" if one.clear else "not clear"))
+    )
 
 
 def _extremes(comparison: Comparison) -> str:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from latentpipe.evaluate.results import Evaluation
-from latentpipe.evaluate.wording import rounded
+from latentpipe.evaluate.wording import interval_words, rounded
 from latentpipe.files import HASH_LENGTH, atomic_file
 from latentpipe.images import sheet, to_pixels
 
@@ -32,7 +32,7 @@ def table(evaluation: Evaluation) -> str:
     rows = [["metric", "value", "95 % interval", "n", "unit"]]
     for name, score in evaluation.scores.items():
         value, low, high = rounded(score.value, score.low, score.high)
-        rows.append([name + ARROWS[score.better], value, f"{low} to {high}", str(score.n), score.unit])
+        rows.append([name + ARROWS[score.better], value, interval_words(low, high), str(score.n), score.unit])
     lines += [*_columns(rows), "", *_latents(evaluation), *_cost(evaluation)]
     if evaluation.not_measured:
         lines += ["", "Not measured", *(f"  {name}: {reason}" for name, reason in evaluation.not_measured.items())]

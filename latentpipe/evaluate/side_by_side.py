@@ -56,7 +56,7 @@ def compare_vaes(
     chosen = common_protocol(find_protocol(protocol, size_px=size), stages, folder, most)
     evaluations = [
         replace(
-            evaluate_vae(stage, folder, protocol=chosen, most=most, features=features, cost=False, device=device),
+            evaluate_vae(stage, folder, protocol=chosen, most=most, features=features, full=True, cost=False, device=device),
             name=short_name(path),
         )
         for path, stage in zip(paths, stages, strict=True)

@@ -20,7 +20,12 @@ def figure(score: Score | None) -> str:
     if score is None:
         return "not measured"
     value, low, high = rounded(score.value, score.low, score.high)
-    return f"{value} ({low} to {high})"
+    return f"{value} ({interval_words(low, high)})"
+
+
+def interval_words(low: str, high: str) -> str:
+    """Two ends in words; of one picture there is no interval."""
+    return "no interval for n = 1" if low == high == "nan" else f"{low} to {high}"
 
 
 def rounded(value: float, low: float, high: float) -> tuple[str, str, str]:

@@ -21,7 +21,7 @@ from latentpipe.evaluate.latent import slerp
 from latentpipe.explore import traverse
 from latentpipe.explore.directions import Direction, Report
 from latentpipe.explore.sets import decode, encode
-from latentpipe.images import flatten, open_picture, to_images, to_pixels
+from latentpipe.images import flatten, picture_file, to_images, to_pixels
 from latentpipe.vae import VAEStage
 
 MAX_SEED = 2**32 - 1
@@ -127,8 +127,7 @@ def canvas(picture: Image.Image) -> Image.Image:
 
 def open_canvas(path: Path) -> Image.Image:
     """`canvas` of a file; UserError where it is no readable picture."""
-    open_picture(path)  # says what is wrong with it
-    with Image.open(path) as picture:
+    with picture_file(path) as picture:
         return canvas(picture)
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from latentpipe.atomic import atomic_if_new
+
 FACTORS: dict[str, int] = {"shape": 3, "size": 4, "x": 6, "y": 6, "hue": 8}
 """How many values each factor has; a picture's factors are one index into each, independent and uniform over `grid`."""
 
@@ -67,14 +69,14 @@ def captions(factors: np.ndarray) -> list[str]:
 
 def write(folder: Path, size_px: int = 64) -> int:
     """Write every picture of `grid` and metadata.jsonl (file_name, text, factors) into `folder`; returns how many."""
-    folder.mkdir(parents=True, exist_ok=True)
-    chosen = grid()
-    lines = []
-    for row, pixels, text in zip(chosen, draw(chosen, size_px), captions(chosen), strict=True):
-        name = "-".join(str(value) for value in row) + ".png"
-        Image.fromarray(pixels).save(folder / name)
-        lines.append(json.dumps({"file_name": name, "text": text, "factors": row.tolist()}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(lines))
+    with atomic_if_new(folder) as at:
+        chosen = grid()
+        lines = []
+        for row, pixels, text in zip(chosen, draw(chosen, size_px), captions(chosen), strict=True):
+            name = "-".join(str(value) for value in row) + ".png"
+            Image.fromarray(pixels).save(at / name)
+            lines.append(json.dumps({"file_name": name, "text": text, "factors": row.tolist()}) + "\n")
+        (at / "metadata.jsonl").write_text("".join(lines))
     return len(lines)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from latentpipe.errors import UserError
+from latentpipe.components import built_within, telling
 from latentpipe.files import load_strictly
 
 AUTOENCODERS = (
@@ -33,13 +33,8 @@ def build(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: 
     from latentpipe.formats.tiny import TinyVAE
 
     kind = TinyVAE if name == "TinyVAE" else getattr(diffusers, name)
-    try:
-        vae = kind.from_config(dict(config))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # whatever a constructor raises on nonsense
-        reason = str(error).strip().splitlines()[0][:200].rstrip(".") if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: its config does not describe a working {name} ({reason}).") from None
+    with telling(path, name):
+        vae = built_within(lambda: kind.from_config(dict(config)), sum(map(torch.numel, tensors.values())), len(tensors))
     load_strictly(vae, tensors, path)
     # classes without a shift_factor drop it; the latent space is read from the config
     vae.register_to_config(**{key: config[key] for key in FACTORS if key in config})

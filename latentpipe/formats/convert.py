@@ -18,6 +18,7 @@ from latentpipe.formats.source import CARD_FILE, CONFIG_KEY, VAE_FILE, Source, o
 from latentpipe.formats.taesd import OPENS_HERE_ONLY
 from latentpipe.images import psnr, to_bytes
 from latentpipe.probes import probe_images
+from latentpipe.reading import parse_object
 from latentpipe.vae import VAEStage
 
 Layout = Literal["diffusers", "ldm"]
@@ -44,7 +45,7 @@ def convert(
     tensors = {name: _cast(tensor, dtype) for name, tensor in vae.tensors.items()}
     vae = VAEFile(vae.path, vae.config, tensors)
     model = vae.build()
-    vae = VAEFile(vae.path, json.loads(model.to_json_string()), tensors)
+    vae = VAEFile(vae.path, parse_object(model.to_json_string()), tensors)
     if len(sources) == 2:
         _check_pair(model, vae)
     digest = content_hash(tensors, vae.space)

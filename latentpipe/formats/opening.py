@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from latentpipe.components import check_config
 from latentpipe.errors import UserError
 from latentpipe.formats import kl, taesd
 from latentpipe.formats.build import AUTOENCODERS, build
@@ -69,6 +70,16 @@ def open_vae(path: Path, given: Given | None = None) -> VAEFile:
     return resolve(open_source(path), given or Given())
 
 
+def declared_space(path: Path) -> LatentSpace:
+    """Channels and downscale of a VAE's latents by its config or the shapes in its header: no weight is read.
+
+    Factors that the file does not state are 1 here.
+    """
+    source = open_source(path)
+    config, _ = _identify(source, Given())
+    return _space({**config, "scaling_factor": config.get("scaling_factor") or 1.0}, source.path)
+
+
 def resolve(source: Source, given: Given) -> VAEFile:
     """As `open_vae`, of a Source."""
     config, names = _identify(source, given)
@@ -92,6 +103,7 @@ def _identify(source: Source, given: Given) -> tuple[dict[str, Any], dict[str, s
         if config.get("_class_name") not in AUTOENCODERS:
             name = config.get("_class_name")
             raise UserError(f"{where}/config.json: _class_name is {name!r}; expected one of {', '.join(AUTOENCODERS)}.")
+        check_config(config, f"{where}/config.json")
         return dict(config), _renamed({name: kl.modern(name) for name in source.shapes}, source.path)
     for prefix in PREFIXES:
         own = {name.removeprefix(prefix): name for name in source.shapes if name.startswith(prefix)}
@@ -117,6 +129,7 @@ def _vocabulary(shapes: kl.Shapes, source: Source, given: Given) -> tuple[dict[s
             raise UserError(
                 f"{source.path}: its metadata names the class {stated.get('_class_name')!r}, which is no autoencoder."
             )
+        check_config(stated, f"{source.path}: the config in its metadata")
         return dict(stated), names or {name: name for name in shapes}
     if names:
         own = {mine: tuple(shapes[name]) for mine, name in names.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from latentpipe.errors import UserError
 from latentpipe.files import Header, check_file, read_header, read_json, read_tensors
+from latentpipe.reading import parse_object
 
 VAE_FILE = "diffusion_pytorch_model.safetensors"
 CARD_FILE = "card.json"
@@ -120,11 +120,9 @@ def _file(path: Path) -> Source:
     config = None
     if CONFIG_KEY in header.metadata:
         try:
-            config = json.loads(header.metadata[CONFIG_KEY])
-        except ValueError:
-            config = 0
-        if not isinstance(config, dict):
-            raise UserError(f"{path}: its metadata's {CONFIG_KEY} is no JSON object; convert the VAE again.")
+            config = parse_object(header.metadata[CONFIG_KEY])
+        except ValueError as error:
+            raise UserError(f"{path}: its metadata's {CONFIG_KEY} is no JSON object ({error}); convert the VAE again.") from None
     return Source(path, (path,), header.shapes, header.dtypes, lambda names: read_tensors(path, names), config)
 
 

@@ -27,6 +27,8 @@ def attach(model: nn.Module, layers: Mapping[str, Layer], name: str, weight: flo
     """
     for path, layer in layers.items():
         factor = weight if isinstance(weight, (int, float)) else weight[path]
+        if layer.dora and not factor:
+            continue  # off; peft's layer would still set the lengths of the rows
         _replace(model, path, filled(submodule(model, path), layer, name, float(factor)))
 
 

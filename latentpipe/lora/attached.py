@@ -71,7 +71,7 @@ class Loras:
         try:
             lora = self.mixer.loaded[lora.name]
             verdict = self._verdict(lora)
-            if verdict is not None and not verdict.fits and not force:
+            if verdict is not None and not verdict.encodes and not force:
                 raise UserError(
                     f"LoRA '{lora.name}' changes the VAE's encoder, so its latents are no longer those that this denoiser reads; "
                     f"it was not attached (force attaches it).\n{verdict}"

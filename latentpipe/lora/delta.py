@@ -12,17 +12,23 @@ from latentpipe.lora.layer import Layer
 
 
 @torch.no_grad()
-def delta(layer: Layer, base: torch.Tensor) -> torch.Tensor:
-    """The change of a weight at weight 1, in fp32: a tensor of the shape of `base` (out in, or out in kh kw).
+def delta(layer: Layer, base: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+    """The change of a module's weight, in fp32: a tensor of the shape of `base` (out in, or out in kh kw).
 
-    LoRA: s B A with s = alpha / r. DoRA: m (W + s B A) / ||W + s B A|| - W, the norm over each output's row
-    (arXiv:2402.09353, eq. 5). LoHa and LoKr: as peft computes them.
+    weight  the adapter's: w below
+
+    LoRA: w s B A with s = alpha / r. DoRA: m (W + w s B A) / ||W + w s B A|| - W, the norm over each output's row
+    (arXiv:2402.09353, eq. 5); w lies inside the norm, as in peft and diffusers, so the change is not proportional to it.
+    LoHa and LoKr: w times what peft computes. At w = 0 every adapter is off: no change (a DoRA's in peft still sets the
+    lengths of the rows).
     """
     tensors = layer.tensors
+    if not weight:
+        return torch.zeros(base.shape, device=base.device)
     if layer.kind != "lora":
-        return _by_peft(layer, base)
+        return _by_peft(layer, base) * weight
     up, down = (tensors[name].to(base.device, torch.float32).flatten(1) for name in ("lora_B", "lora_A"))
-    change = ((up @ down) * layer.scale).reshape(base.shape)
+    change = ((up @ down) * layer.scale).reshape(base.shape) * weight
     if not layer.dora:
         return change
     full = base.float() + change

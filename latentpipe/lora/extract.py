@@ -20,6 +20,7 @@ from latentpipe.lora.file_card import BASE
 from latentpipe.lora.layer import COMPONENTS, Layer, Lora
 from latentpipe.lora.sites import PREFIX
 from latentpipe.models import hashes, networks
+from latentpipe.reading import parse_object
 from latentpipe.weights import find_model, name_of, open_vae, vae_hash
 
 EXTRACTED_KEY = "latentpipe.extracted"  # in the metadata: what an adapter holds of the difference
@@ -111,7 +112,7 @@ def extract_models(before: str | Path, after: str | Path, rank: int | float) -> 
 def explained(lora: Lora) -> dict[str, Explained]:
     """What `extract` said about an adapter, by component; empty where it comes from elsewhere."""
     try:
-        said = json.loads(lora.metadata.get(EXTRACTED_KEY, "{}")).get("components", {})
+        said = parse_object(lora.metadata.get(EXTRACTED_KEY, "{}")).get("components", {})
         return {
             component: Explained(**{**value, "ranks": tuple(value["ranks"]), "left_out": tuple(value["left_out"])})
             for component, value in said.items()

@@ -9,6 +9,7 @@ from typing import Any
 
 from latentpipe.errors import UserError
 from latentpipe.lora.layer import Lora
+from latentpipe.reading import parse_json
 
 BASE, WORDS, SAMPLE = "latentpipe.base", "latentpipe.trigger_words", "latentpipe.sample"
 TRAINING, MERGED = "latentpipe.training", "latentpipe.loras"
@@ -84,8 +85,8 @@ def _stored(lora: Lora, key: str, default: Any) -> Any:
     if key not in lora.metadata:
         return default
     try:
-        return json.loads(lora.metadata[key])
-    except (ValueError, RecursionError):
+        return parse_json(lora.metadata[key])
+    except ValueError:
         raise UserError(_damaged(lora, key, "JSON")) from None
 
 

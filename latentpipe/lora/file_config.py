@@ -12,6 +12,7 @@ from latentpipe.errors import UserError
 from latentpipe.lora.file_layers import MOST, Told
 from latentpipe.lora.layer import COMPONENTS, Layer
 from latentpipe.lora.names import TEXT
+from latentpipe.reading import parse_object
 
 ADAPTER_KEY = "lora_adapter_metadata"  # what diffusers calls it in the metadata of a file
 
@@ -79,11 +80,11 @@ def read_configs(metadata: Mapping[str, str]) -> dict[str, Config]:
     if ADAPTER_KEY not in metadata:
         return {}
     try:
-        stored = json.loads(metadata[ADAPTER_KEY])
-    except (ValueError, RecursionError):
-        stored = None
-    if not isinstance(stored, dict):
-        raise UserError(f"its metadata's {ADAPTER_KEY} is no JSON object, so that alpha is unknown; export the LoRA again.")
+        stored = parse_object(metadata[ADAPTER_KEY])
+    except ValueError as error:
+        raise UserError(
+            f"its metadata's {ADAPTER_KEY} is no JSON object ({error}), so that alpha is unknown; export the LoRA again."
+        ) from None
     configs: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, value in stored.items():
         head, _, rest = str(name).partition(".")

@@ -24,6 +24,7 @@ from latentpipe.lora.file_layers import Told, build_layer
 from latentpipe.lora.kohya import to_kohya
 from latentpipe.lora.layer import COMPONENTS, Layer, Lora
 from latentpipe.lora.names import PEFT, Base, Names, flat, in_file, kohya_stem
+from latentpipe.reading import MOST_HEADER, parse_json, parse_object
 
 __all__ = ["base_of", "card", "read_lora", "trigger_words", "write_lora"]
 
@@ -169,10 +170,10 @@ def _grouped(
 
 def _exact(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     try:
-        stored = json.loads(metadata.get(LAYERS, "{}"))
-    except (ValueError, RecursionError):
-        stored = None
-    if not isinstance(stored, dict) or not all(isinstance(value, dict) for value in stored.values()):
+        stored = parse_object(metadata.get(LAYERS, "{}"))
+    except ValueError:
+        stored = {"": None}
+    if not all(isinstance(value, dict) for value in stored.values()):
         raise UserError(f"its metadata's {LAYERS} is no JSON object of layers; convert the LoRA again.")
     return stored
 
@@ -273,7 +274,7 @@ def _save(tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: Path
     start = 8 + int.from_bytes(data[:8], "little")
     if "modelspec.sai_model_spec" in metadata:  # ModelSpec: sha256 of all bytes after the header
         metadata = metadata | {"modelspec.hash_sha256": "0x" + hashlib.sha256(data[start:]).hexdigest()}
-    header = {"__metadata__": dict(sorted(metadata.items()))} | json.loads(data[8:start])
+    header = {"__metadata__": dict(sorted(metadata.items()))} | parse_json(data[8:start].decode(), most=MOST_HEADER)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as part, open(part, "wb") as file:

@@ -29,7 +29,7 @@ class Mixer:
     loaded      adapters by name, whether they are on or not
     weights     of those that are on
 
-    "fused" (the default): each weight becomes W + sum of w_i dW_i, so that drawing costs what it costs without adapters; the
+    "fused" (the default): each weight becomes W + sum of dW_i(w_i), so that drawing costs what it costs without adapters; the
     base's tensors themselves are kept and put back. "unfused": the modules are wrapped in peft layers.
     """
 
@@ -146,7 +146,7 @@ class Mixer:
                 scale = weight_at(weight, component, path)
                 if scale:
                     base = self._base(component, path)
-                    change = delta(layer, base) * scale
+                    change = delta(layer, base, scale)
                     sums[component, path] = sums[component, path] + change if (component, path) in sums else change
         found: dict[tuple[str, str], torch.Tensor] = {}
         for place, change in sums.items():
@@ -174,10 +174,10 @@ class Mixer:
 
 
 def _refuse_dora(active: list[tuple[Lora, Weight]]) -> None:
-    """DoRA's change depends on the whole weight, which peft's layers scale otherwise: unfused it stands alone, at weight 1."""
-    with_dora = [(lora, weight) for lora, weight in active if any(layer.dora for _, _, layer in lora.layers())]
-    if with_dora and (len(active) > 1 or any(weight_at(w, c, p) != 1 for lora, w in with_dora for c, p, _ in lora.layers())):
-        raise UserError(f"The DoRA '{with_dora[0][0].name}' can be mixed or weighted only fused; leave fuse on.")
+    """DoRA's change depends on the whole weight: unfused it would take another adapter's change for the base's own."""
+    with_dora = [lora for lora, _ in active if any(layer.dora for _, _, layer in lora.layers())]
+    if with_dora and len(active) > 1:
+        raise UserError(f"The DoRA '{with_dora[0].name}' can be mixed with others only fused; leave fuse on.")
 
 
 def foreign(model: nn.Module) -> bool:

@@ -76,7 +76,7 @@ def fit(lora: Lora, components: Mapping[str, nn.Module], partial: bool = False) 
     UserError where nothing fits, or (unless `partial`) where not everything does.
     """
     kept: dict[str, dict[str, Layer]] = {}
-    left: list[str] = [f"key {key} is of no known kind" for key in lora.unread]
+    left: list[str] = [_unread(key) for key in lora.unread]
     total = 0
     for component, layers in lora.parts.items():
         modules = leaves(components[component]) if component in components else {}
@@ -155,6 +155,16 @@ def _problem(component: str, path: str, layer: Layer, modules: Mapping[str, nn.M
             if kernel != own:
                 return f"{component}.{path} has a {own[0]} x {own[1]} kernel here and one of {kernel} in the file"
     return ""
+
+
+def _unread(key: str) -> str:
+    """Why a key of a file belongs to no layer."""
+    if key.endswith(".bias") and "lora_B" in key:
+        return (
+            f"key {key} is a bias that was trained with the adapter (peft's lora_bias), and only weights are changed here, since "
+            "most layers of a denoiser have no bias to put it in: train without lora_bias, or load the file with peft"
+        )
+    return f"key {key} is of no known kind"
 
 
 def _made_for(lora: Lora) -> str:

@@ -6,9 +6,13 @@ import copy
 import warnings
 from typing import Any
 
+import torch
+
+from latentpipe.components import built_to_train
 from latentpipe.config import TrainVAE, VAEShape
 from latentpipe.errors import Note, UserError
 from latentpipe.latents import LatentSpace
+from latentpipe.memory import available
 from latentpipe.train.start import refuse_other_shape
 from latentpipe.vae import VAEStage
 from latentpipe.weights import find_model, load_vae, open_vae
@@ -17,7 +21,7 @@ from latentpipe.weights import find_model, load_vae, open_vae
 def build_vae(config: TrainVAE, teacher: VAEStage | None) -> Any:
     """The autoencoder to train, in fp32 and training mode."""
     if config.run.warm_start is None:
-        vae = new_vae(config.model, config.crops.size_px)
+        vae = built_to_train(lambda: new_vae(config.model, config.crops.size_px), available(torch.device("cpu")))
     else:
         vae = load_vae(find_model(config.run.warm_start, "vae"))
         if not hasattr(vae, "decoder"):
@@ -69,7 +73,7 @@ def with_new_head(vae: Any, channels: int) -> Any:
         raise UserError(f"new_channels gives an AutoencoderKL a new head; {type(vae).__name__} has none that could be changed.")
     wanted = {**vae.config, "latent_channels": channels, "scaling_factor": 1.0}
     wanted |= {name: None for name in ("shift_factor", "latents_mean", "latents_std") if name in wanted}
-    new = type(vae).from_config(wanted)
+    new = built_to_train(lambda: type(vae).from_config(wanted), available(torch.device("cpu")))
     old, fresh = vae.state_dict(), new.state_dict()
     taken = {name: copy.deepcopy(tensor) for name, tensor in old.items() if fresh[name].shape == tensor.shape}
     new.load_state_dict({**fresh, **taken})

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from latentpipe.atomic import atomic_folder, discard
 from latentpipe.errors import UserError
-from latentpipe.files import atomic_folder
+from latentpipe.files import read_tensors
+from latentpipe.reading import parse_object, read_text
 
 
 def save(work: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int = 2) -> Path:
@@ -20,24 +21,25 @@ def save(work: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[st
     with atomic_folder(target) as folder:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "state.safetensors")
         (folder / "state.json").write_text(json.dumps({"step": step, **state}))
-    for old in _all(work)[:-keep]:
-        shutil.rmtree(old)
+    for old in saved(work)[:-keep]:
+        discard(old)
     return target
 
 
 def newest(work: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """Tensors and state of the newest checkpoint; None where there is none."""
-    found = _all(work)
+    found = saved(work)
     if not found:
         return None
     folder = found[-1]
     try:
-        return load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text())
+        return read_tensors(folder / "state.safetensors"), parse_object(read_text(folder / "state.json"), foreign=True)
     except Exception as error:
         raise UserError(f"{folder} cannot be read ({error}); delete it to go on from the one before.") from None
 
 
-def _all(work: Path) -> list[Path]:
+def saved(work: Path) -> list[Path]:
+    """The folders of all checkpoints of a run, the oldest first."""
     return sorted((work / "checkpoints").glob("step-*"))
 
 

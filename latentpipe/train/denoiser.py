@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from latentpipe.components import built_to_train
 from latentpipe.config import Diffusion, TrainDenoiser, UNetShape
 from latentpipe.data.cache import LatentCache, open_cache
 from latentpipe.errors import UserError
+from latentpipe.files import atomic_file
 from latentpipe.images import sheet
+from latentpipe.memory import available
 from latentpipe.models import load_pipeline, save_pipeline
 from latentpipe.pipeline import LatentPipeline
 from latentpipe.train import loop
@@ -45,56 +48,56 @@ def train_denoiser(config: TrainDenoiser) -> Path:
     tokenizer, text_encoder, unet = _build(config, cache, vae)
     scheduler = build_scheduler(config.diffusion)
     alpha_bar = training_alphas(scheduler)
-    record = begin(config, config.run)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
-    print(f"Training on {len(captioned)} captioned pictures of {config.data.cache}")
+    with begin(config, config.run) as record:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
+        print(f"Training on {len(captioned)} captioned pictures of {config.data.cache}")
 
-    def drawn(step: int) -> torch.Tensor:
-        batch, seed = config.optim.batch_size, config.run.seed
-        if chances is None:
-            return rows[loop.batch_indices(len(rows), batch, seed, step)]
-        return rows[weighted_indices(chances, batch, seed, step)]
+        def drawn(step: int) -> torch.Tensor:
+            batch, seed = config.optim.batch_size, config.run.seed
+            if chances is None:
+                return rows[loop.batch_indices(len(rows), batch, seed, step)]
+            return rows[weighted_indices(chances, batch, seed, step)]
 
-    def losses_of(step: int, generator: torch.Generator) -> loop.Losses:
-        chosen = drawn(step)
-        latents = cache.sample(chosen, generator)
-        prompts = pick_captions([cache.captions[index] for index in chosen], config.diffusion.caption_dropout, generator)
-        times = stratified_times(len(latents), len(alpha_bar), config.diffusion.noisy_share, generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        a = alpha_bar[times].view(-1, 1, 1, 1)
-        noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
-        ids = token_ids(tokenizer, prompts).to(device)
-        with loop.fast_forward(config.run, device):
-            states = both["text_encoder"](ids)[0]
-            velocity = both["unet"](noisy.to(device), times.to(device), states, return_dict=False)[0]
-        target = velocity_target(latents, noise, alpha_bar[times])
-        return {"v": l2(target.to(device), velocity.float())}
+        def losses_of(step: int, generator: torch.Generator) -> loop.Losses:
+            chosen = drawn(step)
+            latents = cache.sample(chosen, generator)
+            prompts = pick_captions([cache.captions[index] for index in chosen], config.diffusion.caption_dropout, generator)
+            times = stratified_times(len(latents), len(alpha_bar), config.diffusion.noisy_share, generator)
+            noise = torch.randn(latents.shape, generator=generator)
+            a = alpha_bar[times].view(-1, 1, 1, 1)
+            noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
+            ids = token_ids(tokenizer, prompts).to(device)
+            with loop.fast_forward(config.run, device):
+                states = both["text_encoder"](ids)[0]
+                velocity = both["unet"](noisy.to(device), times.to(device), states, return_dict=False)[0]
+            target = velocity_target(latents, noise, alpha_bar[times])
+            return {"v": l2(target.to(device), velocity.float())}
 
-    prompts = list(config.sample_prompts) or [cache.captions[index][0] for index in captioned[:8]]
+        prompts = list(config.sample_prompts) or [cache.captions[index][0] for index in captioned[:8]]
 
-    def sample(step: int, log: Progress) -> dict[str, float]:
-        pipe = LatentPipeline(_pipeline(vae, text_encoder, tokenizer, unet, scheduler))
-        both.eval()
-        pictures = [pipe(prompt, seed=index)[0].image for index, prompt in enumerate(prompts)]
-        both.train()
-        log.sheet(step, "samples", sheet(pictures, 8, prompts))
-        return {}
+        def sample(step: int, log: Progress) -> dict[str, float]:
+            pipe = LatentPipeline(_pipeline(vae, text_encoder, tokenizer, unet, scheduler))
+            both.eval()
+            pictures = [pipe(prompt, seed=index)[0].image for index, prompt in enumerate(prompts)]
+            both.train()
+            log.sheet(step, "samples", sheet(pictures, 8, prompts))
+            return {}
 
-    @torch.no_grad()
-    def score() -> float:
-        """The loss on the same pictures, times and noise each time: those of steps that no run reaches."""
-        both.eval()
-        steps = range(2**40, 2**40 + SCORED)
-        values = [losses_of(step, loop.generator_for(config.run.seed, step))["v"].item() for step in steps]
-        both.train()
-        return sum(values) / len(values)
+        @torch.no_grad()
+        def score() -> float:
+            """The loss on the same pictures, times and noise each time: those of steps that no run reaches."""
+            both.eval()
+            steps = range(2**40, 2**40 + SCORED)
+            values = [losses_of(step, loop.generator_for(config.run.seed, step))["v"].item() for step in steps]
+            both.train()
+            return sum(values) / len(values)
 
-    chooses = score if config.optim.ema_decay_slow is not None else None
-    loop.fit(both, config.optim, config.run, losses_of, sample, begun=record, score=chooses)
-    both.eval().cpu()
-    _finish(config, _pipeline(vae, text_encoder, tokenizer, unet, scheduler), cache)
-    return config.run.out
+        chooses = score if config.optim.ema_decay_slow is not None else None
+        loop.fit(both, config.optim, config.run, losses_of, sample, begun=record, score=chooses)
+        both.eval().cpu()
+        _finish(config, _pipeline(vae, text_encoder, tokenizer, unet, scheduler), cache)
+        return config.run.out
 
 
 def build_scheduler(diffusion: Diffusion) -> Any:
@@ -157,8 +160,9 @@ def _build(config: TrainDenoiser, cache: LatentCache, vae: Any) -> tuple[Any, An
         tokenizer = train_tokenizer(captions, config.text)
         return tokenizer, with_vocabulary(old.text_encoder, old.tokenizer, tokenizer, config.text).train(), old.unet.train()
     tokenizer = train_tokenizer(captions, config.text)
-    text_encoder = build_text_encoder(tokenizer, config.text)
-    return tokenizer, text_encoder, build_unet(config.unet, cache, config.text.width)
+    free = available(torch.device("cpu"))
+    text_encoder = built_to_train(lambda: build_text_encoder(tokenizer, config.text), free)
+    return tokenizer, text_encoder, built_to_train(lambda: build_unet(config.unet, cache, config.text.width), free)
 
 
 def build_unet(shape: UNetShape, cache: LatentCache, text_width: int) -> Any:
@@ -201,6 +205,7 @@ def _pipeline(vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler:
 
 
 def _finish(config: TrainDenoiser, pipe: Any, cache: LatentCache) -> None:
+    token_ids(pipe.tokenizer, [""])  # its file also says how it was used last: as in a step, whether or not this process took one
     card = {
         "pictures": len(cache.captions),
         "size_px": cache.size_px,
@@ -211,5 +216,6 @@ def _finish(config: TrainDenoiser, pipe: Any, cache: LatentCache) -> None:
         "vae_hash": cache.vae_hash,
     }
     save_pipeline(pipe, config.run.out, card, find_model(config.data.vae, "vae"))
-    (config.run.work / "result.json").write_text(json.dumps(card, indent=2))
+    with atomic_file(config.run.work / "result.json") as part:
+        part.write_text(json.dumps(card, indent=2))
     print(f"Model: {config.run.out}")

@@ -130,6 +130,8 @@ def preview_map(stage: VAEStage, images: torch.Tensor) -> dict[str, list]:
     values = latents.permute(0, 2, 3, 1).reshape(-1, stage.space.channels)
     design = torch.cat([values, torch.ones(len(values), 1)], dim=1).double()
     solution = torch.linalg.lstsq(design, colours.double()).solution
+    # rounded, since the last bits of a least-squares solution depend on where in memory the matrix lies
+    solution = solution.mul(1e7).round().div(1e7)
     return {"factors": solution[:-1].tolist(), "bias": solution[-1].tolist()}
 
 

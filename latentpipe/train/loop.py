@@ -141,10 +141,13 @@ def fit(
         log.figures(step, figures)
         if patience:
             state.note(figures["validation_psnr_db"], run.work, told)
+        state.validated = step
 
     ended = 0
     try:
         with _on_signals() as came:
+            if 0 < done < optim.steps and done % run.sample_every_steps == 0 and state.validated < done:
+                validate(done)  # the run was stopped in the middle of it
             while done < optim.steps and not (patience and state.misses >= patience):
                 figures = _step(state, optim, run, losses_of, done, parts, team)
                 if figures is None:
@@ -160,7 +163,7 @@ def fit(
                 if done % run.save_every_steps == 0 and done < optim.steps:
                     save(done)
                     origin = None
-            if patience and done == optim.steps:
+            if patience and done == optim.steps and state.validated < done:
                 validate(done)
             save(done)
             state.whole = False  # it is saved

@@ -48,29 +48,29 @@ def train_lora(config: TrainLora) -> Path:
     for source in (config.data.train, config.prior.train):
         if source is not None:
             read_index(source)  # refused now where it is no folder of pictures
-    record = begin_file(config)
-    pictures, prior = _pictures(config, host, folder, plan, size_px)
-    host.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    training = Training(config, host, plan, pictures, prior)
-    draws = config.run.sample_every_steps < config.optim.steps
-    plain = training.draw() if draws else {}  # the base's own, before there is an adapter
-    before = base_hashes(plan)
-    adapter = grow(config, plan)
-    if earlier is not None:
-        begin_from(earlier, plan)
-    layers = sum(map(len, plan.paths.values()))
-    count = sum(parameter.numel() for parameter in adapter.parameters())
-    print(f"Training {count:,} parameters on {layers} layers of {', '.join(plan.paths)}, with {len(pictures.rows)} pictures")
+    with begin_file(config) as record:
+        pictures, prior = _pictures(config, host, folder, plan, size_px)
+        host.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        training = Training(config, host, plan, pictures, prior)
+        draws = config.run.sample_every_steps < config.optim.steps
+        plain = training.draw() if draws else {}  # the base's own, before there is an adapter
+        before = base_hashes(plan)
+        adapter = grow(config, plan)
+        if earlier is not None:
+            begin_from(earlier, plan)
+        layers = sum(map(len, plan.paths.values()))
+        count = sum(parameter.numel() for parameter in adapter.parameters())
+        print(f"Training {count:,} parameters on {layers} layers of {', '.join(plan.paths)}, with {len(pictures.rows)} pictures")
 
-    def sample(step: int, log: Progress) -> dict[str, float]:
-        for name, drawn in training.draw().items():
-            pairs = [picture for pair in zip(plain[name], drawn, strict=True) for picture in pair]
-            labels = [label for text in training.prompts for label in (f"base: {text}", text)] if name == "samples" else None
-            log.sheet(step, name, sheet(pairs, SHOWN, labels))
-        return {}
+        def sample(step: int, log: Progress) -> dict[str, float]:
+            for name, drawn in training.draw().items():
+                pairs = [picture for pair in zip(plain[name], drawn, strict=True) for picture in pair]
+                labels = [label for text in training.prompts for label in (f"base: {text}", text)] if name == "samples" else None
+                log.sheet(step, name, sheet(pairs, SHOWN, labels))
+            return {}
 
-    steps = loop.fit(adapter, config.optim, config.run, training.losses_of, sample, begun=record)
-    return finish(config, folder, plan, pictures, before, steps)
+        steps = loop.fit(adapter, config.optim, config.run, training.losses_of, sample, begun=record)
+        return finish(config, folder, plan, pictures, before, steps)
 
 
 class Training:

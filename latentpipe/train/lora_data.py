@@ -133,8 +133,7 @@ def _may_write(folder: Path) -> bool:
 def _is_fresh(path: Path, folder: Path) -> bool:
     """Whether a cache holds what the folder holds now: the same captions, and no file is newer."""
     items = read_index(folder)
-    captions = [tuple(texts) for texts in json.loads(read_header(path).metadata.get("captions", "[]"))]
-    if captions != [item.captions for item in items]:
+    if read_header(path).metadata.get("captions") != json.dumps([item.captions for item in items]):
         return False  # other pictures or other captions; or some could not be read, which may have been mended
     made = path.stat().st_mtime
     return all(item.path.is_file() and item.path.stat().st_mtime <= made for item in items)

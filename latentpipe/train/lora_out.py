@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from latentpipe.weights import name_of
 CHAIN = ("unet", "text_encoder", "text_encoder_2", "vae")  # of a base, whose hashes the file carries
 
 
-def begin_file(config: TrainLora) -> Callable[[], None]:
+def begin_file(config: TrainLora) -> AbstractContextManager[Callable[[], None]]:
     """As `begin`, for a run whose result is a file; UserError where something else stands in its place."""
     out = config.run.out
     if out.is_dir():
@@ -31,7 +32,7 @@ def begin_file(config: TrainLora) -> Callable[[], None]:
         raise UserError(f"run.out ({out}) is no LoRA, and would be replaced; choose another name.")
     if config.run.work.resolve() == out.resolve():
         raise UserError(f"run.work and run.out are both {out}; one is a folder, the other a file.")
-    unused = out.with_name(f".{out.name}.part")
+    unused = out.with_name(f".{out.name}.unused")
     return begin(config, config.run.model_copy(update={"out": unused}))
 
 

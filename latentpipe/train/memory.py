@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 
@@ -10,6 +11,7 @@ from latentpipe import memory
 from latentpipe.config import TrainVAE
 from latentpipe.errors import UserError
 from latentpipe.files import atomic_file
+from latentpipe.reading import parse_json, read_text
 from latentpipe.train import loop
 from latentpipe.train.team import Team
 from latentpipe.vae import VAEStage
@@ -26,7 +28,7 @@ def parts_that_fit(config: TrainVAE, stage: VAEStage, team: Team) -> int:
         return config.optim.accumulate
     record = config.run.work / "parts.json"
     if config.run.resume and record.is_file():  # whatever is free now: a resumed run is the same run
-        return int(json.loads(record.read_text()))
+        return _recorded(record, config.optim.batch_size)
     own = config.optim.batch_size // team.world
     each = saved_bytes(config, stage, team.device)
     room = int(memory.available(team.device) * SHARE) // (team.world if team.device.type == "cpu" else 1)
@@ -42,6 +44,16 @@ def parts_that_fit(config: TrainVAE, stage: VAEStage, team: Team) -> int:
             part.write_text(json.dumps(parts))
         if parts > 1:
             print(f"Each step is computed in {parts} parts of {own // parts} pictures, to fit into memory.")
+    return parts
+
+
+def _recorded(record: Path, batch: int) -> int:
+    try:
+        parts = parse_json(read_text(record))
+    except ValueError as error:
+        parts = error
+    if type(parts) is not int or not 1 <= parts <= batch:
+        raise UserError(f"{record}: expected the number of parts of a step, 1 to {batch}; delete it to have it found anew.")
     return parts
 
 

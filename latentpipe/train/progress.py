@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from latentpipe.errors import UserError
 from latentpipe.files import atomic_file
+from latentpipe.reading import parse_json
 
 
 class Progress:
@@ -51,7 +53,8 @@ class Progress:
         """Write a sheet (PIL) beside the log, and to TensorBoard."""
         if not self.told:
             return
-        picture.save(self.path.parent / f"{name}-{step:06d}.png")
+        with atomic_file(self.path.parent / f"{name}-{step:06d}.png") as part:
+            picture.save(part, format="PNG")
         if self.board is not None:
             import numpy as np
 
@@ -80,6 +83,9 @@ class Progress:
         """Put what was logged on the disk."""
         if self.told:
             self.file.flush()
+            os.fsync(self.file.fileno())
+        if self.board is not None:
+            self.board.flush()
 
     def close(self) -> None:
         """Close the bar and the log."""
@@ -112,12 +118,13 @@ def _board(folder: Path, first: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("run.tensorboard needs the tensorboard package: pip install 'latentpipe[train]'.") from None
-    return SummaryWriter(str(folder), purge_step=first or None)
+    # what an earlier process wrote from this step on is not shown: it was lost, and comes again
+    return SummaryWriter(str(folder), purge_step=first + 1)
 
 
 def _step_of(line: str) -> int:
     """The step of a log line; 0 for the torn last line of a run that was killed."""
     try:
-        return int(json.loads(line)["step"])
+        return int(parse_json(line)["step"])
     except (ValueError, KeyError, TypeError):
         return 0

@@ -10,12 +10,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from latentpipe.config import Optimization, Run
 from latentpipe.errors import UserError
-from latentpipe.files import atomic_file
+from latentpipe.files import atomic_file, read_tensors
 from latentpipe.train import checkpoint
 from latentpipe.train.guard import Guard
 
@@ -38,6 +38,7 @@ class State:
     """The model, its average and its optimizer, the guard, the loss scale of fp16, and the best validation figure so far.
 
     misses  validation figures in a row that were no better
+    validated  the last step whose sheets and validation figures were made
     whole   False in the middle of an update
     refused the figures of the last step that was not taken
     slow    a second average with another decay, where one is wanted
@@ -51,6 +52,7 @@ class State:
     guard: Guard = field(default_factory=Guard)
     best: float | None = None
     misses: int = 0
+    validated: int = 0
     whole: bool = True
     refused: str = ""
     slow: EMAModel | None = None
@@ -87,8 +89,9 @@ class State:
         tensors |= checkpoint.optimizer_tensors(self.optimizer)
         for extra in self.extras:
             tensors |= extra.tensors()
-        figures = {"ema_steps": self.ema.optimization_step, "guard": self.guard.state(), "scaler": self.scaler.state_dict()}
-        return tensors, {**figures, "best": self.best, "misses": self.misses, "trained": self.trained}
+        figures: dict[str, Any] = {"ema_steps": self.ema.optimization_step, "guard": self.guard.state()}
+        figures |= {"scaler": self.scaler.state_dict(), "best": self.best, "misses": self.misses}
+        return tensors, figures | {"validated": self.validated, "trained": self.trained}
 
     def save(self, work: Path, step: int) -> None:
         """Write a checkpoint; UserError where the disk does not take it (the ones before are kept)."""
@@ -153,6 +156,7 @@ class State:
         if figures["scaler"]:
             self.scaler.load_state_dict(figures["scaler"])
         self.best, self.misses = figures["best"], figures["misses"]
+        self.validated = figures.get("validated", figures.get("step", 0))  # earlier versions saved after it
 
     def average(self) -> None:
         """Take a step's weights into the averages."""
@@ -195,7 +199,7 @@ class State:
     def take_best(self, work: Path) -> None:
         """Make the averaged weights those of the best validation figure."""
         if (work / BEST_FILE).is_file():
-            found = load_file(work / BEST_FILE)
+            found = read_tensors(work / BEST_FILE)
             self.ema.shadow_params = [found[str(index)].to(old.device) for index, old in enumerate(self.ema.shadow_params)]
 
 

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 from latentpipe.config import TextShape
+from latentpipe.reading import parse_object
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def train_tokenizer(captions: Iterable[str], shape: TextShape) -> Any:
     """A CLIPTokenizer whose merges come from these captions; any text can be written in its vocabulary."""
-    import json
-
     from tokenizers import pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -28,7 +27,7 @@ def train_tokenizer(captions: Iterable[str], shape: TextShape) -> Any:
         vocab_size=shape.vocabulary, special_tokens=[BEGIN, END, *letters], end_of_word_suffix="</w>", show_progress=False
     )
     backend.train_from_iterator(captions, trainer)
-    model = json.loads(backend.to_str())["model"]
+    model = parse_object(backend.to_str())["model"]
     vocabulary: dict[str, int] = model["vocab"]
     merges: Any = [tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in model["merges"]]
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=shape.length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,25 @@ def train_vae(config: TrainVAE) -> Path:
     freeze.choose(vae, config.mode, config.parts)
     stage = VAEStage(vae, training_space(vae, config), tile=None)
     _check_size(config, stage)
-    record: Callable[[], None] = lambda: None  # noqa: E731
-    if team.is_first:
-        record = begin(config, config.run)
-        print(freeze.table(vae))
-    team.wait()
+    with begin(config, config.run) if team.is_first else nullcontext(_nothing) as record:
+        if team.is_first:
+            print(freeze.table(vae))
+        team.wait()
+        return _train(config, team, stage, teacher, record)
+
+
+def _nothing() -> None:
+    """What the processes beside the first one write."""
+
+
+def _train(config: TrainVAE, team: Team, stage: VAEStage, teacher: VAEStage | None, record: Callable[[], None]) -> Path:
+    """The run itself, in folders that are its own; `record` is called once it has begun."""
     pictures = PictureStream(config.data.train, config.data.read_size_px, team.world)
     held = _validation(config)
     if team.is_first:
         print(f"Training on {config.data.train}: {pictures.report()}")
     stage.to(team.device)
-    objective = Objective(config, vae, team)
+    objective = Objective(config, stage.vae, team)
     parts = parts_that_fit(config, stage, team)
     training = Training(config, team, stage, teacher, pictures, objective, parts)
     watched = held if held is not None else finish.first_pictures(pictures, config.crops.size_px, WATCHED)
@@ -71,7 +80,7 @@ def train_vae(config: TrainVAE) -> Path:
         return found
 
     steps = loop.fit(
-        vae,
+        stage.vae,
         config.optim,
         config.run,
         training.losses_of,

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_vae
+from helpers import edit_json, tiny_vae
 from safetensors.torch import load_file, save_file
 
 from latentpipe import UserError, VAEStage
 from latentpipe.data.cache import LatentCache, default_path, encode_folder, open_cache
 from latentpipe.data.folder import read_pictures
+from latentpipe.files import read_header
 from latentpipe.images import to_images
 from latentpipe.weights import load_vae, save_vae, vae_hash
 
@@ -45,7 +46,6 @@ def test_a_cache_of_another_vae_is_refused_with_both_hashes(cache_file: Path, va
 
 
 def test_a_changed_factor_makes_the_cache_stale(cache_file: Path, vae_copy: Path) -> None:
-    from helpers import edit_json
 
     edit_json(vae_copy / "config.json", scaling_factor=0.5)
     with pytest.raises(UserError, match="encode the pictures again"):
@@ -108,6 +108,46 @@ def test_the_cache_inside_the_folder_is_no_picture(vae_folder: Path, tmp_path: P
     first = encode_folder(folder, vae_folder, default_path(folder, vae_folder, 16), 16)
     again = encode_folder(folder, vae_folder, default_path(folder, vae_folder, 16), 16)
     assert torch.equal(first.mean, again.mean)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "facts", "words"),
+    [
+        ({}, {"captions": "[]"}, "expected .0, 4, 8, 8."),
+        ({}, {"captions": '[["a"]]'}, "expected .1, 4, 8, 8."),
+        ({"mean": lambda mean: mean[:5]}, {}, r"its mean is \(5, 4, 8, 8\), expected \(12"),
+        ({"std": lambda std: std[:, :3]}, {}, r"its std is \(12, 3, 8, 8\)"),
+        ({"mean": lambda mean: mean[0]}, {}, r"its mean is \(4, 8, 8\)"),
+        ({"mean": lambda mean: mean[:0], "std": lambda std: std[:0]}, {"captions": "[]"}, "it holds no picture"),
+        ({"mean": lambda mean: mean.clone().index_fill_(0, torch.tensor(3), torch.nan)}, {}, "its mean holds values"),
+        ({"std": lambda std: std.clone().index_fill_(0, torch.tensor(3), torch.inf)}, {}, "its std holds values that"),
+        ({"std": lambda std: -std}, {}, "values below 0"),
+        ({"mean": lambda mean: mean.int()}, {}, "stored as int32"),
+        ({}, {"size_px": "100000000000"}, "its size_px"),
+        ({}, {"size_px": "-16"}, "its size_px"),
+        ({}, {"size_px": "1024"}, r"expected \(12, 4, 512, 512\)"),
+        ({}, {"size_px": "15"}, "multiples of 2"),
+        ({}, {"captions": "{}"}, "not a list of texts"),
+        ({}, {"captions": '["red", "blue"]'}, "not a list of texts"),
+        ({}, {"captions": "[[1]]"}, "no text"),
+        ({}, {"captions": "[" * 100_000}, "captions"),
+    ],
+)
+def test_a_damaged_cache_is_refused_when_it_is_opened(
+    cache_file: Path, vae_folder: Path, tmp_path: Path, tensors: dict, facts: dict[str, str], words: str
+) -> None:
+    held = load_file(cache_file)
+    held = {name: tensors.get(name, lambda value: value)(value).contiguous() for name, value in held.items()}
+    save_file(held, tmp_path / "x.safetensors", metadata=dict(read_header(cache_file).metadata) | facts)
+    with pytest.raises(UserError, match=f"damaged: .*{words}.*encode the pictures again"):
+        open_cache(tmp_path / "x.safetensors", vae_folder)
+
+
+def test_latents_beyond_fp16_are_not_kept(pictures: Path, vae_copy: Path, tmp_path: Path) -> None:
+    edit_json(vae_copy / "config.json", scaling_factor=1e6)
+    with pytest.raises(UserError, match="beyond the range of fp16"):
+        encode_folder(pictures, vae_copy, tmp_path / "x.safetensors", 16)
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_kinds_give_each_picture_its_weight(vae_folder: Path, tmp_path: Path) -> None:

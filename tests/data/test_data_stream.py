@@ -78,7 +78,7 @@ def bad_pictures(folder: Path) -> dict[str, str]:
     Image.fromarray(np.array([[1.0, np.nan]], np.float32)).save(folder / "nan.tiff")
     huge = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     (folder / "bomb.png").write_bytes(huge + b"\0\0\0\0")
-    known = {"empty.png": "cannot identify", "text.png": "cannot identify", "nan.tiff": "not finite"}
+    known = {"empty.png": "expected PNG", "text.png": "expected PNG", "nan.tiff": "not finite"}
     return known | {"truncated.png": "", "bomb.png": ""}
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from latentpipe.errors import UserError
 from latentpipe.evaluate.bootstrap import interval
-from latentpipe.evaluate.compare import check_same, compare, labels_of
+from latentpipe.evaluate.compare import check_same, compare, floor_of, labels_of
 from latentpipe.evaluate.results import Evaluation, Score
 from latentpipe.evaluate.significance import EXACT, holm, least_p, p_of_interval, sign_flip
-from latentpipe.evaluate.wording import rounded
+from latentpipe.evaluate.wording import figure, rounded
 
 N = 20
 NAMES = [f"{index:02}.png" for index in range(N)]
@@ -111,13 +111,39 @@ def test_a_vae_that_is_better_on_every_picture_wins() -> None:
 
 
 def test_a_difference_far_smaller_than_that_of_the_pictures_is_found_since_it_is_paired() -> None:
-    first, second = noisy(0, 1, 0.02), noisy(0.2, 2, 0.02)
+    first, second = noisy(0, 1, 0.02), noisy(0.6, 2, 0.02)
     (one,) = compare([evaluation("a", first), evaluation("b", second)]).differences
     assert one.better == "b"
     assert (one.low, one.high) == pytest.approx(interval(first - second))
     assert one.value == pytest.approx((first - second).mean())
     alone = [interval(row) for row in (first, second)]
     assert alone[0][1] > alone[1][0]  # unpaired intervals overlap
+
+
+@pytest.mark.parametrize("shift", [0.24, -0.24])
+def test_a_clear_difference_below_the_floor_names_nobody(shift: float) -> None:
+    found = compare([evaluation("a", noisy(0, 1, 0.02)), evaluation("b", noisy(shift, 2, 0.02))])
+    (one,) = found.differences
+    assert one.clear
+    assert one.floor == 0.5
+    assert one.better is None
+    assert found.outcomes["PSNR"].winner is None
+    assert "at least 0.5 dB of PSNR" in found.rule()
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "floor"),
+    [
+        ("PSNR of the pooled error", (30.0, 31.0), 0.5),
+        ("SSIM", (0.9, 0.91), 0.005),
+        ("MS-SSIM (3 scales)", (0.9, 0.91), 0.005),
+        ("LPIPS (alex)", (0.1, 0.2), 0.01),
+        ("Frechet distance on emoji-words", (40.0, 50.0), 0.8),
+        ("rate", (-3.0, 2.0), 0.04),
+    ],
+)
+def test_floors(metric: str, values: tuple[float, float], floor: float) -> None:
+    assert floor_of(metric, *values) == pytest.approx(floor)
 
 
 def test_a_tie_names_nobody() -> None:
@@ -151,7 +177,7 @@ def test_relabelling_changes_no_result(order: tuple[int, ...]) -> None:
 
 
 def test_many_comparisons_cost_certainty() -> None:
-    values = DIFFICULTY + np.where(np.arange(N) % 4 == 0, -0.5, 0.52)
+    values = DIFFICULTY + np.where(np.arange(N) % 4 == 0, -1.5, 1.56)
     alone = compare([evaluation("a", DIFFICULTY), evaluation("b", values)])
     assert alone.outcomes["PSNR"].winner == "b"
     crowd = compare([evaluation("a", DIFFICULTY), evaluation("b", values), *(evaluation(f"c{i}", noisy(0, i)) for i in range(5))])
@@ -258,3 +284,13 @@ def test_figures_are_rounded_to_two_digits_of_their_uncertainty() -> None:
     assert rounded(-0.0123456, -0.0133, -0.0113) == ("−0.0123", "−0.0133", "−0.0113")
     assert rounded(123456.7, 120000, 127000) == ("123457", "120000", "127000")
     assert rounded(2.0, 2.0, 2.0) == ("2", "2", "2")
+
+
+def test_one_picture_has_no_interval() -> None:
+    score = Score.of([30.0], "dB", "higher")
+    assert math.isnan(score.low)
+    assert math.isnan(score.high)
+    assert figure(score) == "30 (no interval for n = 1)"
+    (one,) = compare([evaluation("a", DIFFICULTY[:1]), evaluation("b", DIFFICULTY[:1] + 9)]).differences
+    assert not one.clear
+    assert one.better is None

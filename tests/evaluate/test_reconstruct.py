@@ -38,7 +38,7 @@ def stage() -> VAEStage:
 
 @pytest.fixture(scope="module")
 def result(stage: VAEStage, pictures: Path) -> Evaluation:
-    return evaluate_vae(stage, pictures, probe=5)
+    return evaluate_vae(stage, pictures, full=True, probe=5)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def by_hand(stage: VAEStage, pictures: Path, result: Evaluation) -> tuple[torch.
 
 
 def quick(vae: Any, folder: Path, **given: Any) -> Evaluation:
-    return evaluate_vae(vae, folder, **({"probe": 1, "cost": False} | given))
+    return evaluate_vae(vae, folder, **({"full": True, "probe": 1, "cost": False} | given))
 
 
 def test_the_names_are_the_folder_s_and_every_n_is_stated(result: Evaluation, pictures: Path) -> None:
@@ -343,13 +343,14 @@ def test_the_verb_prints_json_and_writes_its_files(
     vae_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {"csv": tmp_path / "values.csv", "sheet": tmp_path / "examples.png"}
-    verb(str(vae_folder), images=pictures, most=5, probe=2, posterior="sample", cost=False, device="cpu", json=True, **files)
+    verb(str(vae_folder), images=pictures, most=5, posterior="sample", device="cpu", json=True, **files)
     found = Evaluation.from_dict(json.loads(capsys.readouterr().out))
     assert (found.name, found.hash) == ("tiny-vae", vae_hash(vae_folder))
     assert found.protocol["name"] == "latentpipe with posterior sample"
     assert found.about["class"] == "AutoencoderKL"
     assert (found.about["channels"], found.about["downscale"], found.about["dtype"]) == (4, 2, "fp32")
-    assert found.cost == {}
+    assert found.cost == {}  # --full measures it
+    assert any("--full" in reason for reason in found.not_measured.values())
     assert len(files["csv"].read_text().splitlines()) == 6
     with Image.open(files["sheet"]) as sheet:
         assert sheet.width == 3 * (32 + 4) + 4

@@ -265,7 +265,7 @@ def test_the_verbs(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) 
         (["compress", "taken.lpz", "x.lpz", "--vae", str(folder)], "taken.lpz is a folder"),
         (["decompress", "in.png", "x.png"], "is no .lpz file"),
         (["decompress", "out.lpz", "x.txt"], "no kind of picture"),
-        (["decompress", "none.lpz", "x.png"], "cannot be read"),
+        (["decompress", "none.lpz", "x.png"], "no such file"),
     ):
         assert main(wrong) == 2
         assert message in capsys.readouterr().err

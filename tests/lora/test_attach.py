@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from made import layer_for, random_lora
-from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 from torch import nn
 
 from latentpipe.errors import UserError
 from latentpipe.files import content_hash
 from latentpipe.lora.attach import attach, detach, inject, layers_of, wrappers
 from latentpipe.lora.delta import delta, delta_shape
+from latentpipe.lora.files import read_lora
 from latentpipe.lora.layer import Layer
+from latentpipe.lora.report import fit
 from latentpipe.lora.sites import SITES, leaves, select, select_all
 
 
@@ -83,6 +87,32 @@ def test_the_change_of_a_weight_is_what_the_layer_does(kind: str) -> None:
         assert delta_shape(layer) == (weight.shape[0], weight[0].numel())
         weight.data += delta(layer, weight.data)
     torch.testing.assert_close(added(IMAGE), wrapped(IMAGE), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.7, -0.6])
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_any_weight_it_computes_what_peft_computes(kind: str, weight: float) -> None:
+    """A DoRA's weight lies inside the norm of its rows."""
+    oracle, layers = by_peft(kind)
+    for module in oracle.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_scale("x", weight)
+    wrapped, fused = small(), small()
+    attach(wrapped, layers, "x", weight)
+    for path, layer in layers.items():
+        leaves(fused)[path].weight.data += delta(layer, leaves(fused)[path].weight.data, weight)
+    torch.testing.assert_close(wrapped(IMAGE), oracle(IMAGE), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(fused(IMAGE), oracle(IMAGE), rtol=1e-5, atol=1e-5)
+    assert (oracle(IMAGE) - small()(IMAGE)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_weight_zero_it_is_off(kind: str) -> None:
+    _, layers = by_peft(kind)
+    model = small()
+    attach(model, layers, "x", 0.0)
+    assert torch.equal(model(IMAGE), small()(IMAGE))
+    assert all(not delta(layer, leaves(small())[path].weight, 0.0).any() for path, layer in layers.items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -197,3 +227,19 @@ def test_selection_is_blind_to_what_is_attached(pipe) -> None:
     for name, layers in random_lora(components, ["unet.all", "text", "vae.all"]).parts.items():
         attach(components[name], layers, "x")
     assert select_all(components, ["unet.all", "text", "vae.all"]) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*invalid shape")  # peft takes its own bias for a shard
+def test_a_bias_that_was_trained_along_is_refused_and_named(tmp_path: Path) -> None:
+    """peft's lora_bias: the file that peft itself writes."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["4"], lora_bias=True, init_lora_weights=False)
+    oracle = inject_adapter_in_model(config, small(), "default")
+    tensors = {f"unet.{name}": value.contiguous() for name, value in get_peft_model_state_dict(oracle).items()}
+    save_file(tensors, tmp_path / "b.safetensors")
+    lora = read_lora(tmp_path / "b.safetensors")
+    assert [key.rpartition(".")[2] for key in lora.unread] == ["bias"]
+    with pytest.raises(UserError, match=r"lora_B\.bias is a bias .*lora_bias.*load the file with peft"):
+        fit(lora, {"unet": small()})
+    kept, left = fit(lora, {"unet": small()}, partial=True)
+    assert len(kept.parts["unet"]) == len(left) == 1

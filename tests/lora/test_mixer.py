@@ -14,6 +14,7 @@ from made import random_lora
 from latentpipe.errors import UserError
 from latentpipe.files import content_hash
 from latentpipe.lora.delta import delta
+from latentpipe.lora.files import write_lora
 from latentpipe.lora.layer import Layer, Lora
 from latentpipe.lora.merge import weight_at
 from latentpipe.lora.mixer import Mixer
@@ -81,6 +82,24 @@ def test_weights_by_component_and_block(mixer: Mixer) -> None:
     places = ["conv_in", "down_blocks.0.resnets.0.conv1", "down_blocks.1.resnets.0.conv1", "down_blocks.10.x"]
     assert [weight_at(weight, "unet", path) for path in places] == [1.0, 0.5, 0.25, 0.5]
     assert weight_at(weight, "vae", "decoder.conv_in") == 0.0
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 1.7])
+def test_a_dora_draws_what_diffusers_draws_at_any_weight(mixer: Mixer, model_folder: Any, tmp_path: Any, weight: float) -> None:
+    from latentpipe.models import load_pipeline
+
+    write_lora(mixer.loaded["dora"], tmp_path / "dora.safetensors")
+    stock = load_pipeline(model_folder)
+    stock.load_lora_weights(str(tmp_path), weight_name="dora.safetensors", adapter_name="dora")
+    stock.set_adapters("dora", weight)
+    wanted = output({"unet": stock.unet, "text_encoder": stock.text_encoder})
+    plain = output(mixer.components)
+    for fuse in (True, False):
+        mixer.set({"dora": weight}, fuse=fuse)
+        torch.testing.assert_close(output(mixer.components), wanted, rtol=1e-4, atol=1e-4)
+    assert (wanted - plain).abs().max() > 1e-2
+    with pytest.raises(UserError, match="only fused"):
+        mixer.set({"dora": weight, "one": 1.0}, fuse=False)
 
 
 OPERATION = st.tuples(

@@ -401,40 +401,46 @@ def config_of(tmp_path: Path, **run: Any) -> TrainVAE:
     return TrainVAE.model_validate({"data": {"train": tmp_path}, "run": places, "optim": {"steps": 3}})
 
 
+def begin(config: TrainVAE) -> None:
+    """Begin and end a run that trains nothing."""
+    with start.begin(config, config.run) as record:
+        record()
+
+
 def test_begin_writes_the_resolved_config(tmp_path: Path) -> None:
     from latentpipe.config import load
 
     config = config_of(tmp_path)
-    start.begin(config, config.run)
+    begin(config)
     assert load(tmp_path / "work" / "config.yaml", TrainVAE) == config
 
 
 def test_going_on_with_another_config_is_said(tmp_path: Path) -> None:
     first = config_of(tmp_path)
-    start.begin(first, first.run)
+    begin(first)
     again = config_of(tmp_path, resume=True, seed=9)
     with pytest.warns(Note, match=r"run\.seed 0 -> 9"):
-        start.begin(again, again.run)()
+        begin(again)
     same_again = config_of(tmp_path, resume=True, seed=9)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        start.begin(same_again, same_again.run)
+        begin(same_again)
 
 
 def test_two_runs_are_not_mixed(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "work", 5, {"a": torch.zeros(3)}, {})
     config = config_of(tmp_path)
     with pytest.raises(UserError, match=r"--run\.resume"):
-        start.begin(config, config.run)
+        begin(config)
     again = config_of(tmp_path, resume=True)
-    start.begin(again, again.run)
+    begin(again)
 
 
 @pytest.mark.parametrize("work", ["out", "out/work"])
 def test_a_work_folder_inside_the_result_is_refused(tmp_path: Path, work: str) -> None:
     config = config_of(tmp_path, work=tmp_path / work)
     with pytest.raises(UserError, match=r"run\.work"):
-        start.begin(config, config.run)
+        begin(config)
 
 
 def test_a_folder_of_other_things_is_not_replaced(tmp_path: Path) -> None:
@@ -442,7 +448,7 @@ def test_a_folder_of_other_things_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "out" / "thesis.txt").write_text("years")
     config = config_of(tmp_path)
     with pytest.raises(UserError, match="would be replaced"):
-        start.begin(config, config.run)
+        begin(config)
 
 
 def test_autocast_follows_the_precision(tmp_path: Path) -> None:

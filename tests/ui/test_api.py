@@ -134,6 +134,21 @@ def test_the_python_example_runs(address: str, tmp_path: Path, monkeypatch: pyte
     assert Image.open("apple.png").size == (64, 64)
 
 
+def test_too_much_work_is_refused_before_it_begins(client: Client) -> None:
+    with pytest.raises(AppError, match=r"1024 x 1024 pixels x 1000 steps x 16 pictures: .* at most 300 million"):
+        client.predict("red apple", steps=1000, n=16, width=1024, height=1024, api_name="/txt2img")
+    with pytest.raises(AppError, match="side is 100000; expected 1 to 1024"):
+        client.predict([], ["emoji"], 100000, api_name="/vae_compare")
+
+
+def test_every_handler_of_the_page_can_say_something(address: str) -> None:
+    """Messages go through gradio's queue; a handler beside it would speak to the server's terminal (the endpoints raise)."""
+    with urllib.request.urlopen(f"{address}/config") as answer:
+        events = json.load(answer)["dependencies"]
+    beside = [event for event in events if event["backend_fn"] and not event["queue"]]
+    assert {event["api_name"] for event in beside} <= {"vae_list", "lora_list", "stop", "health"} | {"load_example"}
+
+
 # --- hostile files and paths ----------------------------------------------------------------------------------
 
 

@@ -98,6 +98,17 @@ def test_the_keys_draw_and_stop_keeps_the_unfinished_picture(page: Any) -> None:
     assert page.locator("#lp-gallery img").count() >= 8
 
 
+def test_what_a_button_has_to_say_is_seen(page: Any, tmp_path: Path) -> None:
+    page.click("#lp-stop-generate")
+    page.get_by_text("Nothing is running.").first.wait_for()
+    page.click("#lp-to-img2img")
+    page.get_by_text("There is no picture yet").first.wait_for()
+    (tmp_path / "no-picture.png").write_text("words")
+    open_tab(page, "PNG info")
+    page.set_input_files("#lp-info-image input[type=file]", str(tmp_path / "no-picture.png"))
+    page.get_by_text("cannot be read as a picture").first.wait_for()
+
+
 def test_a_vae_gets_its_light_before_anything_is_drawn(page: Any) -> None:
     unfold(page, "lp-vae", "Model and VAE")
     choose(page, "lp-vae-choice", "emoji-decoder-ft")

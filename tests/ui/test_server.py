@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ pytest.importorskip("gradio")
 from latentpipe import UserError
 from latentpipe.cli import main
 from latentpipe.ui import server as ui_server
-from latentpipe.ui.server import LOGIN, login_of, serve
+from latentpipe.ui import serving
+from latentpipe.ui.login import LOGIN, login_of
+from latentpipe.ui.server import serve
 
 SECRET = "anna:one:two ü"  # a password with a colon and more than ASCII
 DEAD = "http://127.0.0.1:9"
@@ -111,37 +114,75 @@ def test_a_missing_file_and_a_wrong_variable(tmp_path: Path, monkeypatch: pytest
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """The arguments that gradio is launched with; nothing is served."""
+    """What would be served: the addresses, the guard, and gradio's options; nothing is."""
     found: list[dict[str, Any]] = []
+    opened: list[socket.socket] = []
 
     class Page:
-        _queue = SimpleNamespace()
+        _queue = SimpleNamespace(event_ids_to_events={})
 
         def queue(self, **_: Any) -> Page:
             return self
 
-        def launch(self, **named: Any) -> tuple[None, str, None]:
-            found.append(named)
-            return None, "http://address", None
+    def running(guard: Any, sockets: list[socket.socket], behind_proxy: bool) -> None:
+        opened.extend(sockets)
+        places = [(one.getsockname()[0], one.getsockname()[1]) for one in sockets]
+        found[-1] |= {"guard": guard, "places": places, "behind_proxy": behind_proxy}
 
     monkeypatch.setattr(ui_server.pages, "build", lambda _: Page())
     monkeypatch.setattr(ui_server, "collect_notes", lambda: None)
-    return found
+    monkeypatch.setattr(ui_server.serving, "mounted", lambda page, **named: found.append(named))
+    monkeypatch.setattr(ui_server.serving, "Running", running)
+    yield found
+    for one in opened:
+        one.close()
+
+
+def hosts(launch: dict[str, Any]) -> set[str]:
+    return {host for host, _ in launch["places"]}
 
 
 def test_beyond_this_machine_only_with_a_login(launched: list[dict[str, Any]], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--auth-file FILE.*--no-auth"):
-        serve(listen=True, block=False)
+    for beyond in ({"listen": True}, {"host": "::"}, {"host": "0.0.0.0"}, {"host": "127.0.0.2.example"}):
+        with pytest.raises(UserError, match=r"--auth-file FILE.*--no-auth"):
+            serve(block=False, **beyond)
     assert launched == []
     serve(block=False)
     serve(listen=True, no_auth=True, block=False)
     serve(listen=True, auth_file=written(tmp_path / "users", SECRET), block=False)
-    assert [(one["server_name"], one["auth"] is None) for one in launched] == [
-        ("127.0.0.1", True), ("0.0.0.0", True), ("0.0.0.0", False),
-    ]  # fmt: skip
+    assert [one["guard"].door is None for one in launched] == [True, True, False]
+    assert hosts(launched[0]) == {"127.0.0.1"}
+    assert "0.0.0.0" in hosts(launched[1])
     for one in launched:
-        assert (one["share"], one["enable_monitoring"], one["allowed_paths"], one["max_file_size"]) == (False, False, [], "20mb")
+        assert (one["show_error"], one["enable_monitoring"], one["allowed_paths"], one["max_file_size"]) == (
+            False, False, [], 20_000_000,
+        )  # fmt: skip
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+
+
+@pytest.mark.skipif(not serving._has_ipv6(), reason="this machine has no IPv6")
+def test_ipv6_and_names(launched: list[dict[str, Any]]) -> None:
+    for host, places, link in (
+        ("::1", {"::1"}, "http://[::1]:"),
+        ("[::1]", {"::1"}, "http://[::1]:"),
+        ("localhost", {"127.0.0.1", "::1"}, "http://localhost:"),
+        ("::", {"0.0.0.0", "::"}, "http://localhost:"),
+    ):
+        served = serve(host=host, no_auth=True, block=False)
+        assert hosts(launched[-1]) <= places
+        assert places & hosts(launched[-1]), host
+        assert served.address.startswith(link)
+        assert len({port for _, port in launched[-1]["places"]}) == 1
+    assert hosts(launched[-1]) == {"0.0.0.0", "::"}
+
+
+def test_names_that_are_answered_to(launched: list[dict[str, Any]]) -> None:
+    serve(block=False, allow_host=("draw.example",), root_path="draw/")
+    guard = launched[-1]["guard"]
+    assert guard.names.known == {"localhost", "127.0.0.1", "::1", "draw.example"}
+    assert (guard.root, launched[-1]["root_path"], launched[-1]["behind_proxy"]) == ("/draw", "/draw", True)
+    serve(block=False)
+    assert not launched[-1]["behind_proxy"]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +194,10 @@ def test_beyond_this_machine_only_with_a_login(launched: list[dict[str, Any]], t
         (["--port", "seven"], "seven"),
         (["--model", "no-such-model"], "no-such-model"),
         (["--auth-file", "nowhere"], "no such file"),
+        (["--host", "no such name", "--no-auth"], "no such address or name"),
+        (["--host", "203.0.113.7", "--no-auth"], "no such address"),
+        (["--root-path", "https://draw.example/x"], "a path alone"),
+        (["--max-work", "0"], "more than 0"),
     ],
 )
 def test_mistakes_are_a_sentence(launched: list[dict[str, Any]], arguments: list[str], said: str, capsys: Any) -> None:
@@ -174,7 +219,8 @@ def test_a_port_that_is_taken(launched: list[dict[str, Any]]) -> None:
         with pytest.raises(UserError, match="is taken"):
             serve(port=other.getsockname()[1], block=False)
     assert launched == []
-    assert ui_server._free_port(port := free_port()) == port
+    serve(port=(port := free_port()), block=False)
+    assert launched[-1]["places"] == [("127.0.0.1", port)]
 
 
 def test_a_port_that_is_taken_on_another_address(launched: list[dict[str, Any]]) -> None:
@@ -214,7 +260,7 @@ def test_a_server_with_a_login_and_no_network(tmp_path: Path, end: signal.Signal
 
     shown = tmp_path / "temporary"
     shown.mkdir()
-    proxies = {f"{kind}_proxy": DEAD for kind in ("http", "https", "all")} | {"no_proxy": "127.0.0.1,localhost"}
+    proxies = {"HTTP_PROXY": DEAD, "https_proxy": DEAD, "ALL_PROXY": "socks5://127.0.0.1:9"}
     process, address = start("--no-save", home=tmp_path, GRADIO_TEMP_DIR=str(shown), **{LOGIN: "anna:secret"}, **proxies)
     try:
         table = sockets_of(process.pid)
@@ -229,8 +275,12 @@ def test_a_server_with_a_login_and_no_network(tmp_path: Path, end: signal.Signal
         assert client.predict(api_name="/health")
         assert status_of(f"{address}/monitoring") in (401, 403, 404)
         assert list(shown.rglob("shown-*"))
+        drawing = client.submit("red apple", steps=1000, n=4, api_name="/txt2img")
+        while client.predict(api_name="/health")["jobs"] == 0:
+            time.sleep(0.05)
         process.send_signal(end)
-        process.wait(30)
+        assert process.wait(60) == (130 if end == signal.SIGINT else 0)  # and no abort in a thread that still computes
+        assert not drawing.done() or drawing.exception() is not None
         assert list(shown.rglob("shown-*")) == []
         assert "Traceback" not in (tmp_path / "server.log").read_text()
     finally:

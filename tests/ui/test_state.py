@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +21,9 @@ import latentpipe  # noqa: E402
 from latentpipe import UserError  # noqa: E402
 from latentpipe.adapters import own_adapter  # noqa: E402
 from latentpipe.errors import Note  # noqa: E402
-from latentpipe.jobs import Cancelled, Done  # noqa: E402
+from latentpipe.jobs import Cancelled, Done, Progress, Report, Waiting  # noqa: E402
 from latentpipe.lora.places import named_lora  # noqa: E402
+from latentpipe.ui import listeners  # noqa: E402
 from latentpipe.ui.state import INSTEAD, App, Jobs, collect_notes, public, told  # noqa: E402
 
 PATIENCE_S = 30
@@ -259,3 +262,42 @@ def test_pictures_of_one_name_are_all_kept(tmp_path: Path) -> None:
     assert {path.read_bytes() for path in kept} == {picture.read_bytes()}
     assert not list(tmp_path.rglob("*.part"))
     app.close()
+
+
+def test_a_job_whose_events_nobody_reads_gives_up_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listeners, "GRACE_S", 0.05)
+    known = listeners.Listeners()
+    jobs = Jobs(listeners=known)
+
+    def work(report: Report) -> str:
+        for step in range(1, 2000):
+            report(step, 2000, "step")
+            time.sleep(0.005)
+        return "done"
+
+    with known.reading("reads"):
+        events = jobs.run(visitor("reads"), work)
+        begin = time.monotonic()
+        while time.monotonic() - begin < 0.2:
+            assert isinstance(next(events), Progress | Waiting)
+        events.close()
+    with pytest.raises(Cancelled):
+        list(jobs.run(visitor("left"), work))
+
+
+def test_a_closed_server_stops_all_and_begins_nothing() -> None:
+    jobs = Jobs()
+    events = jobs.run(visitor("one"), lambda report: [report(step, 10**6, "step") for step in range(10**6)])
+    while not isinstance(next(events), Progress):
+        pass
+    jobs.close(seconds=0.05)  # its last event waits for a reader
+    with pytest.raises(Cancelled):
+        list(events)
+    with pytest.raises(UserError, match="about to end"):
+        next(iter(jobs.run(visitor("one"), lambda report: None)))
+
+
+@pytest.mark.parametrize(("steps", "count", "fine"), [(28, 10, True), (29, 10, False), (float("nan"), 1, False)])
+def test_a_request_has_a_limit_of_work(steps: float, count: int, fine: bool) -> None:
+    with contextlib.nullcontext() if fine else pytest.raises(UserError, match="at most 300 million"):
+        Jobs().allow(1024, 1024, steps, count)

@@ -87,10 +87,13 @@ def read(path: Path) -> Weights:
     """The weights of a codec.safetensors; UserError where they do not belong together."""
     from latentpipe.files import read_tensors
 
-    tensors = {name: value.numpy() for name, value in read_tensors(path).items()}
+    stored = read_tensors(path)
     names = [field.name for field in fields(Weights)]
-    if set(tensors) != set(names):
-        raise UserError(f"{path}: expected the tensors {', '.join(names)}; given {', '.join(sorted(tensors)) or 'none'}.")
+    if set(stored) != set(names):
+        raise UserError(f"{path}: expected the tensors {', '.join(names)}; given {', '.join(sorted(stored))[:200] or 'none'}.")
+    if any(value.is_floating_point() or value.is_complex() for value in stored.values()):
+        raise UserError(f"{path}: its tensors are no whole numbers; 'latentpipe fit-codec' writes it anew.")
+    tensors = {name: value.numpy() for name, value in stored.items()}
     found = Weights(**tensors)
     if found.here.ndim == 2 and found.groups.ndim == 2 and max(found.here.shape) <= WIDEST:
         c, hidden = found.here.shape

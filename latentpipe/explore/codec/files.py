@@ -13,8 +13,9 @@ from PIL import Image
 from latentpipe.errors import UserError
 from latentpipe.explore.codec import context, waves
 from latentpipe.explore.codec.adaptive import Adaptive
-from latentpipe.explore.codec.container import IDENTITY, SIXTEENTHS, Container, check_size, pack, unpack
+from latentpipe.explore.codec.container import IDENTITY, LARGEST_FILE, SIXTEENTHS, Container, check_size, pack, unpack
 from latentpipe.images import to_images, to_pixels
+from latentpipe.reading import read_bytes
 from latentpipe.vae import VAEStage
 from latentpipe.weights import available, find_model, load_vae, open_vae, vae_hash
 
@@ -72,7 +73,11 @@ def open_codec(name: str | Path = DEFAULT) -> Codec:
 def identity_of(path: Path) -> bytes:
     """What names a VAE and its probabilities in a file: 4 bytes of a hash of its content hash and of its codec.safetensors."""
     file = path / context.FILE
-    learnt = hashlib.sha256(file.read_bytes()).hexdigest() if path.is_dir() and file.is_file() else "adaptive"
+    learnt = (
+        hashlib.sha256(read_bytes(file, LARGEST_FILE, context.FILE)).hexdigest()
+        if path.is_dir() and file.is_file()
+        else "adaptive"
+    )
     return hashlib.sha256(f"{vae_hash(path)} {learnt}".encode()).digest()[:IDENTITY]
 
 

@@ -1,0 +1,498 @@
+"""Damaged files for every reader: each must be read, with finite values, or refused by a UserError, in bounded memory and time.
+
+    python dev/fuzz.py [--n 1000] [--first 0] [READER ...]
+
+Trial i of a reader depends on i alone; a failure is printed with the two, and `--n 1 --first i READER` repeats it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent.parent / "tests"), str(Path(__file__).parent)]
+
+import mutate  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from helpers import denoiser_run, draw_shape, tiny_vae, vae_run, write_pictures  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from latentpipe import UserError  # noqa: E402
+
+LONGEST_S, MOST_MB = 10, 1024  # of one trial; more memory than that beyond what was taken before is a failure
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What is damaged and how it is opened.
+
+    make   writes sound files into a folder
+    read   opens the folder; returns tensors, numbers or nested ones, which must be finite
+    """
+
+    make: Callable[[Path], Any]
+    read: Callable[[Path], Any]
+
+
+@dataclass
+class Tally:
+    """What became of the trials of one reader."""
+
+    accepted: int = 0
+    refused: int = 0
+    failed: dict[int, str] = field(default_factory=dict)
+    slowest_s: float = 0.0
+    most_mb: float = 0.0
+    sentences: Counter[str] = field(default_factory=Counter)
+
+
+def _vae_folder(at: Path) -> None:
+    from latentpipe.weights import save_vae
+
+    save_vae(tiny_vae(), at / "vae", {"data": "none"}, {"factors": [[0.1] * 3] * 4, "bias": [0.0] * 3})
+
+
+def _vae_file(at: Path) -> None:
+    from latentpipe.formats.convert import convert
+
+    _vae_folder(at)
+    convert([at / "vae"], at / "v.safetensors")
+    shutil.rmtree(at / "vae")
+
+
+def _tiny_file(at: Path) -> None:
+    """A file without a config: its shapes tell the class."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)
+    )
+    save_file(vae.state_dict(), at / "t.safetensors")
+
+
+def _model(at: Path) -> None:
+    from latentpipe.data.cache import encode_folder
+    from latentpipe.train.denoiser import train_denoiser
+
+    _vae_folder(at)
+    encode_folder(write_pictures(at / "pictures"), at / "vae", at / "c.safetensors", 16)
+    model = train_denoiser(denoiser_run(at / "run", at / "c.safetensors", at / "vae"))
+    shutil.move(model, at / "model")
+    for name in ("vae", "pictures", "run"):
+        shutil.rmtree(at / name)
+    (at / "c.safetensors").unlink()
+
+
+def _open_model(at: Path) -> Any:
+    from latentpipe import LatentPipeline
+    from latentpipe.models import describe
+
+    pipe = LatentPipeline.from_pretrained(at / "model", device="cpu")
+    json.dumps(describe(at / "model"), ensure_ascii=False).encode()
+    return [list(part.state_dict().values()) for part in pipe.host.components.values() if isinstance(part, torch.nn.Module)]
+
+
+def _open_vae(at: Path) -> Any:
+    from latentpipe.models import describe
+    from latentpipe.weights import load_vae, open_vae
+
+    path = next(at.iterdir())
+    json.dumps(describe(path), ensure_ascii=False).encode()
+    space = open_vae(path).space
+    return [list(load_vae(path).state_dict().values()), space.scale, space.shift]
+
+
+def _lora(at: Path, to: Any = "diffusers") -> None:
+    from latentpipe.lora.files import card, write_lora
+    from latentpipe.lora.layer import Layer, Lora
+
+    def layer(seed: int, *shape: int) -> Layer:
+        draw = torch.Generator().manual_seed(seed)
+        tensors = {
+            "lora_A": torch.randn(2, 4, *shape, generator=draw),
+            "lora_B": torch.randn(6, 2, *[1] * len(shape), generator=draw),
+        }
+        return Layer("lora", tensors, 2, 3.0)
+
+    block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    paths = {f"{block}.to_q": layer(0), f"{block}.to_v": layer(1), "conv_in": layer(2, 3, 3)}
+    lora = Lora({"unet": paths, "text_encoder": {"encoder.layers.0.self_attn.q_proj": layer(3)}})
+    told = card(lora, title="x", base_hashes={"unet": "ab" * 32}, trigger_words=["x"], training={"steps": 1})
+    write_lora(lora, at / "a.safetensors", to, metadata=told)
+
+
+def _peft(at: Path) -> None:
+    from latentpipe.lora.file_config import ADAPTER_KEY, write_config
+    from latentpipe.lora.files import read_lora
+
+    _lora(at, "peft")
+    lora = read_lora(at / "a.safetensors")
+    tensors = {name: value for name, value in load_file(at / "a.safetensors").items() if ".text_encoder" not in name}
+    (at / "a.safetensors").unlink()
+    save_file(tensors, at / "adapter_model.safetensors")
+    (at / "adapter_config.json").write_text(json.dumps(write_config("unet", lora.parts["unet"])))
+    assert ADAPTER_KEY
+
+
+def _open_lora(at: Path) -> Any:
+    from latentpipe.lora.files import base_of, read_lora, trigger_words
+    from latentpipe.lora_verbs import facts, is_lora
+
+    path = at if (at / "adapter_config.json").exists() or (at / "adapter_model.safetensors").exists() else at / "a.safetensors"
+    lora = read_lora(path, {"unet": ["conv_in"], "text_encoder": []})
+    base_of(lora), trigger_words(lora), lora.hash
+    if is_lora(path):
+        json.dumps(facts(path), ensure_ascii=False)
+    return [[*layer.tensors.values(), layer.alpha, layer.scale] for _, _, layer in lora.layers()]
+
+
+def _adapter(at: Path) -> None:
+    from latentpipe.adapters import Adapter, AdapterCard, save_adapter
+
+    torch.manual_seed(0)
+    adapter = Adapter((4, 8), (4, 4), "convolution")
+    save_adapter(adapter, AdapterCard("ab" * 32, "cd" * 32, (4, 8), (4, 4), "convolution", {"r": 1.0}), at / "a.safetensors")
+
+
+def _open_adapter(at: Path) -> Any:
+    from latentpipe.adapters import open_adapter
+
+    return list(open_adapter(at / "a.safetensors", ["ab" * 32], ["cd" * 32]).state_dict().values())
+
+
+def _cache(at: Path) -> None:
+    from latentpipe.data.cache import encode_folder
+
+    _vae_folder(at)
+    shutil.move(at / "vae", at.parent / f"{at.name}-vae")
+    encode_folder(write_pictures(at / "pictures"), at.parent / f"{at.name}-vae", at / "c.safetensors", 16)
+    shutil.rmtree(at / "pictures")
+
+
+def _open_cache(at: Path) -> Any:
+    from latentpipe.data.cache import open_cache
+
+    cache = open_cache(at / "c.safetensors", at.parent / "sound-vae")
+    return [cache.mean, cache.std, cache.size_px]
+
+
+def _codec(at: Path) -> Any:
+    from latentpipe.explore.codec.files import compress, open_codec
+    from latentpipe.explore.codec.fit import integers, write
+    from latentpipe.train.rate import ContextModel
+
+    _vae_folder(at)
+    torch.manual_seed(0)
+    write(integers(ContextModel(4, hidden=16), 1.0), at / "vae")
+    shutil.copytree(at / "vae", at.parent / "sound-codec", dirs_exist_ok=True)
+    (at / "p.lpz").write_bytes(compress(draw_shape("red", "circle", 20), open_codec(at / "vae")))
+    for name in ("config.json", "card.json", "latent_rgb.json"):
+        shutil.move(at / "vae" / name, at.parent / "sound-codec" / name)
+    shutil.copy(at / "vae" / "codec.safetensors", at / "codec.safetensors")
+    shutil.rmtree(at / "vae")
+
+
+def _open_codec(at: Path) -> Any:
+    from latentpipe.codec_verbs import facts, read
+    from latentpipe.explore.codec.context import read as read_weights
+    from latentpipe.explore.codec.files import decompress, open_codec
+
+    global _known_codec
+    _known_codec = _known_codec or open_codec(at.parent / "sound-codec")
+    read_weights(at / "codec.safetensors")
+    facts(at / "p.lpz")
+    return np.asarray(decompress(read(at / "p.lpz"), _known_codec)).sum().item()
+
+
+_known_codec: Any = None
+
+
+def _configs(at: Path) -> None:
+    from latentpipe.config import dump
+    from latentpipe.verbs import configs_folder
+
+    for path in sorted(configs_folder().glob("*.yaml"))[:6]:
+        shutil.copy(path, at)
+    (at / "all.yaml").write_text(dump(vae_run(at, at)))
+
+
+def _open_configs(at: Path) -> Any:
+    from latentpipe.config import TrainDenoiser, TrainLora, TrainVAE, load
+
+    for path in sorted(at.iterdir()):
+        text = path.read_text(errors="replace") if path.is_file() and path.stat().st_size < 10**6 else ""
+        name = path.stem
+        schema = TrainLora if "lora" in name else TrainDenoiser if "\nunet:" in text or "cache:" in text else TrainVAE
+        try:
+            _numbers(load(path, schema).model_dump())
+        except UserError:
+            if "unknown key" not in str(sys.exc_info()[1]) or not text:
+                raise
+    return None
+
+
+def _numbers(value: Any) -> None:
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        _numbers(inner)
+    assert not isinstance(value, float) or np.isfinite(value), "a float that is not finite was accepted"
+
+
+def _yaml(at: Path) -> None:
+    (at / "y.yaml").write_text(
+        "a: 1\nb: [1, 2.5, x]\nc: &c {d: null, e: [true, 2024-01-01]}\nf:\n  <<: *c\n  g: 'h'\nk: |\n  text\n"
+    )
+
+
+def _open_yaml(at: Path) -> Any:
+    from latentpipe.reading import read_yaml
+
+    str(read_yaml(at / "y.yaml"))[:1000]
+
+
+def _recipes(at: Path) -> None:
+    from latentpipe.recipe import Machine, Recipe, Source, save_png
+
+    machine = Machine(device="cpu", dtype="float32", threads=1, processor="x", versions={"torch": "2"})
+    recipe = Recipe(
+        prompt="red circle", negative="bar", seed=7, steps=20, guidance=3.5, scheduler="ddim", width=16, height=16, batch_size=3,
+        model="emoji", vae="other", loras={"x": 1.0, "y": {"unet": 0.5}}, source=Source(sha256="ab" * 32, strength=0.4),
+        hashes={"unet": "12" * 32, "vae": "34" * 32}, machine=machine,
+    )  # fmt: skip
+    save_png(draw_shape("red", "circle", 16), at / "ours.png", recipe)
+    node = {"inputs": {"ckpt_name": "m.safetensors"}, "class_type": "CheckpointLoaderSimple"}
+    words = {"inputs": {"text": "cat", "clip": ["1", 1]}, "class_type": "CLIPTextEncode"}
+    inputs = {"seed": 5, "steps": 20, "cfg": 7.5, "sampler_name": "euler", "scheduler": "karras", "denoise": 1}
+    links = {"model": ["1", 0], "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["4", 0]}
+    empty = {"inputs": {"width": 16, "height": 16, "batch_size": 1}, "class_type": "EmptyLatentImage", "is_changed": None}
+    graph = {"1": node, "2": words, "3": {"inputs": inputs | links, "class_type": "KSampler"}, "4": empty}
+    save_png(draw_shape("red", "bar", 16), at / "comfy.png", None, {"prompt": json.dumps(graph)})
+    lines = "a cat <lora:x:0.5>\nNegative prompt: dog\nSteps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 5, Size: 16x16"
+    save_png(draw_shape("red", "bar", 16), at / "a1111.png", None, {"parameters": lines})
+
+
+def _open_recipes(at: Path) -> Any:
+    from dataclasses import asdict
+
+    from latentpipe.metadata import read_info
+    from latentpipe.recipe import read
+    from latentpipe.xyplot import is_grid
+
+    found = []
+    for path in sorted(at.iterdir()):
+        assert not is_grid(path)
+        info = asdict(read_info(path))
+        json.dumps(info | {"recipe": None}, ensure_ascii=False).encode()
+        found += [value for value in info["settings"].values() if isinstance(value, float)] + list(info["loras"].values())
+        if path.name == "ours.png":
+            read(path).model_dump_json()
+    return found
+
+
+def _pictures(at: Path) -> None:
+    picture = draw_shape("green", "square", 24)
+    clear = picture.convert("RGBA")
+    clear.putalpha(90)
+    for name, one in {
+        "a.png": picture,
+        "b.jpg": picture,
+        "c.webp": clear,
+        "d.gif": picture,
+        "e.bmp": picture,
+        "f.tif": picture,
+    }.items():
+        one.save(at / name)
+    clear.save(at / "g.png")
+    picture.convert("P").save(at / "h.png", transparency=0)
+    Image.fromarray(np.linspace(0, 65535, 576).reshape(24, 24).astype(np.uint16)).save(at / "i.png")
+    Image.fromarray(np.linspace(0, 1, 576).reshape(24, 24).astype(np.float32)).save(at / "j.tif")
+    picture.save(at / "k.gif", save_all=True, append_images=[picture.rotate(90)])
+
+
+def _open_pictures(at: Path) -> Any:
+    from latentpipe.data.folder import read_pictures
+    from latentpipe.images import dropped, open_picture
+
+    read_pictures(at, 8)
+    for path in sorted(at.iterdir()):
+        open_picture(path)
+        dropped(path)
+
+
+def _folder(at: Path) -> None:
+    write_pictures(at / "pictures")
+    for path in list((at / "pictures").glob("*.png"))[1:]:
+        path.unlink()
+    (path,) = (at / "pictures").glob("*.png")
+    (at / "pictures" / "metadata.jsonl").write_text(json.dumps({"file_name": path.name, "text": "x", "score": 1.0}))
+
+
+def _open_folder(at: Path) -> Any:
+    from latentpipe.data.folder import read_pictures
+
+    return float(read_pictures(at / "pictures", 8).pixels.mean())
+
+
+READERS: dict[str, Reader] = {
+    "vae-folder": Reader(_vae_folder, _open_vae),
+    "vae-file": Reader(_vae_file, _open_vae),
+    "tiny-vae-file": Reader(_tiny_file, _open_vae),
+    "model": Reader(_model, _open_model),
+    "lora": Reader(_lora, _open_lora),
+    "lora-kohya": Reader(lambda at: _lora(at, "kohya"), _open_lora),
+    "peft": Reader(_peft, _open_lora),
+    "adapter": Reader(_adapter, _open_adapter),
+    "cache": Reader(_cache, _open_cache),
+    "codec": Reader(_codec, _open_codec),
+    "config": Reader(_configs, _open_configs),
+    "yaml": Reader(_yaml, _open_yaml),
+    "recipe": Reader(_recipes, _open_recipes),
+    "pictures": Reader(_pictures, _open_pictures),
+    "folder": Reader(_folder, _open_folder),
+}
+
+
+def run(name: str, seeds: range, root: Path, longest_s: int = LONGEST_S) -> Tally:
+    """The trials `seeds` of one reader, with their files below `root`."""
+    reader, sound, tally = READERS[name], root / "sound", Tally()
+    sound.mkdir()
+    with _silent():
+        reader.make(sound)
+        reader.read(sound)
+    files = sorted(path.relative_to(sound) for path in sound.rglob("*") if path.is_file())
+    for seed in seeds:
+        random = Random(f"{name}/{seed}")
+        at = root / "trial"
+        shutil.copytree(sound, at)
+        mutate.mutate(at / random.choice(files), random)
+        _reset_peak()
+        before, begin = _peak_mb(), time.monotonic()
+        with _silent(), _within(longest_s):
+            outcome = _trial(reader, at)
+        tally.slowest_s = max(tally.slowest_s, time.monotonic() - begin)
+        tally.most_mb = max(tally.most_mb, _peak_mb() - before)
+        if _peak_mb() - before > MOST_MB:
+            outcome = f"took {_peak_mb() - before:.0f} MB"
+        if outcome is None:
+            tally.accepted += 1
+        elif isinstance(outcome, UserError):
+            tally.refused += 1
+            tally.sentences[str(outcome).replace(str(at), "")] += 1
+        else:
+            tally.failed[seed] = outcome
+        shutil.rmtree(at)
+    return tally
+
+
+def _trial(reader: Reader, at: Path) -> UserError | str | None:
+    try:
+        return None if _finite(reader.read(at)) else "a value that is not finite was accepted"
+    except UserError as error:
+        if error.__context__ is not None and not error.__suppress_context__ and not isinstance(error.__context__, UserError):
+            return "chained: " + "".join(traceback.format_exception(error))
+        return error
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return "".join(traceback.format_exception(error))
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or bool(np.isfinite(value))
+
+
+class Slow(BaseException):
+    """A trial took longer than its limit."""
+
+
+@contextmanager
+def _within(seconds: int) -> Iterator[None]:
+    def late(*_: Any) -> None:
+        raise Slow(f"longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _reset_peak() -> None:
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_mb() -> float:
+    with suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    return 0.0
+
+
+def main() -> int:
+    """Run the readers named, or all; 1 where a trial failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reader", nargs="*", choices=[[], *READERS])
+    parser.add_argument("--n", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--sentences", type=int, default=0, help="show so many of the sentences")
+    parser.add_argument("--gb", type=float, default=4, help="address space beyond what is taken at the start")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    bad = 0
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + int(options.gb * 2**30), -1))
+    for name in options.reader or READERS:
+        with tempfile.TemporaryDirectory() as folder:
+            begin = time.monotonic()
+            tally = run(name, range(options.first, options.first + options.n), Path(folder))
+        print(
+            f"{name:14} {tally.accepted:5} accepted {tally.refused:5} refused {len(tally.failed):4} failed; slowest "
+            f"{tally.slowest_s:.2f} s, most {tally.most_mb:.0f} MB, {time.monotonic() - begin:.0f} s in all",
+            flush=True,
+        )
+        for seed, text in tally.failed.items():
+            print(f"--- {name} {seed}\n{text}", flush=True)
+        for text, count in tally.sentences.most_common(options.sentences):
+            print(f"{count:5} {text[:300]}")
+        bad += len(tally.failed)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
