@@ -35,6 +35,7 @@ from latentpipe.data.emoji_sets import (
 )
 from latentpipe.errors import UserError
 from latentpipe.files import atomic_folder
+from latentpipe.reading import read_json
 
 CELLS_FILE = Path(__file__).with_name("emoji_cells.json")
 FOLDERS = ("train", "validation", "held_out", "cells", "unseen")
@@ -110,7 +111,7 @@ def _low(text: str, share: float) -> bool:
 
 def read_cells() -> dict[str, list[str]]:
     """The shipped cells: hand -> base keys that it is never trained on."""
-    return json.loads(CELLS_FILE.read_text())["cells"]
+    return read_json(CELLS_FILE)["cells"]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ chars.json maps code points to names where the set has it, else a picture is fou
 
 from __future__ import annotations
 
-import io
-import json
 import re
 import tarfile
 from dataclasses import dataclass, field
@@ -17,9 +15,11 @@ from typing import Any
 from PIL import Image
 
 from latentpipe.errors import UserError
-from latentpipe.images import WHITE, flatten
+from latentpipe.images import WHITE, flatten, picture_of
+from latentpipe.reading import parse_json
 
 TONE_MARKS = frozenset(f"1f3f{digit}" for digit in "bcdef")
+MOST_MEMBER = 2**26  # bytes of a file in a package
 NAMES_PACKAGE = "emojibase-data@17.0.0"
 GROUPS = ("smileys", "people", "component", "animals", "food", "travel", "activities", "objects", "symbols", "flags")
 
@@ -98,8 +98,8 @@ class HandSet:
         """The picture of a key, RGB on white, `size` x `size`; ValueError where it cannot be drawn."""
         inner = round(size * (1 - 2 * self.hand.margin))
         if self.files:
-            with Image.open(io.BytesIO(self.files[self.entries[key]])) as picture:
-                drawn = flatten(picture).resize((inner, inner), Image.Resampling.LANCZOS)
+            picture = picture_of(self.files[self.entries[key]], ("WEBP", "PNG"))
+            drawn = flatten(picture).resize((inner, inner), Image.Resampling.LANCZOS)
         else:
             drawn = flatten(render_svg(svg_of(self.icons, self.entries[key]), inner))
         canvas = Image.new("RGB", (size, size), WHITE)
@@ -128,8 +128,7 @@ def render_svg(svg: str, size: int) -> Image.Image:
         from resvg_py import svg_to_bytes
     except ModuleNotFoundError:
         raise UserError("SVG pictures are drawn by the package 'resvg-py': pip install 'latentpipe[train]'") from None
-    with Image.open(io.BytesIO(svg_to_bytes(svg_string=svg, width=size, skip_system_fonts=True))) as picture:
-        return picture.convert("RGBA")
+    return picture_of(svg_to_bytes(svg_string=svg, width=size, skip_system_fonts=True)).convert("RGBA")
 
 
 def svg_of(icons: dict[str, Any], name: str) -> str:
@@ -177,6 +176,8 @@ def read_members(path: Path, wanted: re.Pattern[str]) -> dict[str, bytes]:
             found = {}
             for member in archive:
                 if member.isfile() and wanted.fullmatch(member.name):
+                    if member.size > MOST_MEMBER:
+                        raise UserError(f"{path}: {member.name} has {member.size:,} bytes; at most {MOST_MEMBER:,} are read.")
                     file = archive.extractfile(member)
                     assert file is not None
                     found[member.name] = file.read()
@@ -192,7 +193,7 @@ def read_names(folder: Path) -> Names:
     if not members:
         raise UserError(f"{path} holds no package/en/data.json; fetch {NAMES_PACKAGE} again.")
     names = Names({}, {}, {})
-    for entry in json.loads(next(iter(members.values()))):
+    for entry in _json_of(path, next(iter(members.values()))):
         key = plain_key(entry["hexcode"])
         names.labels[key] = entry["label"]
         names.tags[key] = tuple(entry.get("tags", ()))
@@ -217,14 +218,21 @@ def read_hand(folder: Path, hand: Hand, labels: dict[str, list[str]], known: Han
     members = read_members(path, re.compile(r"package/(icons|chars)\.json"))
     if "package/icons.json" not in members:
         raise UserError(f"{path} holds no package/icons.json; fetch {hand.package} again.")
-    icons = json.loads(members["package/icons.json"])
-    chars = {plain_key(key): name for key, name in json.loads(members.get("package/chars.json", b"{}")).items()}
+    icons = _json_of(path, members["package/icons.json"])
+    chars = {plain_key(key): name for key, name in _json_of(path, members.get("package/chars.json", b"{}")).items()}
     if not chars:  # older sets: by name, however its words are joined
         slugs = {name.replace("-", ""): name for name in [*icons.get("aliases", {}), *icons["icons"]]}
         found = {key: [slugs[slug] for slug in map(slug_of, texts) if slug in slugs] for key, texts in labels.items()}
         chars = {key: names[0] for key, names in found.items() if names}
     entries = {key: chars[key] for key in labels if key in chars}
     return HandSet(hand, entries, icons=icons)
+
+
+def _json_of(path: Path, data: bytes) -> Any:
+    try:
+        return parse_json(data.decode("utf-8-sig"), most=MOST_MEMBER)
+    except ValueError as error:
+        raise UserError(f"{path} holds JSON that cannot be read ({error}); fetch it again.") from None
 
 
 def slug_of(label: str) -> str:

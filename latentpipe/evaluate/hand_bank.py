@@ -18,6 +18,8 @@ from PIL import Image
 from latentpipe.data.emoji_hands import Library, read_cells
 from latentpipe.data.emoji_sets import HANDS, plain_key
 from latentpipe.evaluate.bank import COLUMNS, SIDE, open_bank, small
+from latentpipe.images import picture_file
+from latentpipe.reading import read_json
 
 FOLDER = Path(__file__).parents[1] / "data"
 INDEX = FOLDER / "emoji_hands_bank.json"
@@ -59,8 +61,8 @@ def open_hands() -> dict[str, HandBank]:
     noto = open_bank()
     keys = [plain_key(key) for key in noto.keys]
     found = {"noto": HandBank("", keys, [texts[0] for texts in noto.captions], noto.pixels)}
-    for name, entry in json.loads(INDEX.read_text())["hands"].items():
-        with Image.open(sheet_of(name)) as sheet:
+    for name, entry in read_json(INDEX)["hands"].items():
+        with picture_file(sheet_of(name)) as sheet:
             array = np.asarray(sheet.convert("RGB"), np.float32)
         tiles = array.reshape(-1, SIDE, COLUMNS, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE * SIDE * 3)
         found[name] = HandBank(entry["style"], entry["keys"], entry["captions"], tiles[: len(entry["keys"])])

@@ -178,11 +178,7 @@ def fit(
     if ended:
         print(f"Stopped after {done} of {optim.steps} steps; go on with --run.resume.", file=sys.stderr)
         raise KeyboardInterrupt if ended == signal.SIGINT else SystemExit(128 + ended)
-    if patience:
-        state.take_best(run.work)
-    if score is not None:
-        print(state.take_lower(score))
-    state.ema.copy_to(state.parameters)
+    state.settle(run.work if patience else None, score)
     return done
 
 

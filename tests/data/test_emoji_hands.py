@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentpipe import UserError
+from latentpipe import UserError, cli
 from latentpipe.data import emoji_hands as hands
 from latentpipe.data import emoji_sets as sets
 from latentpipe.data.emoji import Emoji, read_split
@@ -113,6 +113,12 @@ def test_what_is_no_package_is_refused(tmp_path: Path, content: bytes) -> None:
         sets.read_names(tmp_path)
     pack(tmp_path, BY_NAME["twemoji"].package)
     with pytest.raises(UserError, match=r"holds no package/icons\.json"):
+        sets.read_hand(tmp_path, BY_NAME["twemoji"], {})
+
+
+def test_json_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    pack(tmp_path, BY_NAME["twemoji"].package, **{"icons.json": b"{"})
+    with pytest.raises(UserError, match="holds JSON that cannot be read"):
         sets.read_hand(tmp_path, BY_NAME["twemoji"], {})
 
 
@@ -299,3 +305,9 @@ def test_a_broken_drawing_is_left_out(tmp_path: Path) -> None:
     library = library_of({"1f34e": "🍎", "1f32d": "🌭"})
     library.sets["twemoji"].entries["1f34e"] = "nothing"
     assert hands.write_hands(tmp_path / "out", library, 32, cells={})["train"] == {"noto": 2, "twemoji": 1, "fluent": 2}
+
+
+def test_the_verb_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["emoji", "--hands", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "npm pack @iconify-json/twemoji@" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
