@@ -194,7 +194,7 @@ def save_grid(bank: Bank, rows: dict[str, list[int]], drawn: dict[str, list[Imag
 def table(result: dict[str, Any]) -> str:
     """The scores as text."""
     lines = [f"{'':34}{'n':>5}  top-1                  top-5"]
-    entries = [(name, result[name]) for name in ("seen", "objects", "held_out") if name in result]
+    entries: list[tuple[str, Any]] = [(name, result[name]) for name in ("seen", "objects", "held_out") if name in result]
     entries += [(f"  {name}: {key}", scores) for name, group in result["baselines"].items() for key, scores in group.items()]
     for name, row in entries:
         shares = [
