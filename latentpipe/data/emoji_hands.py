@@ -11,7 +11,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def kind_of(sequence: str) -> str:
     return "tone" if any(f"{point:x}" in TONE_MARKS for point in points) else "object"
 
 
-def captions_in(hand: Hand, names: Iterable[str], keywords: str) -> tuple[str, ...]:
+def captions_in(hand: Hand, names: Sequence[str], keywords: str) -> tuple[str, ...]:
     """Captions of a picture: named (plain for Noto, with the style's name for others), in any style, and by its keywords.
 
     A caption that stands several times is drawn as many times as often.
@@ -77,7 +77,7 @@ def captions_in(hand: Hand, names: Iterable[str], keywords: str) -> tuple[str, .
     for name in names:
         found += [_styled(name, hand.style)] * shares["named"] + [_styled(name, ANY_STYLE)] * shares["any"]
     if keywords:
-        found += [_styled(keywords, hand.style)] * shares["keywords"] * len(list(names))
+        found += [_styled(keywords, hand.style)] * shares["keywords"] * len(names)
     return tuple(found)
 
 
