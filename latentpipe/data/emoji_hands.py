@@ -43,8 +43,8 @@ NOTO_SIZE = 128  # the font's bitmaps hold no more
 HELD_OUT_SHARE = 0.1
 OTHERS = 3  # other hands that must have an emoji before its cell may be held out
 # How often each kind of caption stands in the metadata, so that training meets them in this proportion
-SHARES = {"named": 4, "any": 1, "keywords": 1}
-STYLED_SHARES = {"named": 3, "any": 2, "keywords": 1}
+SHARES = {"named": 6, "any": 1, "keywords": 1}
+STYLED_SHARES = {"named": 6, "any": 2, "keywords": 1}
 
 
 @dataclass(frozen=True)
