@@ -6,6 +6,7 @@ images  float tensors, B 3 H W, [-1, 1]
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -65,6 +66,13 @@ def picture_file(path: Path, formats: tuple[str, ...] = FORMATS, most: int = MOS
     except Exception as error:  # Pillow raises nearly every type for a damaged or hostile file
         refuse(error, str(path))
         raise Unreadable(path, (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")) from None
+
+
+def picture_of(data: bytes, formats: tuple[str, ...] = FORMATS, most: int = MOST_PIXELS) -> Image.Image:
+    """The picture that these bytes are, decoded; ValueError or OSError where they are none, or one of more than `most` pixels."""
+    with Image.open(io.BytesIO(data), formats=formats) as picture:
+        _check_size(picture, most, len(data))
+        return picture.copy()
 
 
 def _check_size(picture: Image.Image, most: int, size: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latentpipe.defaults import GUIDANCE, STEPS
-from latentpipe.errors import begin, counted
+from latentpipe.errors import UserError, begin, counted
 from latentpipe.places import SUFFIXES, available, configs_folder, lookup, own_adapters
 
 
@@ -51,18 +51,69 @@ def replay(
         print(f"largest difference: {result.difference} of 255 grey levels. What has changed: {cause}")
 
 
-def emoji(out: Path = Path("data/emoji"), size: int = 128, font: Path | None = None) -> None:
+def emoji(out: Path = Path("data/emoji"), size: int | None = None, font: Path | None = None, hands: Path | None = None) -> None:
     """Render the emoji set with captions into OUT/train, OUT/validation and OUT/held_out.
 
     Args:
         out: Folder to write.
-        size: Side of the pictures in pixels, at most 136.
+        size: Side of the pictures in pixels: 128, at most 136; with --hands 256 (Noto's stay at 128).
         font: NotoColorEmoji.ttf; left out: where the system keeps it.
+        hands: Folder with several artists' sets as 'npm pack' fetches them (a missing one is named with the command): their
+            pictures too, with style names in the captions, in OUT/cells those that only another artist's hand is known of, in
+            OUT/unseen hands that are never trained on.
     """
+    if hands is not None:
+        _emoji_hands(out, hands, 256 if size is None else size, font)
+        return
     from latentpipe.data.emoji import write_folders
 
+    size = 128 if size is None else size
+    if not 8 <= size <= 136:
+        raise UserError(f"--size is {size}; the font's bitmaps allow 8 to 136 pixels.")
     for name, count in write_folders(out, size, font).items():
         print(f"{out / name}: {counted(count, 'picture')}")
+
+
+def _emoji_hands(out: Path, hands: Path, size: int, font: Path | None) -> None:
+    from tqdm import tqdm
+
+    from latentpipe.data.emoji_hands import open_library, write_hands
+
+    if not 8 <= size <= 1024:
+        raise UserError(f"--size is {size}; expected 8 to 1024 pixels.")
+    counts = write_hands(out, open_library(hands, font), size, lambda planned: tqdm(planned, unit="picture"))
+    for name, by_hand in counts.items():
+        shares = ", ".join(f"{hand} {count}" for hand, count in by_hand.items())
+        print(f"{out / name}: {counted(sum(by_hand.values()), 'picture')} ({shares})")
+
+
+def train_embedded(
+    hands: Path,
+    work: Path = Path("runs/embedded"),
+    vae: str = "emoji",
+    start: str | None = "emoji",
+    denoiser_steps: int | None = None,
+    decoder_steps: int | None = None,
+    tuning_steps: int | None = None,
+    batch_size: int | None = None,
+    decay: bool = True,
+) -> None:
+    """Train the whole chain of the embedded model: pictures, latents, denoiser, decoder. Given again, it goes on.
+
+    Args:
+        hands: Folder with several artists' sets, as for 'latentpipe emoji --hands'.
+        work: Folder of all parts; the model ends up in WORK/model.
+        vae: Name or folder of the VAE whose latents are kept.
+        start: Name or folder of the model that the denoiser begins with; None: random weights.
+        denoiser_steps: Steps of the denoiser, in place of the config's.
+        decoder_steps: Steps of the decoder, in place of the config's.
+        tuning_steps: Steps that the decoder then trains on what the denoiser predicts, likewise.
+        batch_size: Pictures in each step of both, in place of the configs'.
+        decay: Let the denoiser's rate fall over the last quarter; without, the run can be made longer later.
+    """
+    from latentpipe.train.chain import train_chain
+
+    print(train_chain(hands, work, configs_folder(), vae, start, denoiser_steps, decoder_steps, tuning_steps, batch_size, decay))
 
 
 def encode(folder: Path, /, vae: str, size: int = 64, out: Path | None = None, caption_column: str | None = None) -> None:
@@ -94,6 +145,8 @@ def evaluate_prompts(
     guidance: float = GUIDANCE,
     device: str | None = None,
     grid: Path | None = None,
+    styles: int | None = None,
+    objects: int | None = None,
     json: bool = False,
 ) -> None:
     """Does the picture follow the prompt? One picture for each prompt, seed = index, nothing selected.
@@ -106,11 +159,13 @@ def evaluate_prompts(
         guidance: Classifier-free guidance.
         device: cpu, cuda or mps.
         grid: Where to save a sheet of the first 16 pictures of either list.
+        styles: Also score a model of several hands: so many held-out cells of emoji and style (0: all), and "any style".
+        objects: Also score so many of the training prompts that name no skin tone and no flag; 0: all.
         json: Print one JSON object only.
     """
     from latentpipe.evaluate.prompts import evaluate, table
 
-    result = evaluate(model, seen, held_out, steps, guidance, device, grid)
+    result = evaluate(model, seen, held_out, steps, guidance, device, grid, styles, objects)
     print(_json(result) if json else table(result))
 
 

@@ -1,5 +1,6 @@
 """Every shipped config loads, says how to launch it, and launches."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,10 @@ def test_loads_and_names_its_command(path):
     assert parse(yaml.safe_load(dump(config)), schema_of(path), "dumped") == config
 
 
-@pytest.mark.parametrize("name", [path.stem for path in CONFIGS if verb_of(path) == "train-vae" and path.stem[-4:] != "-vae"])
+VAES = [path.stem for path in CONFIGS if verb_of(path) == "train-vae" and path.stem[-4:] != "-vae"]
+
+
+@pytest.mark.parametrize("name", [name for name in VAES if not name.endswith("-tuned")])
 def test_the_other_vaes_launch(name, tmp_path, monkeypatch):
     """Two steps of each on pictures made by code; what it begins with ships."""
     monkeypatch.chdir(tmp_path)
@@ -41,6 +45,28 @@ def test_the_other_vaes_launch(name, tmp_path, monkeypatch):
     arguments += ["--optim.batch-size", "2", "--optim.steps", "2", "--optim.warmup-steps", "1"]
     assert cli.main(["train-vae", name, *arguments]) == 0
     assert cli.main(["inspect", "v"]) == 0
+
+
+def test_the_enlarging_decoder_is_tuned_on_what_a_denoiser_predicts(tmp_path, monkeypatch):
+    """Two steps from the decoder of one step, on the predictions of the embedded denoiser."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "pictures")
+    arguments = [
+        "--data.train",
+        "pictures",
+        "--data.validation",
+        "pictures",
+        "--optim.batch-size",
+        "2",
+        "--optim.warmup-steps",
+        "1",
+    ]
+    first = ["--run.out", "v", "--run.work", "w", "--optim.steps", "1"]
+    assert cli.main(["train-vae", "emoji-hands-decoder", *arguments, *first]) == 0
+    second = ["--run.out", "t", "--run.work", "u", "--optim.steps", "2", "--run.warm-start", "v", "--predicted.model", "emoji"]
+    second += ["--adversarial.start-step", "1"]
+    assert cli.main(["train-vae", "emoji-hands-decoder-tuned", *arguments, *second]) == 0
+    assert cli.main(["inspect", "t"]) == 0
 
 
 @pytest.mark.parametrize("name", ["emoji", "small"])
@@ -57,6 +83,22 @@ def test_launches(name, tmp_path, monkeypatch):
     assert cli.main([*denoiser, "--run.out", "m", "--run.work", "wd", *run]) == 0
     assert cli.main(["generate", "red circle", "--model", "m", "--steps", "2", "--out", "o"]) == 0
     assert list(Path("o").glob("red-circle-*.png"))
+
+
+def test_the_denoiser_of_several_hands_launches(tmp_path, monkeypatch, capsys):
+    """Two steps from the embedded model, with a new vocabulary and pictures of the kinds that the config weighs."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "pictures")
+    lines = [json.loads(line) for line in Path("pictures/metadata.jsonl").read_text().splitlines()]
+    kinds = ["tone", "flag", "object"]
+    rows = [{**line, "kind": kinds[index % 3], "text": f"{line['text']}, flat style"} for index, line in enumerate(lines)]
+    Path("pictures/metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert cli.main(["encode", "pictures", "--vae", "emoji", "--size", "64", "--out", "c.safetensors"]) == 0
+    denoiser = ["train-denoiser", "emoji-hands-denoiser", "--data.cache", "c.safetensors", "--data.vae", "emoji"]
+    denoiser += ["--run.out", "m", "--run.work", "w", "--run.warm-start", "emoji"]
+    assert cli.main([*denoiser, "--optim.batch-size", "2", "--optim.steps", "2", "--optim.warmup-steps", "1"]) == 0
+    assert "slow_ema_loss" in capsys.readouterr().out
+    assert cli.main(["generate", "red circle, flat style", "--model", "m", "--steps", "1", "--out", "o"]) == 0
 
 
 @pytest.mark.parametrize("name", [path.stem for path in CONFIGS if verb_of(path) == "train-lora"])

@@ -21,6 +21,7 @@ from latentpipe.config.lora import TrainLora as TrainLora
 from latentpipe.config.vae import Adversarial as Adversarial
 from latentpipe.config.vae import Crops as Crops
 from latentpipe.config.vae import Parts as Parts
+from latentpipe.config.vae import Predicted as Predicted
 from latentpipe.config.vae import TrainVAE as TrainVAE
 from latentpipe.config.vae import VAELoss as VAELoss
 from latentpipe.config.vae import VAERun as VAERun

@@ -40,7 +40,7 @@ class PictureData(Strict):
 
 
 class Optimization(Strict):
-    """AdamW with a linear warm-up and a cosine decay to zero, EMA of the weights."""
+    """AdamW with a linear warm-up and a decay to zero, EMA of the weights."""
 
     steps: Positive
     """Optimizer steps in all."""
@@ -50,12 +50,18 @@ class Optimization(Strict):
     """Peak learning rate."""
     warmup_steps: int = Field(100, ge=0, le=10**9)
     """Steps of linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine: half a cosine to zero at the last step; constant: the peak until `decay_share`, so a run can be made longer."""
+    decay_share: float = Field(0.0, ge=0, le=1)
+    """Share of the steps, the last ones, in which a constant rate falls linearly to zero; 0: it stays."""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's decoupled weight decay."""
     clip_norm: float = Field(1.0, gt=0)
     """Largest norm of the whole gradient."""
     ema_decay: float = Field(0.999, ge=0, lt=1)
     """Decay of the moving average of the weights, which is what gets saved."""
+    ema_decay_slow: float | None = Field(None, ge=0, lt=1)
+    """Decay of a second moving average (train-denoiser); of the two the one with the lower loss on fixed noise gets saved."""
 
 
 class Run(Strict):

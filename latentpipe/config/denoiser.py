@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -16,6 +17,8 @@ class CacheData(Strict):
     """The .safetensors file with the latents of the training pictures."""
     vae: Path
     """Folder of the VAE; its hash must be the cache's."""
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """How often pictures of a kind are drawn (column `kind` of the metadata), relative to all others' 1; empty: all alike."""
 
 
 class UNetShape(Strict):
@@ -55,6 +58,8 @@ class TextShape(Strict):
     """Largest number of tokens; 514 are the letters and the two ends."""
     length: int = Field(24, ge=3, le=65_536)
     """Tokens that the encoder reads."""
+    new_vocabulary: bool = False
+    """With run.warm_start: train the vocabulary anew on these captions; the vectors of words that both know are taken over."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TextShape:

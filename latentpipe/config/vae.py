@@ -69,6 +69,8 @@ class VAELoss(Strict):
     """Mean of sqrt(error^2 + 1e-6): L1 that is smooth at zero."""
     structure: Weight = 0.0
     """1 - MS-SSIM (three scales below 176 px), a mean over windows."""
+    edges: Weight = 0.0
+    """Mean absolute error of the differences between neighbouring pixels, and between those two apart."""
     perceptual: Weight = 0.0
     """Distance of `perceptual_net`, one value for each picture."""
     perceptual_net: Literal["nlpd", "lpips-alex", "lpips-vgg", "lpips-squeeze", "dists"] = "nlpd"
@@ -101,6 +103,8 @@ class VAELoss(Strict):
     """Mean square by which latent values exceed their bound."""
     latent: Weight = 1.0
     """Mean squared error to the teacher's latents, over latent values (mode distil)."""
+    latent_noise: Weight = 0.0
+    """Half of the steps decode latents with noise, of a deviation up to this one, picture by picture (in normalized units)."""
 
     @model_validator(mode="after")
     def _pictures_count(self) -> VAELoss:
@@ -143,13 +147,26 @@ class Adversarial(Strict):
     """Weight of the LeCam regularization."""
 
 
+class Predicted(Strict):
+    """Latents as a denoiser predicts them in one step from slightly noised ones: what a decoder meets in a pipeline."""
+
+    model: Path | None = None
+    """Name or folder of a model of the teacher's latents; left out: none."""
+    share: float = Field(0.5, gt=0, le=1)
+    """Share of the steps that decode them (mode distil)."""
+    times: Positive = 250
+    """Timesteps that they are noised to, uniform from 0 up to this one."""
+
+
 class Crops(Strict):
-    """Random crops: a share of whole pictures, else a square of random side, always resized to `size_px`."""
+    """Random crops: a share of whole pictures, else a square of random side, resized to `size_px`; or of `cut_px`, as it is."""
 
     size_px: Side = 64
     """Side of the training pictures."""
     whole: float = Field(0.6, ge=0, le=1)
     """Share of the steps that see whole pictures."""
+    cut_px: Positive | None = None
+    """Cut squares of this side without resizing: cheaper steps beside a share of whole pictures at `size_px`."""
     flip: bool = True
     """Mirror half of the pictures."""
 
@@ -161,7 +178,9 @@ class TrainVAE(Strict):
     run: VAERun
     optim: Parts
     mode: Literal["all", "decoder", "encoder-head", "distil"] = "all"
-    """What trains: all; decoder (the latents stay); encoder-head (all but the encoder's body); distil (onto `teacher`)."""
+    """What trains: all; decoder (the latents stay); encoder-head (all but the encoder's body); distil (onto `teacher`).
+
+    With a level more than the teacher, distil learns its latents of pictures of half the size: a decoder that enlarges."""
     parts: tuple[str, ...] = ()
     """Stages or parameters that train in place of the mode's, with * and ? (encoder.head, decoder.up.*)."""
     teacher: Path | None = None
@@ -172,6 +191,7 @@ class TrainVAE(Strict):
     loss: VAELoss = VAELoss()
     adversarial: Adversarial = Adversarial()
     crops: Crops = Crops()
+    predicted: Predicted = Predicted()
 
     @model_validator(mode="after")
     def _mode_is_complete(self) -> TrainVAE:
@@ -179,6 +199,12 @@ class TrainVAE(Strict):
             raise ValueError("mode distil and a teacher belong together; give both or neither")
         if self.loss.rate and self.mode != "all":
             raise ValueError("loss.rate shapes the latents, so all must train; leave out mode, or the rate")
+        if self.predicted.model is not None and (self.mode != "distil" or self.crops.whole < 1 or self.crops.flip):
+            raise ValueError(
+                "predicted.model draws whole pictures as captions say; give mode distil, crops.whole 1, crops.flip false"
+            )
+        if self.loss.latent_noise and self.mode != "distil":
+            raise ValueError("loss.latent_noise disturbs a teacher's latents; leave it out, or give mode distil and a teacher")
         if self.mode == "distil" and not self.loss.latent:
             raise ValueError("mode distil learns the teacher's latents; give loss.latent a weight")
         if self.model.kind == "tiny" and (self.loss.target_bits or self.loss.free_bits or self.loss.schedule != "constant"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +30,24 @@ FORMAT = "latentpipe.latents.1"
 
 @dataclass(frozen=True)
 class LatentCache:
-    """Latents of N pictures: mean and std (N C h w), their captions, the size they had and the VAE that made them."""
+    """Latents of N pictures: mean and std (N C h w), captions, the size they had, the VAE that made them, and their kinds."""
 
     mean: torch.Tensor
     std: torch.Tensor
     captions: list[tuple[str, ...]]
     size_px: int
     vae_hash: str
+    kinds: tuple[str, ...] = ()
+
+    def weights(self, of_kinds: Mapping[str, float]) -> list[float]:
+        """How often each picture is wanted: the weight of its kind, 1 where that has none; UserError for an unknown kind."""
+        unknown = sorted(set(of_kinds) - set(self.kinds))
+        if unknown:
+            known = ", ".join(sorted(set(self.kinds) - {""})) or "none"
+            raise UserError(
+                f"data.weights names the kind '{unknown[0]}'; the 'kind' column of the pictures' metadata has: {known}."
+            )
+        return [of_kinds.get(kind, 1.0) for kind in self.kinds or ("",) * len(self.captions)]
 
     def sample(self, chosen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Fresh latents (B C h w) of the chosen pictures: ``mean + std * noise``."""
@@ -66,13 +77,15 @@ def encode_folder(
             f"{vae_folder} gives latents beyond the range of fp16 (65,504) for pictures of {folder}; its normalization is not "
             "that of its weights. Expected latents of about mean 0 and standard deviation 1."
         )
-    cache = LatentCache(mean, std, pictures.captions, size_px, digest)
+    cache = LatentCache(mean, std, pictures.captions, size_px, digest, tuple(pictures.kinds) if any(pictures.kinds) else ())
     metadata = {
         "format": FORMAT,
         "vae_hash": digest,
         "size_px": str(size_px),
         "captions": json.dumps(cache.captions),
     }
+    if cache.kinds:
+        metadata["kinds"] = json.dumps(cache.kinds)
     with atomic_file(out) as part:
         save_file({"mean": mean, "std": std}, part, metadata=metadata)
     return cache
@@ -94,12 +107,13 @@ def open_cache(path: Path, vae_folder: Path) -> LatentCache:
     try:
         captions = _captions(metadata["captions"])
         size_px = _size(metadata["size_px"])
+        kinds = _kinds(metadata.get("kinds"), len(captions))
         _check_tensors(tensors["mean"], tensors["std"], len(captions), vae.space, size_px)
     except ValueError as error:
         raise UserError(
             f"{path} is damaged: {error}. Delete it, and encode the pictures again with 'latentpipe encode'."
         ) from None
-    return LatentCache(tensors["mean"], tensors["std"], captions, size_px, digest)
+    return LatentCache(tensors["mean"], tensors["std"], captions, size_px, digest, kinds)
 
 
 def _captions(stored: str) -> list[tuple[str, ...]]:
@@ -113,6 +127,19 @@ def _captions(stored: str) -> list[tuple[str, ...]]:
     if not all(isinstance(text, str) for texts in found for text in texts):
         raise ValueError("its captions hold something that is no text")
     return [tuple(texts) for texts in found]
+
+
+def _kinds(stored: str | None, pictures: int) -> tuple[str, ...]:
+    """The kind of every picture; none where none were stored, ValueError where they are not one text for each."""
+    if stored is None:
+        return ()
+    try:
+        found = parse_json(stored, most=MOST_HEADER)
+    except ValueError as error:
+        raise ValueError(f"its kinds are no JSON ({error})") from None
+    if not isinstance(found, list) or len(found) != pictures or not all(isinstance(kind, str) for kind in found):
+        raise ValueError("its kinds are not one text for each picture")
+    return tuple(found)
 
 
 def _size(stored: str) -> int:

@@ -16,15 +16,16 @@ from latentpipe.images import Unreadable, fit_square, flatten, picture_file
 
 @dataclass(frozen=True)
 class Item:
-    """One picture file and its captions (none, one or several)."""
+    """One picture file, its captions (none, one or several) and its kind ("" where the metadata names none)."""
 
     path: Path
     captions: tuple[str, ...]
+    kind: str = ""
 
 
 @dataclass
 class Pictures:
-    """What was read: pixels uint8 N H W 3, captions per picture, and the files that were skipped with the reason.
+    """What was read: pixels uint8 N H W 3, captions and kind per picture, and the files that were skipped with the reason.
 
     source  where captions are from, in words
     """
@@ -33,6 +34,7 @@ class Pictures:
     captions: list[tuple[str, ...]]
     names: list[str]
     skipped: dict[str, str] = field(default_factory=dict)
+    kinds: list[str] = field(default_factory=list)
     source: str = ""
 
     def report(self) -> str:
@@ -47,7 +49,8 @@ def read_index(folder: Path, column: str | None = None, captions: bool = True) -
 
     column    of the metadata that holds the captions; None: text, caption or prompt
     captions  False: caption files are not opened
-    What is left out (hidden files, links in circles, columns that are not known) is told as a Note each.
+    What is left out (hidden files, links in circles, columns that are not known) is told as a Note each. The metadata's column
+    `kind` is kept, where there is one.
     """
     return _items(Path(folder), _listed(Path(folder), column, captions))
 
@@ -65,7 +68,7 @@ def _listed(folder: Path, column: str | None, captions: bool) -> Listing:
 
 
 def _items(folder: Path, found: Listing) -> list[Item]:
-    return [Item(folder / name, tuple(texts)) for name, texts in found.captions.items()]
+    return [Item(folder / name, tuple(texts), found.kinds.get(name, "")) for name, texts in found.captions.items()]
 
 
 def read_pictures(folder: Path, size_px: int, most: int | None = None, column: str | None = None) -> Pictures:
@@ -86,6 +89,7 @@ def read_pictures(folder: Path, size_px: int, most: int | None = None, column: s
             continue
         result.names.append(name)
         result.captions.append(item.captions)
+        result.kinds.append(item.kind)
     if not arrays:
         raise UserError(f"No picture in {folder} could be read.\n{result.report()}")
     result.pixels = np.stack(arrays)

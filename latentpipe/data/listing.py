@@ -26,11 +26,13 @@ class Listing:
     """What a folder holds: file names (relative, "/" between parts) with their captions, in order.
 
     captions  of each file; a file that its metadata names twice has two
+    kinds     of the files whose metadata has a column `kind`
     source    where captions came from, and how many of each ("text in metadata.jsonl", ".txt files")
     notes     a sentence for all that was left out or not understood
     """
 
     captions: dict[str, list[str]] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
     source: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
@@ -122,11 +124,13 @@ def _take_metadata(listing: Listing, folder: Path, place: str, column: str | Non
         if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
             raise UserError(f"{folder}: metadata names '{name}', which lies outside the folder.")
         found = next((key for key in names if isinstance(record.get(key), str) and record[key]), None)
-        own = listing.captions.setdefault(f"{place}/{name}" if place else name, [])
+        own = listing.captions.setdefault(whole := f"{place}/{name}" if place else name, [])
+        if isinstance(kind := record.get("kind"), str) and kind:
+            listing.kinds[whole] = kind
         if found:
             own.append(record[found])
             listing.source[f"{found} in {path.relative_to(folder).as_posix()}"] += 1
-        columns |= {str(key) for key in record} - {"file_name"}
+        columns |= {str(key) for key in record} - {"file_name", "kind"}
     if captions and columns - set(COLUMNS) and not (columns & set(names)):
         shown = ", ".join(f"'{name}'" for name in sorted(columns)[:12])
         listing.notes.append(

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from latentpipe.data.emoji import file_hash, find_font, read_split, render_all, split_of
+from latentpipe.data.emoji_hands import kind_of
 from latentpipe.images import picture_file
 from latentpipe.reading import read_json
 
@@ -42,6 +43,11 @@ class Bank:
         """Indices of a split in the fixed order of evaluation: by sha256 of the key."""
         rows = [index for index, name in enumerate(self.splits) if name == split]
         return sorted(rows, key=lambda index: hashlib.sha256(self.keys[index].encode()).hexdigest())
+
+    def objects(self) -> list[int]:
+        """Rows of the training split without skin tones and flags, in the fixed order of evaluation."""
+        sequences = {row: "".join(chr(int(point, 16)) for point in self.keys[row].split("-")) for row in self.rows_of("train")}
+        return [row for row, sequence in sequences.items() if kind_of(sequence) == "object"]
 
 
 def small(picture: Image.Image) -> np.ndarray:

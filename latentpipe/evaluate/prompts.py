@@ -20,7 +20,9 @@ from tqdm import tqdm
 from latentpipe.data.emoji import TONES, Combination, combination_of
 from latentpipe.defaults import GUIDANCE, STEPS
 from latentpipe.errors import UserError, counted
-from latentpipe.evaluate.bank import Bank, open_bank, small
+from latentpipe.evaluate.bank import SIDE, Bank, open_bank, small
+from latentpipe.evaluate.styles import evaluate_styles
+from latentpipe.evaluate.wilson import wilson as wilson
 from latentpipe.files import atomic_file
 from latentpipe.images import sheet
 from latentpipe.pipeline import LatentPipeline
@@ -38,52 +40,71 @@ def evaluate(
     guidance: float = GUIDANCE,
     device: str | None = None,
     grid: Path | None = None,
+    styles: int | None = None,
+    objects: int | None = None,
 ) -> dict[str, Any]:
     """Draw and score; `seen` and `held_out` say how many prompts of each list (0: all).
 
-    Returns {"seen": scores, "held_out": scores with role, gender, tone, "baselines", "seeds", "protocol"}.
+    styles   also score so many held-out cells of the other hands (0: all) and the variety of "any style"
+    objects  also score so many of the seen prompts that name no skin tone and no flag (0: all)
+
+    Returns {"seen": scores, "held_out": scores with role, gender, tone, "baselines", "seeds", "protocol"}, and with styles
+    {"cells", "variety"}, with objects {"objects"}.
     """
-    if seen < 0 or held_out < 0:
-        raise UserError(f"seen is {seen} and held_out {held_out}; expected 0 (all) or more.")
+    if min(seen, held_out, styles or 0, objects or 0) < 0:
+        given = f"seen is {seen}, held_out {held_out}, styles {styles} and objects {objects}"
+        raise UserError(f"{given}; expected 0 (all) or more.")
     if grid is not None and (grid.suffix.lower() != ".png" or grid.is_dir()):
         raise UserError(f"--grid {grid}: expected the name of a PNG file.")
     bank = open_bank()
     pipe = LatentPipeline.from_pretrained(model, device=device)
     settings = pipe.check(Settings(steps=steps, guidance=guidance))
     rows = {"seen": bank.rows_of("train")[: seen or None], "held_out": bank.rows_of("held_out")[: held_out or None]}
+    if objects is not None:
+        rows["objects"] = bank.objects()[: objects or None]
     result: dict[str, Any] = {}
     drawn: dict[str, list[Image.Image]] = {}
     for name, chosen in rows.items():
         prompts = [bank.captions[row][0] for row in chosen]
         drawn[name] = draw_all(pipe, prompts, settings, name)
-        found = bank.nearest(np.stack([small(picture) for picture in drawn[name]]))
-        result[name] = score(bank, chosen, found)
+        pictures = np.stack([small(picture) for picture in drawn[name]])
+        found = bank.nearest(pictures)
+        result[name] = score(bank, chosen, found) | {"rms24": rms24(bank.pixels[chosen], pictures)}
         if name == "held_out":
             result[name] |= attributes(bank, prompts, found)
     if grid is not None:
         save_grid(bank, rows, drawn, grid)
-    result["baselines"] = {name: baselines(bank, name, chosen) for name, chosen in rows.items()}
+    result["baselines"] = {name: baselines(bank, name, rows[name]) for name in ("seen", "held_out")}
     result["seeds"] = four_seeds(pipe, [bank.captions[row][0] for row in rows["seen"][:DIVERSITY_PROMPTS]], settings)
-    result["protocol"] = {
+    if styles is not None:
+        result |= evaluate_styles(lambda texts, seeds: draw_all(pipe, texts, settings, "styles", seeds), styles)
+    result["protocol"] = _protocol(pipe, bank, settings)
+    return result
+
+
+def _protocol(pipe: LatentPipeline, bank: Bank, settings: Settings) -> dict[str, Any]:
+    return {
         "set": "Noto Color Emoji",
         "font_sha256": bank.font_sha256,
         "bank": len(bank.keys),
-        "steps": steps,
-        "guidance": guidance,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
         "scheduler": type(pipe.host.scheduler).__name__,
         "size_px": pipe.native_size[0],
         "seed": "index of the prompt",
         "hashes": pipe.hashes,
     }
-    return result
 
 
-def draw_all(pipe: LatentPipeline, prompts: Sequence[str], settings: Settings, name: str) -> list[Image.Image]:
-    """One picture for each prompt, seed = index, in batches."""
+def draw_all(
+    pipe: LatentPipeline, prompts: Sequence[str], settings: Settings, name: str, seeds: Sequence[int] | None = None
+) -> list[Image.Image]:
+    """One picture for each prompt, seed = index where none are given, in batches."""
     pictures: list[Image.Image] = []
+    seeds = range(len(prompts)) if seeds is None else seeds
     for first in tqdm(range(0, len(prompts), BATCH), desc=name, unit="batch", disable=None, file=sys.stderr):
         part = list(prompts[first : first + BATCH])
-        pictures += pipe.draw(part, range(first, first + len(part)), settings)
+        pictures += pipe.draw(part, seeds[first : first + len(part)], settings)
     return pictures
 
 
@@ -96,6 +117,16 @@ def score(bank: Bank, rows: Sequence[int], found: np.ndarray) -> dict[str, Any]:
     low, high = wilson(top1, n)
     low5, high5 = wilson(top5, n)
     return {"n": n, "top1": top1 / n, "top5": top5 / n, "low": low, "high": high, "top5_low": low5, "top5_high": high5}
+
+
+def rms24(wanted: np.ndarray, pictures: np.ndarray) -> float:
+    """Root mean square difference in grey levels at 24 x 24 between two lists of 32 x 32 pictures: the mean over pictures."""
+
+    def reduced(rows: np.ndarray) -> np.ndarray:
+        tiles = rows.reshape(-1, SIDE, SIDE, 3).clip(0, 255).round().astype(np.uint8)
+        return np.stack([np.asarray(Image.fromarray(tile).resize((24, 24), Image.Resampling.BOX), np.float64) for tile in tiles])
+
+    return float(np.sqrt(np.square(reduced(wanted) - reduced(pictures)).mean((1, 2, 3))).mean())
 
 
 def attributes(bank: Bank, prompts: Sequence[str], found: np.ndarray) -> dict[str, float]:
@@ -149,16 +180,6 @@ def four_seeds(pipe: LatentPipeline, prompts: Sequence[str], settings: Settings)
     return {"prompts": len(prompts), "pairs": len(apart), "smallest": min(apart), "mean": sum(apart) / len(apart)}
 
 
-def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share (E. B. Wilson, JASA 22, 1927), 95 % by default."""
-    if n == 0:
-        return 0.0, 1.0
-    share = hits / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-
-
 def save_grid(bank: Bank, rows: dict[str, list[int]], drawn: dict[str, list[Image.Image]], path: Path) -> None:
     """A sheet of the first 16 pictures of each list with their prompts, at twice their size."""
     pictures, labels = [], []
@@ -173,7 +194,7 @@ def save_grid(bank: Bank, rows: dict[str, list[int]], drawn: dict[str, list[Imag
 def table(result: dict[str, Any]) -> str:
     """The scores as text."""
     lines = [f"{'':34}{'n':>5}  top-1                  top-5"]
-    entries = [(name, result[name]) for name in ("seen", "held_out")]
+    entries: list[tuple[str, Any]] = [(name, result[name]) for name in ("seen", "objects", "held_out") if name in result]
     entries += [(f"  {name}: {key}", scores) for name, group in result["baselines"].items() for key, scores in group.items()]
     for name, row in entries:
         shares = [
@@ -181,13 +202,37 @@ def table(result: dict[str, Any]) -> str:
             for key, low, high in (("top1", "low", "high"), ("top5", "top5_low", "top5_high"))
         ]
         lines.append(f"{name:34}{row['n']:>5}  {shares[0]}  {shares[1]}")
+    distances = ", ".join(f"{name} {result[name]['rms24']:.1f}" for name in ("seen", "objects", "held_out") if name in result)
+    lines.append(f"rms difference to the true picture at 24 x 24, grey levels: {distances}")
     held = result["held_out"]
     lines.append(f"held_out attributes: role {held['role']:.1%}, gender {held['gender']:.1%}, tone {held['tone']:.1%}")
     seeds = result["seeds"]
     lines.append(f"four seeds of one prompt: rms difference {seeds['mean']:.1f} grey levels, smallest {seeds['smallest']:.1f}")
+    lines += _style_lines(result) if "cells" in result else []
     protocol = result["protocol"]
     lines.append(
         f"nearest of {protocol['bank']} {counted(protocol['set'], 'picture')} at 32 x 32; {counted(protocol['steps'], 'step')}, "
         f"guidance {protocol['guidance']}, {protocol['size_px']} px; Wilson intervals, 95 %"
     )
     return "\n".join(lines)
+
+
+def _style_lines(result: dict[str, Any]) -> list[str]:
+    cells, variety = result["cells"], result["variety"]
+    lines = [
+        f"held-out cells (n = {cells['n']}): nearer to the right hand {_percent(cells['nearer'])}, "
+        f"right emoji {_percent(cells['top1'])}, among five {_percent(cells['top5'])}"
+    ]
+    lines += [
+        f"  {name:12} n = {row['n']:<4} nearer {row['nearer']:.1%}, among five {row['top5']:.1%}"
+        for name, row in cells["hands"].items()
+    ]
+    lines.append(
+        f"any style (n = {variety['n']}): four seeds show two or more hands {_percent(variety['two_hands'])}, "
+        f"rms difference {variety['pairwise_rms']:.1f} grey levels (the hands themselves {variety['pairwise_rms_of_hands']:.1f})"
+    )
+    return lines
+
+
+def _percent(share: dict[str, float]) -> str:
+    return f"{share['share']:.1%} ({share['low']:.1%} to {share['high']:.1%})"

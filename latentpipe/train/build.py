@@ -122,9 +122,9 @@ def _refuse_another(config: TrainVAE, vae: Any) -> None:
 
 def _refuse_other_space(vae: Any, teacher: VAEStage) -> None:
     own, wanted = LatentSpace.of(vae), teacher.space
-    if (own.channels, own.downscale) != (wanted.channels, wanted.downscale):
+    if own.channels != wanted.channels or own.downscale % wanted.downscale:
         raise UserError(
             f"The teacher makes {counted(wanted.channels, 'channel')} at 1/{wanted.downscale} size, this model {own.channels} at "
             f"1/{own.downscale}. Set model.channels to {wanted.channels} and give model.blocks "
-            f"{wanted.downscale.bit_length()} levels."
+            f"{wanted.downscale.bit_length()} levels, or one more for pictures of twice the size."
         )

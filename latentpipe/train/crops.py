@@ -34,10 +34,15 @@ class Cut:
 
 def draw_cut(batch: int, side: int, crops: Crops, generator: torch.Generator) -> Cut:
     """A random square of pictures of `side` pixels, and a random half of them to mirror."""
-    box = None
-    if torch.rand((), generator=generator).item() >= crops.whole and side > crops.size_px:
+    box, size = None, crops.size_px
+    inside = torch.rand((), generator=generator).item() >= crops.whole
+    if inside and crops.cut_px is not None and side > crops.cut_px:
+        size = crops.cut_px
+        top, left = (int(torch.randint(0, side - size + 1, (), generator=generator)) for _ in range(2))
+        box = (top, left, size)
+    elif inside and side > crops.size_px:
         cut = int(torch.randint(crops.size_px, side + 1, (), generator=generator))
         top, left = (int(torch.randint(0, side - cut + 1, (), generator=generator)) for _ in range(2))
         box = (top, left, cut)
     mirrored = torch.rand(batch, generator=generator) < 0.5 if crops.flip else torch.zeros(batch, dtype=torch.bool)
-    return Cut(box, mirrored, crops.size_px)
+    return Cut(box, mirrored, size)

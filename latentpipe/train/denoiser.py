@@ -20,12 +20,15 @@ from latentpipe.models import load_pipeline, save_pipeline
 from latentpipe.pipeline import LatentPipeline
 from latentpipe.train import loop, roll
 from latentpipe.train.losses import l2, velocity_target
+from latentpipe.train.order import weighted_indices
 from latentpipe.train.progress import Progress
 from latentpipe.train.start import begin, refuse_other_shape
 from latentpipe.train.team import refuse_several
-from latentpipe.train.text import build_text_encoder, token_ids, train_tokenizer
+from latentpipe.train.text import build_text_encoder, token_ids, train_tokenizer, with_vocabulary
 from latentpipe.vocabulary import listed
 from latentpipe.weights import find_model, load_vae, quiet
+
+SCORED = 8  # batches that two averages are compared on
 
 
 def train_denoiser(config: TrainDenoiser) -> Path:
@@ -41,6 +44,8 @@ def train_denoiser(config: TrainDenoiser) -> Path:
             "add 'text' to metadata.jsonl, or a file NAME.txt beside each picture, and encode them again."
         )
     rows = torch.tensor(captioned)
+    weights = cache.weights(config.data.weights)
+    chances = tuple(weights[index] for index in captioned) if config.data.weights else None
     vae = load_vae(vae_folder)
     tokenizer, text_encoder, unet = _build(config, cache, vae)
     scheduler = build_scheduler(config.diffusion)
@@ -52,8 +57,14 @@ def train_denoiser(config: TrainDenoiser) -> Path:
         both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
         print(f"Training on {len(captioned)} captioned pictures of {config.data.cache}")
 
+        def drawn(step: int) -> torch.Tensor:
+            batch, seed = config.optim.batch_size, config.run.seed
+            if chances is None:
+                return rows[loop.batch_indices(len(rows), batch, seed, step)]
+            return rows[weighted_indices(chances, batch, seed, step)]
+
         def losses_of(step: int, generator: torch.Generator) -> loop.Losses:
-            chosen = rows[loop.batch_indices(len(rows), config.optim.batch_size, config.run.seed, step)]
+            chosen = drawn(step)
             latents = cache.sample(chosen, generator)
             prompts = pick_captions([cache.captions[index] for index in chosen], config.diffusion.caption_dropout, generator)
             times = stratified_times(len(latents), len(alpha_bar), config.diffusion.noisy_share, generator)
@@ -77,7 +88,17 @@ def train_denoiser(config: TrainDenoiser) -> Path:
             log.sheet(step, "samples", sheet(pictures, 8, prompts))
             return {}
 
-        loop.fit(both, config.optim, config.run, losses_of, sample, begun=record)
+        @torch.no_grad()
+        def score() -> float:
+            """The loss on the same pictures, times and noise each time: those of steps that no run reaches."""
+            both.eval()
+            steps = range(2**40, 2**40 + SCORED)
+            values = [losses_of(step, loop.generator_for(config.run.seed, step))["v"].item() for step in steps]
+            both.train()
+            return sum(values) / len(values)
+
+        chooses = score if config.optim.ema_decay_slow is not None else None
+        loop.fit(both, config.optim, config.run, losses_of, sample, begun=record, score=chooses)
         both.eval().cpu()
         _finish(config, _pipeline(vae, text_encoder, tokenizer, unet, scheduler), cache)
         return config.run.out
@@ -129,6 +150,7 @@ def pick_captions(choices: list[tuple[str, ...]], dropout: float, generator: tor
 
 def _build(config: TrainDenoiser, cache: LatentCache, vae: Any) -> tuple[Any, Any, Any]:
     """Tokenizer, text encoder and UNet: new ones, or those of the model to warm-start from."""
+    captions = sorted({caption for texts in cache.captions for caption in texts})
     if config.run.warm_start:
         old = load_pipeline(find_model(config.run.warm_start))
         unet = {"block_out_channels": config.unet.blocks, "in_channels": cache.mean.shape[1]}
@@ -137,8 +159,10 @@ def _build(config: TrainDenoiser, cache: LatentCache, vae: Any) -> tuple[Any, An
         text |= {"num_attention_heads": config.text.heads, "max_position_embeddings": config.text.length}
         refuse_other_shape(config.run.warm_start, old.unet.config, unet)
         refuse_other_shape(config.run.warm_start, old.text_encoder.config.to_dict(), text)
-        return old.tokenizer, old.text_encoder.train(), old.unet.train()
-    captions = sorted({caption for texts in cache.captions for caption in texts})
+        if not config.text.new_vocabulary:
+            return old.tokenizer, old.text_encoder.train(), old.unet.train()
+        tokenizer = train_tokenizer(captions, config.text)
+        return tokenizer, with_vocabulary(old.text_encoder, old.tokenizer, tokenizer, config.text).train(), old.unet.train()
     tokenizer = train_tokenizer(captions, config.text)
     free = available(torch.device("cpu"))
     text_encoder = built_to_train(lambda: build_text_encoder(tokenizer, config.text), free)

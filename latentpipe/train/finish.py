@@ -20,6 +20,7 @@ from latentpipe.files import HASH_LENGTH, atomic_file
 from latentpipe.images import bytes_to_images, psnr, to_bytes
 from latentpipe.latents import LatentSpace
 from latentpipe.train import freeze
+from latentpipe.train.taught import taught_psnr
 from latentpipe.vae import VAEStage, declare_normalization
 from latentpipe.weights import available, find_model, save_vae, vae_hash
 
@@ -27,7 +28,14 @@ MEASURED = 20_000  # pictures that the normalization is measured on, where there
 PREVIEWED = 512
 
 
-def finish(config: TrainVAE, stage: VAEStage, pictures: PictureStream, held: torch.Tensor | None, steps: int) -> Path:
+def finish(
+    config: TrainVAE,
+    stage: VAEStage,
+    pictures: PictureStream,
+    held: torch.Tensor | None,
+    steps: int,
+    teacher: VAEStage | None = None,
+) -> Path:
     """Save in fp16, then measure what was saved; says which denoisers the VAE still fits."""
     size = config.crops.size_px
     vae = stage.vae
@@ -49,6 +57,8 @@ def finish(config: TrainVAE, stage: VAEStage, pictures: PictureStream, held: tor
     saved = VAEStage(vae.half().float().eval().cpu())  # what will be saved is what is measured
     if held is not None:
         card["validation"] = validation_card(config, saved, held)
+        if teacher is not None:  # what a denoiser of the teacher's latents gets
+            card["validation"]["psnr_db_of_teachers_latents"] = round(taught_psnr(saved, teacher.cpu(), held).mean().item(), 3)
     card["loss"] = config.loss.model_dump(mode="json")
     card["config"] = config.model_dump(mode="json")
     save_vae(saved.vae, config.run.out, card, preview_map(saved, first_pictures(pictures, size, PREVIEWED)))

@@ -55,9 +55,12 @@ def _order(n: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 def learning_rate(optim: Optimization, step: int) -> float:
-    """Linear warm-up, then a half cosine to zero at the last step."""
+    """Linear warm-up, then a half cosine to zero at the last step, or the peak with a linear decay over the last share."""
     if step < optim.warmup_steps:
         return optim.learning_rate * (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        falling = optim.steps * optim.decay_share
+        return optim.learning_rate * (min(1.0, (optim.steps - step) / falling) if falling else 1.0)
     span = max(1, optim.steps - optim.warmup_steps)
     return optim.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - optim.warmup_steps) / span))
 
@@ -99,6 +102,7 @@ def fit(
     parts: int = 1,
     patience: int = 0,
     begun: Callable[[], None] = lambda: None,
+    score: Callable[[], float] | None = None,
 ) -> int:
     """Train `module` for ``optim.steps`` steps; on return it holds the EMA weights. Returns the steps that were taken.
 
@@ -108,6 +112,7 @@ def fit(
     extras                      what else changes from step to step and belongs to a checkpoint
     patience                    ends the run after so many "validation_psnr_db" in a row that are no better than the best
     begun                       called once the checkpoint to go on from, if any, has been taken
+    score()                     a loss of the weights in place, lower is better: chooses between two averages, and is logged
 
     A step whose loss jumps or is not finite sends the run back to its last checkpoint with half the learning rate, three
     times at most. At Ctrl-C and SIGTERM the step that is under way is finished and saved; a second Ctrl-C ends at once.
@@ -129,7 +134,7 @@ def fit(
             team.wait()
 
     def validate(step: int) -> None:
-        figures = state.with_ema(partial(sample, step, log))
+        figures = state.with_ema(partial(sample, step, log)) | ({} if score is None else state.scores(score))
         if team is not None and figures:  # one figure for all processes, so that all stop at the same step
             shared = team.mean(torch.tensor(list(figures.values()), device=team.device)).tolist()
             figures = dict(zip(figures, shared, strict=True))
@@ -173,9 +178,7 @@ def fit(
     if ended:
         print(f"Stopped after {done} of {counted(optim.steps, 'step')}; go on with --run.resume.", file=sys.stderr)
         raise KeyboardInterrupt if ended == signal.SIGINT else SystemExit(128 + ended)
-    if patience:
-        state.take_best(run.work)
-    state.ema.copy_to(state.parameters)
+    state.settle(run.work if patience else None, score)
     return done
 
 
@@ -209,7 +212,7 @@ def _step(
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    state.ema.step(state.parameters)
+    state.average()
     return {**figures, "gradient_norm": norm, **further}
 
 

@@ -154,7 +154,8 @@ class Objective:
 
 def picture_terms(loss: VAELoss, device: torch.device) -> dict[str, tuple[float, Term]]:
     """Weight and function of every term that compares two pictures and has a weight."""
-    named: dict[str, Term] = {"l1": losses.l1, "l2": losses.l2, "charbonnier": losses.charbonnier, "structure": losses.structure}
+    named: dict[str, Term] = {"l1": losses.l1, "l2": losses.l2, "charbonnier": losses.charbonnier}
+    named |= {"structure": losses.structure, "edges": losses.edges}
     found = {name: (getattr(loss, name), term) for name, term in named.items() if getattr(loss, name)}
     if loss.perceptual:
         distance = perceptual(loss.perceptual_net, loss.perceptual_weights, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -20,6 +20,7 @@ from latentpipe.train import checkpoint
 from latentpipe.train.guard import Guard
 
 BEST_FILE = "best.safetensors"
+Result = TypeVar("Result")
 
 
 class Stateful(Protocol):
@@ -40,6 +41,7 @@ class State:
     validated  the last step whose sheets and validation figures were made
     whole   False in the middle of an update
     refused the figures of the last step that was not taken
+    slow    a second average with another decay, where one is wanted
     """
 
     module: nn.Module
@@ -53,6 +55,7 @@ class State:
     validated: int = 0
     whole: bool = True
     refused: str = ""
+    slow: EMAModel | None = None
 
     @classmethod
     def new(cls, module: nn.Module, optim: Optimization, run: Run, extras: tuple[Stateful, ...] = ()) -> State:
@@ -63,8 +66,9 @@ class State:
         device = parameters[0].device
         fused = device.type in ("cpu", "cuda")  # one kernel for all weights
         optimizer = torch.optim.AdamW(parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=fused)
-        ema = EMAModel(parameters, decay=optim.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75, foreach=True)
-        return cls(module, optimizer, ema, torch.amp.GradScaler(device.type, enabled=run.precision == "fp16"), extras)
+        scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
+        slow = None if optim.ema_decay_slow is None else _average(parameters, optim.ema_decay_slow)
+        return cls(module, optimizer, _average(parameters, optim.ema_decay), scaler, extras, slow=slow)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -80,6 +84,8 @@ class State:
         """Tensors and figures of a checkpoint."""
         tensors = {f"module.{name}": value for name, value in self.module.state_dict().items()}
         tensors |= {f"ema.{index}": value for index, value in enumerate(self.ema.shadow_params)}
+        if self.slow is not None:
+            tensors |= {f"slow.{index}": value for index, value in enumerate(self.slow.shadow_params)}
         tensors |= checkpoint.optimizer_tensors(self.optimizer)
         for extra in self.extras:
             tensors |= extra.tensors()
@@ -137,9 +143,13 @@ class State:
         weights = {name.removeprefix("module."): value for name, value in tensors.items() if name.startswith("module.")}
         self.module.load_state_dict(weights)
         checkpoint.restore_optimizer(self.optimizer, tensors)
-        shadows = enumerate(self.ema.shadow_params)
-        self.ema.shadow_params = [tensors[f"ema.{index}"].clone().to(shadow.device) for index, shadow in shadows]
-        self.ema.optimization_step = figures["ema_steps"]
+        for name, average in (("ema", self.ema), ("slow", self.slow)):
+            if average is None:
+                continue
+            found = name if f"{name}.0" in tensors else "ema"  # a run that gets its second average late begins it from the first
+            shadows = enumerate(average.shadow_params)
+            average.shadow_params = [tensors[f"{found}.{index}"].clone().to(shadow.device) for index, shadow in shadows]
+            average.optimization_step = figures["ema_steps"]
         for extra in self.extras:
             extra.restore(tensors)
         self.guard.restore(figures["guard"])
@@ -148,14 +158,41 @@ class State:
         self.best, self.misses = figures["best"], figures["misses"]
         self.validated = figures.get("validated", figures.get("step", 0))  # earlier versions saved after it
 
-    def with_ema(self, call: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Call with the averaged weights in place."""
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
+    def average(self) -> None:
+        """Take a step's weights into the averages."""
+        self.ema.step(self.parameters)
+        if self.slow is not None:
+            self.slow.step(self.parameters)
+
+    def with_ema(self, call: Callable[[], Result], average: EMAModel | None = None) -> Result:
+        """Call with the averaged weights in place: those of `average`, else of the first."""
+        chosen = average or self.ema
+        chosen.store(self.parameters)
+        chosen.copy_to(self.parameters)
         try:
             return call()
         finally:
-            self.ema.restore(self.parameters)
+            chosen.restore(self.parameters)
+
+    def scores(self, score: Callable[[], float]) -> dict[str, float]:
+        """`score` with each of the averages in place: "ema_loss" and, where there are two, "slow_ema_loss"."""
+        averages = {"ema_loss": self.ema} | ({} if self.slow is None else {"slow_ema_loss": self.slow})
+        return {name: self.with_ema(score, average) for name, average in averages.items()}
+
+    def settle(self, best_in: Path | None, score: Callable[[], float] | None) -> None:
+        """At the end: give the model its average, the best one kept in a folder, or the one with the lower score."""
+        if best_in is not None:
+            self.take_best(best_in)
+        if score is not None:
+            print(self.take_lower(score))
+        self.ema.copy_to(self.parameters)
+
+    def take_lower(self, score: Callable[[], float]) -> str:
+        """Make the average the one of the two whose score is lower; returns both scores as a sentence."""
+        found = self.scores(score)
+        if self.slow is not None and found["slow_ema_loss"] < found["ema_loss"]:
+            self.ema.shadow_params = [value.clone() for value in self.slow.shadow_params]
+        return ", ".join(f"{name} {value:.5f}" for name, value in found.items())
 
     def note(self, figure: float, work: Path, writes: bool) -> None:
         """Take in a validation figure (higher is better); the averaged weights of the best are kept beside the log."""
@@ -172,3 +209,7 @@ class State:
         if (work / BEST_FILE).is_file():
             found = read_tensors(work / BEST_FILE)
             self.ema.shadow_params = [found[str(index)].to(old.device) for index, old in enumerate(self.ema.shadow_params)]
+
+
+def _average(parameters: list[nn.Parameter], decay: float) -> EMAModel:
+    return EMAModel(parameters, decay=decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75, foreach=True)

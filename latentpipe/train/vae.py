@@ -26,6 +26,7 @@ from latentpipe.train.memory import parts_that_fit
 from latentpipe.train.objective import Objective
 from latentpipe.train.progress import Progress
 from latentpipe.train.start import begin
+from latentpipe.train.taught import Lesson, taught_psnr
 from latentpipe.train.team import Team
 from latentpipe.train.warp import SCALES, Warp, draw_warp
 from latentpipe.vae import VAEStage, sampled
@@ -76,6 +77,8 @@ def _train(config: TrainVAE, team: Team, stage: VAEStage, teacher: VAEStage | No
     def sample(step: int, log: Progress) -> dict[str, float]:
         stage.eval()
         found = _figures(config, stage, watched, held is not None, step, log)
+        if teacher is not None and held is not None:
+            found["teacher_psnr_db"] = taught_psnr(stage, teacher, held).mean().item()
         stage.train()
         return found
 
@@ -93,7 +96,7 @@ def _train(config: TrainVAE, team: Team, stage: VAEStage, teacher: VAEStage | No
     )
     stage.eval()
     if team.is_first:
-        finish.finish(config, stage, pictures, held, steps)
+        finish.finish(config, stage, pictures, held, steps, teacher)
     team.wait()
     return config.run.out
 
@@ -112,7 +115,7 @@ class Training:
         parts: int,
     ) -> None:
         self.config, self.team, self.stage, self.pictures, self.objective = config, team, stage, pictures, objective
-        self.teacher = teacher.to(team.device) if teacher is not None else None
+        self.lesson = None if teacher is None else Lesson(config, stage, teacher, team.device)
         trains = any(parameter.requires_grad for parameter in stage.vae.decoder.parameters() if parameter.ndim == 4)
         self.last = last_layer(stage.vae) if trains else None
         self.shares = team.shares(config.optim.batch_size, parts)
@@ -124,9 +127,10 @@ class Training:
         config, objective = self.config, self.objective
         chosen, following = (self._chosen(at) for at in (step, step + 1))
         cut = draw_cut(len(chosen), config.data.read_size_px, config.crops, generator)
-        warp = self._warp(generator)
-        c, side = self.stage.space.channels, config.crops.size_px // self.stage.space.downscale
+        warp = self._warp(generator, cut.size_px)
+        c, side = self.stage.space.channels, cut.size_px // self.stage.space.downscale
         noise = self._noise((len(chosen), c, side, side), generator)
+        drawn = None if self.lesson is None else self.lesson.draw(self._captions(chosen), generator)
         mine = slice(self.shares[0].start, self.shares[-1].stop)
         pixels = self.pictures.batch(chosen[mine].tolist(), following[mine].tolist())
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -136,11 +140,14 @@ class Training:
             images = cut.apply(own.to(self.team.device), rows)
             last = rows is self.shares[-1]
             with self.team.gathering(self.wrapped, last), loop.fast_forward(config.run, self.team.device):
-                target = self._taught(images)
-                given = None if target is None else target[0]
-                rebuilt, posterior = self._forward(images, warp, noise[rows].to(self.team.device), given)
+                own_noise = noise[rows].to(self.team.device)
+                target = given = None
+                if self.lesson is not None and drawn is not None:
+                    target = self.lesson.target(images)
+                    given = self.lesson.given(target, own_noise, drawn, rows)
+                rebuilt, posterior = self._forward(images, warp, own_noise, given)
             wanted = warp(images) if warp is not None else images
-            rounded = sampled(posterior, noise[rows].to(self.team.device), True) if config.loss.rate else None
+            rounded = sampled(posterior, own_noise, True) if config.loss.rate else None
             losses = objective(wanted, rebuilt, posterior, step, warp is not None, target, rounded)
             if last and step % SHARES_EVERY == 0 and self.last is not None:
                 shares = health.gradient_shares(losses, self.last)
@@ -154,6 +161,9 @@ class Training:
     def _chosen(self, step: int) -> torch.Tensor:
         return loop.batch_indices(len(self.pictures), self.config.optim.batch_size, self.config.run.seed, step)
 
+    def _captions(self, chosen: torch.Tensor) -> list[tuple[str, ...]]:
+        return [self.pictures.items[index].captions for index in chosen.tolist()]
+
     def _noise(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         """Standard normal, of a posterior; a codec's is uniform, as wide as its step."""
         loss = self.config.loss
@@ -161,13 +171,13 @@ class Training:
             return loss.step * (torch.rand(*shape, generator=generator) - 0.5)
         return torch.randn(*shape, generator=generator)
 
-    def _warp(self, generator: torch.Generator) -> Warp | None:
+    def _warp(self, generator: torch.Generator, size_px: int) -> Warp | None:
         loss = self.config.loss
         if torch.rand((), generator=generator).item() >= loss.equivariance:
             return None
         scales = SCALES if "scale" in loss.warps else (0.5,) if "half" in loss.warps else (1.0,)
         downscale = self.stage.space.downscale
-        return draw_warp(generator, self.config.crops.size_px, downscale, scales, "rotate" in loss.warps, "flip" in loss.warps)
+        return draw_warp(generator, size_px, downscale, scales, "rotate" in loss.warps, "flip" in loss.warps)
 
     def _forward(
         self, images: torch.Tensor, warp: Warp | None, noise: torch.Tensor, given: torch.Tensor | None
@@ -179,15 +189,6 @@ class Training:
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"run.compile: torch.compile does not work here ({reason[:200]}); leave the option out.") from None
-
-    @torch.no_grad()
-    def _taught(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Mean and standard deviation of the teacher's latents, in the student's raw units; None where there is no teacher."""
-        if self.teacher is None:
-            return None
-        mean, std = self.teacher.posterior(images)
-        space = self.stage.space
-        return space.denormalize(mean.float()), std.float() / std.new_tensor(space.scale, dtype=torch.float32).view(1, -1, 1, 1)
 
 
 @torch.no_grad()
@@ -218,6 +219,12 @@ def _figures(config: TrainVAE, stage: VAEStage, images: torch.Tensor, validates:
 
 def _check_size(config: TrainVAE, stage: VAEStage) -> None:
     unit = stage.space.downscale
+    cut = config.crops.cut_px
+    if cut is not None and (cut % unit or cut > config.crops.size_px):
+        raise UserError(
+            f"crops.cut_px is {cut}; this model needs a multiple of {unit} that is at most crops.size_px "
+            f"({config.crops.size_px})."
+        )
     if config.crops.size_px % unit or config.crops.size_px > config.data.read_size_px:
         raise UserError(
             f"crops.size_px is {config.crops.size_px}; this model needs a multiple of {unit} "

@@ -148,3 +148,30 @@ def test_latents_beyond_fp16_are_not_kept(pictures: Path, vae_copy: Path, tmp_pa
     with pytest.raises(UserError, match="beyond the range of fp16"):
         encode_folder(pictures, vae_copy, tmp_path / "x.safetensors", 16)
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_kinds_give_each_picture_its_weight(vae_folder: Path, tmp_path: Path) -> None:
+    import json
+
+    from helpers import draw_shape
+
+    lines = []
+    for name, kind in (("a", "tone"), ("b", None), ("c", "flag")):
+        draw_shape("red", "bar").save(tmp_path / f"{name}.png")
+        lines += [json.dumps({"file_name": f"{name}.png", "text": text, "kind": kind}) for text in ("bar", "red bar")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    encode_folder(tmp_path, vae_folder, tmp_path / "x.safetensors", 16)
+    cache = open_cache(tmp_path / "x.safetensors", vae_folder)
+    assert cache.kinds == ("tone", "", "flag")
+    assert cache.weights({"tone": 0.25}) == [0.25, 1.0, 1.0]
+    assert cache.weights({}) == [1.0] * 3
+    with pytest.raises(UserError, match=r"'tones'.*has: flag, tone"):
+        cache.weights({"tones": 0.25})
+
+
+def test_without_kinds_all_weigh_the_same(vae_folder: Path, cache_file: Path) -> None:
+    cache = open_cache(cache_file, vae_folder)
+    assert cache.kinds == ()
+    assert cache.weights({}) == [1.0] * 12
+    with pytest.raises(UserError, match="has: none"):
+        cache.weights({"tone": 0.5})

@@ -111,3 +111,29 @@ def test_an_object_has_no_gender(bank):
 def test_a_grid_needs_the_name_of_a_png(model_folder, tmp_path):
     with pytest.raises(UserError, match="PNG"):
         prompts.evaluate(model_folder, seen=1, held_out=1, steps=1, grid=tmp_path)
+
+
+def test_objects_are_the_seen_prompts_without_tone_and_flag(bank):
+    rows = bank.objects()
+    assert 1400 < len(rows) < 1700
+    assert set(rows) < set(bank.rows_of("train"))
+    captions = {bank.captions[row][0] for row in rows}
+    assert "red apple" in captions
+    assert "thumbs up" in captions
+    assert not [caption for caption in captions if "skin tone" in caption or caption.startswith("flag of ")]
+
+
+def test_the_distance_at_24_pixels_is_of_both_reduced(bank):
+    wanted = bank.pixels[:3]
+    assert prompts.rms24(wanted, wanted) == 0
+    assert prompts.rms24(np.full((2, SIDE * SIDE * 3), 100.0), np.full((2, SIDE * SIDE * 3), 112.0)) == pytest.approx(12)
+    board = (np.indices((SIDE, SIDE)).sum(0) % 2 * 255).repeat(3).reshape(1, -1).astype(np.float32)
+    assert prompts.rms24(board, 255 - board) < 200  # fine patterns count less than 255
+
+
+def test_objects_are_scored_beside_the_others(model_folder):
+    result = prompts.evaluate(model_folder, seen=1, held_out=1, steps=1, objects=2)
+    assert result["objects"]["n"] == 2
+    assert set(result["baselines"]) == {"seen", "held_out"}
+    assert "objects" in prompts.table(result)
+    assert result["objects"]["rms24"] > 0

@@ -17,7 +17,7 @@ from torch import nn
 from latentpipe import UserError
 from latentpipe.config import Optimization, Run, TrainVAE
 from latentpipe.errors import Note
-from latentpipe.train import checkpoint, loop, progress, start
+from latentpipe.train import checkpoint, loop, order, progress, start
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 1000), st.integers(1, 4))
@@ -62,6 +62,40 @@ def test_the_learning_rate_is_a_warm_up_and_a_half_cosine(steps: int, warmup: in
         assert rates[steps] == pytest.approx(0, abs=1e-12)
 
 
+@given(st.integers(1, 500), st.integers(0, 50), st.floats(0, 1))
+def test_a_constant_rate_stays_and_falls_linearly_over_its_last_share(steps: int, warmup: int, share: float) -> None:
+    optim = Optimization(steps=steps, warmup_steps=warmup, learning_rate=0.5, schedule="constant", decay_share=share)
+    for step in range(warmup, steps):
+        left = (steps - step) / (steps * share) if share else 1.0
+        assert loop.learning_rate(optim, step) == pytest.approx(0.5 * min(1.0, left))
+
+
+def test_a_constant_rate_does_not_depend_on_the_length() -> None:
+    short, long = (Optimization(steps=steps, schedule="constant") for steps in (200, 2000))
+    assert [loop.learning_rate(short, step) for step in range(200)] == [loop.learning_rate(long, step) for step in range(200)]
+
+
+@given(st.lists(st.sampled_from([1.0, 0.5, 0.25]), min_size=1, max_size=20), st.integers(1, 9), st.integers(0, 99))
+def test_each_sample_comes_as_often_as_its_weight_says(weights: list[float], batch_size: int, seed: int) -> None:
+    size = math.ceil(sum(weights) / max(weights))  # of an epoch
+    steps = math.ceil(size / batch_size)
+    stream = torch.cat([order.weighted_indices(tuple(weights), batch_size, seed, step) for step in range(steps)])
+    counts = torch.bincount(stream[:size], minlength=len(weights))
+    for weight, count in zip(weights, counts.tolist(), strict=True):
+        wanted = weight * size / sum(weights)
+        assert math.floor(wanted) <= count <= math.ceil(wanted)
+
+
+def test_light_samples_take_turns_over_the_epochs() -> None:
+    weights = (1.0,) * 5 + (0.25,) * 20  # ten to an epoch
+    epochs = [order.weighted_indices(weights, 10, 3, epoch).tolist() for epoch in range(400)]
+    counts = torch.bincount(torch.tensor(epochs).flatten(), minlength=25).float() / 400
+    assert torch.equal(counts[:5], torch.ones(5))
+    assert ((counts[5:] - 0.25).abs() < 0.1).all()
+    assert epochs[0] != epochs[1]
+    assert epochs[0] == order.weighted_indices(weights, 10, 3, 0).tolist()
+
+
 def test_the_cosine_is_torchs_own() -> None:
     optim = Optimization(steps=20, warmup_steps=0, learning_rate=0.3)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
@@ -95,7 +129,14 @@ def run_of(work: Path, **changes: Any) -> Run:
     )
 
 
-def fit(work: Path, optim: Optimization | None = None, stop_at: int | None = None, sample: Any = None, **changes: Any) -> Line:
+def fit(
+    work: Path,
+    optim: Optimization | None = None,
+    stop_at: int | None = None,
+    sample: Any = None,
+    score: Any = None,
+    **changes: Any,
+) -> Line:
     """Train a line; `stop_at` raises KeyboardInterrupt in that step."""
     model, run = Line(), run_of(work, **changes)
     run.work.mkdir(parents=True, exist_ok=True)
@@ -107,7 +148,8 @@ def fit(work: Path, optim: Optimization | None = None, stop_at: int | None = Non
         x = torch.randn(8, 2, generator=generator)
         return {"l2": (model(x) - x.sum(1, keepdim=True)).square().mean(), "size": 1e-3 * model.moving.weight.square().sum()}
 
-    loop.fit(model, optim, run, losses_of, sample or (lambda *_: {}))
+    model.score = score and (lambda: score(model))  # type: ignore[assignment]
+    loop.fit(model, optim, run, losses_of, sample or (lambda *_: {}), score=model.score)  # type: ignore[arg-type]
     return model
 
 
@@ -206,6 +248,44 @@ def test_the_result_is_the_moving_average(tmp_path: Path) -> None:
     assert state["step"] == 10
     assert torch.equal(model.moving.weight, tensors["ema.0"])
     assert not torch.equal(model.moving.weight, tensors["module.moving.weight"])
+
+
+TWO = Optimization(steps=10, warmup_steps=2, ema_decay=0.2, ema_decay_slow=0.9)
+
+
+@pytest.mark.parametrize("chosen", ["ema", "slow"])
+def test_of_two_averages_the_one_with_the_lower_score_is_the_result(tmp_path: Path, chosen: str) -> None:
+    sums: list[float] = []
+
+    def score(model: Line) -> float:
+        sums.append(model.moving.weight.sum().item())
+        return float(len(sums) if chosen == "ema" else -len(sums))  # the first is asked first
+
+    model = fit(tmp_path, TWO, score=score)
+    tensors, _ = checkpoint.newest(tmp_path / "work")  # type: ignore[misc]
+    assert torch.equal(model.moving.weight, tensors[f"{chosen}.0"])
+    assert not torch.equal(tensors["ema.0"], tensors["slow.0"])
+    assert sums == [tensors["ema.0"].sum().item(), tensors["slow.0"].sum().item()]
+
+
+def test_two_averages_resume_bit_for_bit(tmp_path: Path) -> None:
+    whole = fit(tmp_path / "a", TWO, score=lambda model: 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "b", TWO, stop_at=6, score=lambda model: 0.0)
+    halves = fit(tmp_path / "b", TWO, resume=True, score=lambda model: 0.0)
+    assert same(whole, halves)
+    first, second = (checkpoint.newest(tmp_path / name / "work")[0] for name in "ab")  # type: ignore[index]
+    assert torch.equal(first["slow.0"], second["slow.0"])
+
+
+def test_a_second_average_that_comes_late_begins_with_the_first(tmp_path: Path) -> None:
+    one = Optimization(**{**TWO.model_dump(), "ema_decay_slow": None})
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, one, stop_at=9)
+    before, _ = checkpoint.newest(tmp_path / "work")  # type: ignore[misc]
+    fit(tmp_path, Optimization(**{**TWO.model_dump(), "steps": 9}), resume=True, score=lambda model: 0.0)
+    after, _ = checkpoint.newest(tmp_path / "work")  # type: ignore[misc]
+    assert torch.equal(after["slow.0"], before["ema.0"])
 
 
 def test_frozen_weights_stay(tmp_path: Path) -> None:

@@ -63,7 +63,13 @@ ON_LATENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "spectrum": losses.spectrum,
     "latent_match": lambda mean: losses.latent_match(mean, torch.zeros_like(mean)),
 }
-ON_PICTURES = {"l1": losses.l1, "l2": losses.l2, "charbonnier": losses.charbonnier, "structure": losses.structure}
+ON_PICTURES = {
+    "l1": losses.l1,
+    "l2": losses.l2,
+    "charbonnier": losses.charbonnier,
+    "edges": losses.edges,
+    "structure": losses.structure,
+}
 
 
 @pytest.mark.parametrize("name", ON_LATENTS)
@@ -71,7 +77,7 @@ def test_the_gradient_of_a_latent_term_equals_finite_differences(name: str) -> N
     assert torch.autograd.gradcheck(ON_LATENTS[name], doubles(2, 3, 4, 5).requires_grad_())
 
 
-@pytest.mark.parametrize("name", ["l1", "l2", "charbonnier"])
+@pytest.mark.parametrize("name", ["l1", "l2", "charbonnier", "edges"])
 def test_the_gradient_of_a_picture_term_equals_finite_differences(name: str) -> None:
     images, rebuilt = doubles(2, 3, 3, 4, seed=1), doubles(2, 3, 3, 4, seed=2).requires_grad_()
     assert torch.autograd.gradcheck(lambda values: ON_PICTURES[name](images, values), rebuilt)
@@ -99,6 +105,15 @@ def test_charbonnier_is_its_formula_and_its_epsilon_at_zero(error: float, epsilo
     images = doubles(1, 3, 2, 2)
     assert losses.charbonnier(images, images + error, epsilon).item() == pytest.approx((error**2 + epsilon**2) ** 0.5, rel=1e-6)
     assert losses.charbonnier(images, images, epsilon).item() == pytest.approx(epsilon)
+
+
+def test_edges_compare_differences_along_both_axes() -> None:
+    images, rebuilt = some_images(2, side=7, seed=1), some_images(2, side=7, seed=2)
+    error = (rebuilt - images).numpy()
+    wanted = [np.abs(error[:, :, step:] - error[:, :, :-step]).mean() for step in (1, 2)]
+    wanted += [np.abs(error[..., step:] - error[..., :-step]).mean() for step in (1, 2)]
+    assert losses.edges(images, rebuilt).item() == pytest.approx(np.mean(wanted), rel=1e-5)
+    assert losses.edges(images, images + 0.3).item() == pytest.approx(0, abs=1e-6)  # brightness alone costs nothing
 
 
 def test_structure_is_zero_at_equality_with_a_finite_gradient_and_grows_with_the_error() -> None:

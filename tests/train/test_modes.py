@@ -9,16 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from helpers import some_images, tiny_vae, vae_run
 
 from latentpipe import UserError, VAEStage
-from latentpipe.config import TrainVAE
+from latentpipe.config import Predicted, TrainVAE
 from latentpipe.errors import Note
+from latentpipe.models import load_pipeline
 from latentpipe.train import freeze
 from latentpipe.train import vae as training
 from latentpipe.train.build import build_vae, new_vae, with_new_head
 from latentpipe.train.objective import Objective
+from latentpipe.train.predicted import Predictor
+from latentpipe.train.taught import Draw, Lesson, as_taught
 from latentpipe.train.team import Team
+from latentpipe.train.text import token_ids
 from latentpipe.weights import VAE_FILE, load_vae, save_vae, vae_hash
 
 EVERY_TERM = {
@@ -192,6 +197,94 @@ def test_a_student_learns_the_latents_of_its_teacher(tmp_path: Path, pictures: P
     assert VAEStage(load_vae(tmp_path / "vae")).space.scale == (1.0,) * 4  # the student's raw values are the latents
 
 
+def with_noise(config: TrainVAE, deviation: float) -> TrainVAE:
+    """The same config with latent noise."""
+    return TrainVAE.model_validate(config.model_dump() | {"loss": config.loss.model_dump() | {"latent_noise": deviation}})
+
+
+def test_a_student_with_a_level_more_draws_twice_the_size_from_the_teachers_latents(tmp_path: Path, pictures: Path) -> None:
+    save_vae(tiny_vae(), tmp_path / "teacher", {})
+    config = config_of(tmp_path, pictures, model={"blocks": (8, 8, 8), "channels": 4, "norm_groups": 4}, mode="distil",
+                       teacher=tmp_path / "teacher", loss={"equivariance": 0, "kl": 0, "edges": 0.5},
+                       optim={"steps": 30, "batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.5},
+                       crops={"size_px": 48, "whole": 0.5, "cut_px": 24}, data={"train": pictures, "validation": pictures,
+                                                                                "read_size_px": 48})  # fmt: skip
+    config = with_noise(config, 0.2)
+    training.train_vae(config)
+    rows = [json.loads(line) for line in (tmp_path / "work" / "log.jsonl").read_text().splitlines()]
+    assert {"l1", "edges", "latent"} <= rows[-1].keys()
+    card = json.loads((tmp_path / "vae" / "card.json").read_text())
+    student, teacher = (VAEStage(load_vae(tmp_path / name)) for name in ("vae", "teacher"))
+    assert (student.space.downscale, teacher.space.downscale) == (4, 2)
+    images = some_images(2, 48)
+    with torch.no_grad():
+        latents = teacher.encode(torch.nn.functional.interpolate(images, size=24, mode="bicubic", antialias=True).clamp(-1, 1))
+        assert torch.equal(latents, teacher.encode(as_taught(student, teacher, images)))
+        assert student.decode(latents).shape == images.shape
+        assert student.encode(images).shape == latents.shape
+    assert card["validation"]["psnr_db_of_teachers_latents"] > 0
+
+
+def test_latent_noise_disturbs_half_of_the_steps_by_up_to_its_deviation(tmp_path: Path, pictures: Path) -> None:
+    save_vae(tiny_vae(scaling_factor=0.5), tmp_path / "teacher", {})
+    model = {"kind": "kl", "blocks": (8, 8), "channels": 4, "norm_groups": 4}
+    config = config_of(tmp_path, pictures, model=model, mode="distil", teacher=tmp_path / "teacher",
+                       loss={"equivariance": 0, "kl": 0})  # fmt: skip
+    config = with_noise(config, 0.4)
+    lesson = Lesson(config, VAEStage(build_vae(config, None)), training.open_teacher(config))  # type: ignore[arg-type]
+    drawn = [lesson.draw([("",)] * 50, torch.Generator().manual_seed(seed)).strength for seed in range(60)]
+    still = [strength for strength in drawn if not strength.any()]
+    assert 15 < len(still) < 45
+    moved = torch.cat([strength for strength in drawn if strength.any()])
+    assert 0.38 < moved.max() <= 0.4
+    assert moved.mean() == pytest.approx(0.2, abs=0.02)
+    target, noise = (torch.zeros(2, 4, 24, 24), torch.zeros(2, 4, 24, 24)), torch.randn(2, 4, 24, 24)
+    disturbed = lesson.given(target, noise, Draw(torch.tensor([0.0, 0.3])))
+    assert torch.equal(disturbed[0], target[0][0])
+    assert torch.allclose(lesson.stage.space.normalize(disturbed)[1], 0.3 * noise[1], atol=1e-6)
+
+
+def test_a_decoder_learns_from_what_a_denoiser_predicts(
+    tmp_path: Path, pictures: Path, vae_folder: Path, model_folder: Path
+) -> None:
+    student = {"kind": "kl", "blocks": (8, 8), "channels": 4, "norm_groups": 4}
+    predicted = {"model": model_folder, "share": 0.5, "times": 100}
+    config = config_of(tmp_path, pictures, model=student, mode="distil", teacher=vae_folder, loss={"equivariance": 0, "kl": 0},
+                       predicted=predicted, crops={"size_px": 16, "whole": 1.0, "flip": False})  # fmt: skip
+    lesson = Lesson(config, VAEStage(build_vae(config, None)), training.open_teacher(config))  # type: ignore[arg-type]
+    drawn = [lesson.draw([("red bar",)] * 4, torch.Generator().manual_seed(seed)) for seed in range(60)]
+    taken = [draw for draw in drawn if draw.times is not None]
+    assert 15 < len(taken) < 45
+    assert max(int(draw.times.max()) for draw in taken) < 100  # type: ignore[union-attr]
+    assert {draw.prompts for draw in taken} == {("red bar",) * 4}
+    target = lesson.target(some_images(4, 16))
+    noise = torch.randn(target[0].shape)
+    predictor = lesson.predictor
+    assert predictor is not None
+    found = lesson.given(target, noise, taken[0])
+    # diffusers' own one-step prediction of the clean sample
+    pipe = load_pipeline(model_folder)
+    ddim = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, rescale_betas_zero_snr=True)
+    ddim.set_timesteps(1000)
+    for row, time in enumerate(taken[0].times.tolist()):  # type: ignore[union-attr]
+        latents = lesson.stage.space.normalize(target[0])[row : row + 1]
+        noisy = ddim.add_noise(latents, noise[row : row + 1], torch.tensor([time]))
+        with torch.no_grad():
+            states = pipe.text_encoder(token_ids(pipe.tokenizer, ["red bar"]))[0]
+            velocity = pipe.unet(noisy, torch.tensor([time]), states, return_dict=False)[0]
+        wanted = ddim.step(velocity, time, noisy).pred_original_sample
+        assert torch.allclose(lesson.stage.space.normalize(found)[row : row + 1], wanted, atol=1e-4)
+    training.train_vae(config)
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"times": 1001}, "has 1000 timesteps"), ({"model": "nothing"}, "nothing")])
+def test_a_denoiser_that_cannot_predict_is_refused(model_folder: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Predictor(Predicted(**{"model": model_folder, **changes}), 4)
+    with pytest.raises(UserError, match="this decoder takes 6"):
+        Predictor(Predicted(model=model_folder), 6)
+
+
 def test_the_teacher_stays_and_the_decoder_learns_from_its_latents(tmp_path: Path, pictures: Path) -> None:
     save_vae(tiny_vae(), tmp_path / "teacher", {})
     before = (tmp_path / "teacher" / VAE_FILE).read_bytes()
@@ -228,6 +321,8 @@ def test_what_cannot_train_is_refused(tmp_path: Path, pictures: Path, source: Pa
     [
         {"mode": "decoder"},
         {"mode": "distil"},
+        {"loss": {"latent_noise": 0.1}},
+        {"predicted": {"model": "emoji"}},
         {"teacher": "emoji"},
         {"new_channels": 6},
         {"loss": {"l1": 0, "l2": 0}},

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentpipe.config import TextShape
-from latentpipe.train.text import BEGIN, END, build_text_encoder, token_ids, train_tokenizer
+from latentpipe.train.text import BEGIN, END, build_text_encoder, token_ids, train_tokenizer, with_vocabulary
 
 SHAPE = TextShape(width=32, layers=1, heads=2, vocabulary=600, length=12)
 CAPTIONS = [f"{colour} {shape}" for colour in ("red", "green", "blue", "yellow") for shape in ("circle", "square", "bar")]
@@ -81,3 +81,19 @@ def test_the_encoder_has_the_shape() -> None:
 def test_any_vocabulary_size_works(vocabulary: int) -> None:
     tokenizer = train_tokenizer(CAPTIONS, TextShape(vocabulary=vocabulary, length=8, width=32, heads=2, layers=1))
     assert tokenizer.decode(tokenizer("red circle").input_ids, skip_special_tokens=True).strip() == "red circle"
+
+
+def test_a_new_vocabulary_keeps_what_known_words_say() -> None:
+    torch.manual_seed(0)
+    old = build_text_encoder(TOKENIZER, SHAPE).eval()
+    tokenizer = train_tokenizer([*CAPTIONS, *(f"{caption}, flat style" for caption in CAPTIONS)], SHAPE)
+    new = with_vocabulary(old, TOKENIZER, tokenizer, SHAPE).eval()
+    assert len(tokenizer) > len(TOKENIZER)
+    with torch.no_grad():
+        before, after = old(token_ids(TOKENIZER, CAPTIONS))[0], new(token_ids(tokenizer, CAPTIONS))[0]
+    ids = tokenizer("red circle").input_ids
+    assert torch.equal(before[:, : len(ids)], after[:, : len(ids)])  # the number of the padding's token may differ
+    table, known = new.get_input_embeddings().weight, old.get_input_embeddings().weight
+    pieces = TOKENIZER("style", add_special_tokens=False).input_ids
+    assert len(pieces) > 1
+    assert torch.allclose(table[tokenizer.get_vocab()["style</w>"]], known[pieces].mean(0))

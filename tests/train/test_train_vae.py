@@ -231,6 +231,21 @@ def test_cut_crops_are_squares_inside_the_picture() -> None:
     assert len(sizes) > 5
 
 
+def test_plain_cuts_keep_the_pixels_beside_whole_pictures() -> None:
+    x, y = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="xy")
+    pixels = torch.stack([x, y, x]).to(torch.uint8).expand(2, 3, 32, 32)  # each pixel tells its place
+    crops, sides, places = Crops(size_px=32, whole=0.5, cut_px=16, flip=False), [], set()
+    for step in range(40):
+        images = crop(pixels, crops, loop.generator_for(0, step))
+        sides.append(images.shape[-1])
+        left, top = (round((images[0, channel, 0, 0].item() + 1) * 127.5) for channel in (0, 1))
+        assert torch.equal(images, bytes_to_images(pixels[:, :, top : top + sides[-1], left : left + sides[-1]]))
+        places.add((left, top))
+    assert set(sides) == {16, 32}
+    assert 10 < sides.count(16) < 30
+    assert len(places) > 5
+
+
 def test_crops_follow_the_generator() -> None:
     pixels = numbered(4, 32)
     crops = Crops(size_px=16, whole=0.5)
