@@ -49,34 +49,50 @@ def train_chain(
     denoiser_steps, decoder_steps, tuning_steps, batch_size   in place of the configs'
     decay           let the denoiser's rate fall at the end; without, the run can be made longer later
     """
-    vae_folder = find_model(vae, "vae")
-    hands = work / "hands"
+    vae_folder, hands, cache = find_model(vae, "vae"), work / "hands", work / "train.safetensors"
+    if start is not None:
+        find_model(start)
+    shape = {} if batch_size is None else {"batch_size": batch_size}
+    pictures = {"train": hands / "train", "validation": hands / "validation"}
+    # all configs before the first picture: what is wrong with a size is said at once
+    denoiser = _changed(
+        configs / "emoji-hands-denoiser.yaml",
+        TrainDenoiser,
+        data={"cache": cache, "vae": vae_folder},
+        run=_places(work, "denoiser") | {"warm_start": start},
+        optim={**shape, **_steps(denoiser_steps), "decay_share": 0.25 if decay else 0.0},
+        text={"new_vocabulary": start is not None},
+    )
+    decoder = _changed(
+        configs / "emoji-hands-decoder.yaml",
+        TrainVAE,
+        data=pictures,
+        run=_places(work, "decoder"),
+        optim={**shape, **_steps(decoder_steps)},
+        teacher=vae_folder,
+    )
+    tuned = _changed(
+        configs / "emoji-hands-decoder-tuned.yaml",
+        TrainVAE,
+        data=pictures,
+        run=_places(work, "tuned") | {"warm_start": work / "decoder"},
+        optim={**shape, **_steps(tuning_steps)},
+        teacher=vae_folder,
+        predicted={"model": work / "denoiser"},
+    )
     if not (hands / "train" / "metadata.jsonl").is_file():
         say(f"1/6 pictures: {hands}")
         write_hands(hands, open_library(packages), progress=lambda planned: tqdm(planned, unit="picture"))
-    cache = work / "train.safetensors"
     if not cache.is_file():
         say(f"2/6 latents: {cache}")
         encode_folder(hands / "train", vae_folder, cache, LATENT_PX, progress=lambda parts: tqdm(parts, unit="batch"))
     open_cache(cache, vae_folder)  # refused now where it is another VAE's
     say("3/6 denoiser")
-    run: dict[str, Any] = {"out": work / "denoiser", "work": work / "denoiser-run", "warm_start": start, "resume": True}
-    shape = {} if batch_size is None else {"batch_size": batch_size}
-    optim = {**shape, **_steps(denoiser_steps), "decay_share": 0.25 if decay else 0.0}
-    data = {"cache": cache, "vae": vae_folder}
-    text = {"new_vocabulary": start is not None}
-    train_denoiser(_changed(configs / "emoji-hands-denoiser.yaml", TrainDenoiser, data=data, run=run, optim=optim, text=text))
+    train_denoiser(denoiser)
     say("4/6 decoder")
-    run = {"out": work / "decoder", "work": work / "decoder-run", "resume": True}
-    optim = {**shape, **_steps(decoder_steps)}
-    pictures = {"train": hands / "train", "validation": hands / "validation"}
-    name = configs / "emoji-hands-decoder.yaml"
-    train_vae(_changed(name, TrainVAE, data=pictures, run=run, optim=optim, teacher=vae_folder))
+    train_vae(decoder)
     say("5/6 decoder on what the denoiser predicts")
-    run = {"out": work / "tuned", "work": work / "tuned-run", "warm_start": work / "decoder", "resume": True}
-    optim, predicted = {**shape, **_steps(tuning_steps)}, {"model": work / "denoiser"}
-    name = configs / "emoji-hands-decoder-tuned.yaml"
-    train_vae(_changed(name, TrainVAE, data=pictures, run=run, optim=optim, teacher=vae_folder, predicted=predicted))
+    train_vae(tuned)
     say(f"6/6 model: {work / 'model'}")
     return assemble(work / "denoiser", work / "tuned", work / "model")
 
@@ -96,6 +112,10 @@ def assemble(denoiser: Path, decoder: Path, out: Path) -> Path:
     card["size_px"] = int(pipe.unet.config["sample_size"]) * pipe.vae_scale_factor
     save_pipeline(pipe, out, card, decoder)
     return out
+
+
+def _places(work: Path, name: str) -> dict[str, Any]:
+    return {"out": work / name, "work": work / f"{name}-run", "resume": True}
 
 
 def _steps(count: int | None) -> dict[str, int]:

@@ -48,6 +48,22 @@ def test_the_chain_trains_every_part_and_goes_on_where_it_stopped(chain: dict[st
     assert "vae" not in changed  # its run had all its steps
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tuning_steps": 0}, "optim.steps"),
+        ({"batch_size": -1}, "optim.batch_size"),
+        ({"start": "nothing"}, "nothing"),
+        ({"vae": "nothing"}, "nothing"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_first_part(chain: dict[str, object], changes: dict[str, object], words: str) -> None:
+    said: list[str] = []
+    with pytest.raises(UserError, match=words):
+        train_chain(**{"start": None, **chain, **changes, "say": said.append})  # type: ignore[arg-type]
+    assert said == []
+
+
 def test_a_decoder_of_other_latents_is_refused(model_folder: Path, tmp_path: Path) -> None:
     save_vae(tiny_vae(latent_channels=6), tmp_path / "other", {})
     with pytest.raises(UserError, match="has 6 latent channels"):
