@@ -61,7 +61,8 @@ class LatentSpace:
         channels = config.get("latent_channels")
         if type(channels) is not int or not 0 < channels <= MOST_CHANNELS:
             raise ValueError(
-                f"This VAE's config names no latent_channels from 1 to {MOST_CHANNELS:,}; it is no config of an autoencoder."
+                f"This VAE's config names no latent_channels from 1 to {MOST_CHANNELS:,}; latentpipe takes autoencoders of "
+                "pictures, with latents B C h w, whose config names them."
             )
         factor = config.get("scaling_factor")
         if factor is None:

@@ -342,8 +342,24 @@ def patches() -> Any:
     )
 
 
+def representations() -> Any:
+    sizes = {"encoder_hidden_size": 64, "encoder_num_hidden_layers": 1, "encoder_patch_size": 8, "encoder_input_size": 16}
+    sizes |= {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4}
+    return diffusers.AutoencoderRAE(encoder_type="mae", patch_size=4, decoder_intermediate_size=16, **sizes)
+
+
+def unnamed() -> Any:
+    return diffusers.AutoencoderKLKVAE(channels=32, num_enc_blocks=1, num_dec_blocks=1, z_channels=4, ch_mult=(1, 1))
+
+
 @pytest.mark.parametrize(
-    ("build", "said"), [(videos, "AutoencoderKLWan is an autoencoder of videos"), (patches, "statistics of 2 x 2 patches")]
+    ("build", "said"),
+    [
+        (videos, "AutoencoderKLWan is an autoencoder of videos"),
+        (patches, "statistics of 2 x 2 patches"),
+        (representations, "AutoencoderRAE: This VAE's config names no latent_channels .* pictures, .* whose config names them"),
+        (unnamed, "AutoencoderKLKVAE: This VAE's config names no latent_channels .* pictures, .* whose config names them"),
+    ],
 )
 def test_what_is_no_autoencoder_of_pictures_is_refused_in_a_sentence(build: Any, said: str) -> None:
     pipe = BUILDERS["sd15"]()

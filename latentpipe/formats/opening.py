@@ -127,7 +127,8 @@ def _vocabulary(shapes: kl.Shapes, source: Source, given: Given) -> tuple[dict[s
     if stated is not None and (names or stated.get("_class_name") != "AutoencoderKL"):
         if stated.get("_class_name") not in AUTOENCODERS:
             raise UserError(
-                f"{source.path}: its metadata names the class {stated.get('_class_name')!r}, which is no autoencoder."
+                f"{source.path}: its metadata names the class {stated.get('_class_name')!r}; expected one of "
+                f"{', '.join(AUTOENCODERS)}."
             )
         check_config(stated, f"{source.path}: the config in its metadata")
         return dict(stated), names or {name: name for name in shapes}

@@ -179,7 +179,8 @@ def test_only_our_metadata_is_believed_and_only_if_whole(tmp_path: Path) -> None
     for config, message in (
         ("{", "no JSON object"),
         ("[]", "no JSON object"),
-        ('{"_class_name": "UNet2DModel"}', "is no autoencoder"),
+        ('{"_class_name": "UNet2DModel"}', "names the class 'UNet2DModel'; expected one of AutoencoderKL"),
+        ('{"_class_name": "AutoencoderRAE"}', "names the class 'AutoencoderRAE'; expected one of AutoencoderKL"),
         ('{"_class_name": "AutoencoderKL"}', "names no latent_channels"),
     ):
         assert message in refused(write(tensors, tmp_path / "a.safetensors", **{"latentpipe.config": config}))
