@@ -7,7 +7,8 @@ diffusers' tests are no part of this repository. In a checkout of diffusers, wit
     python oracle_plugin.py
 
 The outcomes are appended to oracle-stock.tsv and oracle-stage.tsv in the working folder as they come; with the stage only those
-tests run that pass on stock. The last line lists the tests that pass on stock and fail with the stage. The few tokenizers and
+tests run that pass on stock, and a line also says how often a test called the stage and which pipelines were refused it (they
+keep their VAE). The last command lists the tests that pass on stock and fail with the stage. The few tokenizers and
 text encoders that the tests fetch are replaced, on both sides, by tiny ones made here, so the tests run offline; a test that
 needs any other download fails on both sides and does not count.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 MODE = os.environ.get("LATENTPIPE_ORACLE", "stage")
+USED: dict[str, int] = {}  # by the test that runs: calls of the stage, refusals
 PLACES = {mode: Path(os.environ.get("LATENTPIPE_ORACLE_DIR", ".")) / f"oracle-{mode}.tsv" for mode in ("stock", "stage")}
 
 
@@ -35,8 +37,15 @@ def put_in_place() -> None:
     """Whatever VAE a pipeline registers, it gets what `hosts.hosted` would give it."""
     from diffusers import DiffusionPipeline
 
-    from latentpipe import UserError, hosts
+    from latentpipe import UserError, VAEStage, hosts
 
+    call = VAEStage.call
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        USED["called"] = USED.get("called", 0) + 1
+        return call(self, *args, **options)
+
+    VAEStage.call = counted  # type: ignore[method-assign]
     register = DiffusionPipeline.register_modules
 
     def registered(self: Any, **parts: Any) -> None:
@@ -45,6 +54,8 @@ def put_in_place() -> None:
             try:
                 parts["vae"] = hosts.facade(type(self), hosts.behind(vae), vae)
             except UserError as error:
+                refused = f"refused {type(self).__name__}"
+                USED[refused] = USED.get(refused, 0) + 1
                 print(f"refused: {type(self).__name__}: {error}", file=sys.stderr)
         register(self, **parts)
 
@@ -126,13 +137,19 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     items[:] = kept
 
 
+def pytest_runtest_setup() -> None:
+    """Count anew."""
+    USED.clear()
+
+
 def pytest_runtest_logreport(report: Any) -> None:
     """One line for each test: its outcome, and the last line of what went wrong."""
     if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
         said = report.longreprtext.splitlines() if report.outcome == "failed" else []
         errors = [line for line in said if line.startswith("E  ")] or said[-1:]
+        used = "".join(f", {what} {n}" for what, n in USED.items())
         with PLACES[MODE].open("a") as log:
-            log.write(f"{report.nodeid}\t{report.outcome} {report.duration:.0f} s {' '.join(errors)[:600]}\n")
+            log.write(f"{report.nodeid}\t{report.outcome} {report.duration:.0f} s{used} {' '.join(errors)[:600]}\n")
 
 
 def outcomes(mode: str) -> dict[str, str]:
