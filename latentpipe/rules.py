@@ -109,6 +109,7 @@ RULES: dict[str, checks.Rule | None] = {
     "sample.out": PNG,
     "swap.out": targets.new,
     "train-embedded.hands": checks.folder,
+    "train-embedded.work": targets.room,
     "traverse.most": within(2),
     "traverse.out": PNG,
 }
@@ -252,6 +253,12 @@ def _listed(values: dict[str, Any]) -> None:
         raise UserError("--fits lists VAEs; write 'latentpipe ls vae --fits MODEL'.")
 
 
+def _rendered(values: dict[str, Any]) -> None:
+    """Noto's pictures are 136 pixels at most; those of other artists are drawn at any size."""
+    if values["size"] is not None and values["hands"] is None:
+        within(8, 136)("--size", values["size"])
+
+
 def _measured(values: dict[str, Any]) -> None:
     """One picture has no distance."""
     if values["measured"] == 1:
@@ -271,6 +278,7 @@ WHOLE: dict[str, tuple[Callable[[dict[str, Any]], None], ...]] = {
     "generate": (checks.interval, checks.drawn_size, _fits_a_jpeg),
     "grid": (_axes, checks.drawn_size),
     "replay": (_replayed,),
+    "emoji": (_rendered,),
     "lora merge": (_merged,),
     "convert": (_converted,),
     "decompress": (_written,),
