@@ -7,7 +7,6 @@ whether a file is whole) is decided later, by the functions that read them.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,7 +18,6 @@ from latentpipe.places import available, find_adapter, find_lora, find_model, na
 from latentpipe.reading import read_json
 
 Rule = Callable[[str, Any], None]
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 # --- one value ----------------------------------------------------------------------------------------------
@@ -136,38 +134,6 @@ def picture(option: str, value: Path) -> None:
     file(option, value)
     with picture_file(value):
         pass
-
-
-def ending(*endings: str) -> Rule:
-    """A file to write, by its ending."""
-
-    def rule(option: str, value: Path) -> None:
-        if value.suffix.lower() not in endings or value.is_dir():
-            raise UserError(f"{option} {value}: expected the name of a file that ends in {' or '.join(endings)}.")
-        room(option, value.parent)
-
-    return rule
-
-
-def room(option: str, value: Path) -> None:
-    """A place where a folder is or can be made, and files in it."""
-    there = value
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise UserError(f"{option} {value}: cannot be made a folder, since {there} is a file.")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"{option} {value}: nothing can be written in {there}.")
-
-
-def drawing(option: str, value: Path) -> None:
-    """A folder for pictures, or a picture's file."""
-    room(option, value.parent if is_picture(value) else value)
-
-
-def is_picture(path: Path) -> bool:
-    """Whether --out names a picture rather than a folder."""
-    return path.suffix.lower() in PICTURES and not path.is_dir()
 
 
 def metric(option: str, value: str) -> None:

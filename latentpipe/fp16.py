@@ -131,7 +131,9 @@ def convert(path: Path, images: Callable[[int], torch.Tensor], image_set: str, o
         raise UserError(f"{out} exists; expected a new or empty folder for the rescaled VAE.")
     vae = load_vae(path)
     space = LatentSpace.of(vae)
-    side = min(256, vae.config.get("sample_size") or 256) // space.downscale * space.downscale
+    stated = vae.config.get("sample_size") or 256  # one side, or a list of both
+    side = min(256, *stated) if isinstance(stated, list | tuple) else min(256, stated)
+    side = side // space.downscale * space.downscale
     new, report = make_fp16_safe(nn.Module.to(vae, device), images(max(side, space.downscale)))
     if out is not None:
         card, preview = (read_json(path / name) if (path / name).is_file() else None for name in (CARD_FILE, PREVIEW_FILE))

@@ -14,10 +14,11 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from latentpipe.apart import apart
-from latentpipe.checks import is_picture, size_of, weighted
+from latentpipe.checks import size_of, weighted
 from latentpipe.defaults import GUIDANCE, STEPS, STRENGTH
 from latentpipe.ending import interruption, signals_to
 from latentpipe.lora_verbs import Method
+from latentpipe.targets import is_picture
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from latentpipe import checks
-from latentpipe.checks import above, ending, within
+from latentpipe import checks, targets
+from latentpipe.checks import above, within
 from latentpipe.defaults import MAX_BATCH, MAX_SEED
 from latentpipe.errors import UserError
 from latentpipe.places import available, find_model, lookup, own_adapters
+from latentpipe.targets import ending
 
 COUNT = within(1)
 PNG = ending(".png")
-SAFETENSORS = ending(".safetensors")
 
 # By parameter, or by verb and parameter where it means something else there; None: nothing is asked.
 RULES: dict[str, checks.Rule | None] = {
@@ -55,7 +55,6 @@ RULES: dict[str, checks.Rule | None] = {
     "probe": within(0),
     "rank": above(0),
     "rows": COUNT,
-    "save": ending(".json"),
     "scale": within(0, 3),
     "scaling_factor": above(0),
     "seed": checks.seed,
@@ -69,46 +68,50 @@ RULES: dict[str, checks.Rule | None] = {
     "vaes": checks.vaes,
     # verbs whose parameter means something else
     "anomaly.out": PNG,
-    "anomaly.save": lambda option, value: checks.room(option, value.parent),
+    "anomaly.save": targets.written,
     "compare.out": ending(".html", ".htm"),
+    "convert.out": targets.new,
     "compress.out": ending(".lpz"),
-    "decompress.out": lambda option, value: checks.room(option, value.parent),
+    "decompress.out": targets.written,
     "edit.out": PNG,
-    "emoji.out": checks.room,
+    "emoji.out": targets.empty,
     "emoji.hands": checks.folder,
     "emoji.size": within(8, 1024),
-    "encode.out": SAFETENSORS,
+    "encode.out": targets.weights,
     "evaluate prompts.held_out": within(0),
     "evaluate prompts.seen": within(0),
-    "fit-adapter.out": SAFETENSORS,
+    "fit-adapter.out": targets.weights,
     "fit-adapter.source": checks.vae,
     "fit-adapter.to": checks.vae,
     "fit-codec.size": checks.each(COUNT),
     "fit-codec.step": within(2**-5, 2**5),
     "fit-codec.steps": COUNT,
-    "generate.out": checks.drawing,
+    "generate.out": targets.drawing,
     "generate.size": checks.drawn,
     "grid.lora": checks.installed_loras,
     "grid.out": PNG,
     "grid.size": checks.drawn,
     "inpaint.out": PNG,
     "interpolate.n": within(2, 48),
+    "interpolate.out": targets.written,
     "lora convert.source": checks.found_loras,
-    "lora convert.out": SAFETENSORS,
-    "lora extract.out": SAFETENSORS,
+    "lora convert.out": targets.new_weights,
+    "lora extract.out": targets.new_weights,
     "lora inspect.path": checks.found_loras,
     "lora merge.files": checks.found_loras,
-    "lora merge.out": SAFETENSORS,
+    "lora merge.out": targets.new_weights,
     "lora merge.seed": within(0),
     "ls.fits": checks.model,
+    "make-fp16-safe.out": targets.empty,
     "replay.lora": None,
-    "replay.out": ending(*checks.PICTURES),
+    "replay.out": ending(*targets.PICTURES),
     "sample.n": within(1, 1024),
     "sample.out": PNG,
+    "swap.out": targets.new,
     "train-embedded.hands": checks.folder,
+    "train-embedded.work": targets.room,
     "traverse.most": within(2),
     "traverse.out": PNG,
-    "ui.save": None,
 }
 
 # What does nothing without another option: it was meant to do something.
@@ -194,12 +197,6 @@ def _merged(values: dict[str, Any]) -> None:
         raise UserError(f"{len(values['weights'])} weights for {len(values['files'])} LoRA files; expected one for each.")
 
 
-def _new_file(values: dict[str, Any]) -> None:
-    """A LoRA replaces no file."""
-    if values["out"].exists() or values["out"].is_symlink():
-        raise UserError(f"--out {values['out']} exists already; choose another name, or remove it first.")
-
-
 def _converted(values: dict[str, Any]) -> None:
     """The files or names to convert, and what they shall become."""
     for name in (values["source"], values["source2"]):
@@ -207,7 +204,6 @@ def _converted(values: dict[str, Any]) -> None:
             if values["to"] == "tensors":
                 checks.file("SOURCE", Path(name))
             find_model(name, "vae")
-    checks.room("--out", values["out"].parent)
     if values["to"] in ("ldm", "tensors") and values["out"].suffix != ".safetensors":
         raise UserError(f"--out {values['out']}: --to {values['to']} writes a safetensors file; give it that ending.")
 
@@ -228,7 +224,6 @@ def _between(values: dict[str, Any]) -> None:
     from latentpipe.path_verbs import are_pictures
 
     frames.check(values["out"], values["fps"])
-    checks.room("--out", values["out"].parent)
     if are_pictures(values["first"], values["second"]):
         for name in ("first", "second"):
             checks.picture(name.upper(), Path(values[name]))
@@ -258,6 +253,12 @@ def _listed(values: dict[str, Any]) -> None:
         raise UserError("--fits lists VAEs; write 'latentpipe ls vae --fits MODEL'.")
 
 
+def _rendered(values: dict[str, Any]) -> None:
+    """Noto's pictures are 136 pixels at most; those of other artists are drawn at any size."""
+    if values["size"] is not None and values["hands"] is None:
+        within(8, 136)("--size", values["size"])
+
+
 def _measured(values: dict[str, Any]) -> None:
     """One picture has no distance."""
     if values["measured"] == 1:
@@ -277,9 +278,8 @@ WHOLE: dict[str, tuple[Callable[[dict[str, Any]], None], ...]] = {
     "generate": (checks.interval, checks.drawn_size, _fits_a_jpeg),
     "grid": (_axes, checks.drawn_size),
     "replay": (_replayed,),
-    "lora merge": (_merged, _new_file),
-    "lora convert": (_new_file,),
-    "lora extract": (_new_file,),
+    "emoji": (_rendered,),
+    "lora merge": (_merged,),
     "convert": (_converted,),
     "decompress": (_written,),
     "interpolate": (_between,),
@@ -289,5 +289,9 @@ WHOLE: dict[str, tuple[Callable[[dict[str, Any]], None], ...]] = {
     "sample": (_measured, checks.vae_size),
     "traverse": (checks.vae_size,),
     "health": (checks.vae_size,),
-    "encode": (checks.vae_size,),
+    "encode": (checks.vae_size, targets.cached),
+    "swap": (targets.swapped,),
+    "ui": (targets.kept,),
+    "fit-codec": (targets.learnt,),
+    "fit-adapter": (targets.fitted,),
 }

@@ -177,12 +177,12 @@ def save_swapped(folder: Path, vae: str | Path, out: Path, verdict: Verdict, for
     UserError with the verdict where it does not fit, unless `force`; a Note where its decoder alone fits. The card names
     the VAE that the denoiser was trained on and the one that was swapped in, each by its hash.
     """
+    if Path(out).exists() or Path(out).resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--out {out} exists already, or lies within the model; name a folder that does not.")
     if force:
         _refuse_shape(verdict.host_space, verdict.vae_space)
     elif not verdict.fits:
         raise UserError(f"Nothing was saved: this VAE does not fit (--force saves it all the same).\n{verdict}")
-    if Path(out).exists() or Path(out).resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"--out {out} exists already, or lies within the model; name a folder that does not.")
     place = find_model(vae, "vae")
     opened = open_vae(place)
     if not verdict.encodes and not force:

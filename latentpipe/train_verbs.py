@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from latentpipe import calls, checks
+from latentpipe import calls, checks, targets
 from latentpipe.errors import UserError, begin, near
 from latentpipe.places import configs_folder
 
@@ -86,6 +86,7 @@ def _put(raw: dict[str, Any], name: str, value: Any) -> None:
 def _check(config: Any) -> None:
     """UserError for a folder, file or name in a training config that there is not."""
     data, run = config.data, config.run
+    targets.trained(run)
     for name in ("train", "validation"):
         if getattr(data, name, None) is not None:
             checks.folder(f"data.{name}", getattr(data, name))

@@ -25,7 +25,7 @@ ORDER = [
     ["sampling"], ["foreign"], ["metadata"], ["vocabulary"], ["emphasis"], ["denoise"], ["lora"], ["picture"], ["pipeline"],
     ["model_cache"], ["jobs"], ["engine"], ["xyaxes"], ["xysheet"], ["xyplot"],
     ["config"], ["data"], ["evaluate"], ["train"], ["explore"], ["lab"],
-    ["checks"], ["generate", "verbs", "vae_verbs", "lora_verbs", "codec_verbs"],
+    ["targets"], ["checks"], ["generate", "verbs", "vae_verbs", "lora_verbs", "codec_verbs"],
     ["health_verb", "evaluate_verbs", "compare_verb", "explore_verbs", "path_verbs", "anomaly_verb", "grid_verb"],
     ["fit"], ["ui_verb"], ["calls", "rules", "train_verbs"], ["cli"],
 ]  # fmt: skip

@@ -120,7 +120,47 @@ inspect nothing | No model
 ui --port 99999999 | 65535
 ui --no-no-auth | '--no-auth'
 env now | one word too many
-"""
+generate x --out file/deep/er | is a file
+generate x --out LONG.png | at most 255 bytes
+generate x --out link | leads nowhere
+replay plain.png --out pics | ends in .png
+replay plain.png --out file/x.png | is a file
+grid x --x seed=1,2 --out file/x.png | is a file
+encode pics --vae emoji --out file/x.safetensors | is a file
+lora convert flat --out taken.safetensors | exists already
+lora merge flat pencil --out taken.safetensors | exists already
+lora extract emoji emoji --out taken.safetensors | exists already
+emoji --out pics | not empty
+emoji --out file | is a file
+evaluate prompts --grid file/x.png | is a file
+evaluate vae emoji --images pics --sheet file/x.png | is a file
+evaluate vae emoji --images pics --csv file/x.csv | is a file
+compare emoji emoji-tiny --images pics --out file/x.html | is a file
+sample --out file/x.png | is a file
+traverse --out link/x.png | leads nowhere
+interpolate a b --out file/x.gif | is a file
+edit plain.png --out file/x.png | is a file
+inpaint plain.png --out file/x.png | is a file
+anomaly pics --out file/x.png | is a file
+anomaly pics --save pics | is a folder
+anomaly pics --csv file/x.csv | is a file
+make-fp16-safe emoji --out pics | not empty
+make-fp16-safe emoji --out file | is a file
+convert emoji --out pics | exists already
+convert emoji --out file/x | is a file
+swap --vae emoji --out pics | exists already
+swap --vae emoji --out link | exists already
+swap --vae emoji --model ./m --out m/new | lies within the model
+compress plain.png file/x.lpz | is a file
+decompress words.png pics | is a folder
+fit-codec emoji pics --out nothere | no such folder
+fit-codec emoji pics --out file | a single file
+fit-adapter --from emoji --to emoji --images pics --out file/x.safetensors | is a file
+ui --out file | is a file
+train-vae emoji-vae --run.work file/x | is a file
+train-denoiser emoji-denoiser --run.out link/x | leads nowhere
+train-lora lora-flat --run.out file/x.safetensors | is a file
+""".replace("LONG", "n" * 256)
 
 HARNESS = """
 import contextlib, io, json, shlex, sys
@@ -140,8 +180,11 @@ def test_wrong_calls_are_refused_in_a_sentence_before_torch(tmp_path: Path) -> N
     Image.new("RGB", (64, 64), "red").save(tmp_path / "plain.png")
     (tmp_path / "pics").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "pics" / "a.png")
-    for name in ("words.png", "file"):
+    for name in ("words.png", "file", "taken.safetensors"):
         (tmp_path / name).write_text("x")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model_index.json").write_text("{}")
     rows = [row.rpartition(" | ") for row in WRONG.strip().splitlines()]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "LATENTPIPE_HOME": str(tmp_path / "home")}
     done = subprocess.run(
@@ -161,7 +204,47 @@ def test_wrong_calls_are_refused_in_a_sentence_before_torch(tmp_path: Path) -> N
             wrong.append((call, word, status, out, err, heavy))
     assert not wrong
     assert len(rows) >= 43
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pics", "plain.png", "words.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "file",
+        "link",
+        "m",
+        "pics",
+        "plain.png",
+        "taken.safetensors",
+        "words.png",
+    ]
+
+
+def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that cannot be written in is refused before the work; nothing is made to find out."""
+    from latentpipe import targets
+
+    monkeypatch.setattr(os, "access", lambda place, mode: False)  # a superuser may write everywhere
+    for rule, value in ((targets.ending(".png"), "a/b.png"), (targets.empty, "x"), (targets.new, "x"), (targets.drawing, "x")):
+        with pytest.raises(UserError, match="nothing can be written in"):
+            rule("--out", tmp_path / value)
+    with pytest.raises(UserError, match=r"FOLDER .*nothing can be written in"):
+        targets.cached({"out": None, "folder": tmp_path})
+    targets.kept({"save": False, "out": tmp_path})
+    assert not list(tmp_path.iterdir())
+
+
+def test_rules_take_the_values_that_verbs_begin_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule by the name of a parameter is asked about every verb's parameter of this name, whatever its type."""
+    import inspect
+
+    from latentpipe import cli, rules
+
+    monkeypatch.chdir(tmp_path)
+    asked = 0
+    for name, run in cli.VERBS.items():
+        target = inspect.getclosurevars(run).nonlocals.get("target")
+        for option in calls.options_of(target) if target else ():
+            rule = rules.RULES.get(f"{name}.{option.name}", rules.RULES.get(option.name))
+            if rule is not None and option.default not in (None, inspect.Parameter.empty) and not option.required:
+                rule(option.flag, option.default)
+                asked += 1
+    assert asked > 60
 
 
 # --- what is right ------------------------------------------------------------------------------------------

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import some_images, tiny_vae
+from helpers import edit_json, some_images, tiny_vae
 from planted import PLACES, decode, encode, planted, psnr, times, tiny_ae
 
 from latentpipe.cli import main
@@ -231,6 +232,17 @@ def test_the_verb_without_out_only_measures(tmp_path: Path, vae_folder: Path, ca
     assert (report["overflowed"], report["scales"], report["n"]) == (False, {}, 16)
     assert report["decode"]["difference"] == 0
     assert sorted(path.name for path in vae_folder.parent.iterdir()) == before
+
+
+def test_a_config_may_state_both_sides(tmp_path: Path, vae_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """diffusers takes a list as sample_size; pictures are measured at the shorter side, as at one number."""
+    reports = []
+    for name, side in (("one", 16), ("both", [24, 16])):
+        shutil.copytree(vae_folder, tmp_path / name)
+        edit_json(tmp_path / name / "config.json", sample_size=side)
+        assert main(["make-fp16-safe", str(tmp_path / name), "--json", "--device", "cpu"]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert reports[0] == reports[1]
 
 
 def test_a_refused_vae_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from latentpipe.train import loop, roll
 from latentpipe.train.losses import l2, velocity_target
 from latentpipe.train.order import weighted_indices
 from latentpipe.train.progress import Progress
-from latentpipe.train.start import begin, refuse_other_shape
+from latentpipe.train.start import begin, refuse_other_shape, usable
 from latentpipe.train.team import refuse_several
 from latentpipe.train.text import build_text_encoder, token_ids, train_tokenizer, with_vocabulary
 from latentpipe.vocabulary import listed
@@ -34,6 +34,7 @@ SCORED = 8  # batches that two averages are compared on
 def train_denoiser(config: TrainDenoiser) -> Path:
     """Run `latentpipe train-denoiser`: returns the folder of a complete StableDiffusionPipeline (fp16 safetensors)."""
     refuse_several("train-denoiser")
+    usable(config.run)
     torch.manual_seed(config.run.seed)
     vae_folder = find_model(config.data.vae, "vae")
     cache = open_cache(config.data.cache, vae_folder)

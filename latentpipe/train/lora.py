@@ -22,7 +22,7 @@ from latentpipe.train import loop, losses, roll
 from latentpipe.train.denoiser import pick_captions
 from latentpipe.train.lora_data import LoraPictures, held_out, note_long_captions, open_pictures
 from latentpipe.train.lora_loss import Schedule, noised
-from latentpipe.train.lora_out import begin_file, finish
+from latentpipe.train.lora_out import begin_file, finish, usable_file
 from latentpipe.train.lora_parts import Plan, base_hashes, begin_from, choose, grow
 from latentpipe.train.lora_text import Prompts
 from latentpipe.train.progress import Progress
@@ -39,6 +39,7 @@ def train_lora(config: TrainLora) -> Path:
     The base is frozen, which is proved by its hash; only the adapter's parameters are in the optimizer and the checkpoints.
     """
     refuse_several("train-lora")
+    usable_file(config)
     torch.manual_seed(config.run.seed)
     folder = find_model(config.model)
     host = load_pipeline(folder)

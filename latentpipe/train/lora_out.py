@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from latentpipe.config import TrainLora
+from latentpipe.config import Run, TrainLora
 from latentpipe.errors import UserError
 from latentpipe.files import HASH_LENGTH, atomic_file, printable, read_header
 from latentpipe.lora.attach import layers_of
@@ -17,14 +17,19 @@ from latentpipe.lora.layer import Lora
 from latentpipe.models import hashes
 from latentpipe.train.lora_data import LoraPictures
 from latentpipe.train.lora_parts import NAME, Plan, base_hashes, refuse_changed_base
-from latentpipe.train.start import begin
+from latentpipe.train.start import begin, usable
 from latentpipe.weights import name_of
 
 CHAIN = ("unet", "text_encoder", "text_encoder_2", "vae")  # of a base, whose hashes the file carries
 
 
 def begin_file(config: TrainLora) -> AbstractContextManager[Callable[[], None]]:
-    """As `begin`, for a run whose result is a file; UserError where something else stands in its place."""
+    """As `begin`, for a run whose result is a file."""
+    return begin(config, usable_file(config))
+
+
+def usable_file(config: TrainLora) -> Run:
+    """As `usable`, for a run whose result is a file; UserError where something else stands in its place."""
     out = config.run.out
     if out.is_dir():
         raise UserError(f"run.out ({out}) is a folder; expected the name of a .safetensors file to write.")
@@ -33,7 +38,9 @@ def begin_file(config: TrainLora) -> AbstractContextManager[Callable[[], None]]:
     if config.run.work.resolve() == out.resolve():
         raise UserError(f"run.work and run.out are both {out}; one is a folder, the other a file.")
     unused = out.with_name(f".{out.name}.unused")
-    return begin(config, config.run.model_copy(update={"out": unused}))
+    run = config.run.model_copy(update={"out": unused})
+    usable(run)
+    return run
 
 
 def _is_lora(path: Path) -> bool:

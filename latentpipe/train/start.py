@@ -32,17 +32,13 @@ def begin(config: Strict, run: Run) -> Iterator[Callable[[], None]]:
 
     Yields what writes the resolved config, once a resumed run has really begun. UserError where a folder cannot be used.
     """
-    _check_places(run)
+    usable(run)
     for folder in (run.work, run.out.parent):
         _writable(folder)
     with alone(run.work):
         for folder in (run.work, run.work / "checkpoints", run.out.parent):
             sweep(folder)
-        if checkpoint.saved(run.work) and not run.resume:
-            raise UserError(
-                f"{run.work} holds checkpoints of an earlier run; add --run.resume to go on from there, or choose another "
-                "--run.work."
-            )
+        usable(run)  # another run may have ended since
         record = run.work / "config.yaml"
         if run.resume and record.is_file():
             _note_changes(record, config)
@@ -93,8 +89,10 @@ def _holder(record: Path) -> str:
         return ""
 
 
-def _check_places(run: Run) -> None:
-    """UserError where the result would lie among the checkpoints, or take the place of something else."""
+def usable(run: Run) -> None:
+    """UserError where the result would lie among the checkpoints or take the place of something else, or where an earlier run
+    is not to be resumed; asked before a model is opened.
+    """
     out, work = (refuse_name(path).resolve() for path in (run.out, run.work))
     if work == out or work.is_relative_to(out):
         raise UserError(
@@ -102,6 +100,10 @@ def _check_places(run: Run) -> None:
         )
     if out.is_relative_to(work / "checkpoints") or (out.exists() and not _replaceable(out)):
         raise UserError(f"run.out ({run.out}) holds something that is no model, and would be replaced; choose another folder.")
+    if checkpoint.saved(run.work) and not run.resume:
+        raise UserError(
+            f"{run.work} holds checkpoints of an earlier run; add --run.resume to go on from there, or choose another --run.work."
+        )
 
 
 def _note_changes(record: Path, config: Strict) -> None:

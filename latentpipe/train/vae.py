@@ -25,7 +25,7 @@ from latentpipe.train.crops import draw_cut
 from latentpipe.train.memory import parts_that_fit
 from latentpipe.train.objective import Objective
 from latentpipe.train.progress import Progress
-from latentpipe.train.start import begin
+from latentpipe.train.start import begin, usable
 from latentpipe.train.taught import Lesson, taught_psnr
 from latentpipe.train.team import Team
 from latentpipe.train.warp import SCALES, Warp, draw_warp
@@ -43,6 +43,8 @@ def train_vae(config: TrainVAE) -> Path:
     gradients of one process that computes all of it.
     """
     team = Team()
+    if team.is_first:
+        usable(config.run)
     torch.manual_seed(config.run.seed)
     teacher = open_teacher(config)
     vae = build_vae(config, teacher)

@@ -229,3 +229,10 @@ def test_the_configs_defaults_are_a_model() -> None:
     config = TrainDenoiser.model_validate(raw)
     cache = LatentCache(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8), [("a",)], 32, "x")
     assert denoiser.build_unet(config.unet, cache, config.text.width).config.cross_attention_dim == 192
+
+
+def test_places_are_looked_at_before_anything_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "letter.txt").write_text("x")
+    with pytest.raises(UserError, match="holds something that is no model"):
+        denoiser.train_denoiser(denoiser_run(tmp_path, tmp_path / "none.safetensors", tmp_path / "none"))

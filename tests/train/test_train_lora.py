@@ -389,8 +389,9 @@ def test_what_stands_in_the_files_place_is_not_replaced(tmp_path: Path, model_fo
     assert list(read_header(out).shapes) == ["weight"]
     out.unlink()
     out.mkdir()
-    with pytest.raises(UserError, match="is a folder"):
-        verb.train_lora(lora_run(tmp_path, model_folder, drawn))
+    for model in (model_folder, tmp_path / "none"):  # said before the model is opened
+        with pytest.raises(UserError, match="is a folder"):
+            verb.train_lora(lora_run(tmp_path, model, drawn))
     out.rmdir()
     verb.train_lora(lora_run(tmp_path, model_folder, drawn))
     with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
