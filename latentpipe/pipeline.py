@@ -26,7 +26,7 @@ from latentpipe.latents import LatentSpace
 from latentpipe.lora.attached import Loras
 from latentpipe.lora.layer import Lora
 from latentpipe.lora.merge import Weight
-from latentpipe.lora.prompt import note_negative, partial_tags, split_tags
+from latentpipe.lora.prompt import note_negative, partial_tags, split_tags, without_tags
 from latentpipe.lora.report import Report
 from latentpipe.model_files import read_preview
 from latentpipe.models import check_reference, hashes, load_pipeline, move_pipeline
@@ -248,7 +248,7 @@ class LatentPipeline:
 
         Empty where the model's card lists no words. Trigger words of the adapters that are on are known.
         """
-        return vocabulary.unknown_words(emphasis.plain(split_tags(prompt)[0]), self.words and self.words | self.loras.words)
+        return vocabulary.unknown_words(emphasis.plain(without_tags(prompt)), self.words and self.words | self.loras.words)
 
     def notes_on(self, prompt: str, what: str = "prompt") -> list[str]:
         """What the text encoder cannot make use of in a prompt, in sentences."""

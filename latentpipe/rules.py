@@ -119,7 +119,6 @@ NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "generate": {
         "adapter": ("vae",),
         "lora_method": ("lora",),
-        "lora_partial": ("lora",),
         "strength": ("image",),
     },
     "edit": {"share": ("mix",), "amount": ("along",), "feather": ("mask",)},

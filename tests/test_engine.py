@@ -109,7 +109,7 @@ def test_an_exception_in_the_reader_ends_the_worker(pipe: LatentPipeline) -> Non
 def test_an_error_in_the_worker_is_raised_at_the_reader(pipe: LatentPipeline) -> None:
     with pytest.raises(UserError, match="steps is 0"):
         list(Engine(pipe).run(PROMPT, seed=3, steps=0))
-    with pytest.raises(TypeError, match="colour"):
+    with pytest.raises(UserError, match="no setting 'colour'"):
         list(Engine(pipe).run(PROMPT, colour="red"))
     assert not workers()
     assert device.length == 0

@@ -353,7 +353,7 @@ def write_chunk(path: Path, text: str) -> Path:
         ({"cells": []}, "damaged"),
         ({"cells": None}, "damaged in: cells"),
         ({"extra": 1}, "damaged in: extra"),
-        ({"x": {"kind": "seed", "values": ["1"], "name": ""}}, "damaged in: x"),
+        ({"x": {"kind": "seed", "values": ["1"], "name": ""}}, "not JSON .NaN"),
         ({"x": {"kind": "seed", "values": [True, False], "name": ""}}, "damaged in: x"),
         ({"x": {"kind": "seed", "values": [1, 1], "name": ""}}, "damaged in: x"),
         ({"x": {"kind": "seed", "values": list(range(101)), "name": ""}}, "damaged in: x"),

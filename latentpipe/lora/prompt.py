@@ -38,6 +38,11 @@ def split_tags(prompt: str) -> tuple[str, dict[str, float]]:
     return (re.sub(r"\s+([,.;])", r"\1", " ".join(text.split())) if found else prompt), found
 
 
+def without_tags(prompt: str) -> str:
+    """The words of a prompt beside its tags of any kind, also of those that are refused (old recipes drew them as words)."""
+    return _OTHER.sub(" ", _TAG.sub(" ", prompt))
+
+
 def partial_tags(prompt: str) -> frozenset[str]:
     """The names whose tags end in ``:partial``, as in ``<lora:name:0.7:partial>``: they may fit the model in part."""
     return frozenset(name for _, name, _, partial in _tags(prompt) if partial)

@@ -306,7 +306,7 @@ ILL: list[tuple[str, dict[str, Any], list[str]]] = [
     ("dead", {"c": 16, "active": (*(True,) * 15, False)}, ["channel 15 of 16 is dead", "with 15 channels"]),
     ("constant", {"active": (False, *(True,) * 7), "kl_bits": None, "sigma": None}, ["channel 0", "optim.learning_rate"]),
     ("unused", {"use_db": (3.0, 0.005, -0.1, 0.02, *(3.0,) * 4)}, ["use channels 1, 2,", "0.01 dB"]),
-    ("blur", {"high_frequency": 0.31}, ["blurred", "31%", "loss.structure", "loss.adversarial"]),
+    ("blur", {"high_frequency": 0.31}, ["blurred", "31%", "loss.structure", "adversarial.weight"]),
     ("std", {"std": (1.0, 27.0, *(1.0,) * 6)}, ["channel 1", "std 27", "loss.kl"]),
     ("kurtosis", {"kurtosis": (*(0.0,) * 7, 40.0)}, ["channel 7", "excess kurtosis 40"]),
     ("sigma", {"sigma": (0.3, 0.3, 5.0, *(0.3,) * 5)}, ["sigma explodes", "channel 2", "5"]),

@@ -170,9 +170,9 @@ def test_latents_are_encoded_once_and_again_when_the_folder_changes(
     made: list[Path] = []
     original = lora_data.encode_folder
 
-    def counted(one: Path, vae: Path, out: Path, size: int) -> Any:
+    def counted(one: Path, vae: Path, out: Path, size: int, **named: Any) -> Any:
         made.append(out)
-        return original(one, vae, out, size)
+        return original(one, vae, out, size, **named)
 
     monkeypatch.setattr(lora_data, "encode_folder", counted)
 
