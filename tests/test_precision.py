@@ -219,7 +219,8 @@ def test_weights_that_are_not_finite_are_named(dtype: torch.dtype) -> None:
 def test_overflow_in_fp32_is_an_error_that_names_the_block() -> None:
     vae = tiny_vae()
     times(vae.decoder.conv_in, 1e38)
-    with pytest.raises(UserError, match=r"decoder\.conv_in gives values that are not finite even in fp32.*at most 10{1,2}0,000 in size"):
+    said = r"decoder\.conv_in gives values that are not finite even in fp32.*at most 10{1,2}0,000 in size"
+    with pytest.raises(UserError, match=said):
         run_finite(vae, "decode", decode, raw_latents().sign() * 1e5)
 
 
