@@ -29,6 +29,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # decoded in this proce
 LONGEST, DEFLATE = 2**16, 1100  # pixels of a side; bytes in one of zlib's (1032 at most, zlib.net/zlib_tech.html)
 MOST_PIXELS = 2**27  # 400 MB as RGB; the largest cameras make three quarters of that
 
+# Pillow warns of large pictures and of odd tags; the limits here are our own. Once for all, and not around each picture: pictures
+# are read in threads, and what `warnings.catch_warnings` restores in one of them is another one's.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 
 class Unreadable(UserError):
     """A file that cannot be read as a picture; `reason` is the sentence's end, without the file's name."""
@@ -53,11 +57,9 @@ def picture_file(path: Path, formats: tuple[str, ...] = FORMATS, most: int = MOS
         raise UserError(f"{path} is a folder; expected the file of a picture.")
     size = file_size(path, "a picture")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large pictures and of odd tags; the limits here are our own
-            with Image.open(path, formats=formats) as picture:
-                _check_size(picture, most, size)
-                yield picture
+        with Image.open(path, formats=formats) as picture:
+            _check_size(picture, most, size)
+            yield picture
     except UserError:
         raise
     except Image.UnidentifiedImageError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -258,3 +260,23 @@ def test_a_png_without_most_of_its_rows_is_refused(tmp_path: Path) -> None:
 def test_the_emptiest_large_png_is_read(tmp_path: Path, mode: str) -> None:
     Image.new(mode, (3000, 3000)).save(tmp_path / "a.png", optimize=True)
     assert images.open_picture(tmp_path / "a.png").size == (3000, 3000)
+
+
+def test_reading_pictures_in_threads_leaves_other_warnings_alone(tmp_path: Path) -> None:
+    """What one thread restores must not be another one's: notes of a training vanished that way."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    before = list(warnings.filters)
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        with images.picture_file(tmp_path / "a.png"):
+            entered.set()
+            leave.wait(30)
+
+    thread = threading.Thread(target=slow)
+    with images.picture_file(tmp_path / "a.png"):
+        thread.start()
+        assert entered.wait(30)
+    leave.set()
+    thread.join()
+    assert list(warnings.filters) == before
