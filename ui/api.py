@@ -82,7 +82,7 @@ def _drawing(app: App) -> None:
     outputs = [gr.Files(label="pictures", type="filepath"), gr.JSON(label="recipes")]
     button = gr.Button()
     button.click(txt2img, fields(), outputs, api_name="txt2img", concurrency_limit=None, **PUBLIC)
-    first = [picture_input("image"), gr.Number(STRENGTH, label="strength")]
+    first = [picture_input("image", said=False), gr.Number(STRENGTH, label="strength")]
     button.click(img2img, [*first, *fields()], outputs, api_name="img2img", concurrency_limit=None, **PUBLIC)
 
 
@@ -148,7 +148,7 @@ def _reading(app: App) -> None:
             return reading.as_json(reading.info_of(image))
         raise AssertionError
 
-    gr.Button().click(png_info, [picture_input("image")], [gr.JSON(label="settings")], api_name="png_info", **PUBLIC)
+    gr.Button().click(png_info, [picture_input("image", said=False)], [gr.JSON(label="settings")], api_name="png_info", **PUBLIC)
 
 
 def _lists(app: App) -> None:

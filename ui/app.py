@@ -11,7 +11,7 @@ import gradio as gr
 
 from latentpipe import UserError
 from latentpipe.ui import api, generate, grid, lab, playground, png_info, show
-from latentpipe.ui.state import LIGHT, App
+from latentpipe.ui.state import LIGHT, App, public
 from latentpipe.version import VERSION
 
 HEAD = f"""<div class="lp-head"><h1>latentpipe</h1>
@@ -26,7 +26,7 @@ def build(app: App) -> gr.Blocks:
         state = gr.HTML(show.light("wait", f"Loading the model '{app.model}' ..."), elem_id="lp-state", padding=False)
         with gr.Tabs(elem_id="lp-tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
-                drawing = generate.build(app)
+                drawing = generate.build(app, state)
             with gr.Tab("VAE lab", id="lab"):
                 laboratory = lab.build(app, drawing.form.model)
             with gr.Tab("Playground", id="playground"):
@@ -34,10 +34,10 @@ def build(app: App) -> gr.Blocks:
             with gr.Tab("Grid", id="grid"):
                 grid.build(app)
             with gr.Tab("PNG info", id="info"):
-                info = png_info.build(app, drawing.form)
+                info = png_info.build(app, drawing.form, drawing.status)
         drawing.to_replay.click(lambda path: _sent(path, path, "info"), [drawing.chosen], [info.image, tabs], **LIGHT)
         drawing.to_lab.click(lambda path: _sent(path, [path], "lab"), [drawing.chosen], [laboratory.files, tabs], **LIGHT)
-        info.restore.click(lambda: gr.Tabs(selected="generate"), None, [tabs], **LIGHT)
+        info.restored.success(lambda path: gr.Tabs(selected="generate") if path else gr.skip(), [info.image], [tabs], **LIGHT)
         api.build(app)
 
         async def ready() -> AsyncIterator[str]:
@@ -54,7 +54,7 @@ def build(app: App) -> gr.Blocks:
 def _sent(path: str | None, value: Any, tab: str) -> tuple[Any, Any]:
     """The chosen picture for a field of another tab, and that tab."""
     if path is None:
-        gr.Info("There is no picture yet: generate one first.")
+        gr.Info(generate.NOTHING)
         return gr.skip(), gr.skip()
     return value, gr.Tabs(selected=tab)
 
@@ -64,7 +64,7 @@ def _load_in_background(app: App) -> threading.Thread:
         try:
             app.pipe()
         except UserError as error:
-            app.failure = str(error)
+            app.failure = public(error)
 
     thread = threading.Thread(target=load, name="latentpipe_load", daemon=True)
     thread.start()

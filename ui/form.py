@@ -21,6 +21,7 @@ OWN = "the model's own"
 NO_ADAPTER = "none"
 MAX_BATCH = 16
 LORA_ROWS = 4
+STEPS_OF, GUIDANCES, STRENGTHS = (1, 100), (0.0, 15.0), (0.05, 1.0)  # least and most of the fields
 Values = Mapping[Any, Any]  # the fields' values by field
 
 
@@ -46,8 +47,11 @@ class Form:
     dice: gr.Button
     reuse: gr.Button
     batch: gr.Slider
+    begin: gr.Accordion
+    """The folded part that holds the picture to begin from."""
     image: gr.Image
     strength: gr.Slider
+    lora: gr.Accordion
     rows: tuple[tuple[gr.Checkbox, gr.Dropdown, gr.Slider], ...]
     partial: gr.Checkbox
     refresh: gr.Button
@@ -99,8 +103,8 @@ def build_prompt() -> tuple[gr.Textbox, gr.Button, gr.Button]:
         max_length=MAX_PROMPT, elem_id="lp-prompt", info="Ctrl+Enter draws. (word:1.3) weighs a part, <lora:name:0.7> adds one.",
     )  # fmt: skip
     with gr.Row():
-        run = gr.Button("Generate", variant="primary", min_width=120, elem_id="lp-generate", elem_classes=RUN)
-        stop = gr.Button("Stop", min_width=80, elem_id="lp-stop-generate", elem_classes=STOP)
+        run = gr.Button("Generate", variant="primary", scale=3, min_width=120, elem_id="lp-generate", elem_classes=RUN)
+        stop = gr.Button("Stop", scale=1, min_width=60, elem_id="lp-stop-generate", elem_classes=STOP)
     return prompt, run, stop
 
 
@@ -109,8 +113,8 @@ def build_form(app: App, prompt: gr.Textbox, run: gr.Button, stop: gr.Button) ->
     with gr.Accordion("Advanced", open=False, elem_id="lp-advanced"):
         negative = gr.Textbox(label="Negative prompt", placeholder="What it should not show", lines=1, max_length=MAX_PROMPT)
         with gr.Row():
-            steps = gr.Slider(1, 100, STEPS, step=1, label="Steps")
-            guidance = gr.Slider(0, 15, GUIDANCE, step=0.1, label="Guidance", info="1 and less turn it off")
+            steps = gr.Slider(*STEPS_OF, STEPS, step=1, label="Steps")
+            guidance = gr.Slider(*GUIDANCES, GUIDANCE, step=0.1, label="Guidance", info="1 and less turn it off")
         with gr.Row():
             low = gr.Slider(0, 1, 0.0, step=0.01, label="Guidance from", info="share of the steps")
             high = gr.Slider(0, 1, 1.0, step=0.01, label="Guidance to")
@@ -133,14 +137,14 @@ def build_form(app: App, prompt: gr.Textbox, run: gr.Button, stop: gr.Button) ->
             )
             dice = gr.Button("🎲 Random", elem_id="lp-dice", size="sm", min_width=90)
             reuse = gr.Button("♻ Reuse last", elem_id="lp-reuse", size="sm", min_width=90)
-    with gr.Accordion("Begin from a picture (img2img)", open=False, elem_id="lp-img2img"):
+    with gr.Accordion("Begin from a picture (img2img)", open=False, elem_id="lp-img2img") as begin:
         image = picture_input("Picture to begin from", height=220, elem_id="lp-image")
-        strength = gr.Slider(0.05, 1, STRENGTH, step=0.01, label="Strength", info="how far it may move from the picture")
+        strength = gr.Slider(*STRENGTHS, STRENGTH, step=0.01, label="Strength", info="how far it may move from the picture")
     model, vae, adapter, refresh, light, in_use = _vae_fields(app)
-    rows, partial = _lora_rows(app)
+    lora, rows, partial = _lora_rows(app)
     return Form(
         prompt, run, stop, negative, model, vae, adapter, steps, guidance, low, high, scheduler, width, height, seed, dice,
-        reuse, batch, image, strength, rows, partial, refresh, light, in_use,
+        reuse, batch, begin, image, strength, lora, rows, partial, refresh, light, in_use,
     )  # fmt: skip
 
 
@@ -152,14 +156,14 @@ def _vae_fields(app: App) -> tuple[gr.Dropdown, gr.Dropdown, gr.Dropdown, gr.But
             adapter = gr.Dropdown([NO_ADAPTER, *own_adapters()], value=NO_ADAPTER, label="Adapter", info="from the VAE lab")
         light = gr.HTML(elem_id="lp-verdict")
         in_use = gr.HTML(elem_id="lp-in-use")
-        refresh = gr.Button("↻ Look for new files", size="sm")
+        refresh = gr.Button("↻ Look for new files", size="sm", elem_id="lp-refresh")
     return model, vae, adapter, refresh, light, in_use
 
 
-def _lora_rows(app: App) -> tuple[tuple[tuple[gr.Checkbox, gr.Dropdown, gr.Slider], ...], gr.Checkbox]:
+def _lora_rows(app: App) -> tuple[gr.Accordion, tuple[tuple[gr.Checkbox, gr.Dropdown, gr.Slider], ...], gr.Checkbox]:
     names = app.choices("lora")
     rows = []
-    with gr.Accordion("LoRA", open=False, elem_id="lp-lora"):
+    with gr.Accordion("LoRA", open=False, elem_id="lp-lora") as lora:
         for index in range(LORA_ROWS):
             with gr.Row():
                 on = gr.Checkbox(False, label=f"LoRA {index + 1} on", min_width=100)
@@ -170,4 +174,4 @@ def _lora_rows(app: App) -> tuple[tuple[tuple[gr.Checkbox, gr.Dropdown, gr.Slide
             False, label="Take LoRA that fit in part", info="what is left out is told; also of those in the prompt",
             elem_id="lp-lora-partial",
         )  # fmt: skip
-    return tuple(rows), partial
+    return lora, tuple(rows), partial

@@ -19,7 +19,8 @@ from latentpipe.jobs import Done
 from latentpipe.recipe import MAX_SEED, read
 from latentpipe.ui import show
 from latentpipe.ui.form import NO_ADAPTER, Form, Values, build_form, build_prompt
-from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, told, wire_stop
+from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, told, told_of, wire_stop
+from latentpipe.ui.theme import SAID, into_view
 
 EMPTY = "No picture yet. Write a prompt, or choose an example below, and press Generate."
 EXAMPLES = [
@@ -39,23 +40,23 @@ class Generate:
     """The tab: its form, and what other tabs send to or take from it."""
 
     form: Form
-    gallery: gr.Gallery
+    status: gr.HTML
     chosen: gr.State
     """Path of the picture that the buttons act on."""
     to_lab: gr.Button
     to_replay: gr.Button
 
 
-def build(app: App) -> Generate:
-    """Lay the tab out and wire it; to be called inside a gr.Tab."""
+def build(app: App, state: gr.HTML) -> Generate:
+    """Lay the tab out and wire it, inside a gr.Tab; `state` is the page's first line, which names the VAE in use."""
     with gr.Row(elem_classes="lp-grid"):
         with gr.Column():
             prompt, run, stop = build_prompt()
             gr.Examples([[text] for text in EXAMPLES], [prompt], label="Examples", api_visibility="private")
         with gr.Column():
-            status = gr.HTML(show.empty(EMPTY), elem_id="lp-status", padding=False)
+            status = gr.HTML(show.empty(EMPTY), elem_id="lp-status", elem_classes=SAID, padding=False)
             gallery = gr.Gallery(
-                label="Pictures", format="png", columns=2, height="auto", object_fit="contain", visible=False,
+                label="Pictures", show_label=False, format="png", columns=2, height="auto", object_fit="contain", visible=False,
                 interactive=False, elem_id="lp-gallery", buttons=["download", "fullscreen"],
             )  # fmt: skip
             with gr.Row(elem_classes="lp-tight"):
@@ -73,11 +74,12 @@ def build(app: App) -> Generate:
             form = build_form(app, prompt, run, stop)
     chosen, past, last_seed = gr.State(None), gr.State([]), gr.State(-1)
     _wire_run(app, form, (status, gallery, download, history), (chosen, past, last_seed))
-    _wire_form(app, form, last_seed)
+    _wire_form(app, form, last_seed, state)
     gr.on([gallery.select, history.select], _choose, None, [chosen, download], **LIGHT)
-    to_image.click(_sent, [chosen], [form.image], **LIGHT)
-    to_lora.click(lambda path: _lora_rows_of(form, path), [chosen], [field for row in form.rows for field in row], **LIGHT)
-    return Generate(form, gallery, chosen, to_lab, to_replay)
+    to_image.click(_sent, [chosen], [form.image, form.begin], **LIGHT).then(None, js=into_view("lp-image", "lp-img2img"))
+    fields = [form.lora, *(field for row in form.rows for field in row)]
+    to_lora.click(lambda path: _lora_rows_of(form, path), [chosen], fields, **LIGHT)
+    return Generate(form, status, chosen, to_lab, to_replay)
 
 
 def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...]) -> None:
@@ -95,7 +97,7 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
                 if isinstance(event, Finished):
                     yield finished(event, values[past])
                 elif isinstance(event, Waiting):
-                    yield {status: show.words(f"In the queue: {event.ahead} before you.")}
+                    yield {status: show.waiting(event.ahead)}
                 elif (now := time.monotonic()) - shown_at >= YIELD_S or event.preview is not None:
                     shown_at = now
                     yield {status: steps_of(event), gallery: gr.update(visible=False)}
@@ -114,10 +116,10 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
                 f"Stopped after {first.stopped_after} of {counted(first.steps, 'step')}; the unfinished picture "
                 f"is kept. Seed {first.seed}"
             )
-        text = ". ".join([text, *(note[:1].upper() + note[1:] for note in event.pictures[0].notes)])
+        text = f"{text}. {told_of(event.pictures[0].notes)}".strip()
         total = (pictures + earlier)[:HISTORY]
         return {
-            status: show.words(text + "."),
+            status: show.words(text),
             gallery: gr.update(value=pictures, visible=True, columns=1 if len(pictures) == 1 else 2, selected_index=None),
             download: gr.update(value=pictures[0][0], interactive=True),
             history: total, past: total, chosen: pictures[0][0], last_seed: first.seed,
@@ -132,34 +134,58 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
     wire_stop(app, form.stop)
 
 
-def _wire_form(app: App, form: Form, last_seed: gr.State) -> None:
-    def look(model: str, vae: str, adapter: str, request: gr.Request) -> Iterator[tuple[str, str]]:
+def _wire_form(app: App, form: Form, last_seed: gr.State, state: gr.HTML) -> None:
+    def look(model: str, vae: str, adapter: str, request: gr.Request) -> Iterator[tuple[str, str, str]]:
         with told():
-            yield show.light("wait", "Measuring whether this VAE fits ..."), ""
+            yield (
+                show.light("wait", "Measuring whether this VAE fits ..."),
+                "",
+                show.light("wait", f"Looking at the VAE '{vae}' ..."),
+            )
             for event in app.jobs.run(request, lambda report: verdict_of(app, model, vae, adapter)):
                 if isinstance(event, Done):
                     yield event.result
 
-    def refresh() -> list[Any]:
-        names = app.choices("lora")
-        return [
-            gr.update(choices=app.choices("models")),
-            gr.update(choices=[BUILT_IN, *app.choices("vae")]),
-            gr.update(choices=[NO_ADAPTER, *own_adapters()]),
-            *(gr.update(choices=names) for _ in form.rows),
-        ]
-
-    outputs = [form.light, form.in_use]
+    outputs = [form.light, form.in_use, state]
     for field in (form.model, form.vae, form.adapter):
         looked = field.change(look, [form.model, form.vae, form.adapter], outputs, show_progress="hidden", **HEAVY)
-        looked.failure(lambda: (show.light("red", "it cannot be opened.", "Not usable"), ""), None, outputs, **LIGHT)
-    form.refresh.click(refresh, None, [form.model, form.vae, form.adapter, *(row[1] for row in form.rows)], **LIGHT)
+        looked.failure(_not_usable, None, outputs, **LIGHT)
+    form.refresh.click(
+        lambda: _refreshed(app, form), None, [form.model, form.vae, form.adapter, *(row[1] for row in form.rows)], **LIGHT
+    )
     form.dice.click(lambda: secrets.randbelow(MAX_SEED + 1), None, [form.seed], **LIGHT)
-    form.reuse.click(lambda seed: seed, [last_seed], [form.seed], **LIGHT)
+    form.reuse.click(_seed_again, [last_seed], [form.seed], **LIGHT)
 
 
-def verdict_of(app: App, model: str, vae: str, adapter: str = NO_ADAPTER) -> tuple[str, str]:
-    """The light with its sentence, and the line that says which VAE is in use, as HTML."""
+def _refreshed(app: App, form: Form) -> list[Any]:
+    """The fields with the names that are installed now."""
+    models, vaes, loras = (app.choices(kind) for kind in ("models", "vae", "lora"))
+    gr.Info(f"Found: {counted(len(models), 'model')}, {counted(len(vaes), 'VAE')}, {len(loras)} LoRA.", duration=5)
+    return [
+        gr.update(choices=models),
+        gr.update(choices=[BUILT_IN, *vaes]),
+        gr.update(choices=[NO_ADAPTER, *own_adapters()]),
+        *(gr.update(choices=loras) for _ in form.rows),
+    ]
+
+
+def _seed_again(seed: int) -> Any:
+    """The seed of the last picture, for the field."""
+    if seed < 0:
+        gr.Info("Nothing is drawn yet, so there is no seed to use again.", duration=5)
+        return gr.skip()
+    gr.Info(f"The next picture has the seed {seed} too.", duration=5)
+    return seed
+
+
+def _not_usable() -> tuple[str, str, str]:
+    light = show.light("red", "it cannot be opened.", "Not usable")
+    return light, "", show.light("red", "the VAE that is chosen cannot be opened; choose another one.", "Not ready")
+
+
+def verdict_of(app: App, model: str, vae: str, adapter: str = NO_ADAPTER) -> tuple[str, str, str]:
+    """As HTML: the light with its sentence, the line that says which VAE is in use, and the page's first line."""
+    decoder = False
     if vae == BUILT_IN:
         light = show.light("green", "the model's own VAE.", "Fits")
     elif adapter != NO_ADAPTER:
@@ -167,16 +193,20 @@ def verdict_of(app: App, model: str, vae: str, adapter: str = NO_ADAPTER) -> tup
     else:
         verdict = app.models.verdict(app.named("models", model), app.named("vae", vae))
         light = show.verdict(verdict)
+        decoder = not verdict.encodes
         if not verdict.fits:
-            return light, show.words("This VAE is not in use: drawing with it is refused.")
-    return light, show.words(in_use(app.pipe(model, vae, None if adapter == NO_ADAPTER else adapter)))
+            first = f"the VAE '{vae}' does not fit the model '{model}', and drawing with it is refused. Choose another one."
+            return light, show.words("This VAE is not in use: drawing with it is refused."), show.light("red", first, "Not ready")
+    words = in_use(app.pipe(model, vae, None if adapter == NO_ADAPTER else adapter), decoder)
+    return light, show.words(words), show.light("green", words, "Ready")
 
 
-def in_use(pipe: Any) -> str:
-    """VAE in use: name, hash, space, dtype."""
+def in_use(pipe: Any, decoder: bool = False) -> str:
+    """VAE in use: name, hash, space, dtype. `decoder`: that alone of it, as its encoder makes other latents."""
     space = pipe.stage.space
     dtype = str(pipe.stage.dtype).removeprefix("torch.")
     name = pipe.vae_name or f"{pipe.name} (built-in)"
+    name += f" through the adapter '{pipe.adapter_name}'" if pipe.adapter_name else " (its decoder)" if decoder else ""
     return f"VAE in use: {name}, {pipe.hashes['vae'][:10]}, {counted(space.channels, 'channel')} at 1/{space.downscale}, {dtype}."
 
 
@@ -190,26 +220,37 @@ def _caption(recipe: Any) -> str:
     return f"{recipe.prompt}, seed {recipe.seed}"
 
 
-def _sent(path: str | None) -> str | None:
+NOTHING = "There is no picture yet: generate one first."
+
+
+def _sent(path: str | None) -> tuple[Any, Any]:
+    """The chosen picture for the field of img2img, which is unfolded."""
     if path is None:
-        gr.Info("There is no picture yet: generate one first.")
-    return path
+        gr.Info(NOTHING)
+        return gr.skip(), gr.skip()
+    gr.Info(
+        "The picture is in 'Begin from a picture (img2img)'. Change the prompt or the strength, and press Generate.", duration=6
+    )
+    return path, gr.update(open=True)
 
 
 def _lora_rows_of(form: Form, path: str | None) -> list[Any]:
-    """The adapters of the chosen picture, put into the rows."""
-    skip = [gr.skip()] * (3 * len(form.rows))
-    if _sent(path) is None:
+    """The adapters of the chosen picture, put into the rows, which are unfolded."""
+    skip = [gr.skip()] * (1 + 3 * len(form.rows))
+    if path is None:
+        gr.Info(NOTHING)
         return skip
     with told():
-        every = read(Path(str(path))).loras
+        every = read(Path(path)).loras
         loras = {name: weight for name, weight in every.items() if not isinstance(weight, dict)}
-        if len(loras) < len(every):
-            gr.Info("A LoRA with weights by block was left out; the rows take one weight each.")
         if not every:
             gr.Info("This picture was drawn without LoRA.")
+        elif len(loras) < len(every):
+            gr.Info("A LoRA with weights by block was left out; the rows take one weight each.")
         if not loras:
             return skip
+        gr.Info(f"In the rows under LoRA: {', '.join(loras)[:200]}.", duration=6)
         filled = [(True, name, weight) for name, weight in list(loras.items())[: len(form.rows)]]
-        return [value for row in filled + [(False, gr.skip(), gr.skip())] * (len(form.rows) - len(filled)) for value in row]
+        rows = filled + [(False, gr.skip(), gr.skip())] * (len(form.rows) - len(filled))
+        return [gr.update(open=True), *(value for row in rows for value in row)]
     return skip

@@ -20,7 +20,7 @@ from latentpipe.sampling import SCHEDULERS
 from latentpipe.ui import show
 from latentpipe.ui.form import OWN, Values
 from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, told, wire_stop
-from latentpipe.ui.theme import RUN, STOP
+from latentpipe.ui.theme import RUN, SAID, STOP
 from latentpipe.ui.uploads import picture_input, picture_of
 from latentpipe.xyaxes import MAX_CELLS, MAX_VAES, Axis, make_axis
 from latentpipe.xyplot import Grid, plot, read_grid, redraw
@@ -78,14 +78,14 @@ def build(app: App) -> None:
             x = _side(app, "X, from left to right", "Seed", [*NAMES], "x")
             y = _side(app, "Y, from top to bottom", "Guidance", [NONE, *NAMES], "y")
             with gr.Row():
-                run = gr.Button("Draw the grid", variant="primary", elem_id="lp-grid-run", elem_classes=RUN)
-                stop = gr.Button("Stop", elem_id="lp-grid-stop", elem_classes=STOP)
+                run = gr.Button("Draw the grid", variant="primary", scale=3, elem_id="lp-grid-run", elem_classes=RUN)
+                stop = gr.Button("Stop", scale=1, min_width=60, elem_id="lp-grid-stop", elem_classes=STOP)
             rest = _rest(app)
             with gr.Accordion("Draw a sheet again", open=False):
                 sheet_in = picture_input("A PNG that a grid was saved to", height=160, elem_id="lp-grid-again-image")
                 again = gr.Button("Draw it again", elem_id="lp-grid-again")
         with gr.Column(scale=6, min_width=320):
-            status = gr.HTML(show.empty(EMPTY), elem_id="lp-grid-status")
+            status = gr.HTML(show.empty(EMPTY), elem_id="lp-grid-status", elem_classes=SAID)
             sheet = gr.Image(
                 label="Grid", show_label=False, format="png", interactive=False, visible=False, elem_id="lp-grid-sheet",
                 buttons=["fullscreen"],
@@ -252,7 +252,7 @@ def _watched(
     yield {status: show.words("Opening the model ...")}
     for event in app.jobs.run(request, work, notes):
         if isinstance(event, Waiting):
-            yield {status: show.words(f"In the queue: {event.ahead} before you.")}
+            yield {status: show.waiting(event.ahead)}
         elif isinstance(event, Progress):
             yield {status: show.progress(event.done, event.total, f"Drawing, {event.what}, steps", event.eta_s)}
         elif isinstance(event, Done):

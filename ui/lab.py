@@ -20,7 +20,7 @@ from latentpipe.recipe import save_png
 from latentpipe.ui import show
 from latentpipe.ui.lab_figures import as_json, comparison_sheet, figures, pictures_html, pictures_of, summary, words_of
 from latentpipe.ui.state import HEAVY, LIGHT, App, json_field, told, wire_stop
-from latentpipe.ui.theme import RUN, STOP
+from latentpipe.ui.theme import RUN, SAID, STOP
 from latentpipe.weights import available
 
 EMPTY = "Drop pictures, or press 'Use example pictures', choose VAEs, and press Compare."
@@ -49,10 +49,10 @@ def build(app: App, model: gr.Dropdown) -> Lab:
             )
             with gr.Row():
                 side = gr.Dropdown(list(SIDES), value="what suits all", label="Side in pixels", scale=2, min_width=120)
-                refresh = gr.Button("↻ New files", size="sm", scale=1, min_width=80)
+                refresh = gr.Button("↻ New files", size="sm", scale=1, min_width=80, elem_id="lp-lab-refresh")
             with gr.Row():
-                run = gr.Button("Compare", variant="primary", min_width=120, elem_id="lp-lab-run", elem_classes=RUN)
-                stop = gr.Button("Stop", min_width=80, elem_classes=STOP)
+                run = gr.Button("Compare", variant="primary", scale=3, min_width=120, elem_id="lp-lab-run", elem_classes=RUN)
+                stop = gr.Button("Stop", scale=1, min_width=60, elem_classes=STOP)
             same = gr.Button("Decode the same latents with each", elem_id="lp-lab-same")
             with gr.Accordion("An adapter, where a VAE has another space", open=False, elem_id="lp-lab-adapter"):
                 gr.Markdown("Fitted from the model's own VAE to the VAE below, on the pictures above (at least 10).")
@@ -60,7 +60,7 @@ def build(app: App, model: gr.Dropdown) -> Lab:
                 fit = gr.Button("Fit an adapter", elem_id="lp-lab-fit")
                 ladder = gr.HTML(elem_id="lp-lab-ladder")
         with gr.Column(scale=8, min_width=320):
-            status = gr.HTML(show.empty(EMPTY), elem_id="lp-lab-status", padding=False)
+            status = gr.HTML(show.empty(EMPTY), elem_id="lp-lab-status", elem_classes=SAID, padding=False)
             verdicts = gr.HTML(elem_id="lp-lab-verdicts")
             numbers = gr.HTML(elem_id="lp-lab-numbers")
             with gr.Row(visible=False, elem_id="lp-lab-pair") as pair:
@@ -75,13 +75,20 @@ def build(app: App, model: gr.Dropdown) -> Lab:
     found = gr.State(None)
     wired = _Parts(files, vaes, side, model, status, verdicts, numbers, pair, first, second, which, slider, pictures, found)
     examples.click(lambda: _example_files(app), None, [files], **LIGHT)
-    refresh.click(lambda: [gr.update(choices=app.choices("vae"))] * 2, None, [vaes, target], **LIGHT)
+    refresh.click(lambda: _refreshed(app), None, [vaes, target], **LIGHT)
     _wire_compare(app, run, wired)
     _wire_decode(app, same, wired)
     _wire_fit(app, fit, wired, target, ladder)
     wire_stop(app, stop)
     gr.on([first.change, second.change, which.change], _slid, [found, first, second, which], [slider], **LIGHT)
     return Lab(files)
+
+
+def _refreshed(app: App) -> list[Any]:
+    """The two fields with the VAEs that are installed now."""
+    names = app.choices("vae")
+    gr.Info(f"Found: {counted(len(names), 'VAE')}.", duration=5)
+    return [gr.update(choices=names)] * 2
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,8 @@ def _wire_compare(app: App, run: gr.Button, parts: _Parts) -> None:
             given, names = pictures_of(files), [app.named("vae", name) for name in vaes or []]
             if len(names) < 2:
                 raise UserError("Choose two or more VAEs to compare.")
+
+            yield {parts.status: show.words("Opening the VAEs ...")}
 
             def work(report: Report) -> tuple[Laboratory, str]:
                 lab = compare_pictures(given, names, SIDES[side] or None, report, app.models.stage)
@@ -146,6 +155,7 @@ def _wire_decode(app: App, same: gr.Button, parts: _Parts) -> None:
         with told() as notes:
             given, names = pictures_of(files), [app.named("vae", name) for name in vaes or []]
             source = _own_vae(app, model)
+            yield {parts.status: show.words("Opening the VAEs ...")}
 
             def work(report: Report) -> Any:
                 return decode_same(given, source, names, SIDES[side] or None, report, app.models.stage)
@@ -191,6 +201,7 @@ def _wire_fit(app: App, fit: gr.Button, parts: _Parts, target: gr.Dropdown, ladd
         with told() as notes:
             given = pictures_of(files)
             source, to = _own_vae(app, model), app.named("vae", name or "")
+            yield show.words("Encoding the pictures ...")
 
             def work(report: Report) -> Any:
                 images = to_images([fit_square(picture, ADAPTER_SIDE) for picture in given])

@@ -27,7 +27,7 @@ def pictures_of(files: Sequence[str] | None) -> list[Image.Image]:
 def words_of(event: Any) -> str:
     """A job's progress as HTML."""
     if isinstance(event, Waiting):
-        return show.words(f"In the queue: {event.ahead} before you.")
+        return show.waiting(event.ahead)
     assert isinstance(event, Progress)
     return show.progress(event.done, event.total, event.what, event.eta_s)
 

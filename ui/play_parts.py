@@ -12,6 +12,7 @@ from latentpipe.explore import play
 from latentpipe.jobs import Progress, Waiting
 from latentpipe.ui import show
 from latentpipe.ui.state import BUILT_IN, LIGHT, App
+from latentpipe.ui.theme import SAID
 from latentpipe.ui.uploads import picture_input
 
 PAIRS = [("red apple", "green apple"), ("cat face", "dog face"), ("smiling face", "full moon face"), ("tomato", "lemon")]
@@ -56,13 +57,13 @@ def _pair(app: App, captions: tuple[str, str]) -> list[str]:
 def waiting(event: Waiting | Progress) -> str:
     """The status of a job that waits or works."""
     if isinstance(event, Waiting):
-        return show.words(f"In the queue: {event.ahead} before you.")
+        return show.waiting(event.ahead)
     return show.progress(event.done, event.total, event.what.capitalize(), event.eta_s)
 
 
 def result(elem_id: str, empty: str) -> tuple[gr.HTML, gr.Image, gr.DownloadButton]:
     """Where a sheet is shown: status, picture, download."""
-    status = gr.HTML(show.empty(empty), elem_id=f"{elem_id}-status")
+    status = gr.HTML(show.empty(empty), elem_id=f"{elem_id}-status", elem_classes=SAID)
     picture = gr.Image(
         label="Sheet", show_label=False, format="png", interactive=False, visible=False, elem_id=elem_id, buttons=["fullscreen"],
     )  # fmt: skip

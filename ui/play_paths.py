@@ -40,8 +40,8 @@ def build(app: App, given: Given) -> None:
             steps = gr.Slider(1, 50, STEPS, step=1, label="Steps", min_width=140)
     count = gr.Slider(3, 48, 7, step=1, label="Pictures", elem_id="lp-play-count", info="a grid has at most 15 in a row")
     with gr.Row():
-        run = gr.Button("Interpolate", variant="primary", elem_id="lp-play-interpolate", elem_classes=RUN)
-        stop = gr.Button("Stop", elem_classes=STOP)
+        run = gr.Button("Interpolate", variant="primary", scale=3, elem_id="lp-play-interpolate", elem_classes=RUN)
+        stop = gr.Button("Stop", scale=1, min_width=60, elem_classes=STOP)
     status, picture, download = result("lp-play-between", EMPTY)
     ends.input(lambda chosen: gr.update(visible=chosen == "Prompts"), [ends], [prompts], **LIGHT)
     fields = [given.first, given.second, given.vae, ends, way, form, one, two, seed, steps, count]
@@ -49,6 +49,7 @@ def build(app: App, given: Given) -> None:
     def draw(values: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
         with told() as notes:
             work, alt = _path_work(app, given, dict(zip(NAMES, (values[field] for field in fields), strict=True)))
+            yield {status: show.words("Encoding the two ends ...")}
             for event in app.jobs.run(request, work, notes):
                 if isinstance(event, Done):
                     path = str(event.result)

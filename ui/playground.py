@@ -14,7 +14,7 @@ from latentpipe.recipe import MAX_SEED
 from latentpipe.ui import play_paths, show
 from latentpipe.ui.play_parts import Given, build_given, result, waiting
 from latentpipe.ui.state import HEAVY, LIGHT, App, told, wire_stop
-from latentpipe.ui.theme import RUN, STOP
+from latentpipe.ui.theme import RUN, SAID, STOP
 from latentpipe.ui.uploads import picture_of
 
 EMPTY = "Drop a picture at the left, or choose a pair below it; then move a slider."
@@ -41,7 +41,7 @@ def build(app: App) -> None:
 
 
 def _live(app: App, given: Given) -> tuple[gr.Dropdown, gr.Dropdown]:
-    status = gr.HTML(show.empty(EMPTY), elem_id="lp-play-status")
+    status = gr.HTML(show.empty(EMPTY), elem_id="lp-play-status", elem_classes=SAID)
     picture = gr.Image(
         label="Decoded", show_label=False, format="png", interactive=False, visible=False, height=260, elem_id="lp-play-live",
         elem_classes="lp-large", buttons=["download", "fullscreen"],
@@ -61,7 +61,7 @@ def _live(app: App, given: Given) -> tuple[gr.Dropdown, gr.Dropdown]:
     with gr.Row():
         learn = gr.Button("Find directions", elem_id="lp-play-learn", elem_classes=RUN)
         reset = gr.Button("Back to the picture", elem_id="lp-play-reset")
-    learned = gr.HTML(elem_id="lp-play-learned")
+    learned = gr.HTML(elem_id="lp-play-learned", elem_classes=SAID)
     sliders = [share, scale, noise, pairs[0][1], pairs[1][1]]
     fields = [given.first, given.second, given.vae, share, scale, noise, seed, *(field for pair in pairs for field in pair)]
 
@@ -87,19 +87,25 @@ def _live(app: App, given: Given) -> tuple[gr.Dropdown, gr.Dropdown]:
                     words = _words(mixed, scale, noise, edit.moves or {})
                     yield show.words(words), gr.update(value=event.result, visible=True, alt_text=words)
                 elif isinstance(event, Waiting):
-                    yield show.words(f"In the queue: {event.ahead} before you."), gr.skip()
+                    yield show.waiting(event.ahead), gr.skip()
 
     gr.on(
         [field.change for field in fields if field is not given.vae], live, fields, [status, picture], show_progress="hidden",
         trigger_mode="always_last", **HEAVY,
     )  # fmt: skip
-    reset.click(lambda: [0, 1, 0, 0, 0], None, sliders, **LIGHT)
+    reset.click(_back, None, sliders, **LIGHT)
     names = (pairs[0][0], pairs[1][0])
     _wire_learn(app, given, learn, learned, names)
     # another VAE has other directions: they go first, then the picture is decoded anew
     forgotten = given.vae.input(lambda: [gr.update(choices=[NONE], value=NONE)] * 2 + [""], None, [*names, learned], **LIGHT)
     forgotten.then(live, fields, [status, picture], show_progress="hidden", **HEAVY)
     return names
+
+
+def _back() -> list[float]:
+    """The sliders where they change nothing."""
+    gr.Info("The sliders are back: nothing is mixed, moved or scaled.", duration=4)
+    return [0, 1, 0, 0, 0]
 
 
 def _words(share: float, scale: float, noise: float, moves: Any) -> str:
@@ -112,6 +118,7 @@ def _words(share: float, scale: float, noise: float, moves: Any) -> str:
 def _wire_learn(app: App, given: Given, learn: gr.Button, learned: gr.HTML, names: tuple[gr.Dropdown, gr.Dropdown]) -> None:
     def found(vae: str, request: gr.Request) -> Iterator[tuple[Any, Any, Any]]:
         with told() as notes:
+            yield show.words("Looking for directions ..."), gr.skip(), gr.skip()
 
             def work(report: Report) -> list[str]:
                 return play.directions(given.stage(app, vae), report)
@@ -142,8 +149,8 @@ def _traverse(app: App, given: Given, names: tuple[gr.Dropdown, gr.Dropdown]) ->
         count = gr.Slider(3, 11, 7, step=2, label="Pictures in a row", min_width=140)
         most = gr.Slider(0.5, 5, 3, step=0.5, label="As far as", info="standard deviations", min_width=140)
     with gr.Row():
-        run = gr.Button("Draw the sheet", variant="primary", elem_id="lp-play-traverse", elem_classes=RUN)
-        stop = gr.Button("Stop", elem_classes=STOP)
+        run = gr.Button("Draw the sheet", variant="primary", scale=3, elem_id="lp-play-traverse", elem_classes=RUN)
+        stop = gr.Button("Stop", scale=1, min_width=60, elem_classes=STOP)
     shown = result("lp-play-sheet", NO_SHEET)
 
     def draw(
@@ -177,6 +184,7 @@ def _watched(
     app: App, request: gr.Request, work: Callable[[Report], Image.Image], notes: list[str], alt: str
 ) -> Iterator[tuple[Any, Any, Any]]:
     """Progress, then the picture with its download."""
+    yield show.words("Encoding the picture ..."), gr.skip(), gr.skip()
     for event in app.jobs.run(request, work, notes):
         if isinstance(event, Done):
             path = app.place("sheet.png")

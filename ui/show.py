@@ -23,6 +23,11 @@ def progress(done: int, total: int, what: str, eta_s: float | None = None, previ
     return f'<div class="lp-status" role="status"><p>{words}</p>{bar}{shown}</div>'
 
 
+def waiting(ahead: int) -> str:
+    """The status of a job that waits for others."""
+    return words(f"In the queue: {ahead} before you.")
+
+
 def words(text: str) -> str:
     """A line of status."""
     return f'<div class="lp-status" role="status"><p>{escape(text)}</p></div>'
@@ -41,8 +46,11 @@ def text(words: str) -> str:
 
 def verdict(found: Verdict, name: str = "") -> str:
     """The light of a verdict on a VAE, with its reason."""
-    heads = {"green": "Fits", "amber": "Needs an adapter", "red": "Does not fit"}
-    return light(found.light, found.reason, name + heads[found.light].lower() if name else heads[found.light])
+    heads = {
+        "same space": "Fits", "decoder fits": "Fits (decoder)", "same shape, other space": "Needs an adapter",
+    }  # fmt: skip
+    head = heads.get(found.outcome, "Does not fit")
+    return light(found.light, found.reason, name + head.lower() if name else head)
 
 
 def empty(text: str) -> str:

@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -22,14 +22,14 @@ from gradio.utils import get_upload_folder
 from latentpipe import Engine, Finished, LatentPipeline, Picture, StepDone, UserError
 from latentpipe.defaults import STEPS
 from latentpipe.errors import Note
-from latentpipe.files import atomic_file, home
+from latentpipe.files import atomic_file
 from latentpipe.generate import free_path
 from latentpipe.jobs import Cancelled, Done, Progress, Report, Waiting, device, run_job
-from latentpipe.lora.report import PARTLY
 from latentpipe.model_cache import ModelCache
 from latentpipe.shortage import is_shortage, sentence
 from latentpipe.ui.listeners import Listeners
-from latentpipe.weights import available, shipped
+from latentpipe.ui.wording import in_words_of_the_page
+from latentpipe.weights import available
 
 BUILT_IN = "Built-in"
 HEAVY: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}  # `latentpipe.jobs.Line` keeps the order
@@ -37,16 +37,6 @@ LIGHT: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "
 """Of handlers that answer at once. They too go through gradio's queue, each with a place of its own, for `gr.Info` reaches the
 page as an event of that queue alone: with ``queue=False`` it is printed on the server (gradio 6.31, `helpers.log_message`)."""
 MAX_WORK = 300.0  # millions of pixels x steps x pictures in one request: 1024 x 1024 pixels, 28 steps, 10 pictures
-INSTEAD = {
-    "$LATENTPIPE_HOME/lora, or give it with --lora": "the server's LoRA folder, and press '↻ Look for new files'",
-    "give its file with --adapter": "install it on the server first",
-    "Give the right ones with --lora NAME=FILE": "The server needs the LoRA file that it was drawn with",
-    f"allow it: {PARTLY}": "tick 'Take LoRA that fit in part'",
-    "use 'latentpipe inpaint PICTURE --mask MASK'": "choose another one",
-    "Give the right ones with --model": "The server needs the model that it was drawn with",
-    "give it with --image": "put that one into the field 'That picture'",
-}
-"""Advice of the command line, and what to do on a page in its place."""
 _notes: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("notes", default=None)
 
 
@@ -235,31 +225,27 @@ def wire_stop(app: App, button: gr.Button) -> None:
     """Let a button stop its visitor's jobs."""
 
     def halt(request: gr.Request) -> None:
-        if not app.jobs.stop(request):
-            gr.Info("Nothing is running.")
+        gr.Info("Stopping after this step ..." if app.jobs.stop(request) else "Nothing is running.", duration=4)
 
     button.click(halt, None, None, **LIGHT)
 
 
-def public(error: UserError) -> str:
-    """An error's sentence for a page: without the server's folders, a verdict's figures (they stand in the VAE lab), options."""
-    sentence = str(error).split("\nmeasured on")[0]
-    for option, place in INSTEAD.items():
-        sentence = sentence.replace(option, place)
-    return sentence.replace(f"{home()}/", "").replace(f"{shipped()}/", "")
+def public(error: UserError | str) -> str:
+    """An error's or a note's sentence for a page (`wording`)."""
+    return in_words_of_the_page(str(error))
 
 
 @contextmanager
 def told() -> Iterator[list[str]]:
     """What goes wrong inside becomes a toast with its sentence; yields the list that the notes of a job go into.
 
-    Notes are shown as a toast each when the block ends well.
+    Notes are shown as one toast when the block ends well.
     """
     notes: list[str] = []
     try:
         yield notes
-        for note in dict.fromkeys(notes):
-            gr.Info(note)
+        if notes:  # one toast: several would fill a phone's screen
+            gr.Info(told_of(notes), duration=12)
     except Cancelled:
         gr.Info("Stopped.")
     except UserError as error:
@@ -268,12 +254,18 @@ def told() -> Iterator[list[str]]:
         raise
     except Exception as error:
         if is_shortage(error):
-            raise gr.Error(sentence(error), duration=20, print_exception=False) from None
+            raise gr.Error(public(sentence(error)), duration=20, print_exception=False) from None
         traceback.print_exc()
         kind = type(error).__name__
         raise gr.Error(
             f"This failed inside ({kind}); the window that runs the server has the details.", print_exception=False
         ) from None
+
+
+def told_of(notes: Iterable[str]) -> str:
+    """Notes as sentences, each once."""
+    said = dict.fromkeys(public(note) for note in notes)
+    return " ".join(f"{note[:1].upper()}{note[1:].rstrip('.')}." for note in said)
 
 
 def collect_notes() -> None:

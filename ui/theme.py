@@ -5,6 +5,14 @@ from __future__ import annotations
 import gradio as gr
 
 RUN, STOP = "lp-run", "lp-stop"  # classes of the buttons that the keys press
+SAID = "lp-said"  # class of the places where a tab says how it goes
+
+
+def into_view(*names: str) -> str:
+    """JavaScript that scrolls to the first of these elements that there is, by id."""
+    found = " || ".join(f"document.querySelector('#{name}')" for name in names)
+    return f"() => setTimeout(() => {{ const at = {found}; if (at) at.scrollIntoView({{block: 'center'}}); }}, 400)"
+
 
 CSS = """
 .gradio-container { width: 100%; max-width: min(1280px, 100vw) !important; margin: 0 auto !important; }
@@ -38,15 +46,25 @@ CSS = """
 .lp-grid { display: grid !important; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); grid-template-rows: auto 1fr; }
 .lp-grid > :nth-child(2) { grid-row: span 2; }
 .lp-tight { gap: .5rem !important; }
-#lp-gallery .thumbnail-item { max-height: 26rem; }
-#lp-gallery .grid-wrap { max-height: none; }
+#lp-gallery .grid-wrap { max-height: none; height: auto; min-height: 0; }
+#lp-gallery .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; padding: 0; }
+#lp-gallery img { max-height: 26rem; }
+.thumbnail-item { height: auto !important; aspect-ratio: auto !important; display: flex !important; flex-direction: column; }
+.thumbnail-item img { width: 100%; aspect-ratio: 1; flex: none; object-fit: contain !important; }
+.thumbnail-item .caption-label { position: static !important; max-width: 100% !important; width: 100%; border: 0 !important;
+  border-radius: 0 !important; text-align: left; }
+#lp-history .caption-label { display: none; }
+.toast-wrap { max-height: 45vh; overflow-y: auto; }
 .lp-large img { width: 100% !important; height: 100% !important; object-fit: contain !important; }
 footer { flex-wrap: wrap; }
 @media (max-width: 760px) {
   .gradio-container { padding: .5rem !important; }
   .lp-wide { flex-direction: column !important; }
   .lp-wide > * { width: 100%; min-width: 0 !important; }
-  .grid-wrap .grid-container { grid-template-columns: repeat(auto-fill, minmax(4.5rem, 1fr)) !important; }
+  #lp-history .grid-container, #lp-grid-single .grid-container {
+    grid-template-columns: repeat(auto-fill, minmax(4.5rem, 1fr)) !important; }
+  #lp-gallery img { max-height: none; }
+  .lp-head p { display: none; }
   .lp-grid { grid-template-columns: minmax(0, 1fr); }
   .lp-grid > :nth-child(2) { grid-row: auto; }
 }
@@ -79,6 +97,14 @@ KEYS = """
   new MutationObserver(() => {
     if (!due) { due = true; setTimeout(() => { due = false; name(); }, 150); }
   }).observe(document, { childList: true, subtree: true });
+  // on a narrow page what comes of a click stands below the fold: scroll to where the tab says how it goes
+  document.addEventListener("click", (event) => {
+    const run = event.target.closest && event.target.closest(".lp-run");
+    if (!run || window.innerWidth > 760) return;
+    const panel = run.closest("[role=tabpanel]") || document;
+    const said = [...panel.querySelectorAll(".lp-said")].find((each) => each.offsetParent !== null);
+    if (said) setTimeout(() => said.scrollIntoView({ behavior: "smooth", block: "start" }), 200);
+  }, true);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       if (press("lp-run")) { event.preventDefault(); event.stopPropagation(); }

@@ -11,6 +11,7 @@ from PIL import Image
 
 from latentpipe import UserError
 from latentpipe.images import open_picture, picture_file
+from latentpipe.ui.state import LIGHT
 
 MAX_PIXELS = 4096 * 4096
 
@@ -23,23 +24,46 @@ def picture_of(path: str | None) -> Image.Image:
     return open_picture(Path(path))
 
 
+def name_of_file(path: str) -> str:
+    """What the visitor calls the file: its name without the server's folders."""
+    return Path(path).name[:80]
+
+
 def check_picture(path: str) -> None:
     """UserError unless the file begins as a picture of a known kind and of bearable size; nothing is decoded yet."""
-    name = Path(path).name[:80]
+    name = name_of_file(path)
     try:
         with picture_file(Path(path)) as picture:
             size = picture.size
-    except UserError:  # it names the server's folders
+    except UserError as error:  # it names the server's folders
+        reason = str(getattr(error, "reason", ""))
+        if "pixels" in reason:
+            raise UserError(f"{name} cannot be read as a picture: {reason}.") from None
         raise UserError(f"{name} cannot be read as a picture; expected a PNG, JPEG, WebP, GIF, BMP or TIFF file.") from None
     if math.prod(size) > MAX_PIXELS:
         raise UserError(f"{name} has {size[0]} x {size[1]} pixels; at most {MAX_PIXELS:,} in all are taken. Make it smaller.")
 
 
-def picture_input(label: str, **options: Any) -> gr.Image:
-    """A place to drop or paste a picture; its handler gets the path of the file as it was sent, undecoded."""
+def picture_input(label: str, said: bool = True, **options: Any) -> gr.Image:
+    """A place to drop or paste a picture; its handler gets the path of the file as it was sent, undecoded.
+
+    said  refuse what is no picture, or too large, as soon as it is dropped: a toast, and the place is empty again
+    """
     image = gr.Image(label=label, type="filepath", format="png", image_mode=None, sources=["upload", "clipboard"], **options)
     image.preprocess = _path  # type: ignore[method-assign]  # gradio would decode it without limits
+    if said:
+        image.upload(_taken, [image], [image], **LIGHT)
     return image
+
+
+def _taken(path: str | None) -> Any:
+    try:
+        if path is not None:
+            check_picture(path)
+    except UserError as error:
+        gr.Warning(str(error), duration=12)
+        return None
+    return gr.skip()
 
 
 def _path(payload: Any) -> str | None:
