@@ -130,7 +130,7 @@ def _draw(app: App, request: gr.Request, prompt: str, model: str, vae: str, sett
     """Empty results now and then while it draws, so that a client that leaves is noticed; then the files and their recipes."""
     told_at = time.monotonic()
     with told() as notes:
-        for event in app.jobs.draw(request, app.pipe(model, vae), prompt or "", notes, previews=False, **settings):
+        for event in app.jobs.draw(request, lambda: app.pipe(model, vae), prompt or "", notes, previews=False, **settings):
             if isinstance(event, Finished):
                 recipes = [picture.recipe.model_dump(mode="json") for picture in event.pictures]
                 yield [app.keep(picture) for picture in event.pictures], recipes

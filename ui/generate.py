@@ -89,13 +89,16 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
     def draw(values: Values, request: gr.Request) -> Iterator[dict[Any, Any]]:
         with told() as notes:
             prompt = values[form.prompt] or ""
-            yield {status: gr.update(value=show.words("Opening the model ..."), visible=True)}
             adapter = values[form.adapter]
-            pipe = app.pipe(values[form.model], values[form.vae], None if adapter == NO_ADAPTER else adapter)
+
+            def pipe() -> Any:
+                return app.pipe(values[form.model], values[form.vae], None if adapter == NO_ADAPTER else adapter)
+
             shown_at = 0.0
             for event in app.jobs.draw(request, pipe, prompt, notes, **form.settings(values)):
                 if isinstance(event, Finished):
-                    yield finished(event, values[past])
+                    yield finished(event, values[past], notes)
+                    notes.clear()  # they stand in the status
                 elif isinstance(event, Waiting):
                     yield {status: show.waiting(event.ahead)}
                 elif (now := time.monotonic()) - shown_at >= YIELD_S or event.preview is not None:
@@ -107,7 +110,7 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
     def steps_of(event: StepDone) -> str:
         return show.progress(event.step, event.steps, "Drawing, step", event.eta_s, event.preview)
 
-    def finished(event: Finished, earlier: list[Any]) -> dict[Any, Any]:
+    def finished(event: Finished, earlier: list[Any], notes: list[str]) -> dict[Any, Any]:
         pictures = [(app.keep(picture), _caption(picture.recipe)) for picture in event.pictures]
         first = event.pictures[0].recipe
         text = f"{len(pictures)} picture{'s' * (len(pictures) > 1)} in {event.seconds:.1f} s, seed {first.seed}"
@@ -116,7 +119,7 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
                 f"Stopped after {first.stopped_after} of {counted(first.steps, 'step')}; the unfinished picture "
                 f"is kept. Seed {first.seed}"
             )
-        text = f"{text}. {told_of(event.pictures[0].notes)}".strip()
+        text = f"{text}. {told_of([*notes, *event.pictures[0].notes])}".strip()
         total = (pictures + earlier)[:HISTORY]
         return {
             status: show.words(text),

@@ -249,7 +249,6 @@ def _watched(
 ) -> Iterator[dict[Any, Any]]:
     """Progress, then the sheet."""
     status, sheet, download, single = shown
-    yield {status: show.words("Opening the model ...")}
     for event in app.jobs.run(request, work, notes):
         if isinstance(event, Waiting):
             yield {status: show.waiting(event.ahead)}

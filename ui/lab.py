@@ -116,8 +116,6 @@ def _wire_compare(app: App, run: gr.Button, parts: _Parts) -> None:
             if len(names) < 2:
                 raise UserError("Choose two or more VAEs to compare.")
 
-            yield {parts.status: show.words("Opening the VAEs ...")}
-
             def work(report: Report) -> tuple[Laboratory, str]:
                 lab = compare_pictures(given, names, SIDES[side] or None, report, app.models.stage)
                 return lab, _verdicts(app, model, names)
@@ -155,7 +153,6 @@ def _wire_decode(app: App, same: gr.Button, parts: _Parts) -> None:
         with told() as notes:
             given, names = pictures_of(files), [app.named("vae", name) for name in vaes or []]
             source = _own_vae(app, model)
-            yield {parts.status: show.words("Opening the VAEs ...")}
 
             def work(report: Report) -> Any:
                 return decode_same(given, source, names, SIDES[side] or None, report, app.models.stage)
@@ -201,7 +198,6 @@ def _wire_fit(app: App, fit: gr.Button, parts: _Parts, target: gr.Dropdown, ladd
         with told() as notes:
             given = pictures_of(files)
             source, to = _own_vae(app, model), app.named("vae", name or "")
-            yield show.words("Encoding the pictures ...")
 
             def work(report: Report) -> Any:
                 images = to_images([fit_square(picture, ADAPTER_SIDE) for picture in given])

@@ -49,7 +49,6 @@ def build(app: App, given: Given) -> None:
     def draw(values: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
         with told() as notes:
             work, alt = _path_work(app, given, dict(zip(NAMES, (values[field] for field in fields), strict=True)))
-            yield {status: show.words("Encoding the two ends ...")}
             for event in app.jobs.run(request, work, notes):
                 if isinstance(event, Done):
                     path = str(event.result)

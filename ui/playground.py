@@ -86,7 +86,7 @@ def _live(app: App, given: Given) -> tuple[gr.Dropdown, gr.Dropdown]:
                 if isinstance(event, Done):
                     words = _words(mixed, scale, noise, edit.moves or {})
                     yield show.words(words), gr.update(value=event.result, visible=True, alt_text=words)
-                elif isinstance(event, Waiting):
+                elif isinstance(event, Waiting) and event.ahead:
                     yield show.waiting(event.ahead), gr.skip()
 
     gr.on(
@@ -118,7 +118,6 @@ def _words(share: float, scale: float, noise: float, moves: Any) -> str:
 def _wire_learn(app: App, given: Given, learn: gr.Button, learned: gr.HTML, names: tuple[gr.Dropdown, gr.Dropdown]) -> None:
     def found(vae: str, request: gr.Request) -> Iterator[tuple[Any, Any, Any]]:
         with told() as notes:
-            yield show.words("Looking for directions ..."), gr.skip(), gr.skip()
 
             def work(report: Report) -> list[str]:
                 return play.directions(given.stage(app, vae), report)
@@ -184,7 +183,6 @@ def _watched(
     app: App, request: gr.Request, work: Callable[[Report], Image.Image], notes: list[str], alt: str
 ) -> Iterator[tuple[Any, Any, Any]]:
     """Progress, then the picture with its download."""
-    yield show.words("Encoding the picture ..."), gr.skip(), gr.skip()
     for event in app.jobs.run(request, work, notes):
         if isinstance(event, Done):
             path = app.place("sheet.png")

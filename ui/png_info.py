@@ -115,7 +115,6 @@ def _replay(app: App, path: str | None, source: str | None, request: gr.Request)
             if each is not None:
                 check_picture(each)
         other = Path(source) if source else None
-        yield show.words("Opening the model ..."), hidden
 
         def work(report: Report) -> Any:
             old = read(Path(path))

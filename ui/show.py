@@ -24,8 +24,8 @@ def progress(done: int, total: int, what: str, eta_s: float | None = None, previ
 
 
 def waiting(ahead: int) -> str:
-    """The status of a job that waits for others."""
-    return words(f"In the queue: {ahead} before you.")
+    """The status of a job that begins, or waits for others."""
+    return words("Beginning ..." if ahead == 0 else f"In the queue: {ahead} before you.")
 
 
 def words(text: str) -> str:

@@ -67,25 +67,32 @@ class Jobs:
     ) -> Iterator[Waiting | Progress | Done]:
         """Events of `latentpipe.jobs.run_job` for this visitor: `Waiting` ..., `Progress` ..., `Done` with `.result`.
 
+        The first one is ``Waiting(0)``, at once.
+
         notes  of `told()`: where the job's notes go
         """
         with self._token(request) as token:
+            yield Waiting(0)  # so that a click is seen at once, and Stop has something to stop from here on
             _notes.set(notes)  # the job's thread, which starts below, inherits it
             yield from self._read(run_job(work, token), token, request)
 
     def draw(
         self,
         request: gr.Request,
-        pipe: LatentPipeline,
+        open_pipe: Callable[[], LatentPipeline],
         prompt: str,
         notes: list[str] | None = None,
         previews: bool = True,
         **settings: Any,
     ) -> Iterator[Waiting | StepDone | Finished]:
         """Events of `latentpipe.Engine.run` for this visitor; UserError where that is too much work."""
-        width, height = settings.get("size") or pipe.native_size
-        self.allow(width, height, settings.get("steps", STEPS), settings.get("n", 1))
         with self._token(request) as token:
+            yield Waiting(0)
+            pipe = open_pipe()
+            if token.is_set():
+                raise Cancelled("stopped while the model was opened")
+            width, height = settings.get("size") or pipe.native_size
+            self.allow(width, height, settings.get("steps", STEPS), settings.get("n", 1))
             _notes.set(notes)
             yield from self._read(Engine(pipe).run(prompt, cancel=token, previews=previews, **settings), token, request)
 

@@ -65,6 +65,11 @@ footer { flex-wrap: wrap; }
     grid-template-columns: repeat(auto-fill, minmax(4.5rem, 1fr)) !important; }
   #lp-gallery img { max-height: none; }
   .lp-head p { display: none; }
+  .toast-wrap { top: auto !important; bottom: .5rem; left: .5rem !important; right: .5rem !important; width: auto !important;
+    max-height: 34vh; }
+  .toast-wrap .toast-body { font-size: .85rem; }
+  .toast-wrap .toast-header { padding: .25rem .5rem; } .toast-wrap .toast-message-item { padding: .25rem .75rem; }
+  #lp-tabs .tab-container button, #lp-tabs .tab-wrapper button { padding: 0 .35rem; font-size: .8rem; }
   .lp-grid { grid-template-columns: minmax(0, 1fr); }
   .lp-grid > :nth-child(2) { grid-row: auto; }
 }
