@@ -22,7 +22,7 @@ from latentpipe.ui.form import NO_ADAPTER, Form, Values, build_form, build_promp
 from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, told, told_of, wire_stop
 from latentpipe.ui.theme import SAID, into_view
 
-EMPTY = "No picture yet. Write a prompt, or choose an example below, and press Generate."
+EMPTY = "No picture yet. Write a prompt, or choose an example, and press Generate."
 EXAMPLES = [
     "red apple",
     "thumbs up medium skin tone",

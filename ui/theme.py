@@ -54,7 +54,7 @@ CSS = """
 .thumbnail-item .caption-label { position: static !important; max-width: 100% !important; width: 100%; border: 0 !important;
   border-radius: 0 !important; text-align: left; }
 #lp-history .caption-label { display: none; }
-.toast-wrap { max-height: 45vh; overflow-y: auto; }
+.image-container .image-frame { padding-top: 1.9rem; box-sizing: border-box; } /* below the label */
 .lp-large img { width: 100% !important; height: 100% !important; object-fit: contain !important; }
 footer { flex-wrap: wrap; }
 @media (max-width: 760px) {
@@ -65,10 +65,6 @@ footer { flex-wrap: wrap; }
     grid-template-columns: repeat(auto-fill, minmax(4.5rem, 1fr)) !important; }
   #lp-gallery img { max-height: none; }
   .lp-head p { display: none; }
-  .toast-wrap { top: auto !important; bottom: .5rem; left: .5rem !important; right: .5rem !important; width: auto !important;
-    max-height: 34vh; }
-  .toast-wrap .toast-body { font-size: .85rem; }
-  .toast-wrap .toast-header { padding: .25rem .5rem; } .toast-wrap .toast-message-item { padding: .25rem .75rem; }
   #lp-tabs .tab-container button, #lp-tabs .tab-wrapper button { padding: 0 .35rem; font-size: .8rem; }
   .lp-grid { grid-template-columns: minmax(0, 1fr); }
   .lp-grid > :nth-child(2) { grid-row: auto; }
@@ -76,6 +72,15 @@ footer { flex-wrap: wrap; }
 """
 
 KEYS = """
+<style>
+.toast-wrap { max-height: 45vh; overflow-y: auto; }
+@media (max-width: 760px) {
+  .toast-wrap.toast-wrap { top: auto !important; bottom: .5rem; left: .5rem !important; right: .5rem !important;
+    width: auto !important; max-height: 30vh; }
+  .toast-body.toast-body { font-size: .85rem; }
+  .toast-header.toast-header { padding: .25rem .5rem; } .toast-message-item.toast-message-item { padding: .25rem .75rem; }
+}
+</style>
 <script>
 (() => {
   const press = (name) => {

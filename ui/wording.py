@@ -30,7 +30,7 @@ INSTEAD = {
     "; to use it all the same, force the swap": "",
 }
 """Advice of the command line, and what to do on a page in its place."""
-TYPED = r"--[a-z]|'latentpipe |\blatentpipe [a-z-]+ [^ ]*[/.-]|\bulimit\b|\$LATENTPIPE"
+TYPED = r"--[a-z]|'latentpipe |\blatentpipe [a-z-]+ [^ ]*[/.-]|\bulimit\b|\$?LATENTPIPE_"
 _PATH = re.compile(r"(?<![\w:/.])~?/(?:[^\s'\":;,()/]+/)+(?=[^\s'\":;,()/])")
 _ASIDE = re.compile(rf" ?\((?=[^()]*(?:{TYPED}))[^()]*\)")
 _CLAUSE = re.compile(r"(?<=[.;,:])\s+")
@@ -55,5 +55,6 @@ def _without_typed(line: str) -> str:
     """A line without the clauses that say what to type; the line's first clause stays in any case."""
     parts = _CLAUSE.split(line)
     kept = [part for index, part in enumerate(parts) if index == 0 or not re.search(TYPED, part)]
+    kept[0] = re.sub(r"--(?=[a-z])", "", kept[0])  # "--size 0: expected more": the field has the option's name
     text = " ".join(kept)
     return text if len(kept) == len(parts) else f"{text.rstrip(',;:. ')}."

@@ -34,7 +34,7 @@ WATCH = """() => {
   const seen = () => {
     const fields = [...document.querySelectorAll('input, textarea')].map(each => `${each.checked} ${each.value}`);
     const marks = [...document.querySelectorAll('button, img, progress')].map(
-      each => [each.getAttribute('aria-selected'), each.disabled, each.classList.contains('open'), String(each.src || '').slice(-40), each.value].join());
+      each => [each.ariaSelected, each.disabled, each.classList.contains('open'), `${each.src}`.slice(-40), each.value].join());
     return [document.body.innerText, ...fields, ...marks].join('|');
   };
   const pause = (ms) => new Promise(done => setTimeout(done, ms));
