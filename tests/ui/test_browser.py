@@ -108,7 +108,9 @@ def test_what_a_button_has_to_say_is_seen(page: Any, tmp_path: Path) -> None:
     (tmp_path / "no-picture.png").write_text("words")
     open_tab(page, "PNG info")
     page.set_input_files("#lp-info-image input[type=file]", str(tmp_path / "no-picture.png"))
-    page.get_by_text("cannot be read as a picture").first.wait_for()
+    page.wait_for_selector("#lp-facts .lp-red")
+    assert "no-picture.png cannot be read as a picture" in page.inner_text("#lp-facts")
+    assert "/" not in page.inner_text("#lp-facts")
 
 
 def test_a_vae_gets_its_light_before_anything_is_drawn(page: Any) -> None:
@@ -116,11 +118,13 @@ def test_a_vae_gets_its_light_before_anything_is_drawn(page: Any) -> None:
     choose(page, "lp-vae-choice", "emoji-decoder-ft")
     page.wait_for_selector("#lp-verdict .lp-green")
     page.wait_for_function("document.querySelector('#lp-in-use').innerText.includes('emoji-decoder-ft')")
+    assert "emoji-decoder-ft" in page.inner_text("#lp-state")
     draw(page)
     assert '"vae":"emoji-decoder-ft"' in shown(page).info["latentpipe"]
     choose(page, "lp-vae-choice", "odd")
     page.wait_for_selector("#lp-verdict .lp-red")
     assert "4-channel latents at 1/2 size" in page.inner_text("#lp-verdict")
+    assert "'odd' does not fit" in page.inner_text("#lp-state")
     page.click("#lp-generate")
     page.wait_for_selector(".toast-body.error")
     assert "4-channel latents" in page.inner_text(".toast-body.error")
@@ -166,9 +170,8 @@ def test_a_picture_is_read_restored_and_drawn_again_pixel_for_pixel(page: Any) -
 def test_a_picture_goes_on_to_img2img(page: Any) -> None:
     draw(page)
     first = shown(page)
-    unfold(page, "lp-img2img", "Begin from a picture (img2img)")
-    page.click("#lp-to-img2img")
-    page.wait_for_selector("#lp-image img")
+    page.click("#lp-to-img2img")  # which unfolds the part that it sends to
+    page.wait_for_selector("#lp-image img", state="visible")
     page.fill("#lp-prompt textarea", "green apple")
     again(page)
     assert '"source":{"sha256"' in shown(page).info["latentpipe"]
@@ -257,6 +260,35 @@ def test_a_phone_needs_no_scrolling_sideways(phone: Any) -> None:
     for name in tabs_of(phone):
         open_tab(phone, name)
         assert phone.evaluate("document.documentElement.scrollWidth") <= 390, name
+
+
+def test_on_a_phone_the_picture_fills_the_width_and_is_seen(phone: Any) -> None:
+    unfold(phone, "lp-advanced", "Advanced")
+    phone.get_by_label("number input for Steps").first.fill("1")
+    phone.evaluate("scrollTo(0, 0)")
+    phone.fill("#lp-prompt textarea", "red apple")
+    again(phone)
+    time.sleep(1)
+    box = phone.locator("#lp-gallery img").first.bounding_box()
+    assert box["width"] > 0.75 * 390
+    assert 0 <= box["y"] < 844 / 2
+    caption = phone.locator("#lp-gallery .caption-label").first.bounding_box()
+    assert caption["y"] >= box["y"] + box["height"] - 1
+    run, stop = (phone.locator(f"#{name}").bounding_box() for name in ("lp-generate", "lp-stop-generate"))
+    assert stop["width"] < 0.6 * run["width"]
+    for name in TABS:
+        assert phone.get_by_role("tab", name=name, exact=True).first.is_visible(), name
+
+
+def test_what_is_too_large_or_no_picture_is_refused_as_soon_as_it_is_dropped(phone: Any, tmp_path: Path) -> None:
+    Image.new("1", (5000, 5000)).save(tmp_path / "my large.png")
+    unfold(phone, "lp-img2img", "Begin from a picture (img2img)")
+    phone.set_input_files("#lp-image input[type=file]", str(tmp_path / "my large.png"))
+    toast = phone.wait_for_selector(".toast-body")
+    assert "5000 x 5000 pixels" in toast.inner_text()
+    assert "/" not in toast.inner_text()
+    assert toast.bounding_box()["height"] < 844 / 3
+    phone.wait_for_selector("#lp-image img", state="detached")
 
 
 def tabs_of(page: Any) -> list[str]:
