@@ -1,5 +1,7 @@
 """Pictures of every tab of the interface, light, dark and on a phone, into ui/screenshots: python benchmarks/screenshots.py
 
+With a folder (python benchmarks/screenshots.py FOLDER) they go there, together with one after each kind of message.
+
 Needs Debian's chromium and the package playwright. Starts a server of its own.
 """
 
@@ -63,6 +65,60 @@ def info(page: Any) -> None:
     page.wait_for_selector("#lp-replay-verdict .lp-green")
 
 
+def refused_vae(page: Any) -> None:
+    """A VAE of another shape is chosen, and drawing with it refused."""
+    unfold(page, "lp-vae")
+    page.locator("#lp-vae-choice input").first.click()
+    page.get_by_role("option", name="emoji-vector", exact=True).first.click()
+    page.wait_for_selector("#lp-verdict .lp-red")
+    page.click("#lp-generate")
+    page.wait_for_selector(".toast-body")
+
+
+def unknown_word(page: Any) -> None:
+    """A word that the model has never seen."""
+    page.fill("#lp-prompt textarea", "red aple")
+    page.click("#lp-generate")
+    page.wait_for_selector("#lp-gallery img")
+
+
+def sent(page: Any) -> None:
+    """A picture sent on to img2img."""
+    page.fill("#lp-prompt textarea", "red apple")
+    page.click("#lp-generate")
+    page.wait_for_selector("#lp-gallery img")
+    page.click("#lp-to-img2img")
+    page.wait_for_selector("#lp-image img")
+
+
+def too_large(page: Any) -> None:
+    """A picture with too many pixels."""
+    path = Path(tempfile.mkdtemp()) / "large.png"
+    Image.new("1", (5000, 5000)).save(path)
+    unfold(page, "lp-img2img")
+    page.set_input_files("#lp-image input[type=file]", str(path))
+    page.wait_for_selector(".toast-body")
+
+
+def no_picture(page: Any) -> None:
+    """A file that is no picture."""
+    path = Path(tempfile.mkdtemp()) / "words.png"
+    path.write_text("words")
+    page.set_input_files("#lp-info-image input[type=file]", str(path))
+    page.wait_for_selector("#lp-facts .lp-red")
+
+
+MESSAGES: dict[str, tuple[str, Callable[[Any], None]]] = {
+    "message-refused-vae": ("Generate", refused_vae),
+    "message-unknown-word": ("Generate", unknown_word),
+    "message-sent": ("Generate", sent),
+    "message-too-large": ("Generate", too_large),
+    "message-no-picture": ("PNG info", no_picture),
+    "message-nothing-to-compare": ("VAE lab", lambda page: page.click("#lp-lab-run")),
+    "message-nothing-to-move": ("Playground", lambda page: page.click("#lp-play-reset")),
+    "message-nothing-runs": ("Grid", lambda page: page.click("#lp-grid-stop")),
+}
+
 TABS: dict[str, tuple[str, Callable[[Any], None]]] = {
     "generate": ("Generate", generate),
     "lab": ("VAE lab", lab),
@@ -91,13 +147,15 @@ def main() -> None:
     from playwright.sync_api import sync_playwright
     from served import CHROMIUM, FLAGS, opened, start
 
-    OUT.mkdir(exist_ok=True)
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else OUT
+    shots = TABS if out == OUT else {**TABS, **MESSAGES}
+    out.mkdir(exist_ok=True)
     process, address = start("--no-save", home=Path(tempfile.mkdtemp()))
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
             for look, (width, height) in LOOKS.items():
-                for name, (title, act) in TABS.items():
+                for name, (title, act) in shots.items():
                     theme = "dark" if look == "dark" else "light"
                     for page in opened(browser, f"{address}/?__theme={theme}", {"width": width, "height": height}):
                         tab = page.get_by_role("tab", name=title, exact=True).first
@@ -106,9 +164,11 @@ def main() -> None:
                             tab = page.locator(".overflow-dropdown").get_by_text(title, exact=True)
                         tab.click()
                         act(page)
+                        if look == "phone" and name == "generate":
+                            page.evaluate("document.querySelector('#lp-status').scrollIntoView()")
                         time.sleep(1.5)
-                        save(page.screenshot(full_page=look != "phone" and name != "lab"), OUT / f"{name}-{look}.png")
-                        print(OUT / f"{name}-{look}.png")
+                        save(page.screenshot(full_page=look != "phone" and name != "lab"), out / f"{name}-{look}.png")
+                        print(out / f"{name}-{look}.png")
     finally:
         process.terminate()
 

@@ -34,10 +34,8 @@ class Given:
 def build_given(app: App) -> Given:
     """Two places for pictures, examples for both, and the VAE."""
     with gr.Row():
-        first = picture_input("First picture", height=200, min_width=140, alt_text="First picture", elem_id="lp-play-first")
-        second = picture_input(
-            "Second picture", height=200, min_width=140, alt_text="The second picture", elem_id="lp-play-second"
-        )
+        first = picture_input("First", height=200, min_width=140, alt_text="First picture", elem_id="lp-play-first")
+        second = picture_input("Second", height=200, min_width=140, alt_text="The second picture", elem_id="lp-play-second")
     gr.Markdown("**Examples** fill both places:")
     with gr.Row():
         for pair in PAIRS:
