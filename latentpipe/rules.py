@@ -55,7 +55,6 @@ RULES: dict[str, checks.Rule | None] = {
     "probe": within(0),
     "rank": above(0),
     "rows": COUNT,
-    "save": ending(".json"),
     "scale": within(0, 3),
     "scaling_factor": above(0),
     "seed": checks.seed,
