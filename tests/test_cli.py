@@ -290,6 +290,7 @@ def test_ctrl_c_in_training_ends_with_130(
 def test_ctrl_c_in_generate_keeps_the_partial_picture(model_folder: Path, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\nfrom latentpipe import cli, pipeline\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs begin with it ignored
         "draw = pipeline.LatentPipeline.draw\n"
         "def watched(self, prompts, seeds, settings, on_step=None):\n"
         "    def hook(step):\n"
@@ -325,6 +326,7 @@ def test_ctrl_c_in_generate_keeps_the_partial_picture(model_folder: Path, tmp_pa
 def test_a_second_ctrl_c_leaves_at_once(model_folder: Path, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, time\nfrom latentpipe import cli, pipeline\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "draw = pipeline.LatentPipeline.draw\n"
         "def watched(self, prompts, seeds, settings, on_step=None):\n"
         "    def hook(step):\n"

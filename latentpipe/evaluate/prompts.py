@@ -211,7 +211,7 @@ def table(result: dict[str, Any]) -> str:
     lines += _style_lines(result) if "cells" in result else []
     protocol = result["protocol"]
     lines.append(
-        f"nearest of {protocol['bank']} {counted(protocol['set'], 'picture')} at 32 x 32; {counted(protocol['steps'], 'step')}, "
+        f"nearest of {protocol['bank']} {protocol['set']} pictures at 32 x 32; {counted(protocol['steps'], 'step')}, "
         f"guidance {protocol['guidance']}, {protocol['size_px']} px; Wilson intervals, 95 %"
     )
     return "\n".join(lines)
