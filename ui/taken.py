@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -37,7 +38,7 @@ def taken_over(app: App, form: Form, path: str | None, model: str) -> list[Any]:
             gr.Info("Drop a picture first.")
             return [gr.skip()] * (len(fields) + 1)
         check_picture(path)
-        info = read_info(path)
+        info = read_info(Path(path))
         changes = list(info.changed)
         names = _names(app, info, changes)
         drawn_by = names[0] if isinstance(names[0], str) else model

@@ -152,7 +152,7 @@ def test_a_picture_is_read_restored_and_drawn_again_pixel_for_pixel(page: Any) -
     draw(page, "thumbs up medium skin tone", 12)
     first = shown(page)
     page.click("#lp-to-replay")
-    page.wait_for_function("document.querySelector('#lp-facts').innerText.includes('thumbs up medium skin tone')")
+    page.wait_for_function("document.querySelector('#lp-facts')?.innerText.includes('thumbs up medium skin tone')")
     page.click("#lp-replay")
     page.wait_for_selector("#lp-replay-verdict .lp-green")
     assert "Identical" in page.inner_text("#lp-replay-verdict")
