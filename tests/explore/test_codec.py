@@ -268,7 +268,7 @@ def test_the_verbs(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) 
         (["compress", "none.png", "x.lpz", "--vae", str(folder)], "no such file"),
         (["compress", "in.png", "x.lpz", "--vae", str(folder), "--step", "0"], "--step is 0"),
         (["compress", "in.png", "in.png", "--vae", str(folder)], "ends in .lpz"),
-        (["compress", "in.png", "taken.lpz", "--vae", str(folder)], "taken.lpz: expected the name of a file"),
+        (["compress", "in.png", "taken.lpz", "--vae", str(folder)], "taken.lpz is a folder; expected the name of a file"),
         (["compress", "taken.lpz", "x.lpz", "--vae", str(folder)], "taken.lpz is a folder"),
         (["decompress", "in.png", "x.png"], "is no .lpz file"),
         (["decompress", "out.lpz", "x.txt"], "no kind of picture"),
