@@ -373,7 +373,7 @@ def test_a_student_that_declares_a_factor_learns_the_latents_in_its_own_units(tm
     step = training.Training(config, Team(), stage, teacher, None, Objective(config, vae, Team()), 1)  # type: ignore[arg-type]
     images = some_images(2, 48)
     with torch.no_grad():
-        mean, std = step._taught(images)  # type: ignore[misc]
+        mean, std = step.lesson.target(images)  # type: ignore[union-attr]
         wanted, spread = VAEStage(load_vae(tmp_path / "teacher")).posterior(images)
     assert torch.allclose(stage.space.normalize(mean), wanted, atol=1e-5)
     assert torch.allclose(std * 0.2, spread, atol=1e-6)
