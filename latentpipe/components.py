@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentpipe.errors import UserError
+from latentpipe.ranges import leaves
 from latentpipe.reading import validated
 from latentpipe.shortage import refuse
 
@@ -112,7 +113,7 @@ class NetworkConfig(BaseModel):
 def check_config(config: Mapping[str, Any], source: str | Path) -> None:
     """UserError where a network's config (config.json) holds a number that no network has, or no number where one is meant."""
     validated(dict(config), NetworkConfig, str(source))
-    for place, value in _leaves(config):
+    for place, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{source}: {place} is {value}; expected a finite number.")
         if isinstance(value, int | float) and abs(value) > LARGEST:
@@ -193,14 +194,3 @@ def _made(name: str, args: Any) -> int | None:
     if name == "aten::eye":
         return int(args[0]) ** 2
     return None
-
-
-def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _leaves(inner, f"{place}.{name}".lstrip("."))
-    elif isinstance(value, list | tuple):
-        for index, inner in enumerate(value):
-            yield from _leaves(inner, f"{place}.{index}")
-    else:
-        yield place, value

@@ -50,7 +50,7 @@ def picture_file(path: Path, formats: tuple[str, ...] = FORMATS, most: int = MOS
     most     pixels in all
 
     Unreadable, also for what its pixels turn out to be within the block: no such picture, damaged, larger than `most`, or a
-    pipe or device. A UserError of the block goes through.
+    pipe or device. A UserError of the block goes through, and so does a mistake in this package's own code.
     """
     path = Path(path)
     if os.path.isdir(path):  # pathlib's raises for a name that is too long
@@ -66,8 +66,18 @@ def picture_file(path: Path, formats: tuple[str, ...] = FORMATS, most: int = MOS
         kinds = [kind.replace("WEBP", "WebP") for kind in formats]
         raise Unreadable(path, f"expected {', '.join(kinds[:-1])} or {kinds[-1]}") from None
     except Exception as error:  # Pillow raises nearly every type for a damaged or hostile file
+        if isinstance(error, AttributeError | NameError | TypeError) and _raised_here(error):
+            raise
         refuse(error, str(path))
         raise Unreadable(path, (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")) from None
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether an exception was raised by a line of this package, and not within a library that it called."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and str(place.tb_frame.f_globals.get("__name__", "")).startswith("latentpipe.")
 
 
 def picture_of(data: bytes, formats: tuple[str, ...] = FORMATS, most: int = MOST_PIXELS) -> Image.Image:

@@ -67,11 +67,12 @@ class Info:
     """The text as found, at most MAX_RAW characters."""
 
 
-def read_info(path: Path) -> Info:
+def read_info(path: str | Path) -> Info:
     """What the metadata of a PNG, JPEG or WebP says.
 
     UserError, in one sentence, where the file is no such picture, is damaged or too large, or carries no settings.
     """
+    path = Path(path)
     texts, kind, size = _texts(path)
     raw = _clean("\n".join(f"{key}: {text}" for key, text in texts.items()), MAX_RAW)
     if recipes.CHUNK in texts:

@@ -106,7 +106,7 @@ def check_schedule(scheduler: Any, source: Path) -> None:
 
 def check_network_config(config: Mapping[str, Any], source: Path) -> None:
     """UserError where a network's config.json holds a number that is not finite, or one beyond its range."""
-    for place, value in _leaves(config):
+    for place, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{source}: {place} is {value}; expected a finite number.")
         key = re.sub(r"\.\d+", "", place).rpartition(".")[2]
@@ -138,13 +138,13 @@ def _check_number(source: Path, key: str, value: Any, low: float, high: float, e
         raise UserError(f"{source}: {key} is {value}; expected a number {bounds}.")
 
 
-def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     """Every value that is neither a mapping nor a list, with its place."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _leaves(inner, f"{place}.{name}".lstrip("."))
+            yield from leaves(inner, f"{place}.{name}".lstrip("."))
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
-            yield from _leaves(inner, f"{place}.{index}")
+            yield from leaves(inner, f"{place}.{index}")
     else:
         yield place, value

@@ -280,3 +280,11 @@ def test_reading_pictures_in_threads_leaves_other_warnings_alone(tmp_path: Path)
     leave.set()
     thread.join()
     assert list(warnings.filters) == before
+
+
+def test_a_mistake_of_our_own_is_not_blamed_on_the_picture(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(AttributeError, match="size"), images.picture_file(tmp_path / "a.png"):
+        images.fit_square("a path", 8)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="cannot be read as a picture"), images.picture_file(tmp_path / "a.png"):
+        raise AttributeError("of a library")

@@ -96,6 +96,11 @@ def usable(info: Info) -> Settings:
         return check_settings(Settings(negative=info.negative, **info.settings), (64, 48), 1)
 
 
+def test_a_path_may_be_text(tmp_path: Path) -> None:
+    recipe.save_png(draw_shape("red", "circle"), tmp_path / "a.png", some_recipe())
+    assert read_info(str(tmp_path / "a.png")) == read_info(tmp_path / "a.png")
+
+
 def test_our_own_picture_gives_its_recipe_back_to_the_letter(tmp_path: Path) -> None:
     old = some_recipe(prompt=" red\tcircle ", loras={"pencil": 0.5, "ink": {"unet": 1.0}}, width=64, height=48)
     recipe.save_png(draw_shape("red", "circle", 64).resize((64, 48)), tmp_path / "a.png", old)

@@ -111,6 +111,17 @@ def _by_mask(pipe: LatentPipeline, hole: Image.Image, prompt: str, seed: int, se
     from diffusers import StableDiffusionInpaintPipeline
 
     twin = host_for(pipe.host, pipe.stage, replace(settings, image=None), StableDiffusionInpaintPipeline)
+    guide = _guide(twin, prompt, settings, report)
+    assert settings.size is not None
+    return twin(
+        **guide.start(), image=settings.image, mask_image=hole, strength=settings.strength, width=settings.size[0],
+        height=settings.size[1], callback_on_step_end=guide, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+        num_inference_steps=settings.steps, generator=torch.Generator("cpu").manual_seed(seed), output_type="latent",
+    ).images  # fmt: skip
+
+
+def _guide(twin: Any, prompt: str, settings: Settings, report: Report) -> Guide:
+    """What steers each step of a pipeline by a prompt and tells how far it is."""
     with quiet():
         positive, none = emphasis.encode(twin, [prompt], settings.guidance > 1, settings.negative)
     total = settings.steps_to_run
@@ -119,13 +130,7 @@ def _by_mask(pipe: LatentPipeline, hole: Image.Image, prompt: str, seed: int, se
         if report is not None:
             report(step.step, total, "draw")
 
-    guide = Guide(settings, positive, none, total, watch)
-    assert settings.size is not None
-    return twin(
-        **guide.start(), image=settings.image, mask_image=hole, strength=settings.strength, width=settings.size[0],
-        height=settings.size[1], callback_on_step_end=guide, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
-        num_inference_steps=settings.steps, generator=torch.Generator("cpu").manual_seed(seed), output_type="latent",
-    ).images  # fmt: skip
+    return Guide(settings, positive, none, total, watch)
 
 
 def _denoised(
@@ -139,15 +144,8 @@ def _denoised(
 ) -> torch.Tensor:
     """Latents (1 C h w) drawn where `free` (1 1 h w) is above 0; elsewhere they are `known`, exactly."""
     twin = host_for(pipe.host, pipe.stage, settings)
-    with quiet():
-        positive, none = emphasis.encode(twin, [prompt], settings.guidance > 1, settings.negative)
+    guide = _guide(twin, prompt, settings, report)
     total = settings.steps_to_run
-
-    def watch(step: Step) -> None:
-        if report is not None:
-            report(step.step, total, "draw")
-
-    guide = Guide(settings, positive, none, total, watch)
     place = {"device": twin.device, "dtype": twin.unet.dtype}
     known, inside = known.to(**place), (free > 0).to(twin.device)
     noise = torch.randn(known.shape, generator=torch.Generator("cpu").manual_seed(seed)).to(**place)
