@@ -17,7 +17,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 
 # A module imports from those above it, from itself and from its own package only.
 ORDER = [
-    ["errors"], ["ending"], ["shortage"], ["yaml_loader"], ["reading"], ["apart"], ["version"], ["defaults"], ["places"],
+    ["errors"], ["stopping"], ["ending"], ["shortage"], ["yaml_loader"], ["reading"], ["apart"], ["version"], ["defaults"], ["places"],
     ["images"], ["probes"], ["latents"], ["ranges"], ["atomic"], ["files"], ["placed"], ["components"],
     ["bands"], ["bandable"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["facade"], ["hosts"], ["weights"],
     ["rescale"], ["fp16"],
