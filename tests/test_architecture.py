@@ -17,8 +17,8 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 
 # A module imports from those above it, from itself and from its own package only.
 ORDER = [
-    ["errors"], ["stopping"], ["ending"], ["shortage"], ["yaml_loader"], ["reading"], ["apart"], ["version"], ["defaults"], ["places"],
-    ["images"], ["probes"], ["latents"], ["ranges"], ["atomic"], ["files"], ["placed"], ["components"],
+    ["errors"], ["stopping"], ["ending"], ["shortage"], ["yaml_loader"], ["reading"], ["apart"], ["version"], ["defaults"],
+    ["places"], ["images"], ["probes"], ["latents"], ["ranges"], ["atomic"], ["files"], ["placed"], ["components"],
     ["bands"], ["bandable"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["facade"], ["hosts"], ["weights"],
     ["rescale"], ["fp16"],
     ["model_files"], ["models"], ["in_memory"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["verdicts"], ["recipe"],
