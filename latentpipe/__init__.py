@@ -14,34 +14,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentpipe.engine import Engine, Finished, Replay, StepDone, replay
-    from latentpipe.errors import UserError
-    from latentpipe.latents import LatentSpace
-    from latentpipe.pipeline import LatentPipeline, Picture
-    from latentpipe.recipe import Recipe
-    from latentpipe.sampling import Settings
-    from latentpipe.swap import check_swap, swap_vae
-    from latentpipe.train.adapter import fit_adapter
-    from latentpipe.vae import VAEStage
-    from latentpipe.verdict import Verdict
+    from latentpipe.compatibility.measure import Verdict
+    from latentpipe.engine.engine import Engine, Finished, Replay, StepDone, replay
+    from latentpipe.pipelines.latent_pipeline import LatentPipeline, Picture
+    from latentpipe.pipelines.metadata.recipe import Recipe
+    from latentpipe.pipelines.sampling import Settings
+    from latentpipe.pipelines.swap import check_swap, swap_vae
+    from latentpipe.train.latent_adapter import fit_adapter
+    from latentpipe.utils.errors import UserError
+    from latentpipe.vae.latent_space import LatentSpace
+    from latentpipe.vae.stage import VAEStage
 
 _HOME = {
-    "Engine": "engine",
-    "Finished": "engine",
-    "LatentPipeline": "pipeline",
-    "LatentSpace": "latents",
-    "Picture": "pipeline",
-    "Recipe": "recipe",
-    "Replay": "engine",
-    "Settings": "sampling",
-    "StepDone": "engine",
-    "UserError": "errors",
-    "VAEStage": "vae",
-    "Verdict": "verdict",
-    "check_swap": "swap",
-    "fit_adapter": "train.adapter",
-    "replay": "engine",
-    "swap_vae": "swap",
+    "Engine": "engine.engine",
+    "Finished": "engine.engine",
+    "LatentPipeline": "pipelines.latent_pipeline",
+    "LatentSpace": "vae.latent_space",
+    "Picture": "pipelines.latent_pipeline",
+    "Recipe": "pipelines.metadata.recipe",
+    "Replay": "engine.engine",
+    "Settings": "pipelines.sampling",
+    "StepDone": "engine.engine",
+    "UserError": "utils.errors",
+    "VAEStage": "vae.stage",
+    "Verdict": "compatibility.measure",
+    "check_swap": "pipelines.swap",
+    "fit_adapter": "train.latent_adapter",
+    "replay": "engine.engine",
+    "swap_vae": "pipelines.swap",
 }
 
 __all__ = [

@@ -11,17 +11,17 @@ import gradio as gr
 from PIL import Image
 
 from latentpipe import UserError
-from latentpipe.errors import counted
-from latentpipe.fit import fit_and_save
-from latentpipe.images import fit_square, to_images
-from latentpipe.jobs import Done, Report
-from latentpipe.lab import MOST, Laboratory, compare_pictures, decode_same, example_pictures
-from latentpipe.recipe import save_png
-from latentpipe.ui import show
-from latentpipe.ui.lab_figures import as_json, comparison_sheet, figures, pictures_html, pictures_of, summary, words_of
+from latentpipe.checkpoints.vae_io import available
+from latentpipe.cli.fit_adapter import fit_and_save
+from latentpipe.engine.jobs import Done, Report
+from latentpipe.evaluate.vae_lab import MOST, Laboratory, compare_pictures, decode_same, example_pictures
+from latentpipe.pipelines.metadata.recipe import save_png
+from latentpipe.ui import html as show
+from latentpipe.ui.lab_view import as_json, comparison_sheet, figures, pictures_html, pictures_of, summary, words_of
 from latentpipe.ui.state import HEAVY, LIGHT, App, json_field, told, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
-from latentpipe.weights import available
+from latentpipe.utils.errors import counted
+from latentpipe.utils.images import fit_square, to_images
 
 EMPTY = "Drop pictures, or press 'Use example pictures', choose VAEs, and press Compare."
 SIDES = {"what suits all": 0, "64": 64, "128": 128, "256": 256, "512": 512}

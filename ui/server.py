@@ -15,16 +15,16 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from latentpipe import UserError
-from latentpipe.ending import signals_to
-from latentpipe.files import home
+from latentpipe.checkpoints.vae_io import find_model, shipped
 from latentpipe.ui import app as pages
 from latentpipe.ui import serving, sessions, theme
+from latentpipe.ui.allowed_hosts import Names, is_loopback, names_for
 from latentpipe.ui.guard import MAX_FILE, Guard
-from latentpipe.ui.hosts import Names, is_loopback, names_for
 from latentpipe.ui.listeners import Listeners
 from latentpipe.ui.login import LOGIN, Door, login_of
 from latentpipe.ui.state import MAX_WORK, App, Jobs, collect_notes
-from latentpipe.weights import find_model, shipped
+from latentpipe.utils.io import home
+from latentpipe.utils.signals import signals_to
 
 THREADS = 128  # a job that waits in the line holds one
 SWITCH_S = 5e-4  # Python's 5 ms, waited for by each small operation of a denoiser while the server is busy, make its steps slow

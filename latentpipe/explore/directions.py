@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from latentpipe.errors import UserError
+from latentpipe.utils.errors import UserError
 
 Report = Callable[[int, int, str], None] | None
 

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from PIL import Image
 
-from latentpipe import emphasis
-from latentpipe.defaults import GUIDANCE, STEPS
-from latentpipe.denoise import host_for, is_classic, redraws, size_unit
-from latentpipe.errors import Note, UserError
+from latentpipe.checkpoints.vae_io import quiet
+from latentpipe.data.image_set import encode
 from latentpipe.explore.directions import Report
 from latentpipe.explore.edit import canvas, composite, feathered, hole_of, latent_share, sized
-from latentpipe.explore.sets import encode
-from latentpipe.hosts import finish
-from latentpipe.images import to_images, to_pixels
-from latentpipe.lora.prompt import note_negative, partial_tags, split_tags
-from latentpipe.pipeline import LatentPipeline
-from latentpipe.sampling import Guide, Settings, Step, check_settings
-from latentpipe.weights import quiet
+from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags
+from latentpipe.pipelines import prompt_weighting
+from latentpipe.pipelines.denoise import host_for, is_classic, redraws, size_unit
+from latentpipe.pipelines.families import finish
+from latentpipe.pipelines.latent_pipeline import LatentPipeline
+from latentpipe.pipelines.sampling import Guide, Settings, Step, check_settings
+from latentpipe.utils.defaults import GUIDANCE, STEPS
+from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.images import to_images, to_pixels
 
 LONGEST = 8  # sides at most so many times as long as the denoiser was trained at
 
@@ -123,7 +123,7 @@ def _by_mask(pipe: LatentPipeline, hole: Image.Image, prompt: str, seed: int, se
 def _guide(twin: Any, prompt: str, settings: Settings, report: Report) -> Guide:
     """What steers each step of a pipeline by a prompt and tells how far it is."""
     with quiet():
-        positive, none = emphasis.encode(twin, [prompt], settings.guidance > 1, settings.negative)
+        positive, none = prompt_weighting.encode(twin, [prompt], settings.guidance > 1, settings.negative)
     total = settings.steps_to_run
 
     def watch(step: Step) -> None:

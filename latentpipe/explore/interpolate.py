@@ -10,19 +10,19 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from latentpipe import emphasis
-from latentpipe.defaults import GUIDANCE, STEPS
-from latentpipe.denoise import host_for, is_classic
-from latentpipe.errors import UserError
-from latentpipe.evaluate.latent import slerp
+from latentpipe.checkpoints.vae_io import quiet
+from latentpipe.data.image_set import decode, encode, read_set, side_for
+from latentpipe.evaluate.metrics.latents import slerp
 from latentpipe.explore.directions import Report, components
-from latentpipe.explore.sets import decode, encode, read_set, side_for
-from latentpipe.images import fit_square, to_images, to_pixels
-from latentpipe.lora.prompt import refuse_tags
-from latentpipe.pipeline import LatentPipeline
-from latentpipe.sampling import Guide, Settings, Step
-from latentpipe.vae import VAEStage
-from latentpipe.weights import quiet
+from latentpipe.lora.prompt_tags import refuse_tags
+from latentpipe.pipelines import prompt_weighting
+from latentpipe.pipelines.denoise import host_for, is_classic
+from latentpipe.pipelines.latent_pipeline import LatentPipeline
+from latentpipe.pipelines.sampling import Guide, Settings, Step
+from latentpipe.utils.defaults import GUIDANCE, STEPS
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.images import fit_square, to_images, to_pixels
+from latentpipe.vae.stage import VAEStage
 
 LINES = ("slerp", "lerp")  # they need nothing but the ends
 WAYS = (*LINES, "density")
@@ -189,7 +189,7 @@ def between_prompts(
     pipe.loras.check_free()
     twin = host_for(pipe.host, pipe.stage, settings)
     with quiet():
-        texts, none = emphasis.encode(twin, [first, second], guidance > 1, "")
+        texts, none = prompt_weighting.encode(twin, [first, second], guidance > 1, "")
     found = []
     for index in range(n):
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from latentpipe.errors import UserError
 from latentpipe.explore.directions import Report, components
+from latentpipe.utils.errors import UserError
 
 KEPT = 32  # principal components that the mixture is fitted in
 FLOOR = 1e-3  # added to its variances, of 1 in all

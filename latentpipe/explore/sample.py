@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentpipe.errors import UserError
-from latentpipe.evaluate.distances import frechet, frechet_score, resamples
-from latentpipe.evaluate.features import Features, metric_names, open_features
+from latentpipe.data.image_set import PictureSet, decode, encode, first, read_set
+from latentpipe.evaluate.metrics.features import Features, metric_names, open_features
+from latentpipe.evaluate.metrics.frechet import frechet, frechet_score, resamples
 from latentpipe.evaluate.results import Score
 from latentpipe.explore.directions import Report
 from latentpipe.explore.prior import Prior, aggregate, normal
-from latentpipe.explore.sets import PictureSet, decode, encode, first, read_set
-from latentpipe.images import bytes_to_images, sheet, to_bytes, to_pixels
-from latentpipe.vae import VAEStage
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.images import bytes_to_images, sheet, to_bytes, to_pixels
+from latentpipe.vae.stage import VAEStage
 
 REBUILT, OTHERS = "reconstructions", "other real pictures"
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from latentpipe.errors import UserError
+from latentpipe.data.image_set import decode
 from latentpipe.explore.attributes import NAMES, labels
 from latentpipe.explore.directions import Direction, Report, channels, principal, supervised
-from latentpipe.explore.sets import decode
-from latentpipe.images import to_bytes, to_pixels, wrap
-from latentpipe.vae import VAEStage
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.images import to_bytes, to_pixels, wrap
+from latentpipe.vae.stage import VAEStage
 
 AMOUNTS = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 LABEL_PX = 112

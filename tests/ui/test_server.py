@@ -19,7 +19,7 @@ from served import free_port, start
 pytest.importorskip("gradio")
 
 from latentpipe import UserError
-from latentpipe.cli import main
+from latentpipe.cli.app import main
 from latentpipe.ui import server as ui_server
 from latentpipe.ui import serving
 from latentpipe.ui.login import LOGIN, login_of

@@ -17,12 +17,12 @@ import pytest
 gr = pytest.importorskip("gradio")
 
 from latentpipe import UserError  # noqa: E402
-from latentpipe.adapters import own_adapter  # noqa: E402
-from latentpipe.errors import Note  # noqa: E402
-from latentpipe.jobs import Cancelled, Done, Progress, Report, Waiting  # noqa: E402
-from latentpipe.places import named_lora  # noqa: E402
+from latentpipe.checkpoints.registry import named_lora  # noqa: E402
+from latentpipe.compatibility.latent_adapter import own_adapter  # noqa: E402
+from latentpipe.engine.jobs import Cancelled, Done, Progress, Report, Waiting  # noqa: E402
 from latentpipe.ui import listeners  # noqa: E402
 from latentpipe.ui.state import App, Jobs, collect_notes, public, told  # noqa: E402
+from latentpipe.utils.errors import Note  # noqa: E402
 
 PATIENCE_S = 30
 PATHS = [

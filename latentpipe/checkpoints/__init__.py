@@ -1,0 +1,1 @@
+"""Any model file in and out: layouts, names, hashes, checks."""
