@@ -18,7 +18,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 # A room imports from those above it; a module from those before it in its own room, and from its own package.
 ROOMS = {
     "utils": """
-        atomic defaults errors out_of_memory signals threads yaml_loader reading images io
+        atomic defaults errors cancellation out_of_memory signals threads yaml_loader reading images io
     """,
     "vae": """
         latent_space offload precision probe_images tiling.feature_map tiling.support tiling.tiled memory stage tiny

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from latentpipe import UserError
 from latentpipe.checkpoints.vae_io import find_model, shipped
@@ -63,6 +64,7 @@ def serve(
     if not max_work > 0:
         raise UserError(f"--max-work is {max_work:g}; expected more than 0 (millions of pixels x steps x pictures).")
     find_model(model)  # a wrong name is said now
+    _refuse_hidden(Path(get_upload_folder()))
     sockets = serving.sockets_for(host, port)
     collect_notes()
     sys.setswitchinterval(SWITCH_S)
@@ -119,9 +121,25 @@ class Served:
 def _options(root_path: str, mcp: bool) -> dict[str, Any]:
     return {
         "root_path": root_path, "show_error": False, "max_file_size": MAX_FILE, "allowed_paths": [],
-        "blocked_paths": [str(shipped()), str(home())], "enable_monitoring": False, "ssr_mode": False, "run_history": False,
+        "blocked_paths": [str(folder) for folder in _hidden()],
+        "enable_monitoring": False, "ssr_mode": False, "run_history": False,
         "mcp_server": mcp, "footer_links": ["api", "settings"], "theme": theme.theme(), "css": theme.CSS, "head": theme.KEYS,
     }  # fmt: skip
+
+
+def _hidden() -> tuple[Path, Path]:
+    """Folders that no address leads into: the shipped weights, and the user's own."""
+    return shipped(), home()
+
+
+def _refuse_hidden(shown: Path) -> None:
+    """gradio shows nothing from below a folder that it hides: every picture would be an error."""
+    for folder in _hidden():
+        if shown.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"Pictures for the browser would go to {shown}, inside of {folder}, which the page never serves from; "
+                "let GRADIO_TEMP_DIR (or TMPDIR) name a folder outside of it, or LATENTPIPE_HOME another one."
+            )
 
 
 def _session_of(page: gr.Blocks) -> Any:

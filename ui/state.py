@@ -232,7 +232,7 @@ def wire_stop(app: App, button: gr.Button) -> None:
     """Let a button stop its visitor's jobs."""
 
     def halt(request: gr.Request) -> None:
-        gr.Info("Stopping after this step ..." if app.jobs.stop(request) else "Nothing is running.", duration=4)
+        gr.Info("Stopping ..." if app.jobs.stop(request) else "Nothing is running.", duration=4)
 
     button.click(halt, None, None, **LIGHT)
 

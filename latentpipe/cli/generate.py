@@ -101,14 +101,19 @@ def _watch(engine: Any, prompt: str, settings: dict[str, Any]) -> tuple[list[Any
     from tqdm import tqdm
 
     from latentpipe.engine.engine import Finished, StepDone
+    from latentpipe.utils.errors import Cancelled
 
     with stop_on_interrupt() as stop, tqdm(total=settings["steps"], unit="step", disable=None, file=sys.stderr) as bar:
-        for event in engine.run(prompt, cancel=stop.token, **settings):
-            if isinstance(event, Finished):
-                return event.pictures, stop
-            if isinstance(event, StepDone):
-                bar.total = event.steps
-                bar.update(event.step - bar.n)
+        try:
+            for event in engine.run(prompt, cancel=stop.token, **settings):
+                if isinstance(event, Finished):
+                    return event.pictures, stop
+                if isinstance(event, StepDone):
+                    bar.total = event.steps
+                    bar.update(event.step - bar.n)
+        except Cancelled:
+            stop.heed()
+            raise
     raise RuntimeError("the engine ended without a result")
 
 
@@ -135,7 +140,7 @@ def stop_on_interrupt() -> Iterator[Stop]:
             raise interruption(number)
         stop.number = number
         stop.token.set()
-        print("latentpipe: stopping after this step; Ctrl-C again to leave at once", file=sys.stderr)
+        print("latentpipe: stopping in this step; Ctrl-C again to leave at once", file=sys.stderr)
 
     with signals_to(on_signal):
         yield stop

@@ -12,15 +12,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from latentpipe.utils.errors import UserError
+from latentpipe.utils import cancellation
+from latentpipe.utils.errors import Cancelled, UserError
+
+__all__ = ["Cancelled", "Done", "Line", "Progress", "Report", "Waiting", "device", "events_of", "run_job"]
 
 MAX_WAITING = 32
 HEARTBEAT_S = 0.5  # how often a job that waits says so: whoever reads it notices then that its client has left
 Report = Callable[[int, int, str], None]
-
-
-class Cancelled(Exception):
-    """The job was stopped before it had anything to keep."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def _work(work: Callable[[Callable[[Any], None]], Any], events: queue.Queue, can
         events.put(("event", event))
 
     try:
-        with device.turn(cancel, emit):
+        with device.turn(cancel, emit), cancellation.job(cancel):
             last = ("last", work(emit))
     except BaseException as error:  # handed to the reader, who raises it
         last = ("error", error)

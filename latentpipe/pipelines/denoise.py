@@ -13,6 +13,7 @@ from PIL import Image
 from latentpipe.checkpoints.vae_io import quiet
 from latentpipe.pipelines import families, prompt_weighting
 from latentpipe.pipelines.sampling import SCHEDULER_OPTIONS, SCHEDULERS, Guide, OnStep, Settings, Step
+from latentpipe.utils import cancellation
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.images import flatten
 
@@ -41,10 +42,9 @@ def denoise(
         arguments["use_resolution_binning"] = False  # the size asked for is the size drawn
     if "intermediate_timesteps" in wanted and settings.steps != 2:
         arguments["intermediate_timesteps"] = None  # Sana Sprint's default is for two steps
-    if is_classic(host):
-        latents, stopped = _guided(twin, prompts, settings, on_step, arguments)
-    else:
-        latents, stopped = _plain(twin, prompts, settings, on_step, arguments)
+    run = _guided if is_classic(host) else _plain
+    with cancellation.interruptible(getattr(twin, families.host_of(host).denoiser)):
+        latents, stopped = run(twin, prompts, settings, on_step, arguments)
     return latents if stopped else families.unpack(host, latents, height, width)
 
 
@@ -134,32 +134,49 @@ def _guided(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnSt
     with quiet():  # what is cut from a long prompt is said once, with the recipe
         positive, negative = prompt_weighting.encode(twin, prompts, guided, settings.negative)
     guide = Guide(settings, positive, negative, settings.steps_to_run, on_step)
-    latents = twin(
-        **guide.start(),
-        callback_on_step_end=guide,
-        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
-        **arguments,
-    ).images
+    try:
+        latents = twin(
+            **guide.start(),
+            callback_on_step_end=guide,
+            callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+            **arguments,
+        ).images
+    except cancellation.PassStopped:
+        if not _keeps(on_step, guide.last):
+            raise
+        return guide.estimate, True
     return (guide.estimate, True) if guide.stopped else (latents, False)
 
 
 def _plain(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnStep | None, arguments: dict[str, Any]) -> Any:
     """Run any other family with its own prompt encoding and guidance."""
-    last: list[torch.Tensor] = []
+    last: list[Step] = []
+    ended: list[bool] = []
     width, height = settings.size or native_size(twin)
 
     def watch(host: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         latents = families.unpack(host, tensors["latents"], height, width)
-        if on_step is not None and on_step(Step(step + 1, settings.steps_to_run, latents)) and step + 1 < settings.steps_to_run:
+        last[:] = [Step(step + 1, settings.steps_to_run, latents)]
+        if on_step is not None and on_step(last[0]) and step + 1 < settings.steps_to_run:
             host._interrupt = True
-            last.append(latents)
+            ended.append(True)
         return {}
 
     if settings.negative:
         arguments["negative_prompt"] = [settings.negative] * len(prompts)
-    with quiet():
-        latents = twin(prompt=list(prompts), guidance_scale=settings.guidance, callback_on_step_end=watch, **arguments).images
-    return (last[0], True) if last else (latents, False)
+    try:
+        with quiet():
+            latents = twin(prompt=list(prompts), guidance_scale=settings.guidance, callback_on_step_end=watch, **arguments).images
+    except cancellation.PassStopped:
+        if not _keeps(on_step, last[0] if last else None):
+            raise
+        return last[0].latents, True
+    return (last[0].latents, True) if ended else (latents, False)
+
+
+def _keeps(on_step: OnStep | None, last: Step | None) -> bool:
+    """Whether what the last whole step made is kept, after the one that followed was given up."""
+    return last is not None and on_step is not None and bool(on_step(last))
 
 
 def host_for(host: Any, stage: Any, settings: Settings, cls: type | None = None) -> Any:

@@ -155,6 +155,7 @@ class Guide:
         self.double = positive if negative is None else torch.cat([negative, positive])
         self.negative = negative
         self.stopped = False
+        self.last: Step | None = None
         self.estimate = positive  # replaced by the first step
 
     def guided(self, step: int) -> bool:
@@ -174,7 +175,8 @@ class Guide:
 
     def __call__(self, host: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         self.estimate = clean_estimate(host.scheduler, tensors["latents"])
-        if self.on_step is not None and self.on_step(Step(step + 1, self.steps, self.estimate)) and step + 1 < self.steps:
+        self.last = Step(step + 1, self.steps, self.estimate)
+        if self.on_step is not None and self.on_step(self.last) and step + 1 < self.steps:
             self.stopped = True
             host._interrupt = True
         guided = self.guided(step + 1)

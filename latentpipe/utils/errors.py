@@ -11,6 +11,10 @@ class UserError(ValueError):
     """Given, expected, what to do next; printed without a traceback, and the command line exits with status 2."""
 
 
+class Cancelled(Exception):
+    """A job was stopped before it had anything to keep."""
+
+
 class Note(UserWarning):
     """Something unusual that was done all the same."""
 

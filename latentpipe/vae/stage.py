@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from latentpipe.utils import cancellation
 from latentpipe.utils.errors import Note, UserError
 from latentpipe.vae import memory, precision
 from latentpipe.vae.latent_space import LatentSpace
@@ -144,10 +145,11 @@ class VAEStage(nn.Module):
     def _run(self, direction: memory.Direction, vae: Any, given: torch.Tensor, options: dict[str, Any]) -> Any:
         rows = None if options.keys() - {"generator"} else self._rows(vae, direction, given)
         if rows is not None:
-            return (tiled.encode if direction == "encode" else tiled.decode)(vae, given, rows)
+            with cancellation.interruptible(vae):
+                return (tiled.encode if direction == "encode" else tiled.decode)(vae, given, rows)
         if direction == "decode" and type(vae).__name__ == "ConsistencyDecoderVAE":  # it draws noise: the same for a picture
             options = {"generator": torch.Generator().manual_seed(0)} | options
-        with self._as_predicted(direction, given):
+        with self._as_predicted(direction, given), cancellation.interruptible(vae):
             return getattr(vae, direction)(given, **{name: _like(value, given) for name, value in options.items()})
 
     def _as_predicted(self, direction: memory.Direction, given: torch.Tensor) -> AbstractContextManager[None]:

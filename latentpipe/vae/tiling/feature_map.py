@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from latentpipe.utils import cancellation
+
 CL = torch.channels_last
 _C_LIBRARY = ctypes.CDLL(None) if os.name == "posix" else None
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -113,9 +115,9 @@ def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
 def bands(m: Map, rows: int) -> Iterator[tuple[int, int]]:
     """The bands of a map, top to bottom. Of a meta tensor only some: the others need the same memory."""
     cuts = [(a, min(a + rows, m.height)) for a in range(0, m.height, rows)]
-    if m.like.device.type == "meta" and len(cuts) > 4:
-        cuts = [*cuts[:3], cuts[-1]]
-    yield from cuts
+    for cut in [*cuts[:3], cuts[-1]] if m.like.device.type == "meta" and len(cuts) > 4 else cuts:
+        cancellation.look()
+        yield cut
 
 
 def source(tensor: torch.Tensor) -> Map:
@@ -163,8 +165,7 @@ def mapped(device: torch.device) -> Iterator[None]:
     """
     change = getattr(_C_LIBRARY, "mallopt", None) if device.type == "cpu" and hasattr(_C_LIBRARY, "malloc_trim") else None
     if change is None:
-        yield
-        return
+        return (yield)
     change(_MMAP_THRESHOLD, 2**20)
     _C_LIBRARY.malloc_trim(0)  # type: ignore[union-attr]
     try:
