@@ -25,7 +25,8 @@ import torch
 from PIL import Image
 
 from latentpipe import VAEStage
-from latentpipe.checkpoints.vae_io import find_model, open_vae
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.data import defects, image_set
 from latentpipe.data.given_pictures import read_given
 from latentpipe.evaluate.metrics.features import open_features

@@ -42,7 +42,7 @@ def main() -> None:
     from diffusers import StableDiffusionPipeline
 
     from latentpipe import LatentPipeline
-    from latentpipe.checkpoints.vae_io import find_model
+    from latentpipe.checkpoints.registry import find_model
     from latentpipe.utils.defaults import GUIDANCE, STEPS
 
     pipe = LatentPipeline.from_pretrained()

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from latentpipe import VAEStage
-from latentpipe.checkpoints.vae_io import find_model, load_vae, vae_hash
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import load_vae, vae_hash
 from latentpipe.data.image_set import decode, encode, first, read_set
 from latentpipe.evaluate.metrics.features import open_features
 from latentpipe.explore import interpolate, smoothness, traverse

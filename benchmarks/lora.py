@@ -25,8 +25,7 @@ import numpy as np
 from PIL import Image
 
 from latentpipe import LatentPipeline
-from latentpipe.evaluate.prompt_adherence import wilson
-from latentpipe.evaluate.statistics import interval
+from latentpipe.evaluate.statistics import interval, wilson
 from latentpipe.lora.adapter import Lora
 from latentpipe.lora.merge import METHODS
 from latentpipe.lora.state_dict.io import read_lora

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from latentpipe import VAEStage
-from latentpipe.checkpoints.vae_io import find_model, load_vae, vae_hash
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import load_vae, vae_hash
 from latentpipe.data import image_set
 from latentpipe.evaluate.health import measure
 from latentpipe.evaluate.metrics.features import Features, open_features

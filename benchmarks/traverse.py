@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from latentpipe import VAEStage
-from latentpipe.checkpoints.vae_io import find_model, load_vae, vae_hash
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import load_vae, vae_hash
 from latentpipe.data import factor_shapes, image_set
 from latentpipe.evaluate.health import measure
 from latentpipe.explore import attributes, directions, traverse

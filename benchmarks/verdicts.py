@@ -25,7 +25,7 @@ def hosts() -> dict[str, Any]:
     import tiny_hosts
 
     from latentpipe.checkpoints.pipeline_io import load_pipeline
-    from latentpipe.checkpoints.vae_io import find_model
+    from latentpipe.checkpoints.registry import find_model
 
     return {
         "embedded model": load_pipeline(find_model("emoji")),
@@ -38,8 +38,9 @@ def vaes(files: Path, work: Path) -> dict[str, Any]:
     """Names and stages of the third-party VAEs, and of the embedded one."""
     from latentpipe import VAEStage
     from latentpipe.checkpoints.convert import convert
+    from latentpipe.checkpoints.registry import find_model
     from latentpipe.checkpoints.vae_file import Given
-    from latentpipe.checkpoints.vae_io import find_model, load_vae
+    from latentpipe.checkpoints.vae_io import load_vae
 
     convert([files / "taef2_encoder.pth", files / "taef2_decoder.pth"], work / "taef2", None, Given(), None)
     convert([files / "taesana_encoder.pth"], work / "taesana", None, Given(downscale=32), None)

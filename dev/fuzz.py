@@ -199,7 +199,7 @@ def _open_cache(at: Path) -> Any:
 def _codec(at: Path) -> Any:
     from latentpipe.explore.codec.codec import compress, open_codec
     from latentpipe.explore.codec.fit import integers, write
-    from latentpipe.train.vae.rate import ContextModel
+    from latentpipe.vae.entropy_model import ContextModel
 
     _vae_folder(at)
     torch.manual_seed(0)

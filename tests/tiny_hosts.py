@@ -244,7 +244,7 @@ def complete(name: str) -> Any:
     """A pipeline of a family with tokenizers and text encoders, ready to be saved."""
     from transformers import CLIPTokenizer, Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
 
-    from latentpipe.checkpoints.vae_io import find_model
+    from latentpipe.checkpoints.registry import find_model
 
     tokenizer = CLIPTokenizer.from_pretrained(find_model("emoji") / "tokenizer")
     pipe = BUILDERS[name]()

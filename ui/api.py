@@ -13,7 +13,8 @@ from typing import Any
 import gradio as gr
 
 from latentpipe import Finished
-from latentpipe.checkpoints.vae_io import available, open_vae
+from latentpipe.checkpoints.registry import available
+from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.cli.lora import facts
 from latentpipe.engine.jobs import Waiting
 from latentpipe.pipelines.metadata.recipe import MAX_SEED

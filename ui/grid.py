@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from latentpipe import UserError
-from latentpipe.engine.jobs import Done, Progress, Report, Waiting
+from latentpipe.engine.jobs import Done, Progress, Waiting
 from latentpipe.engine.xy_grid.axes import MAX_CELLS, MAX_VAES, Axis, make_axis
 from latentpipe.engine.xy_grid.plot import Grid, plot, read_grid, redraw
 from latentpipe.pipelines.metadata.recipe import MAX_PROMPT, MAX_SEED
@@ -24,6 +24,7 @@ from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, told, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
 from latentpipe.ui.uploads import picture_input, picture_of
 from latentpipe.utils.defaults import GUIDANCE, STEPS
+from latentpipe.utils.progress import ProgressCallback
 
 EMPTY = "No grid yet. Write a prompt, say what varies along X and Y, or choose an example below, and press Draw the grid."
 NONE = "nothing"
@@ -162,7 +163,7 @@ def _wire_run(
     app: App, prompt: gr.Textbox, x: Side, y: Side, rest: dict[str, Any], shown: tuple[Any, ...], run: gr.Button
 ) -> None:
     def draw(values: Values, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        def work(report: Report) -> Grid:
+        def work(report: ProgressCallback) -> Grid:
             model = values[rest["model"]]
             _allow(app, app.pipe(model).native_size, settings["steps"], axes)
             return plot(lambda vae: app.pipe(model, vae), values[prompt] or "", *axes, report=report, **settings)
@@ -204,7 +205,7 @@ def _wire_again(app: App, image: gr.Image, again: gr.Button, shown: tuple[Any, .
         with told() as notes:
             before = picture_of(path)
 
-            def work(report: Report) -> Grid:
+            def work(report: ProgressCallback) -> Grid:
                 old = read_grid(Path(str(path)))
                 size = old.base.size or app.pipe(old.model).native_size
                 _allow(app, size, old.base.steps, (old.x, old.y))
@@ -242,7 +243,7 @@ def _said(done: Done) -> str:
 def _watched(
     app: App,
     request: gr.Request,
-    work: Callable[[Report], Grid],
+    work: Callable[[ProgressCallback], Grid],
     notes: list[str],
     shown: tuple[Any, ...],
     said: Callable[[Done], str] = _said,

@@ -10,7 +10,7 @@ import gradio as gr
 from PIL import Image
 
 from latentpipe import UserError
-from latentpipe.engine.jobs import Done, Report
+from latentpipe.engine.jobs import Done
 from latentpipe.explore import playground
 from latentpipe.pipelines.metadata.recipe import MAX_PROMPT, MAX_SEED
 from latentpipe.ui import html
@@ -19,6 +19,7 @@ from latentpipe.ui.state import HEAVY, LIGHT, App, told, wire_stop
 from latentpipe.ui.theme import RUN, STOP
 from latentpipe.ui.uploads import picture_of
 from latentpipe.utils.defaults import STEPS
+from latentpipe.utils.progress import ProgressCallback
 
 EMPTY = "No path yet. Choose two pictures (or two prompts), then press Interpolate."
 NAMES = ("first", "second", "vae", "ends", "way", "form", "one", "two", "seed", "steps", "count")
@@ -67,7 +68,7 @@ def build(app: App, given: Given) -> None:
     wire_stop(app, stop)
 
 
-def _path_work(app: App, given: Given, chosen: dict[str, Any]) -> tuple[Callable[[Report], Path], str]:
+def _path_work(app: App, given: Given, chosen: dict[str, Any]) -> tuple[Callable[[ProgressCallback], Path], str]:
     """The job that writes a strip, a grid or a clip, and what it shows in words."""
     form, count = chosen["form"], int(chosen["count"])
     way, seed = str(chosen["way"]), int(chosen["seed"] or 0)
@@ -78,20 +79,20 @@ def _path_work(app: App, given: Given, chosen: dict[str, Any]) -> tuple[Callable
         alt = f"{count} pictures from the first to the second, by {way}"
         ways = playground.WAYS if form == "Grid" else (way,)
 
-        def rows(report: Report) -> dict[str, list[Image.Image]]:
+        def rows(report: ProgressCallback) -> dict[str, list[Image.Image]]:
             stage = given.stage(app, chosen["vae"])
             return {each: playground.between_pictures(stage, first, second, count, each, report) for each in ways}
     else:
         alt = f"{count} pictures from '{chosen['one']}' to '{chosen['two']}', by {way}"
         seeds = range(seed, seed + (SEEDS if form == "Grid" else 1))
 
-        def rows(report: Report) -> dict[str, list[Image.Image]]:
+        def rows(report: ProgressCallback) -> dict[str, list[Image.Image]]:
             pipe = app.pipe(None, chosen["vae"])
             ends, steps = (chosen["one"] or "", chosen["two"] or ""), int(chosen["steps"])
             app.jobs.allow(*pipe.native_size, steps, count * len(seeds))
             return {f"seed {each}": playground.between_prompts(pipe, *ends, count, way, each, steps, report) for each in seeds}
 
-    def work(report: Report) -> Path:
+    def work(report: ProgressCallback) -> Path:
         found = rows(report)
         if form == "Clip":
             path = app.place("clip.gif")

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from latentpipe.engine.jobs import Done, Report, Waiting
+from latentpipe.engine.jobs import Done, Waiting
 from latentpipe.explore import playground
 from latentpipe.pipelines.metadata.recipe import MAX_SEED
 from latentpipe.ui import html, interpolate
@@ -16,6 +16,7 @@ from latentpipe.ui.playground_inputs import Given, build_given, result, waiting
 from latentpipe.ui.state import HEAVY, LIGHT, App, told, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
 from latentpipe.ui.uploads import picture_of
+from latentpipe.utils.progress import ProgressCallback
 
 EMPTY = "Drop a picture at the left, or choose a pair below it; then move a slider."
 NO_SHEET = "No sheet yet. Choose directions, then press Draw the sheet."
@@ -79,7 +80,7 @@ def _live(app: App, given: Given) -> tuple[gr.Dropdown, gr.Dropdown]:
             edit = playground.Edit(mixed, {name: far for name, far in moves.items() if far}, scale, noise, int(seed or 0))
             pictures = picture_of(first), picture_of(second) if second is not None else None
 
-            def work(report: Report) -> Image.Image:
+            def work(report: ProgressCallback) -> Image.Image:
                 return playground.edited(given.stage(app, vae), *pictures, edit)
 
             for event in app.jobs.run(request, work, notes):
@@ -119,7 +120,7 @@ def _wire_learn(app: App, given: Given, learn: gr.Button, learned: gr.HTML, name
     def found(vae: str, request: gr.Request) -> Iterator[tuple[Any, Any, Any]]:
         with told() as notes:
 
-            def work(report: Report) -> list[str]:
+            def work(report: ProgressCallback) -> list[str]:
                 return playground.directions(given.stage(app, vae), report)
 
             for event in app.jobs.run(request, work, notes):
@@ -158,7 +159,7 @@ def _traverse(app: App, given: Given, names: tuple[gr.Dropdown, gr.Dropdown]) ->
         with told() as notes:
             picture = picture_of(first)
 
-            def work(report: Report) -> Image.Image:
+            def work(report: ProgressCallback) -> Image.Image:
                 stage = given.stage(app, vae)
                 known = playground.directions(stage, report)
                 if what == "Rows":
@@ -180,7 +181,7 @@ def _traverse(app: App, given: Given, names: tuple[gr.Dropdown, gr.Dropdown]) ->
 
 
 def _watched(
-    app: App, request: gr.Request, work: Callable[[Report], Image.Image], notes: list[str], alt: str
+    app: App, request: gr.Request, work: Callable[[ProgressCallback], Image.Image], notes: list[str], alt: str
 ) -> Iterator[tuple[Any, Any, Any]]:
     """Progress, then the picture with its download."""
     for event in app.jobs.run(request, work, notes):

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from latentpipe import replay
-from latentpipe.engine.jobs import Done, Progress, Report, Waiting
+from latentpipe.engine.jobs import Done, Progress, Waiting
 from latentpipe.pipelines.metadata.reader import Info, read_info
 from latentpipe.pipelines.metadata.recipe import read
 from latentpipe.ui import html
@@ -19,6 +19,7 @@ from latentpipe.ui.restored_settings import fields_of, taken_over
 from latentpipe.ui.state import HEAVY, LIGHT, App, told, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
 from latentpipe.ui.uploads import check_picture, picture_input
+from latentpipe.utils.progress import ProgressCallback
 
 EMPTY = "Drop a picture of latentpipe, A1111, ComfyUI, Fooocus, InvokeAI or NovelAI: its settings appear here."
 
@@ -116,7 +117,7 @@ def _replay(app: App, path: str | None, source: str | None, request: gr.Request)
                 check_picture(each)
         other = Path(source) if source else None
 
-        def work(report: Report) -> Any:
+        def work(report: ProgressCallback) -> Any:
             old = read(Path(path))
             app.jobs.allow(old.width, old.height, old.steps, old.batch_size)
             return replay(Path(path), source=other, report=report, device=app.models.device)

@@ -15,7 +15,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from latentpipe import UserError
-from latentpipe.checkpoints.vae_io import find_model, shipped
+from latentpipe.checkpoints.registry import find_model, shipped
 from latentpipe.ui import app as pages
 from latentpipe.ui import serving, sessions, theme
 from latentpipe.ui.allowed_hosts import Names, is_loopback, names_for

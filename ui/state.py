@@ -20,9 +20,9 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from latentpipe import Engine, Finished, LatentPipeline, Picture, StepDone, UserError
-from latentpipe.checkpoints.vae_io import available
+from latentpipe.checkpoints.registry import available
 from latentpipe.cli.generate import free_path
-from latentpipe.engine.jobs import Cancelled, Done, Progress, Report, Waiting, device, run_job
+from latentpipe.engine.jobs import Cancelled, Done, Progress, Waiting, device, run_job
 from latentpipe.engine.pipeline_cache import ModelCache
 from latentpipe.ui.listeners import Listeners
 from latentpipe.ui.wording import in_words_of_the_page
@@ -30,6 +30,7 @@ from latentpipe.utils.defaults import STEPS
 from latentpipe.utils.errors import Note
 from latentpipe.utils.io import atomic_file
 from latentpipe.utils.out_of_memory import is_shortage, sentence
+from latentpipe.utils.progress import ProgressCallback
 
 BUILT_IN = "Built-in"
 HEAVY: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}  # `latentpipe.engine.jobs.Line` keeps the order
@@ -63,7 +64,7 @@ class Jobs:
             )
 
     def run(
-        self, request: gr.Request, work: Callable[[Report], Any], notes: list[str] | None = None
+        self, request: gr.Request, work: Callable[[ProgressCallback], Any], notes: list[str] | None = None
     ) -> Iterator[Waiting | Progress | Done]:
         """Events of `latentpipe.engine.jobs.run_job` for this visitor: `Waiting` ..., `Progress` ..., `Done` with `.result`.
 

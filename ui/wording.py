@@ -6,7 +6,7 @@ import re
 
 from gradio.utils import get_upload_folder
 
-from latentpipe.checkpoints.vae_io import shipped
+from latentpipe.checkpoints.registry import shipped
 from latentpipe.compatibility.verdict import FIT
 from latentpipe.lora.matching import PARTLY
 from latentpipe.utils.io import home

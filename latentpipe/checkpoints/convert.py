@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 
 from latentpipe.checkpoints import ldm_keys
-from latentpipe.checkpoints.taesd_keys import OPENS_HERE_ONLY
 from latentpipe.checkpoints.tensor_source import CARD_FILE, CONFIG_KEY, VAE_FILE, Source, open_source, pair
 from latentpipe.checkpoints.vae_file import Given, VAEFile, resolve
 from latentpipe.utils.errors import Note, UserError
@@ -102,6 +101,8 @@ def _write_folder(vae: VAEFile, out: Path, card: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     if vae.config["_class_name"] == "TinyVAE":
+        from latentpipe.vae.tiny import OPENS_HERE_ONLY
+
         card = {**card, "note": OPENS_HERE_ONLY}
     with atomic_folder(out) as part:
         save_file({name: tensor.contiguous() for name, tensor in vae.tensors.items()}, part / VAE_FILE, metadata={"format": "pt"})

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from latentpipe.checkpoints.fp16_rescale import check_class, rescale
-from latentpipe.checkpoints.vae_io import CARD_FILE, PREVIEW_FILE, load_vae, save_vae, vae_hash
+from latentpipe.checkpoints.tensor_source import CARD_FILE
+from latentpipe.checkpoints.vae_io import PREVIEW_FILE, load_vae, save_vae, vae_hash
 from latentpipe.utils.errors import UserError, counted
 from latentpipe.utils.io import read_json
 from latentpipe.vae.latent_space import LatentSpace

@@ -11,6 +11,7 @@ from latentpipe.checkpoints.tensor_source import CARD_FILE
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.reading import file_size, parse_object, read_json, read_text, validated
 
+STABLE_DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 MOST = 2**26  # bytes of a tokenizer's file
 TOKENS = 2**24
 Colour = Annotated[list[float], Field(min_length=3, max_length=3)]

@@ -15,13 +15,13 @@ import torch
 
 from latentpipe.checkpoints.components import built_within, check_config, telling
 from latentpipe.checkpoints.config_ranges import check_network_config, check_schedule, check_scheduler_config
-from latentpipe.checkpoints.model_files import MOST, check_small_files, check_tokenizer, read_card
+from latentpipe.checkpoints.model_files import MOST, STABLE_DIFFUSION, check_small_files, check_tokenizer, read_card
 from latentpipe.checkpoints.registry import find_model
-from latentpipe.checkpoints.tensor_source import weight_files
-from latentpipe.checkpoints.vae_io import CARD_FILE, PREVIEW_FILE, VAE_FILE, load_vae, open_vae, quiet, refuse_wrapped, vae_hash
-from latentpipe.pipelines.families import HOSTS
+from latentpipe.checkpoints.tensor_source import CARD_FILE, VAE_FILE, weight_files
+from latentpipe.checkpoints.vae_io import PREVIEW_FILE, load_vae, open_vae, refuse_wrapped, vae_hash
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import HASH_LENGTH, atomic_folder, content_hash, load_strictly, read_header, read_json, read_tensors
+from latentpipe.utils.logging import quiet
 from latentpipe.utils.out_of_memory import refuse
 from latentpipe.utils.reading import read_bytes
 from latentpipe.vae.precision import all_finite
@@ -44,7 +44,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
             raise UserError(
                 f"{folder} holds a {str(name)[:80]}; expected a pipeline with a VAE of diffusers {diffusers.__version__}."
             )
-        if name in HOSTS[0].classes:  # Stable Diffusion 1 and 2: text to image, img2img, inpainting
+        if name in STABLE_DIFFUSION:  # Stable Diffusion 1 and 2: text to image, img2img, inpainting
             _check_parts(folder)
         check_small_files(folder)
         _check_numbers(folder, index)

@@ -8,34 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from latentpipe.utils.errors import UserError, near
-
-SUFFIXES = (".safetensors", ".sft")  # of a safetensors file; others are judged by their first bytes
-
-
-def home() -> Path:
-    """People's own files: $LATENTPIPE_HOME, else latentpipe/ in the user's data folder; holds models/, vae/, lora/.
-
-    For a user without a home (in a container) it is a place where nothing can be; `own_home` is to write into.
-    """
-    if os.environ.get("LATENTPIPE_HOME"):
-        return Path(os.environ["LATENTPIPE_HOME"])
-    data = os.environ.get("XDG_DATA_HOME") or os.environ.get("LOCALAPPDATA")
-    try:
-        return Path(data or Path.home() / ".local" / "share") / "latentpipe"
-    except RuntimeError:  # no HOME, and the user has no name
-        return Path(os.devnull) / "latentpipe"
-
-
-def own_home() -> Path:
-    """`home`, to write into; UserError names the variable to set where there is none."""
-    if home().parent == Path(os.devnull):
-        raise UserError("This user has no home folder to keep files in; set LATENTPIPE_HOME (or HOME) to a folder.")
-    return home()
-
-
-def printable(name: str) -> str:
-    """A file's name as text that every file and console takes: bytes that are not UTF-8 become the replacement character."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+from latentpipe.utils.io import SUFFIXES, home, printable
 
 
 def shipped() -> Path:

@@ -21,7 +21,6 @@ from latentpipe.utils.errors import UserError, counted
 
 Shapes = Mapping[str, tuple[int, ...]]
 Layers = list[list[Any]]
-OPENS_HERE_ONLY = "this VAE has layers that diffusers lacks; open it with latentpipe"
 
 
 def own_names(shapes: Shapes) -> dict[str, str]:
@@ -75,6 +74,8 @@ def config_of(shapes: Shapes, downscale: int | None, path: Path) -> dict[str, An
         return {"_class_name": "AutoencoderTiny", **config, **stock}
     ours = {"downscale": downscale, "encoder_layers": encoder, "decoder_layers": decoder or None}
     # diffusers ignores keys that it does not know and layers that it lacks; an activation that it lacks stops it
+    from latentpipe.vae.tiny import OPENS_HERE_ONLY
+
     return {"_class_name": "TinyVAE", **config, **ours, "act_fn": OPENS_HERE_ONLY}
 
 

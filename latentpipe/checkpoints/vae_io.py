@@ -1,11 +1,10 @@
-"""VAEs: open, save, hash. Safetensors only; where they live is in `places`, the formats are in `formats`."""
+"""VAEs: open, save, hash. Safetensors only; where they live is in `registry`, their layouts are in `vae_file`."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,11 @@ import torch
 
 from latentpipe.checkpoints import vae_file as formats
 from latentpipe.checkpoints.config_ranges import check_network_config, check_space
-from latentpipe.checkpoints.registry import available as available
-from latentpipe.checkpoints.registry import find_model as find_model
-from latentpipe.checkpoints.registry import home as home
-from latentpipe.checkpoints.registry import name_of as name_of
-from latentpipe.checkpoints.registry import shipped as shipped
-from latentpipe.checkpoints.tensor_source import CARD_FILE as CARD_FILE
-from latentpipe.checkpoints.tensor_source import VAE_FILE as VAE_FILE
+from latentpipe.checkpoints.tensor_source import CARD_FILE
 from latentpipe.checkpoints.vae_file import Given, VAEFile
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import atomic_folder, content_hash
+from latentpipe.utils.logging import quiet
 from latentpipe.vae.latent_space import LatentSpace
 
 PREVIEW_FILE = "latent_rgb.json"
@@ -92,24 +86,3 @@ def refuse_wrapped(model: torch.nn.Module, what: str) -> None:
         raise UserError(
             f"{what} has adapters attached and was not saved; take them off, or fuse them (set_lora with fuse), first."
         )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep progress bars and advice of diffusers and transformers (torchvision is missing, ...) from the user."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    before = [
-        (module, module.get_verbosity(), module.is_progress_bar_enabled()) for module in (diffusers_logging, transformers_logging)
-    ]
-    for module, _, _ in before:
-        module.set_verbosity_error()
-        module.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for module, level, bars in before:
-            module.set_verbosity(level)
-            if bars:
-                module.enable_progress_bar()

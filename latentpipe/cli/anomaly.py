@@ -61,10 +61,10 @@ def anomaly(
         device: cpu, cuda or mps.
         json: Print one JSON object only.
     """
-    from latentpipe.cli.explore import _check_png, _save, _tell
+    from latentpipe.cli.common import check_png, print_result, save_png
     from latentpipe.utils.errors import UserError
 
-    _check_png(out)
+    check_png(out)
     if detector is not None and (normal is not None or size is not None or save is not None):
         raise UserError("--detector brings its normal pictures and size along; leave out --normal, --size and --save.")
     if not pictures or (most is not None and most < 1):
@@ -72,11 +72,11 @@ def anomaly(
     found = _find(pictures, normal, vae, false_alarms, size, most, detector, device)
     if save is not None:
         found.detector.save(save)
-    _save(_sheet(found), out)
+    save_png(_sheet(found), out)
     facts = _facts(found, vae) | {"out": str(out), "pictures": _rows(found), "skipped": found.given.skipped}
     if csv is not None:
         _write_csv(facts["pictures"], csv)
-    _tell(facts, _table(facts, found.detector), out, json)
+    print_result(facts, _table(facts, found.detector), out, json)
 
 
 def _find(
@@ -94,14 +94,14 @@ def _find(
 
     import torch
 
-    from latentpipe.cli.explore import _bar, _open
+    from latentpipe.cli.common import open_stage, progress_bar
     from latentpipe.data.given_pictures import read_given
     from latentpipe.data.image_set import read_set
     from latentpipe.explore.anomaly import detector as run
     from latentpipe.utils.errors import Note
 
-    with _bar() as report:
-        stage, _, side = _open(vae, size, device)
+    with progress_bar() as report:
+        stage, _, side = open_stage(vae, size, device)
         if saved is not None:
             detector = run.load(saved, stage)
             given = read_given(pictures, detector.side, detector.normal == run.BANK, most, report)

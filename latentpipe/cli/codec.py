@@ -87,7 +87,7 @@ def fit_codec(
     """
     from tqdm import tqdm
 
-    from latentpipe.checkpoints.vae_io import find_model
+    from latentpipe.checkpoints.registry import find_model
     from latentpipe.explore.codec import codec as files
     from latentpipe.explore.codec import fit
 

@@ -51,7 +51,7 @@ def interpolate(
         out: .png: a strip; .gif, .mp4, .webm: a clip (the last two need 'pip install av').
         device: cpu, cuda or mps.
     """
-    from latentpipe.cli.explore import _bar
+    from latentpipe.cli.common import progress_bar
     from latentpipe.explore import clips
     from latentpipe.explore import interpolate as run
     from latentpipe.pipelines.latent_pipeline import LatentPipeline
@@ -61,7 +61,7 @@ def interpolate(
         found = _of_pictures(Path(first), Path(second), n, way, vae, images, size, device)
     else:
         pipe = LatentPipeline.from_pretrained(model, device=device)
-        with _bar() as report:
+        with progress_bar() as report:
             found = run.between_prompts(pipe, first, second, n, way, seed, steps, report, guidance)
     clips.write(found, out, fps)
     print(out)
@@ -71,14 +71,14 @@ def _of_pictures(
     first: Path, second: Path, n: int, way: str, vae: str, images: Path | None, size: int | None, device: str | None
 ) -> list[Image.Image]:
     """The frames between two picture files."""
-    from latentpipe.cli.explore import _bar, _open
+    from latentpipe.cli.common import open_stage, progress_bar
     from latentpipe.data.image_set import encode, read_set
     from latentpipe.explore import interpolate as run
     from latentpipe.utils.images import open_picture
 
     ends = [open_picture(path) for path in (first, second)]
-    stage, _, side = _open(vae, size, device)
-    with _bar() as report:
+    stage, _, side = open_stage(vae, size, device)
+    with progress_bar() as report:
         bank = None
         if way == "density" and images is not None:
             bank = encode(stage, read_set(images, side, run.BANK).images, report)
@@ -121,14 +121,14 @@ def edit(options: Edit) -> None:
     """Write the edited picture and print its path."""
     import warnings
 
-    from latentpipe.cli.explore import _bar, _check_png, _open, _save
+    from latentpipe.cli.common import check_png, open_stage, progress_bar, save_png
     from latentpipe.data.image_set import encode, side_for
     from latentpipe.explore import edit as run
     from latentpipe.explore import playground
     from latentpipe.utils.errors import Note
     from latentpipe.utils.images import open_picture, to_images
 
-    _check_png(options.out)
+    check_png(options.out)
     moves = {options.along: options.amount} if options.along else {}
     playground.Edit(options.share, moves, options.scale, options.noise, options.seed)  # its limits, before the work
     given = run.open_canvas(options.picture)
@@ -136,8 +136,8 @@ def edit(options: Edit) -> None:
     hole = None if options.mask is None else run.hole_of(run.open_mask(options.mask), given.size)
     if other is None and not moves and options.scale == 1 and not options.noise:
         warnings.warn(Note("nothing was asked for: the picture is encoded and decoded (see --mix, --noise)"), stacklevel=2)
-    stage, _, _ = _open(options.vae, None, options.device)
-    with _bar() as report:
+    stage, _, _ = open_stage(options.vae, None, options.device)
+    with progress_bar() as report:
         if moves:
             playground.directions(stage, report)
             given, hole = _squares(given, hole, side_for(stage.space.downscale))
@@ -150,7 +150,7 @@ def edit(options: Edit) -> None:
                 latents = run.add(latents, playground.direction(stage, name), far)
             return run.noise(run.scale(latents, options.scale), options.noise, options.seed)
 
-        _save(run.edited(stage, given, change, hole, options.feather, report), options.out)
+        save_png(run.edited(stage, given, change, hole, options.feather, report), options.out)
     print(options.out)
 
 
@@ -196,18 +196,18 @@ def inpaint(
         out: The PNG file to write.
         device: cpu, cuda or mps.
     """
-    from latentpipe.cli.explore import _bar, _check_png, _save
+    from latentpipe.cli.common import check_png, progress_bar, save_png
     from latentpipe.explore import edit as edits
     from latentpipe.explore import inpaint as run
     from latentpipe.pipelines.latent_pipeline import LatentPipeline
 
-    _check_png(out)
+    check_png(out)
     given = edits.open_canvas(picture)
     hole = _some_hole(given) if mask is None else edits.hole_of(edits.open_mask(mask), given.size)
     pipe = LatentPipeline.from_pretrained(model, vae, device)
-    with _bar() as report:
+    with progress_bar() as report:
         found = run.inpaint(pipe, given, hole, prompt, seed, steps, guidance, strength, feather, negative, report)
-    _save(found, out)
+    save_png(found, out)
     print(out)
 
 

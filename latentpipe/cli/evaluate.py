@@ -1,12 +1,17 @@
-"""The verb that evaluates VAEs: one call into the public API, and what it prints and writes."""
+"""The verbs that measure: VAEs alone, beside each other, their health, and whether pictures follow prompts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from latentpipe.cli.common import as_json, pictures_of
+from latentpipe.utils.defaults import GUIDANCE, STEPS
+
 if TYPE_CHECKING:
     from latentpipe.evaluate.results import Evaluation
+
+HEALTH_BATCH = 8  # pictures at once
 
 
 def evaluate_vae(
@@ -46,7 +51,7 @@ def evaluate_vae(
     """
     from latentpipe.evaluate.protocol import find_protocol
     from latentpipe.evaluate.reconstruction import evaluate_vae as run
-    from latentpipe.pipelines.latent_pipeline import best_device
+    from latentpipe.utils.system import best_device
 
     _check_file(csv, "--csv", ".csv")
     _check_file(sheet, "--sheet", ".png")
@@ -75,3 +80,143 @@ def _check_file(path: Path | None, option: str, ending: str) -> None:
 
     if path is not None and (path.suffix.lower() != ending or path.is_dir()):
         raise UserError(f"{option} {path}: expected the name of a file that ends in {ending}.")
+
+
+def evaluate_prompts(
+    model: str = "emoji",
+    seen: int = 400,
+    held_out: int = 0,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    device: str | None = None,
+    grid: Path | None = None,
+    styles: int | None = None,
+    objects: int | None = None,
+    json: bool = False,
+) -> None:
+    """Does the picture follow the prompt? One picture for each prompt, seed = index, nothing selected.
+
+    Args:
+        model: Name or folder of a model that was trained on the emoji set.
+        seen: How many prompts of the training split; 0: all.
+        held_out: How many held-out combinations; 0: all.
+        steps: Denoising steps.
+        guidance: Classifier-free guidance.
+        device: cpu, cuda or mps.
+        grid: Where to save a sheet of the first 16 pictures of either list.
+        styles: Also score a model of several hands: so many held-out cells of emoji and style (0: all), and "any style".
+        objects: Also score so many of the training prompts that name no skin tone and no flag; 0: all.
+        json: Print one JSON object only.
+    """
+    from latentpipe.evaluate.prompt_adherence import evaluate, table
+
+    result = evaluate(model, seen, held_out, steps, guidance, device, grid, styles, objects)
+    print(as_json(result) if json else table(result))
+
+
+def compare(
+    vaes: tuple[str, ...],
+    /,
+    *,
+    images: Path,
+    out: Path = Path("report.html"),
+    size: int | None = None,
+    most: int | None = None,
+    features: Literal["emoji-words", "squeezenet10", "inception"] = "emoji-words",
+    protocol: Literal["latentpipe", "lightningdit", "dc-ae", "coco-5k"] = "latentpipe",
+    device: str | None = None,
+    json: bool = False,
+) -> None:
+    """Compare VAEs on the same pictures: paired intervals, a winner only where it is clear, and one self-contained page.
+
+    Args:
+        vaes: Two VAEs or more: names, folders or files.
+        images: Folder of pictures.
+        out: The HTML page to write.
+        size: Side of the pictures in pixels; left out: as the protocol or the pictures say.
+        most: Use at most so many pictures of the folder.
+        features: Network of the Frechet and kernel distances: emoji-words, squeezenet10 or inception.
+        protocol: How to measure: latentpipe, lightningdit, dc-ae or coco-5k.
+        device: cpu, cuda or mps.
+        json: Print one JSON object only.
+    """
+    import shlex
+    from json import dumps
+
+    from latentpipe.evaluate.compare_vaes import compare_vaes
+    from latentpipe.evaluate.report.html import write_report
+    from latentpipe.utils.errors import UserError
+    from latentpipe.utils.system import best_device
+
+    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
+        raise UserError(f"--out {out}: expected the name of an HTML file, as report.html.")
+    given = {"size": size, "most": most, "device": device}
+    words = ["latentpipe", "compare", *vaes, "--images", str(images), "--out", str(out), "--features", features]
+    words += ["--protocol", protocol, *(word for key, value in given.items() if value for word in (f"--{key}", str(value)))]
+    comparison, strips = compare_vaes(
+        vaes, images, protocol=protocol, size=size, most=most, features=features, device=device or best_device()
+    )
+    write_report(out, comparison, strips, shlex.join(words))
+    print(dumps(comparison.as_dict(), indent=2, allow_nan=False) if json else f"{comparison}\n\n{out}")
+
+
+def health(
+    vae: str,
+    /,
+    images: Path,
+    size: int | None = None,
+    most: int = 256,
+    json: bool = False,
+) -> None:
+    """Measure how much each latent channel says; tell in plain words what is wrong. Exit status 1 where something is.
+
+    Args:
+        vae: Name, folder or file of the VAE.
+        images: Folder of pictures to measure on.
+        size: Side in pixels that the pictures are measured at; left out: 128, or the next multiple that the VAE takes.
+        most: Use at most so many pictures of the folder.
+        json: Print one JSON object only.
+    """
+    from json import dumps
+
+    from latentpipe.checkpoints.registry import find_model
+    from latentpipe.checkpoints.vae_io import open_vae
+    from latentpipe.evaluate.diagnosis import alarms, notes
+    from latentpipe.evaluate.health import measure
+    from latentpipe.utils.errors import UserError
+    from latentpipe.vae.stage import VAEStage
+
+    path = find_model(vae, "vae")
+    file = open_vae(path)
+    unit = file.space.downscale
+    side = -(-128 // unit) * unit if size is None else size
+    if side % unit or side < 1 or most < 1:
+        raise UserError(
+            f"Given --size {side}, --most {most}; expected a size that is a multiple of {unit} (this VAE's "
+            f"downscale), and at least one picture."
+        )
+    found = measure(VAEStage(file.build(), file.space), pictures_of(images, side, most).split(HEALTH_BATCH))
+    training = _training(path)
+    wrong, worth = alarms(found, training), notes(found, training)
+    if json:
+        print(dumps(found.as_dict() | {"size_px": side, "alarms": wrong, "notes": worth}, indent=2))
+    else:
+        print(f"{found}\nmeasured at {side} px")
+        for head, sentences in (("note", worth), ("ALARM", wrong)):
+            for sentence in sentences:
+                print(f"{head}: {sentence}")
+    if wrong:
+        raise SystemExit(1)
+
+
+def _training(path: Path) -> dict[str, float]:
+    """The loss weights that a VAE's card names, by their config keys; empty where there is no card."""
+    from latentpipe.checkpoints.tensor_source import CARD_FILE
+    from latentpipe.utils.io import read_json
+
+    card = path / CARD_FILE
+    if not card.is_file():
+        return {}
+    weights = read_json(card).get("loss")
+    known = weights.items() if isinstance(weights, dict) else ()
+    return {f"loss.{name}": value for name, value in known if isinstance(value, int | float)}

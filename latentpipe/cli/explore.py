@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from latentpipe.explore.directions import Report
+    pass
+
+from latentpipe.cli.common import check_png, open_stage, print_result, progress_bar, save_png
 
 VECTOR = "emoji-vector"
 MOST_DRAWS = 1024  # on one sheet
@@ -52,16 +52,16 @@ def sample(
             f"Given --n {n}, --seed {seed}, --measured {measured}; expected n from 1 to {MOST_DRAWS:,}, a seed from 0, "
             "measured 0 or from 2."
         )
-    _check_png(out)
-    stage, name, side = _open(vae, size, device)
+    check_png(out)
+    stage, name, side = open_stage(vae, size, device)
     note = run.positions_note(stage, name, side) if prior == "normal" else None
     if note:
         warnings.warn(Note(note), stacklevel=2)
-    with _bar() as report:
+    with progress_bar() as report:
         found = run.sample(stage, side, n, seed, prior, images, measured, features, report)
-    _save(found.page, out)
+    save_png(found.page, out)
     facts = {"vae": name, "prior": found.prior, "seed": seed, "out": str(out), **found.figures}
-    _tell(facts, found.table(), out, json)
+    print_result(facts, found.table(), out, json)
 
 
 def traverse(
@@ -100,19 +100,19 @@ def traverse(
 
     if rows < 1 or most < 2:
         raise UserError(f"Given --rows {rows}, --most {most}; expected rows from 1 and most from 2.")
-    _check_png(out)
+    check_png(out)
     given = None if picture is None else open_picture(picture)
-    stage, name, side = _open(vae, size, device)
+    stage, name, side = open_stage(vae, size, device)
     known = image_set.read_set(images, side, most)
-    with _bar() as report:
+    with progress_bar() as report:
         latents = image_set.encode(stage, known.images, report)
         found = run.ranked(stage, latents[:8], run.candidates(latents, known.captions, attribute, report), 2.0, report)[:rows]
         start = latents[run.beginning(known.captions, attribute)] if given is None else _latents(stage, given, side)
         page = run.sheet(stage, start, [one for one, _ in found], report=report)
-    _save(page, out)
+    save_png(page, out)
     table = [{"name": one.name, "change": change, "score": one.score} for one, change in found]
     facts = {"vae": name, "set": known.name, "n": len(latents), "size_px": side, "out": str(out), "directions": table}
-    _tell(facts, _ranking(facts), out, json)
+    print_result(facts, _ranking(facts), out, json)
 
 
 def _latents(stage: Any, picture: Any, side: int) -> Any:
@@ -130,68 +130,3 @@ def _ranking(facts: dict[str, Any]) -> str:
     return "\n".join(
         [head, *("  {name:20}change {change:6.2f}   score {score:.3f}".format(**row) for row in facts["directions"])]
     )
-
-
-def _open(vae: str, size: int | None, device: str | None) -> tuple[Any, str, int]:
-    """The stage, its name, and the side in pixels that it is explored at."""
-    from latentpipe.checkpoints.vae_io import find_model, name_of, open_vae
-    from latentpipe.data.image_set import side_for
-    from latentpipe.pipelines.latent_pipeline import best_device
-    from latentpipe.vae.stage import VAEStage
-
-    path = find_model(vae, "vae")
-    file = open_vae(path)
-    stage = VAEStage(file.build(), file.space).eval().to(device or best_device())
-    return stage, name_of(path, "vae"), side_for(stage.space.downscale, size)
-
-
-def _check_png(path: Path) -> None:
-    """Refuse before the work what could not be written after it."""
-    from latentpipe.utils.errors import UserError
-
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise UserError(f"--out {path}: expected the name of a file that ends in .png.")
-
-
-def _save(page: Any, path: Path) -> None:
-    from latentpipe.utils.io import atomic_file
-
-    with atomic_file(path) as part:
-        page.save(part, format="PNG")
-
-
-def _tell(facts: dict[str, Any], table: str, out: Path, json: bool) -> None:
-    """The JSON object, or the table and the path of what was written."""
-    from json import dumps
-
-    if json:
-        print(dumps(facts, indent=2, ensure_ascii=False, allow_nan=False))
-        return
-    if table:
-        print(table)
-    print(out)
-
-
-@contextmanager
-def _bar() -> Iterator[Report]:
-    """A report function whose bar on stderr appears after a second and begins anew with each kind of work."""
-    import sys
-
-    from tqdm import tqdm
-
-    bar = tqdm(disable=None, leave=False, delay=1.0, file=sys.stderr)
-    before = ("", 0)
-
-    def report(done: int, total: int, what: str) -> None:
-        nonlocal before
-        if what != before[0] or done < before[1]:
-            bar.reset(total)
-            bar.set_description(what, refresh=False)
-            before = (what, 0)
-        bar.update(done - before[1])
-        before = (what, done)
-
-    try:
-        yield report
-    finally:
-        bar.close()

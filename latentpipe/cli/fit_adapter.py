@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from latentpipe.cli.vae import pictures_of
+from latentpipe.cli.common import pictures_of
 from latentpipe.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from latentpipe.engine.jobs import Report
     from latentpipe.train.latent_adapter import Ladder
+    from latentpipe.utils.progress import ProgressCallback
 
 
 def fit_adapter(
@@ -50,14 +50,19 @@ def fit_adapter(
 
 
 def fit_and_save(
-    source: str | Path, to: str | Path, images: Any, pictures: str, out: Path | None = None, report: Report | None = None
+    source: str | Path,
+    to: str | Path,
+    images: Any,
+    pictures: str,
+    out: Path | None = None,
+    report: ProgressCallback | None = None,
 ) -> tuple[Ladder, Path]:
     """Fit an adapter on images (N 3 H W, [-1, 1]) and write it; the scores of its ladder, and the file.
 
     pictures  what they are, in words, for the card
     out       the file; None: in the user's adapters folder, under a name that says from where to where
     """
-    from latentpipe.checkpoints.vae_io import find_model, name_of
+    from latentpipe.checkpoints.registry import find_model, name_of
     from latentpipe.compatibility.latent_adapter import AdapterCard, save_adapter
     from latentpipe.pipelines.swap import stage_of
     from latentpipe.train.latent_adapter import fit_adapter as run

@@ -161,3 +161,41 @@ def free_path(folder: Path, prompt: str, seed: int) -> Path:
         count += 1
         path = folder / f"{slug}-{seed}-{count}.png"
     return path
+
+
+def replay(
+    picture: Path,
+    /,
+    model: str | None = None,
+    vae: str | None = None,
+    adapter: str | None = None,
+    lora: tuple[str, ...] = (),
+    image: Path | None = None,
+    device: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Draw the picture in a file again from its recipe and compare every pixel.
+
+    Args:
+        picture: A PNG, JPEG or WebP that latentpipe wrote.
+        model: Name or folder of the model, where the recipe's name is not installed.
+        vae: Name or folder of the VAE, likewise.
+        adapter: Name or file of the adapter, likewise.
+        lora: Files of LoRA that are not installed, each as NAME=FILE with its name in the recipe.
+        image: The picture that img2img began from.
+        device: cpu, cuda or mps.
+        out: Where to save the new picture; left out: only compare.
+    """
+    from latentpipe import replay as run
+
+    files = {name: Path(file) for name, _, file in (text.partition("=") for text in lora)}
+    result = run(picture, model, vae, image, device, adapter, files)
+    if out is not None:
+        result.picture.save(out)
+        print(out)
+    if result.difference == 0:
+        loss = ", after the new picture was stored as a JPEG too (which loses a little)" if result.kind == "JPEG" else ""
+        print(f"identical: every pixel is the same{loss}")
+    else:
+        cause = "; ".join(result.causes) or "none found: same machine, versions and threads"
+        print(f"largest difference: {result.difference} of 255 grey levels. What has changed: {cause}")

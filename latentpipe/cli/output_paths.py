@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latentpipe.checkpoints.registry import find_model, own_home, printable
+from latentpipe.checkpoints.registry import find_model
 from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import own_home, printable
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 LONGEST = 255  # bytes of a name that file systems take

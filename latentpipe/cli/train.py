@@ -103,3 +103,32 @@ def _check(config: Any) -> None:
         argument_checks.vae("teacher", config.teacher)
     if run.warm_start is not None and type(config).__name__ == "TrainVAE":
         argument_checks.vae("run.warm_start", run.warm_start)
+
+
+def train_embedded(
+    hands: Path,
+    work: Path = Path("runs/embedded"),
+    vae: str = "emoji",
+    start: str | None = "emoji",
+    denoiser_steps: int | None = None,
+    decoder_steps: int | None = None,
+    tuning_steps: int | None = None,
+    batch_size: int | None = None,
+    decay: bool = True,
+) -> None:
+    """Train the whole chain of the embedded model: pictures, latents, denoiser, decoder. Given again, it goes on.
+
+    Args:
+        hands: Folder with several artists' sets, as for 'latentpipe emoji --hands'.
+        work: Folder of all parts; the model ends up in WORK/model.
+        vae: Name or folder of the VAE whose latents are kept.
+        start: Name or folder of the model that the denoiser begins with; None: random weights.
+        denoiser_steps: Steps of the denoiser, in place of the config's.
+        decoder_steps: Steps of the decoder, in place of the config's.
+        tuning_steps: Steps that the decoder then trains on what the denoiser predicts, likewise.
+        batch_size: Pictures in each step of both, in place of the configs'.
+        decay: Let the denoiser's rate fall over the last quarter; without, the run can be made longer later.
+    """
+    from latentpipe.train.embedded_model import train_chain
+
+    print(train_chain(hands, work, configs_folder(), vae, start, denoiser_steps, decoder_steps, tuning_steps, batch_size, decay))

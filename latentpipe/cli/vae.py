@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from latentpipe.cli.common import pictures_of
+
 
 def make_fp16_safe(
     vae: str,
@@ -31,8 +33,8 @@ def make_fp16_safe(
     import torch
 
     from latentpipe.checkpoints.fp16 import convert
-    from latentpipe.checkpoints.vae_io import find_model
-    from latentpipe.pipelines.latent_pipeline import best_device
+    from latentpipe.checkpoints.registry import find_model
+    from latentpipe.utils.system import best_device
     from latentpipe.vae.probe_images import probe_images
 
     def measured(side: int) -> torch.Tensor:
@@ -73,9 +75,10 @@ def convert(
         dtype: What to store the weights as; left out: as they are.
     """
     from latentpipe.checkpoints.convert import convert as run
+    from latentpipe.checkpoints.registry import find_model
     from latentpipe.checkpoints.vae_file import Given
-    from latentpipe.checkpoints.vae_io import find_model, quiet
     from latentpipe.utils.io import HASH_LENGTH
+    from latentpipe.utils.logging import quiet
 
     if to == "tensors":
         from latentpipe.checkpoints.merge import merge
@@ -110,7 +113,7 @@ def swap(
     """
     from json import dumps
 
-    from latentpipe.checkpoints.vae_io import find_model
+    from latentpipe.checkpoints.registry import find_model
     from latentpipe.pipelines.swap import save_swapped
     from latentpipe.pipelines.verdict_cache import verdict_on
     from latentpipe.utils.io import refuse_name
@@ -129,23 +132,10 @@ def swap(
         raise SystemExit(1)
 
 
-def pictures_of(folder: Path, side: int, most: int | None = None) -> Any:
-    """Pictures of a folder (the first `most`) as images of `side` pixels; the files that were skipped are told."""
-    import warnings
-
-    from latentpipe.data.image_folder import read_pictures
-    from latentpipe.utils.errors import Note
-    from latentpipe.utils.images import to_images
-
-    pictures = read_pictures(folder, side, most)
-    if pictures.skipped:
-        warnings.warn(Note(f"{folder}: {pictures.report()}"), stacklevel=2)
-    return to_images(pictures.pixels)
-
-
 def _verdict_images(folder: Path, model: Path, vae: str) -> Any:
     """At most 32 pictures of a folder, at the side that the probes would have."""
-    from latentpipe.checkpoints.vae_io import declared_space, find_model
+    from latentpipe.checkpoints.registry import find_model
+    from latentpipe.checkpoints.vae_io import declared_space
     from latentpipe.compatibility.measure import probe_side
 
     return pictures_of(

@@ -13,9 +13,9 @@ from PIL import Image
 
 from latentpipe.data.emoji_bank import SIDE
 from latentpipe.data.image_folder import read_index, read_square
-from latentpipe.explore.directions import Report
 from latentpipe.utils.errors import UserError, counted
 from latentpipe.utils.images import bytes_to_images
+from latentpipe.utils.progress import ProgressCallback
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Given:
     skipped: dict[str, str]
 
 
-def read_given(paths: Sequence[Path], side: int, as_bank: bool = False, most: int | None = None, report: Report = None) -> Given:
+def read_given(
+    paths: Sequence[Path], side: int, as_bank: bool = False, most: int | None = None, report: ProgressCallback | None = None
+) -> Given:
     """Files, and the pictures of folders (the first `most` of each), as squares of `side` pixels, [-1, 1].
 
     as_bank  reduce to 32 pixels first, then enlarge, as the emoji bank's pictures are: sharpness alone shall tell nothing

@@ -10,9 +10,9 @@ import torch
 
 from latentpipe.data.emoji_bank import SIDE, open_bank
 from latentpipe.data.image_folder import read_pictures
-from latentpipe.explore.directions import Report
 from latentpipe.utils.errors import Note, UserError
 from latentpipe.utils.images import bytes_to_images
+from latentpipe.utils.progress import ProgressCallback
 from latentpipe.vae.stage import VAEStage
 
 USUAL_PX = 64  # side that sets are read at, where the VAE takes it
@@ -61,7 +61,7 @@ def first(pictures: PictureSet, n: int) -> PictureSet:
 
 @torch.no_grad()
 def encode(
-    stage: VAEStage, images: torch.Tensor, report: Report = None, generator: torch.Generator | None = None
+    stage: VAEStage, images: torch.Tensor, report: ProgressCallback | None = None, generator: torch.Generator | None = None
 ) -> torch.Tensor:
     """Images N 3 H W to latents N C h w in float32 on the CPU, a few at a time.
 
@@ -78,7 +78,7 @@ def encode(
 
 
 @torch.no_grad()
-def decode(stage: VAEStage, latents: torch.Tensor, report: Report = None) -> torch.Tensor:
+def decode(stage: VAEStage, latents: torch.Tensor, report: ProgressCallback | None = None) -> torch.Tensor:
     """Latents B C h w to images B 3 H W in float32 on the CPU, a few at a time."""
     unit = stage.space.downscale
     at_once = max(1, BATCH_PX // (latents.shape[-1] * latents.shape[-2] * unit**2))

@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentpipe.checkpoints.registry import named_lora
-from latentpipe.checkpoints.vae_io import available
+from latentpipe.checkpoints.registry import available, named_lora
 from latentpipe.compatibility.latent_adapter import own_adapter
-from latentpipe.engine.jobs import Report, Waiting, events_of
+from latentpipe.engine.jobs import Waiting, events_of
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.prompt_tags import split_tags
-from latentpipe.pipelines.latent_pipeline import LatentPipeline, Picture, best_device
+from latentpipe.pipelines.latent_pipeline import LatentPipeline, Picture
 from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.sampling import Settings, Step
 from latentpipe.utils.errors import UserError, expect
 from latentpipe.utils.images import open_picture, picture_file
+from latentpipe.utils.progress import ProgressCallback
+from latentpipe.utils.system import best_device
 
 PREVIEW_SECONDS = 0.25
 
@@ -127,7 +128,7 @@ def replay(
     device: str | None = None,
     adapter: str | Path | None = None,
     loras: Mapping[str, Path] | None = None,
-    report: Report | None = None,
+    report: ProgressCallback | None = None,
 ) -> Replay:
     """Draw the picture in a file again from its recipe and compare.
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from latentpipe.utils import cancellation
 from latentpipe.utils.errors import Cancelled, UserError
+from latentpipe.utils.progress import ProgressCallback
 
-__all__ = ["Cancelled", "Done", "Line", "Progress", "Report", "Waiting", "device", "events_of", "run_job"]
+__all__ = ["Cancelled", "Done", "Line", "Progress", "ProgressCallback", "Waiting", "device", "events_of", "run_job"]
 
 MAX_WAITING = 32
 HEARTBEAT_S = 0.5  # how often a job that waits says so: whoever reads it notices then that its client has left
-Report = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Done:
 
 
 def run_job(
-    work: Callable[[Report], Any], cancel: threading.Event | None = None
+    work: Callable[[ProgressCallback], Any], cancel: threading.Event | None = None
 ) -> Generator[Waiting | Progress | Done, None, None]:
     """Run `work(report)` alone on the device and yield its progress; the last event is `Done`.
 

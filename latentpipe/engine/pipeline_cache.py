@@ -9,12 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from latentpipe.checkpoints.vae_io import find_model
+from latentpipe.checkpoints.registry import find_model
 from latentpipe.compatibility.latent_adapter import own_adapter
 from latentpipe.compatibility.measure import Verdict
-from latentpipe.pipelines.latent_pipeline import LatentPipeline, best_device
+from latentpipe.pipelines.latent_pipeline import LatentPipeline
 from latentpipe.pipelines.swap import stage_of
 from latentpipe.pipelines.verdict_cache import verdict_on
+from latentpipe.utils.system import best_device
 from latentpipe.vae.stage import VAEStage
 
 

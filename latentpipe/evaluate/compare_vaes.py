@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latentpipe.checkpoints.vae_io import find_model, name_of, open_vae, quiet
+from latentpipe.checkpoints.registry import find_model, name_of
+from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.evaluate import preprocessing
 from latentpipe.evaluate.accumulator import KERNEL
 from latentpipe.evaluate.comparison import Comparison, SetDifferences, compare
@@ -26,6 +27,7 @@ from latentpipe.evaluate.speed import measure_cost
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.images import bytes_to_images
 from latentpipe.utils.io import content_hash
+from latentpipe.utils.logging import quiet
 from latentpipe.vae.stage import VAEStage
 
 

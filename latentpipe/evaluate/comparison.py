@@ -20,8 +20,7 @@ import numpy as np
 
 from latentpipe.evaluate.report.wording import figure, heading, size_words
 from latentpipe.evaluate.results import Evaluation, Score
-from latentpipe.evaluate.significance import holm, least_p, p_of_interval, sign_flip
-from latentpipe.evaluate.statistics import paired
+from latentpipe.evaluate.statistics import holm, least_p, p_of_interval, paired, sign_flip
 from latentpipe.utils.errors import UserError, counted
 from latentpipe.utils.io import HASH_LENGTH
 

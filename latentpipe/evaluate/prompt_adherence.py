@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from latentpipe.data.emoji import TONES, Combination, combination_of
 from latentpipe.data.emoji_bank import SIDE, Bank, open_bank, small
+from latentpipe.evaluate.statistics import wilson
 from latentpipe.evaluate.style_adherence import evaluate_styles
-from latentpipe.evaluate.wilson import wilson as wilson
 from latentpipe.pipelines.latent_pipeline import LatentPipeline
 from latentpipe.pipelines.sampling import Settings
 from latentpipe.utils.defaults import GUIDANCE, STEPS

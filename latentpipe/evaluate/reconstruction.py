@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from latentpipe.checkpoints.vae_io import find_model, name_of, open_vae
+from latentpipe.checkpoints.registry import find_model, name_of
+from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.evaluate import preprocessing
 from latentpipe.evaluate.accumulator import UNITS, Tally, Tools, open_tools
 from latentpipe.evaluate.metrics.latents import TOP_DB, batch_of, cycles, equivariance, nearest, rebuild_batch, slerp, statistics

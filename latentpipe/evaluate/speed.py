@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from latentpipe.utils.system import release_freed_memory
 from latentpipe.vae.precision import NAMES
 from latentpipe.vae.stage import VAEStage
-from latentpipe.vae.tiling.feature_map import mapped
 
 MB = 2**20
 WARM_UP = 1
@@ -76,7 +76,7 @@ def _peak(run: Callable[[], Any], device: torch.device) -> float | None:
         return (torch.cuda.max_memory_allocated(device) - before) / MB
     if device.type != "cpu":
         return None
-    with mapped(device):  # what was freed before is given back, so that none of it hides what the run takes
+    with release_freed_memory(device):  # what was freed before is given back, so that none of it hides what the run takes
         try:
             REFERENCES.write_text("5")  # resets the peak (proc(5), clear_refs)
             before = _resident("VmRSS")

@@ -18,7 +18,7 @@ from PIL import Image
 from latentpipe.data.emoji_bank import small
 from latentpipe.data.emoji_hands_bank import HandBank, cells_of, open_hands
 from latentpipe.data.emoji_sets import ANY_STYLE
-from latentpipe.evaluate.wilson import wilson
+from latentpipe.evaluate.statistics import wilson
 
 SEEDS = 4
 HANDS_ALIKE = 3  # hands that must have an emoji for its "any style" to count

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from latentpipe.checkpoints.vae_io import find_model, name_of
+from latentpipe.checkpoints.registry import find_model, name_of
 from latentpipe.compatibility.measure import probe_side
 from latentpipe.data.image_set import read_set
-from latentpipe.engine.jobs import Report
 from latentpipe.evaluate.comparison import floor_of
 from latentpipe.evaluate.metrics.latents import batch_of, cycles, decibels, rebuild_batch
 from latentpipe.evaluate.metrics.ssim import ssim
@@ -29,6 +28,7 @@ from latentpipe.evaluate.statistics import interval, paired
 from latentpipe.pipelines.swap import stage_of
 from latentpipe.utils.errors import UserError, counted
 from latentpipe.utils.images import fit_square, to_images, to_pixels
+from latentpipe.utils.progress import ProgressCallback
 from latentpipe.vae.stage import VAEStage
 
 GAIN = 4  # of the difference maps
@@ -104,7 +104,7 @@ def compare_pictures(
     pictures: Sequence[Image.Image],
     vaes: Sequence[VAE],
     side: int | None = None,
-    report: Report | None = None,
+    report: ProgressCallback | None = None,
     opened: Opener = stage_of,
 ) -> Laboratory:
     """Every picture through every VAE, measured by the protocol "latentpipe".
@@ -186,7 +186,7 @@ def decode_same(
     source: VAE,
     vaes: Sequence[VAE],
     side: int | None = None,
-    report: Report | None = None,
+    report: ProgressCallback | None = None,
     opened: Opener = stage_of,
 ) -> tuple[list[Image.Image], list[tuple[str, list[Image.Image] | str]]]:
     """The latents that one VAE makes of the pictures, decoded by each of `vaes`.
@@ -271,6 +271,6 @@ def _shown(images: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in find_protocol("latentpipe").to_bytes(images).permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def _tell(report: Report | None, done: int, total: int, what: str) -> None:
+def _tell(report: ProgressCallback | None, done: int, total: int, what: str) -> None:
     if report is not None:
         report(done, total, what)

@@ -17,11 +17,12 @@ from latentpipe.data.image_set import decode, encode, read_set, side_for
 from latentpipe.explore import edit as latent_edit
 from latentpipe.explore import traverse
 from latentpipe.explore.clips import write as write_clip
-from latentpipe.explore.directions import Direction, Report
+from latentpipe.explore.directions import Direction
 from latentpipe.explore.interpolate import LINES as WAYS
 from latentpipe.explore.interpolate import between_pictures, between_prompts, latents_of
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.images import to_pixels
+from latentpipe.utils.progress import ProgressCallback
 from latentpipe.vae.stage import VAEStage
 
 PICTURES = 200  # of the emoji bank that directions are learned from
@@ -79,7 +80,7 @@ def edited(stage: VAEStage, first: Image.Image, second: Image.Image | None, edit
     return to_pixels(decode(stage, latents))[0]
 
 
-def directions(stage: VAEStage, report: Report = None) -> list[str]:
+def directions(stage: VAEStage, report: ProgressCallback | None = None) -> list[str]:
     """Names of the directions that are known of a VAE, those that change pictures most first.
 
     Channels, principal components and captions' words, learned once from PICTURES emoji.
@@ -101,7 +102,12 @@ def direction(stage: VAEStage, name: str) -> Direction:
 
 
 def traversal(
-    stage: VAEStage, picture: Image.Image, names: Sequence[str], columns: int = 7, most: float = 3.0, report: Report = None
+    stage: VAEStage,
+    picture: Image.Image,
+    names: Sequence[str],
+    columns: int = 7,
+    most: float = 3.0,
+    report: ProgressCallback | None = None,
 ) -> Image.Image:
     """A sheet: each direction in a row, from `-most` to `most` standard deviations."""
     rows = [direction(stage, name) for name in names]
@@ -109,7 +115,12 @@ def traversal(
 
 
 def plane(
-    stage: VAEStage, picture: Image.Image, names: tuple[str, str], side: int = 5, most: float = 3.0, report: Report = None
+    stage: VAEStage,
+    picture: Image.Image,
+    names: tuple[str, str],
+    side: int = 5,
+    most: float = 3.0,
+    report: ProgressCallback | None = None,
 ) -> Image.Image:
     """A square sheet of a plane: the first direction from left to right, the second from top to bottom."""
     amounts = _amounts(side, most)

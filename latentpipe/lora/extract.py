@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from latentpipe.checkpoints.pipeline_io import hashes, networks, part_tensors
-from latentpipe.checkpoints.vae_io import find_model, name_of, open_vae, vae_hash
+from latentpipe.checkpoints.registry import find_model, name_of
+from latentpipe.checkpoints.vae_io import open_vae, vae_hash
 from latentpipe.lora.adapter import COMPONENTS, Layer, Lora
 from latentpipe.lora.factor import plain_layer
 from latentpipe.lora.metadata import BASE

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from latentpipe.checkpoints.vae_io import quiet
 from latentpipe.pipelines import families, prompt_weighting
 from latentpipe.pipelines.sampling import SCHEDULER_OPTIONS, SCHEDULERS, Guide, OnStep, Settings, Step
 from latentpipe.utils import cancellation
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.images import flatten
+from latentpipe.utils.logging import quiet
 
 
 def denoise(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from latentpipe.checkpoints.model_files import STABLE_DIFFUSION
 from latentpipe.pipelines.facade import Canonical, Facade, behind, canonical, declared, form, staged, with_factors
 from latentpipe.utils.errors import UserError
 from latentpipe.vae.latent_space import LatentSpace
@@ -69,9 +70,7 @@ class Host:
 HOSTS = (
     Host(
         "Stable Diffusion 1/2",
-        "StableDiffusionPipeline",
-        "StableDiffusionImg2ImgPipeline",
-        "StableDiffusionInpaintPipeline",
+        *STABLE_DIFFUSION,
         denoiser="unet",
     ),
     Host(

@@ -16,7 +16,9 @@ from PIL import Image
 from latentpipe.checkpoints.in_memory import Computed, hashes_in_memory
 from latentpipe.checkpoints.model_files import read_preview
 from latentpipe.checkpoints.pipeline_io import check_reference, hashes, load_pipeline, move_pipeline
-from latentpipe.checkpoints.vae_io import CARD_FILE, PREVIEW_FILE, find_model, name_of
+from latentpipe.checkpoints.registry import find_model, name_of
+from latentpipe.checkpoints.tensor_source import CARD_FILE
+from latentpipe.checkpoints.vae_io import PREVIEW_FILE
 from latentpipe.compatibility.latent_adapter import Adapted, adapted, find_adapter, open_adapter
 from latentpipe.lora.adapter import Lora
 from latentpipe.lora.matching import Report
@@ -34,6 +36,7 @@ from latentpipe.pipelines.vocabulary import known_words
 from latentpipe.utils.errors import Note, UserError, counted, expect
 from latentpipe.utils.images import to_pixels
 from latentpipe.utils.io import content_hash, read_json
+from latentpipe.utils.system import best_device
 from latentpipe.utils.threads import apart
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.stage import VAEStage
@@ -268,10 +271,3 @@ class LatentPipeline:
         colours = torch.einsum("chw,cr->rhw", latents[0].float().cpu(), factors)
         colours += torch.tensor(self.preview_map["bias"]).view(3, 1, 1)
         return to_pixels(colours[None])[0].resize((side, side), Image.Resampling.BICUBIC)
-
-
-def best_device() -> str:
-    """ "cuda", "mps" or "cpu", whichever is present first."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

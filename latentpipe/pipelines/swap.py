@@ -15,7 +15,9 @@ from torch import nn
 
 from latentpipe.checkpoints.model_files import read_card
 from latentpipe.checkpoints.pipeline_io import load_pipeline
-from latentpipe.checkpoints.vae_io import CARD_FILE, PREVIEW_FILE, declared_space, find_model, name_of, open_vae, quiet, vae_hash
+from latentpipe.checkpoints.registry import find_model, name_of
+from latentpipe.checkpoints.tensor_source import CARD_FILE
+from latentpipe.checkpoints.vae_io import PREVIEW_FILE, declared_space, open_vae, vae_hash
 from latentpipe.compatibility.latent_adapter import Adapted, Adapter, adapted, find_adapter, open_adapter
 from latentpipe.compatibility.measure import Verdict, measure
 from latentpipe.compatibility.verdict import judge, judge_shapes
@@ -23,6 +25,7 @@ from latentpipe.pipelines import families
 from latentpipe.pipelines.facade import behind
 from latentpipe.utils.errors import Note, UserError, counted
 from latentpipe.utils.io import atomic_folder, content_hash, read_json
+from latentpipe.utils.logging import quiet
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.stage import VAEStage, fold_normalization
 

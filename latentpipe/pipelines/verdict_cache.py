@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from latentpipe.checkpoints.pipeline_io import check_reference, enforce_chain, load_pipeline
-from latentpipe.checkpoints.vae_io import available, declared_space, find_model
+from latentpipe.checkpoints.registry import available, find_model
+from latentpipe.checkpoints.vae_io import declared_space
 from latentpipe.compatibility.measure import Verdict
 from latentpipe.compatibility.verdict import judge_shapes
 from latentpipe.pipelines.families import BY_CLASS

@@ -11,7 +11,8 @@ from torch import nn
 
 from latentpipe.checkpoints.components import built_to_train
 from latentpipe.checkpoints.pipeline_io import load_pipeline, save_pipeline
-from latentpipe.checkpoints.vae_io import find_model, load_vae, quiet
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import load_vae
 from latentpipe.data.latent_cache import LatentCache, open_cache
 from latentpipe.pipelines.latent_pipeline import LatentPipeline
 from latentpipe.pipelines.vocabulary import listed
@@ -26,6 +27,7 @@ from latentpipe.train.weighted_order import weighted_indices
 from latentpipe.utils.errors import UserError, counted
 from latentpipe.utils.images import sheet
 from latentpipe.utils.io import atomic_file
+from latentpipe.utils.logging import quiet
 from latentpipe.vae.memory import available
 
 SCORED = 8  # batches that two averages are compared on

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from latentpipe.checkpoints.pipeline_io import load_pipeline, save_pipeline
-from latentpipe.checkpoints.vae_io import find_model, load_vae
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import load_vae
 from latentpipe.data.emoji_hands import open_library, write_hands
 from latentpipe.data.latent_cache import encode_folder, open_cache
 from latentpipe.train.config import Strict, TrainDenoiser, TrainVAE, load, parse

@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional
 
 from latentpipe.compatibility.latent_adapter import RUNGS, Adapter, Rung
-from latentpipe.engine.jobs import Report
 from latentpipe.evaluate.statistics import interval
 from latentpipe.utils.errors import UserError, counted
 from latentpipe.utils.images import psnr, to_bytes
+from latentpipe.utils.progress import ProgressCallback
 
 RIDGE = 1e-5  # of the mean diagonal of the Gram matrix
 
@@ -68,7 +68,7 @@ def fit_adapter(
     pictures: str = "the pictures given",
     steps: int = 800,
     seed: int = 0,
-    report: Report | None = None,
+    report: ProgressCallback | None = None,
 ) -> tuple[Adapter, Ladder]:
     """The adapter from stage `source` to stage `target`, fitted and scored on images (N 3 H W, [-1, 1]).
 
@@ -151,7 +151,13 @@ def _ridge(x: torch.Tensor, y: torch.Tensor, side: int) -> tuple[torch.Tensor, t
 
 
 def _descend(
-    adapter: Adapter, x: torch.Tensor, y: torch.Tensor, steps: int, seed: int, batch: int = 32, report: Report | None = None
+    adapter: Adapter,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    steps: int,
+    seed: int,
+    batch: int = 32,
+    report: ProgressCallback | None = None,
 ) -> None:
     """Train the convolution on the squared error, Adam with a cosine decay; the last layer begins at zero."""
     generator = torch.Generator().manual_seed(seed)

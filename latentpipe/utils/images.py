@@ -242,3 +242,8 @@ def wrap(text: str, width: int, font) -> list[str]:
         else:
             lines.append(word)
     return lines or [""]
+
+
+def resized(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Uint8 pictures N H W 3 at `size` x `size` (Lanczos)."""
+    return stack(fit_square(Image.fromarray(array), size) for array in pixels)

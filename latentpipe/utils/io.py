@@ -1,4 +1,4 @@
-"""Files: safetensors in, strictly; content hashes; folders and files out, atomically (`atomic`)."""
+"""Files: people's own folder; safetensors in, strictly; content hashes; folders and files out, atomically (`atomic`)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from latentpipe.checkpoints.registry import SUFFIXES as SUFFIXES
-from latentpipe.checkpoints.registry import home as home
-from latentpipe.checkpoints.registry import own_home as own_home
-from latentpipe.checkpoints.registry import printable as printable
 from latentpipe.utils.atomic import atomic_file as atomic_file
 from latentpipe.utils.atomic import atomic_folder as atomic_folder
 from latentpipe.utils.errors import UserError
@@ -25,11 +21,49 @@ from latentpipe.utils.reading import read_json as read_json
 if TYPE_CHECKING:
     import torch
 
-    from latentpipe.vae.latent_space import LatentSpace
 
+SUFFIXES = (".safetensors", ".sft")  # of a safetensors file; others are judged by their first bytes
 HASH_LENGTH = 16  # characters shown to people; files keep all 64
 MOST_TENSORS, MOST_DIMENSIONS = 2**17, 16  # of a safetensors file; the largest models have some thousand, of five
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+class Normalization(Protocol):
+    """Factors and shifts of a VAE's latents, one for each channel, as `vae.latent_space.LatentSpace` has them."""
+
+    @property
+    def scale(self) -> tuple[float, ...]:
+        """What raw latents are multiplied with."""
+
+    @property
+    def shift(self) -> tuple[float, ...]:
+        """What is taken from raw latents before."""
+
+
+def home() -> Path:
+    """People's own files: $LATENTPIPE_HOME, else latentpipe/ in the user's data folder; holds models/, vae/, lora/.
+
+    For a user without a home (in a container) it is a place where nothing can be; `own_home` is to write into.
+    """
+    if os.environ.get("LATENTPIPE_HOME"):
+        return Path(os.environ["LATENTPIPE_HOME"])
+    data = os.environ.get("XDG_DATA_HOME") or os.environ.get("LOCALAPPDATA")
+    try:
+        return Path(data or Path.home() / ".local" / "share") / "latentpipe"
+    except RuntimeError:  # no HOME, and the user has no name
+        return Path(os.devnull) / "latentpipe"
+
+
+def own_home() -> Path:
+    """`home`, to write into; UserError names the variable to set where there is none."""
+    if home().parent == Path(os.devnull):
+        raise UserError("This user has no home folder to keep files in; set LATENTPIPE_HOME (or HOME) to a folder.")
+    return home()
+
+
+def printable(name: str) -> str:
+    """A file's name as text that every file and console takes: bytes that are not UTF-8 become the replacement character."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def refuse_name(path: Path) -> Path:
@@ -149,7 +183,7 @@ def _finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor).all())
 
 
-def content_hash(tensors: Mapping[str, torch.Tensor], space: LatentSpace | None = None) -> str:
+def content_hash(tensors: Mapping[str, torch.Tensor], space: Normalization | None = None) -> str:
     """sha256 over sorted tensor names, shapes, dtypes and bytes, and the normalization where there is one.
 
     It names the weights, not the file: metadata, key order and sharding do not change it.

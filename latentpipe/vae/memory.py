@@ -38,8 +38,9 @@ _known: dict[Any, int] = {}
 def predict(vae: Any, direction: Direction, shape: Shape, rows: int | None = None) -> int:
     """Peak bytes above the weights and the input, for images (encode) or raw latents (decode) of `shape`.
 
-    `rows`: the height of a band; None: the whole picture at once, as diffusers does it, within `bands.mapped`. (Without
-    that, what glibc keeps of maps below 32 MB comes to it, which depends on what ran before: up to 40 % were measured.)
+    `rows`: the height of a band; None: the whole picture at once, as diffusers does it, within
+    `utils.system.release_freed_memory`. (Without that, what glibc keeps of maps
+    below 32 MB comes to it, which depends on what ran before: up to 40 % were measured.)
     """
     tensors = [*vae.named_parameters(), *vae.named_buffers()]
     weights = tuple((name, tensor.shape, tensor.dtype, str(tensor.device)) for name, tensor in tensors)

@@ -13,10 +13,11 @@ from torch import nn
 
 from latentpipe.utils import cancellation
 from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.system import release_freed_memory
 from latentpipe.vae import memory, precision
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.offload import device_of, dtype_of, in_layers
-from latentpipe.vae.tiling import feature_map, tiled
+from latentpipe.vae.tiling import tiled
 
 Tile = int | Literal["auto"] | None
 SMALL = 256 * 256  # pixels of a batch whose memory needs no prediction
@@ -158,7 +159,7 @@ class VAEStage(nn.Module):
             return nullcontext()
         n, channels, height, width = given.shape
         whole = memory.predict(self.vae, direction, (n, channels, height, width))
-        return feature_map.mapped(self.device) if whole > ROOM * memory.available(self.device) else nullcontext()
+        return release_freed_memory(self.device) if whole > ROOM * memory.available(self.device) else nullcontext()
 
     def _rows(self, vae: Any, direction: memory.Direction, given: torch.Tensor) -> int | None:
         """The height of the bands for this input, in pixels; None: the whole picture at once."""

@@ -11,14 +11,14 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from latentpipe.checkpoints.taesd_keys import OPENS_HERE_ONLY
 from latentpipe.utils.errors import UserError
 
+OPENS_HERE_ONLY = "this VAE has layers that diffusers lacks; open it with latentpipe"
 MAX_WIDTH = 4096  # a config from a file builds layers; this bounds them
 
 
 class TinyVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Images (B 3 H W, [-1, 1]) to raw latents and back, deterministic; layers are described in `formats.taesd`.
+    """Images (B 3 H W, [-1, 1]) to raw latents and back, deterministic; layers are described in `checkpoints.taesd_keys`.
 
     The family works on [0, 1] and on latents clamped by ``3 tanh(z / 3)``; both are done here. Its latents are
     normalized by training: the teacher's latents after the teacher's own factor.

@@ -18,7 +18,8 @@ from latentpipe import UserError
 from latentpipe.checkpoints.components import TooLarge, built_within, check_config
 from latentpipe.checkpoints.convert import convert
 from latentpipe.checkpoints.pipeline_io import load_pipeline
-from latentpipe.checkpoints.vae_io import load_vae, open_vae, shipped
+from latentpipe.checkpoints.registry import shipped
+from latentpipe.checkpoints.vae_io import load_vae, open_vae
 from latentpipe.cli.app import main
 
 MB = 1024  # of ru_maxrss, in kilobytes

@@ -14,7 +14,8 @@ from helpers import edit_json
 from latentpipe import UserError
 from latentpipe.checkpoints.config_ranges import check_network_config, check_schedule, check_scheduler_config, check_space
 from latentpipe.checkpoints.pipeline_io import load_pipeline
-from latentpipe.checkpoints.vae_io import find_model, open_vae
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import open_vae
 
 HERE = Path("here.json")
 SCHEDULERS = sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and name != "AysSchedules")

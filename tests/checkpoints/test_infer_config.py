@@ -15,7 +15,8 @@ from parts import ldm_names, levels_vae, write
 from latentpipe import UserError, VAEStage
 from latentpipe.checkpoints.convert import convert
 from latentpipe.checkpoints.infer_config import space_of
-from latentpipe.checkpoints.vae_io import find_model, load_vae, open_vae, save_vae, vae_hash
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import load_vae, open_vae, save_vae, vae_hash
 from latentpipe.utils.errors import Note
 from latentpipe.utils.images import open_picture, to_images
 from latentpipe.vae.latent_space import PUBLISHED, LatentSpace

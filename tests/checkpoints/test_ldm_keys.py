@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from latentpipe import UserError, VAEStage
 from latentpipe.checkpoints import ldm_keys
 from latentpipe.checkpoints.convert import convert
-from latentpipe.checkpoints.tensor_source import CONFIG_KEY
+from latentpipe.checkpoints.tensor_source import CONFIG_KEY, VAE_FILE
 from latentpipe.checkpoints.vae_file import Given
-from latentpipe.checkpoints.vae_io import VAE_FILE, load_vae, open_vae, save_vae, vae_hash
+from latentpipe.checkpoints.vae_io import load_vae, open_vae, save_vae, vae_hash
 
 STATED = {"scaling_factor": 0.7, "norm_groups": 4}
 SHAPES = [
@@ -177,7 +177,7 @@ def test_an_sdxl_vae_is_recognized_by_its_shapes(assets: Path) -> None:
 
 
 def test_the_embedded_vae_survives_the_trip(tmp_path: Path) -> None:
-    from latentpipe.checkpoints.vae_io import find_model
+    from latentpipe.checkpoints.registry import find_model
 
     folder = find_model("emoji", "vae")
     stated = json.loads((folder / "card.json").read_text())["content_hash"]

@@ -15,8 +15,9 @@ from torch import nn
 
 from latentpipe import UserError, VAEStage
 from latentpipe.checkpoints.convert import convert
+from latentpipe.checkpoints.tensor_source import VAE_FILE
 from latentpipe.checkpoints.vae_file import Given
-from latentpipe.checkpoints.vae_io import VAE_FILE, load_vae, save_vae, vae_hash
+from latentpipe.checkpoints.vae_io import load_vae, save_vae, vae_hash
 from latentpipe.utils.errors import Note
 from latentpipe.utils.images import open_picture, psnr, to_bytes, to_images
 

@@ -19,8 +19,10 @@ from latentpipe import UserError, VAEStage
 from latentpipe.checkpoints import vae_io
 from latentpipe.checkpoints.convert import convert
 from latentpipe.checkpoints.identify import looks_like
+from latentpipe.checkpoints.registry import available, find_model, name_of
+from latentpipe.checkpoints.tensor_source import VAE_FILE
 from latentpipe.checkpoints.vae_file import Given
-from latentpipe.checkpoints.vae_io import VAE_FILE, available, find_model, load_vae, name_of, open_vae, save_vae, vae_hash
+from latentpipe.checkpoints.vae_io import load_vae, open_vae, save_vae, vae_hash
 from latentpipe.vae.latent_space import downscale_of
 
 STATED = {"scaling_factor": 0.7, "norm_groups": 4}

@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from latentpipe import LatentPipeline, UserError
 from latentpipe.checkpoints.pipeline_io import hashes, load_pipeline
-from latentpipe.checkpoints.vae_io import VAE_FILE, available, load_vae, quiet, vae_hash
+from latentpipe.checkpoints.registry import available
+from latentpipe.checkpoints.tensor_source import VAE_FILE
+from latentpipe.checkpoints.vae_io import load_vae, vae_hash
 from latentpipe.cli.app import main
 from latentpipe.lora.extract import extract_models
 from latentpipe.utils.io import home, own_home, read_tensors
+from latentpipe.utils.logging import quiet
 
 
 @pytest.fixture

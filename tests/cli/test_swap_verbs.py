@@ -13,7 +13,8 @@ from helpers import edit_json, grey_levels, tiny_vae
 
 from latentpipe import LatentPipeline, LatentSpace, UserError, VAEStage
 from latentpipe.checkpoints.pipeline_io import describe, load_pipeline
-from latentpipe.checkpoints.vae_io import find_model, load_vae, save_vae, vae_hash
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import load_vae, save_vae, vae_hash
 from latentpipe.cli.app import main
 from latentpipe.utils.io import read_json
 from latentpipe.vae.stage import fold_normalization

@@ -12,7 +12,8 @@ from PIL import Image
 
 from latentpipe import check_swap
 from latentpipe.checkpoints.pipeline_io import load_pipeline
-from latentpipe.checkpoints.vae_io import available, find_model, load_vae, shipped, vae_hash
+from latentpipe.checkpoints.registry import available, find_model, shipped
+from latentpipe.checkpoints.vae_io import load_vae, vae_hash
 from latentpipe.data.emoji_bank import COLUMNS, SHEET, SIDE
 from latentpipe.explore.codec.codec import compress, decompress, open_codec
 from latentpipe.utils.images import psnr, to_bytes, to_images, to_pixels

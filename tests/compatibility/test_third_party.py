@@ -10,7 +10,8 @@ import pytest
 
 from latentpipe import UserError, VAEStage, check_swap, swap_vae
 from latentpipe.checkpoints.pipeline_io import load_pipeline
-from latentpipe.checkpoints.vae_io import find_model, load_vae
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import load_vae
 
 pytestmark = pytest.mark.slow
 

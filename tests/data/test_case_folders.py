@@ -121,7 +121,7 @@ def test_case_25a_another_column_is_named_and_can_be_asked_for(tmp_path: Path) -
 
 
 def test_case_25a_the_column_reaches_both_verbs_that_train_on_captions(tmp_path: Path, vae_folder: Path) -> None:
-    from latentpipe.cli.inspect import encode
+    from latentpipe.cli.data import encode
     from latentpipe.train.config import TrainLora
     from latentpipe.train.lora.data import open_pictures
 

@@ -251,7 +251,7 @@ def test_other_weights_are_named(installed: str, own_home: Path, tmp_path: Path,
     from safetensors.torch import load_file, save_file
 
     from latentpipe.checkpoints.pipeline_io import PARTS, hashes
-    from latentpipe.checkpoints.vae_io import CARD_FILE
+    from latentpipe.checkpoints.tensor_source import CARD_FILE
 
     path = save(installed, tmp_path / "x.png")
     folder = own_home / "models" / "tiny"

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from latentpipe.evaluate.comparison import check_same, compare, floor_of, labels_of
 from latentpipe.evaluate.report.wording import figure, rounded
 from latentpipe.evaluate.results import Evaluation, Score
-from latentpipe.evaluate.significance import EXACT, holm, least_p, p_of_interval, sign_flip
-from latentpipe.evaluate.statistics import interval
+from latentpipe.evaluate.statistics import EXACT, holm, interval, least_p, p_of_interval, sign_flip
 from latentpipe.utils.errors import UserError
 
 N = 20
@@ -62,11 +61,11 @@ def test_the_drawn_sign_flip_test_is_near_a_paired_t_test_on_normal_values() -> 
 
 
 def test_the_drawn_test_does_not_depend_on_how_signs_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from latentpipe.evaluate import significance
+    from latentpipe.evaluate import statistics
 
     values = np.random.default_rng(1).normal(0.3, 1, 30)
     whole = sign_flip(values)
-    monkeypatch.setattr(significance, "CHUNK", 300)
+    monkeypatch.setattr(statistics, "SIGNS", 300)
     assert sign_flip(values) == pytest.approx(whole, abs=0.01)
     assert sign_flip(np.ones(30)) == pytest.approx(1e-4)  # 1 of 10,000: never 0
     assert sign_flip(np.zeros(30)) == 1.0

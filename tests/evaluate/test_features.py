@@ -13,7 +13,7 @@ from helpers import some_images, write_pictures
 from safetensors.torch import save_file
 from scipy.ndimage import gaussian_filter
 
-from latentpipe.checkpoints.vae_io import shipped
+from latentpipe.checkpoints.registry import shipped
 from latentpipe.data.emoji_bank import open_bank
 from latentpipe.evaluate.metrics import inception, train_emoji_words
 from latentpipe.evaluate.metrics.emoji_words import WordNetwork

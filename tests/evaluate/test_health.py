@@ -21,7 +21,7 @@ from scipy import stats
 from torch import nn
 
 from latentpipe.checkpoints.vae_io import save_vae
-from latentpipe.cli.health import health as verb
+from latentpipe.cli.evaluate import health as verb
 from latentpipe.evaluate import diagnosis as words
 from latentpipe.evaluate.health import Health, gradient_shares, measure, watch
 from latentpipe.evaluate.metrics.posterior import Moments, gaussian_gap, kl_values, mutual_information

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from latentpipe.cli.compare import compare as compare_verb
+from latentpipe.cli.evaluate import compare as compare_verb
 from latentpipe.evaluate.comparison import Comparison, compare
 from latentpipe.evaluate.report.axes import Axis, log_ticks, ticks
 from latentpipe.evaluate.report.crops import SIDE, Strip, choose, strip

@@ -255,7 +255,7 @@ def test_equal_pictures_of_any_size_give_figures_for_a_program(vaes: int, vae_fo
 
 @pytest.mark.slow
 def test_the_verb_and_the_function_write_the_same_adapter(pictures: Path, tmp_path: Path, vae_folder: Path, capsys: Any) -> None:
-    from latentpipe.cli.vae import pictures_of
+    from latentpipe.cli.common import pictures_of
 
     save_vae(tiny_vae(5), tmp_path / "to", {})
     ends = (vae_folder, tmp_path / "to")

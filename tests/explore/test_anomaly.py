@@ -16,7 +16,8 @@ from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from latentpipe.checkpoints.vae_io import find_model, open_vae
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.cli import app
 from latentpipe.data import defects, image_set
 from latentpipe.data.given_pictures import read_given

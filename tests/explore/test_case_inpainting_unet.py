@@ -15,9 +15,9 @@ from PIL import Image
 
 from latentpipe import LatentPipeline, UserError
 from latentpipe.checkpoints.pipeline_io import load_pipeline
-from latentpipe.checkpoints.vae_io import quiet
 from latentpipe.cli.app import main
 from latentpipe.explore.inpaint import inpaint
+from latentpipe.utils.logging import quiet
 
 SIDE = 16
 

@@ -24,7 +24,7 @@ from latentpipe.explore.codec import fit, frequency_tables, static_model, wavefr
 from latentpipe.explore.codec.adaptive_model import Adaptive
 from latentpipe.explore.codec.bd_rate import bd_rate, front
 from latentpipe.explore.codec.container import Container, pack, unpack
-from latentpipe.train.vae.rate import ContextModel
+from latentpipe.vae.entropy_model import ContextModel
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from latentpipe.checkpoints.vae_io import find_model, load_vae
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import load_vae
 from latentpipe.cli import app
 from latentpipe.data import image_set
 from latentpipe.evaluate.metrics.features import open_features

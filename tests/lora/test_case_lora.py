@@ -256,7 +256,7 @@ def test_case_36_a_lora_in_a_subfolder_is_found_by_its_stem_and_by_its_path(
 
 
 def test_case_36_models_and_vaes_in_subfolders_are_found_too(model_folder: Path, vae_folder: Path, own_home: Path) -> None:
-    from latentpipe.checkpoints.vae_io import available, find_model, name_of
+    from latentpipe.checkpoints.registry import available, find_model, name_of
 
     shutil.copytree(model_folder, own_home / "models" / "mine" / "tiny")
     shutil.copytree(vae_folder, own_home / "vae" / "set" / "soft")

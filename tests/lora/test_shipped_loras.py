@@ -10,7 +10,7 @@ import pytest
 
 from latentpipe import LatentPipeline
 from latentpipe.checkpoints.pipeline_io import hashes
-from latentpipe.checkpoints.vae_io import available, find_model, shipped
+from latentpipe.checkpoints.registry import available, find_model, shipped
 from latentpipe.lora.state_dict.io import base_of, read_lora
 
 FILES = sorted((shipped() / "lora").glob("*.safetensors"))

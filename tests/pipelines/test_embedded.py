@@ -8,7 +8,8 @@ import torch
 
 from latentpipe import LatentPipeline
 from latentpipe.checkpoints.pipeline_io import hashes
-from latentpipe.checkpoints.vae_io import find_model, load_vae, vae_hash
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import load_vae, vae_hash
 from latentpipe.utils.defaults import GUIDANCE, STEPS
 from latentpipe.utils.io import read_tensors
 from latentpipe.vae.latent_space import LatentSpace

@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from latentpipe.checkpoints.pipeline_io import load_pipeline
-from latentpipe.checkpoints.vae_io import find_model
+from latentpipe.checkpoints.registry import find_model
 from latentpipe.pipelines import families as hosts
 from latentpipe.pipelines.prompt_weighting import MEAN_FLOOR, encode, parse, plain, refuse, token_weights
 from latentpipe.utils.errors import Note, UserError

@@ -16,7 +16,8 @@ from helpers import grey_levels, some_images, tiny_vae
 
 from latentpipe import LatentPipeline, LatentSpace, UserError, VAEStage, check_swap, swap_vae
 from latentpipe.checkpoints.pipeline_io import load_pipeline
-from latentpipe.checkpoints.vae_io import find_model, load_vae, save_vae
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import load_vae, save_vae
 from latentpipe.pipelines import families
 from latentpipe.utils.io import content_hash
 from latentpipe.vae.probe_images import probe_images

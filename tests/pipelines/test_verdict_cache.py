@@ -12,7 +12,8 @@ from helpers import tiny_vae
 
 from latentpipe import LatentPipeline, UserError
 from latentpipe.checkpoints import tensor_source
-from latentpipe.checkpoints.vae_io import declared_space, find_model, save_vae
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import declared_space, save_vae
 from latentpipe.cli.app import main
 from latentpipe.compatibility.measure import Verdict
 from latentpipe.pipelines import verdict_cache

@@ -14,7 +14,8 @@ from helpers import some_images, tiny_vae, vae_run
 
 from latentpipe import UserError, VAEStage
 from latentpipe.checkpoints.pipeline_io import load_pipeline
-from latentpipe.checkpoints.vae_io import VAE_FILE, load_vae, save_vae, vae_hash
+from latentpipe.checkpoints.tensor_source import VAE_FILE
+from latentpipe.checkpoints.vae_io import load_vae, save_vae, vae_hash
 from latentpipe.train.config import Predicted, TrainVAE
 from latentpipe.train.distributed import Team
 from latentpipe.train.text_encoder import token_ids

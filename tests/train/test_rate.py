@@ -14,7 +14,8 @@ from latentpipe.checkpoints.vae_io import load_vae
 from latentpipe.train.config import TrainVAE
 from latentpipe.train.vae import train as training
 from latentpipe.train.vae.export import keep_steps
-from latentpipe.train.vae.rate import ContextModel, RateModel, bits, group_of
+from latentpipe.train.vae.rate import RateModel
+from latentpipe.vae.entropy_model import ContextModel, bits, group_of
 from latentpipe.vae.stage import sampled
 
 

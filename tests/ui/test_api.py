@@ -209,7 +209,7 @@ def fetch(url: str) -> int:
 
 
 def test_nothing_but_shown_files_can_be_fetched(address: str, ui_home: Path, client: Client) -> None:
-    from latentpipe.checkpoints.vae_io import shipped
+    from latentpipe.checkpoints.registry import shipped
 
     client.predict(prompt="red apple", seed=1, steps=2, api_name="/txt2img")
     kept = next((ui_home / "kept").rglob("*.png"))

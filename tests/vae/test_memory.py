@@ -25,7 +25,7 @@ import ctypes, json, sys
 import torch
 from helpers import tiny_vae
 from latentpipe.vae.tiling import tiled as tiles
-from latentpipe.vae.tiling.feature_map import mapped
+from latentpipe.utils.system import release_freed_memory
 
 def status(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
@@ -37,7 +37,7 @@ def call(side):
     trim(0)
     open("/proc/self/clear_refs", "w").write("5")
     before = status("VmRSS")
-    with mapped(given.device):
+    with release_freed_memory(given.device):
         getattr(tiles, direction)(vae, given, rows) if rows else getattr(vae, direction)(given)
     return status("VmHWM") - before
 

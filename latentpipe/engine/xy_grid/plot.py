@@ -15,8 +15,8 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from latentpipe.checkpoints.vae_io import available
-from latentpipe.engine.jobs import Cancelled, Report
+from latentpipe.checkpoints.registry import available
+from latentpipe.engine.jobs import Cancelled
 from latentpipe.engine.xy_grid.axes import MAX_CELLS, Axis
 from latentpipe.engine.xy_grid.sheet import draw_sheet, size_of
 from latentpipe.lora.prompt_tags import partial_tags, split_tags
@@ -28,6 +28,7 @@ from latentpipe.pipelines.sampling import Settings, Step
 from latentpipe.utils.defaults import GUIDANCE, STEPS
 from latentpipe.utils.errors import UserError, counted
 from latentpipe.utils.images import picture_file
+from latentpipe.utils.progress import ProgressCallback
 
 CHUNK = recipes.GRID_CHUNK
 MAX_PIXELS = 2**26  # of a sheet: Pillow and browsers open it without complaint
@@ -104,7 +105,7 @@ def plot(
     seed: int | None = None,
     vae: str | None = None,
     loras: Mapping[str, float] | None = None,
-    report: Report | None = None,
+    report: ProgressCallback | None = None,
     lora_partial: bool = False,
     **settings: Any,
 ) -> Grid:
@@ -153,7 +154,7 @@ def read_grid(path: Path) -> GridRecipe:
     return recipes.parsed(path, text, GridRecipe)
 
 
-def redraw(path: Path, open_model: Callable[[str, str | None], LatentPipeline], report: Report | None = None) -> Grid:
+def redraw(path: Path, open_model: Callable[[str, str | None], LatentPipeline], report: ProgressCallback | None = None) -> Grid:
     """Draw the plot in a sheet again; a stopped one is finished.
 
     open_model  opens the pipeline of a model and a VAE (`latentpipe.engine.pipeline_cache.ModelCache.open`)
@@ -195,7 +196,9 @@ def _setups(base: Mapping[str, Any], x: Axis, y: Axis | None) -> list[Setup]:
         raise UserError(f"The plot's {'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}.") from None
 
 
-def _checked(open_pipe: OpenPipe, setups: Sequence[Setup], tell: Report, partial: bool) -> dict[str | None, LatentPipeline]:
+def _checked(
+    open_pipe: OpenPipe, setups: Sequence[Setup], tell: ProgressCallback, partial: bool
+) -> dict[str | None, LatentPipeline]:
     """The open pipeline of each VAE, tried with all that will be asked of it; nothing is drawn yet."""
     total = sum(setup.steps for setup in setups)
     pipes: dict[str | None, LatentPipeline] = {}
@@ -225,7 +228,7 @@ def _partial(setups: Sequence[Setup], names: Collection[str]) -> set[str]:
 
 
 def _draw(
-    pipes: Mapping[str | None, LatentPipeline], setups: Sequence[Setup], tell: Report, partial: bool
+    pipes: Mapping[str | None, LatentPipeline], setups: Sequence[Setup], tell: ProgressCallback, partial: bool
 ) -> list[Picture | None]:
     """The pictures in the order of `setups`, drawn in that of VAEs, then LoRA weights; None from a stop on."""
     pictures: list[Picture | None] = [None] * len(setups)

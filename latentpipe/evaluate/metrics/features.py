@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from latentpipe.checkpoints.vae_io import shipped
+from latentpipe.checkpoints.registry import shipped
 from latentpipe.evaluate.metrics import emoji_words, inception
 from latentpipe.evaluate.metrics.emoji_words import WordNetwork
 from latentpipe.evaluate.metrics.inception import Inception

@@ -28,9 +28,9 @@ from latentpipe.evaluate.metrics.features import LEAST_PX, Features, open_featur
 from latentpipe.evaluate.metrics.posterior import kl_values
 from latentpipe.explore.anomaly import heatmap as heats
 from latentpipe.explore.anomaly.conformal import binomial_interval, p_values, threshold
-from latentpipe.explore.directions import Report
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import atomic_file, content_hash, read_json
+from latentpipe.utils.progress import ProgressCallback
 from latentpipe.vae.stage import VAEStage
 
 PARTS = ("pixel", "scales", "local", "feature", "kl")
@@ -76,15 +76,15 @@ class Detector:
     alarms: int = 0
     checked: int = 0
 
-    def score(self, images: torch.Tensor, report: Report = None) -> Scores:
+    def score(self, images: torch.Tensor, report: ProgressCallback | None = None) -> Scores:
         """Scores of images N 3 side side in [-1, 1]; UserError for another size."""
         return self.both(images, report)[0]
 
-    def heat(self, images: torch.Tensor, report: Report = None) -> torch.Tensor:
+    def heat(self, images: torch.Tensor, report: ProgressCallback | None = None) -> torch.Tensor:
         """Heat maps N side side: smoothed squared error, in units of the level that 1 % of normal pixels exceed."""
         return self.both(images, report)[1]
 
-    def both(self, images: torch.Tensor, report: Report = None) -> tuple[Scores, torch.Tensor]:
+    def both(self, images: torch.Tensor, report: ProgressCallback | None = None) -> tuple[Scores, torch.Tensor]:
         """Scores and heat maps by one pass through the VAE; arguments as for `score`."""
         if images.ndim != 4 or images.shape[1:] != (3, self.side, self.side) or not len(images):
             raise UserError(f"The detector takes images N 3 {self.side} {self.side}; given {tuple(images.shape)}.")
@@ -130,7 +130,12 @@ def load(path: Path, stage: VAEStage) -> Detector:
 
 
 def calibrate(
-    stage: VAEStage, normal: torch.Tensor, false_alarms: float = 0.05, name: str = "given", report: Report = None, seed: int = 0
+    stage: VAEStage,
+    normal: torch.Tensor,
+    false_alarms: float = 0.05,
+    name: str = "given",
+    report: ProgressCallback | None = None,
+    seed: int = 0,
 ) -> Detector:
     """Learn from normal images (N 3 S S, [-1, 1]) alone what is strange to this VAE.
 
@@ -170,7 +175,7 @@ def calibrate(
 
 @torch.no_grad()
 def measure(
-    stage: VAEStage, images: torch.Tensor, parts: Sequence[str] = PARTS, report: Report = None
+    stage: VAEStage, images: torch.Tensor, parts: Sequence[str] = PARTS, report: ProgressCallback | None = None
 ) -> tuple[dict[str, np.ndarray], torch.Tensor]:
     """The raw parts that are asked for (N each) and the error maps (N H W, float32 on the CPU) of images N 3 H W in [-1, 1].
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentpipe.checkpoints.vae_io import available, find_model, load_vae, open_vae, vae_hash
+from latentpipe.checkpoints.registry import available, find_model
+from latentpipe.checkpoints.vae_io import load_vae, open_vae, vae_hash
 from latentpipe.explore.codec import static_model, wavefront
 from latentpipe.explore.codec.adaptive_model import Adaptive
 from latentpipe.explore.codec.container import IDENTITY, LARGEST_FILE, SIXTEENTHS, Container, check_size, pack, unpack

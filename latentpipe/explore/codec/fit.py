@@ -12,11 +12,10 @@ import torch
 from latentpipe.data.image_folder import read_pictures
 from latentpipe.explore.codec.static_model import FILE, HIDDEN, OCTAVE, WEIGHT, Weights
 from latentpipe.explore.codec.wavefront import NEAR, REACH
-from latentpipe.train.vae.export import resized
-from latentpipe.train.vae.rate import GROUPS, ContextModel, bits, group_of
 from latentpipe.utils.errors import UserError
-from latentpipe.utils.images import bytes_to_images
+from latentpipe.utils.images import bytes_to_images, resized
 from latentpipe.utils.io import atomic_file
+from latentpipe.vae.entropy_model import GROUPS, ContextModel, bits, group_of
 from latentpipe.vae.stage import VAEStage
 
 OCTAVES = (-1.25, 1.5)  # step sizes that are learnt, around the usual one, as powers of two

@@ -1,4 +1,4 @@
-"""The learnt model of a codec VAE's latents: `train.rate.ContextModel` with integer weights.
+"""The learnt model of a codec VAE's latents: `vae.entropy_model.ContextModel` with integer weights.
 
 Its sums are of integers below 2^53, held in float64, where addition is exact in any order and on any number of threads.
 """

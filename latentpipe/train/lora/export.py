@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentpipe.checkpoints.pipeline_io import hashes
-from latentpipe.checkpoints.vae_io import name_of
+from latentpipe.checkpoints.registry import name_of
 from latentpipe.lora.adapter import Lora
 from latentpipe.lora.injection import layers_of
 from latentpipe.lora.state_dict.io import card, write_lora

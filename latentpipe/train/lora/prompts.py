@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from latentpipe.checkpoints.vae_io import quiet
 from latentpipe.pipelines import families
+from latentpipe.utils.logging import quiet
 
 KEPT = 2048  # prompts whose states are kept in memory
 

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from latentpipe.checkpoints.pipeline_io import load_pipeline
-from latentpipe.checkpoints.registry import find_lora
-from latentpipe.checkpoints.vae_io import find_model
+from latentpipe.checkpoints.registry import find_lora, find_model
 from latentpipe.data.image_folder import read_index
 from latentpipe.lora.state_dict.io import read_lora
 from latentpipe.pipelines.denoise import denoise, native_size, redraws, size_unit

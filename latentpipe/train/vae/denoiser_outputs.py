@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from latentpipe.checkpoints.pipeline_io import load_pipeline
-from latentpipe.checkpoints.vae_io import find_model
+from latentpipe.checkpoints.registry import find_model
 from latentpipe.train.config import Predicted
 from latentpipe.train.denoiser import pick_captions, training_alphas
 from latentpipe.train.text_encoder import token_ids

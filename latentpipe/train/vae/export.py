@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 
-from latentpipe.checkpoints.vae_io import available, find_model, save_vae, vae_hash
+from latentpipe.checkpoints.registry import available, find_model
+from latentpipe.checkpoints.vae_io import save_vae, vae_hash
 from latentpipe.data.streaming import PictureStream
 from latentpipe.evaluate.statistics import interval
 from latentpipe.train.config import TrainVAE
 from latentpipe.train.vae import trainable
 from latentpipe.train.vae.distillation import taught_psnr
 from latentpipe.utils.errors import UserError
-from latentpipe.utils.images import bytes_to_images, psnr, to_bytes
+from latentpipe.utils.images import bytes_to_images, psnr, resized, to_bytes
 from latentpipe.utils.io import HASH_LENGTH, atomic_file
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.stage import VAEStage, declare_normalization
@@ -139,15 +139,6 @@ def first_pictures(pictures: PictureStream, size: int, most: int) -> torch.Tenso
     """At most `most` of the pictures as images (N 3 size size)."""
     pixels = pictures.batch(pictures.sample(most))
     return bytes_to_images(torch.from_numpy(resized(pixels.permute(0, 2, 3, 1).numpy(), size)).permute(0, 3, 1, 2))
-
-
-def resized(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Uint8 pictures N H W 3 at `size` x `size` (Lanczos)."""
-    from PIL import Image
-
-    from latentpipe.utils.images import fit_square, stack
-
-    return stack(fit_square(Image.fromarray(array), size) for array in pixels)
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from latentpipe.checkpoints.components import built_to_train
-from latentpipe.checkpoints.vae_io import find_model, load_vae, open_vae
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import load_vae, open_vae
 from latentpipe.train.config import TrainVAE, VAEShape
 from latentpipe.train.run_dir import refuse_other_shape
 from latentpipe.utils.errors import Note, UserError, counted

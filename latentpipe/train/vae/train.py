@@ -28,7 +28,7 @@ from latentpipe.train.vae.microbatch import parts_that_fit
 from latentpipe.train.vae.model import build_vae, open_teacher, training_space
 from latentpipe.train.vae.objective import Objective
 from latentpipe.utils.errors import Note, UserError
-from latentpipe.utils.images import bytes_to_images, psnr, sheet, to_bytes, to_pixels
+from latentpipe.utils.images import bytes_to_images, psnr, resized, sheet, to_bytes, to_pixels
 from latentpipe.utils.io import printable
 from latentpipe.vae.stage import VAEStage, sampled
 
@@ -244,4 +244,4 @@ def _validation(config: TrainVAE) -> torch.Tensor | None:
         warnings.warn(Note(f"{config.data.validation}: the first {VALIDATED:,} pictures are used"), stacklevel=2)
     if pictures.skipped:
         warnings.warn(Note(f"{config.data.validation}: {pictures.report()}"), stacklevel=2)
-    return bytes_to_images(torch.from_numpy(export.resized(pictures.pixels, config.crops.size_px)).permute(0, 3, 1, 2))
+    return bytes_to_images(torch.from_numpy(resized(pictures.pixels, config.crops.size_px)).permute(0, 3, 1, 2))

@@ -8,11 +8,8 @@ one piece of memory, and the CPU's convolutions need no copies of their input an
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +20,6 @@ from torch import nn
 from latentpipe.utils import cancellation
 
 CL = torch.channels_last
-_C_LIBRARY = ctypes.CDLL(None) if os.name == "posix" else None
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 Rows = Callable[[int, int], torch.Tensor]
 
 
@@ -154,25 +149,6 @@ def store(m: Map, rows: int, over: torch.Tensor | None = None, into: torch.Tenso
             out[:, :, first:last] = done
             del done
     return stored(out, moments if into is None else None)
-
-
-@contextmanager
-def mapped(device: torch.device) -> Iterator[None]:
-    """Blocks of 1 MB and more go back to the system as soon as they are free.
-
-    glibc would keep freed bands, whose holes the next layer's bands rarely fit: up to 50 % more memory was measured, against
-    5 % more time for fresh pages. Afterwards its limits are such as it finds by itself once large blocks were freed.
-    """
-    change = getattr(_C_LIBRARY, "mallopt", None) if device.type == "cpu" and hasattr(_C_LIBRARY, "malloc_trim") else None
-    if change is None:
-        return (yield)
-    change(_MMAP_THRESHOLD, 2**20)
-    _C_LIBRARY.malloc_trim(0)  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        change(_MMAP_THRESHOLD, 16 * 2**20)
-        change(_TRIM_THRESHOLD, 32 * 2**20)
 
 
 def remember(make: Rows, keep: int = 2) -> Rows:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-TINY = "latentpipe.vae.tiny"  # formats come after this module in the list of imports, so its class is known by name
+TINY = "latentpipe.vae.tiny"  # its class is known by name: the module imports diffusers' models
 
 
 def reason_against(vae: Any) -> str:

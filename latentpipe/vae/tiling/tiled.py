@@ -14,20 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from latentpipe.utils.errors import UserError
-from latentpipe.vae.tiling.feature_map import (
-    Map,
-    activate,
-    add,
-    bands,
-    conv,
-    mapped,
-    norm,
-    point,
-    shared,
-    source,
-    store,
-    upsample_conv,
-)
+from latentpipe.utils.system import release_freed_memory
+from latentpipe.vae.tiling.feature_map import Map, activate, add, bands, conv, norm, point, shared, source, store, upsample_conv
 from latentpipe.vae.tiling.support import is_tiny, is_tiny_block, reason_against
 
 RELU = nn.ReLU()
@@ -71,7 +59,7 @@ def _check(vae: Any, rows: int) -> None:
 def _each(batch: torch.Tensor, rows: int, build: Any) -> torch.Tensor:
     """Store what `build` makes of each picture of a batch, B C H W."""
     out: torch.Tensor | None = None
-    with mapped(batch.device):
+    with release_freed_memory(batch.device):
         for index in range(len(batch)):
             m = build(batch[index : index + 1])
             if out is None:
