@@ -17,7 +17,7 @@ from latentpipe.lora.prompt_tags import refuse_tags
 from latentpipe.pipelines import prompt_weighting
 from latentpipe.pipelines.denoise import host_for, is_classic
 from latentpipe.pipelines.latent_pipeline import LatentPipeline
-from latentpipe.pipelines.sampling import Guide, Settings, Step
+from latentpipe.pipelines.sampling import GuidanceCallback, Settings, Step
 from latentpipe.utils.defaults import GUIDANCE, STEPS
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.images import fit_square, to_images, to_pixels
@@ -201,7 +201,7 @@ def between_prompts(
                 report(before + step.step, n * steps, "draw")
 
         words = mixed(texts[:1], texts[1:], index / (n - 1), way)
-        guide = Guide(settings, words, None if none is None else none[:1], steps, watch)
+        guide = GuidanceCallback(settings, words, None if none is None else none[:1], steps, watch)
         found.append(
             twin(
                 **guide.start(), callback_on_step_end=guide, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
