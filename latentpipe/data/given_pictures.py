@@ -59,7 +59,7 @@ def read_given_pictures(
 def _read(file: Path, side: int, as_bank: bool) -> torch.Tensor:
     if not as_bank:
         return _images(read_square(file, side))
-    # As `evaluate.bank` makes its own: 128 pixels by Lanczos, boxes to 32, then as `sets.read_set` enlarges them.
+    # As `data.emoji_bank` makes its own: 128 pixels by Lanczos, boxes to 32, then as `image_set.read_set` enlarges them.
     image = F.interpolate(_images(read_square(file, 4 * SIDE)), SIDE, mode="area")
     return image if side == SIDE else F.interpolate(image, size=side, mode="bicubic", antialias=True).clamp(-1, 1)
 

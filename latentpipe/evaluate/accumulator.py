@@ -102,7 +102,7 @@ class Accumulator:
     """Sums of the main pass.
 
     values     by metric, one for each picture;  errors: mean squared error of uint8 values
-    moments    `latent.powers` of the latents;  rate, rate_normalized: bits for each channel (B C) in the VAE's own units and
+    moments    `latents.powers` of the latents;  rate, rate_normalized: bits for each channel (B C) in the VAE's own units and
                in latents; empty without a posterior
     latents    fp16, of the first pictures (NEIGHBOURS);  features of the pictures and of the reconstructions, B D each
     energy     above half the Nyquist frequency, of picture and reconstruction;  spectra: their summed radial spectra

@@ -154,7 +154,7 @@ def between_pictures(
     """`n` pictures from the first to the second (their centred squares), decoded along a `path` between their latents.
 
     bank     for way density; None: the latents of BANK emoji
-    size_px  side; None: that of `sets.side_for`
+    size_px  side; None: that of `image_set.side_for`
     """
     ends = latents_of(stage, first, size_px), latents_of(stage, second, size_px)
     if way == "density" and bank is None:
@@ -213,7 +213,7 @@ def between_prompts(
 
 
 def latents_of(stage: VAEStage, picture: Image.Image, size_px: int | None = None) -> torch.Tensor:
-    """The latents (1 C h w, on the CPU) of a picture's centred square, at `size_px` or the side of `sets.side_for`."""
+    """The latents (1 C h w, on the CPU) of a picture's centred square, at `size_px` or the side of `image_set.side_for`."""
     return encode(stage, to_images(fit_square(picture, side_for(stage.space.downscale, size_px))))
 
 

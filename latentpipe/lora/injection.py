@@ -23,7 +23,7 @@ _NAMES = {
 def attach(model: nn.Module, layers: Mapping[str, LoraLayer], name: str, weight: float | Mapping[str, float] = 1.0) -> None:
     """Wrap the modules of a component in peft layers with these tensors (frozen); `weight` may differ by path.
 
-    Several adapters may lie on one module: their changes add up. Shapes have been checked before (`report.fit`).
+    Several adapters may lie on one module: their changes add up. Shapes have been checked before (`matching.fit`).
     """
     for path, layer in layers.items():
         factor = weight if isinstance(weight, (int, float)) else weight[path]

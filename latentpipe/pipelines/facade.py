@@ -240,7 +240,7 @@ def declared(vae: Any) -> LatentSpace | None:
 
 
 def with_factors(vae: Any, space: LatentSpace, host: Any) -> Any:
-    """The same weights with their normalization in the config fields that this host (a row of `hosts`) reads."""
+    """The same weights with their normalization in the config fields that this host (a row of `families`) reads."""
     config = vae.config
     statistics = config.get("latents_mean") is not None and config.get("latents_std") is not None
     shift = config.get("shift_factor")

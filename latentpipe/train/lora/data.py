@@ -59,7 +59,7 @@ def open_pictures(
     held_out   captions as `plain` writes them; a picture that has one is left out, in whatever style it is drawn
     captioned  leave out pictures without a caption; UserError where none has one
     pixels     also read the pictures themselves
-    column     of the metadata that holds the captions (`folder.read_index`)
+    column     of the metadata that holds the captions (`image_folder.read_index`)
     """
     cache = _latents(folder, vae_folder, size_px, work, column)
     held = [index for index, texts in enumerate(cache.captions) if any(plain(text) in held_out for text in texts)]
