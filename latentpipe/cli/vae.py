@@ -76,7 +76,7 @@ def convert(
     """
     from latentpipe.checkpoints.convert import convert as run
     from latentpipe.checkpoints.registry import find_model
-    from latentpipe.checkpoints.vae_file import Given
+    from latentpipe.checkpoints.vae_file import StatedConfig
     from latentpipe.utils.io import HASH_LENGTH
     from latentpipe.utils.logging import quiet
 
@@ -88,7 +88,7 @@ def convert(
         return
     places = [Path(name) if Path(name).exists() else find_model(name, "vae") for name in (source, source2) if name is not None]
     with quiet():
-        digest = run(places, out, to, Given(scaling_factor, shift_factor, downscale, norm_groups), dtype)
+        digest = run(places, out, to, StatedConfig(scaling_factor, shift_factor, downscale, norm_groups), dtype)
     print(f"{out}  {digest[:HASH_LENGTH]}")
 
 
