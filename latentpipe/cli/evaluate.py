@@ -181,7 +181,7 @@ def health(
 
     from latentpipe.checkpoints.registry import find_model
     from latentpipe.checkpoints.vae_io import open_vae
-    from latentpipe.evaluate.diagnosis import diagnose, notes
+    from latentpipe.evaluate.diagnosis import alarms, notes
     from latentpipe.evaluate.health import measure
     from latentpipe.utils.errors import UserError
     from latentpipe.vae.stage import VAEStage
@@ -197,7 +197,7 @@ def health(
         )
     found = measure(VAEStage(file.build(), file.space), pictures_of(images, side, most).split(HEALTH_BATCH))
     training = _training(path)
-    wrong, worth = diagnose(found, training), notes(found, training)
+    wrong, worth = alarms(found, training), notes(found, training)
     if json:
         print(dumps(found.as_dict() | {"size_px": side, "alarms": wrong, "notes": worth}, indent=2))
     else:

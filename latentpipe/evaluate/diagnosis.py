@@ -22,7 +22,7 @@ LARGEST_SIGMA = 2.0  # the prior has 1: beyond it costs KL and carries nothing
 Training = Mapping[str, Any]
 
 
-def diagnose(health: Health, training: Training | None = None) -> list[str]:
+def alarms(health: Health, training: Training | None = None) -> list[str]:
     """What is wrong, one sentence each, with the numbers and the knob to turn; empty for a healthy VAE.
 
     training  the run's settings by their config keys ("loss.kl", "loss.l2", ...), for advice with numbers
