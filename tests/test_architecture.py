@@ -84,8 +84,20 @@ EXEMPT = {"latentpipe/__init__.py", "latentpipe/__main__.py"}
 SERVES = {"guard", "login", "serving", "request_checks"}  # of the front end: what stands between the network and gradio
 SERVING = {"fastapi", "starlette", "uvicorn"}  # what gradio itself is served by
 PUBLIC = {
+    "Comparison",
+    "Diagnosis",
+    "Evaluation",
     "Verdict",
     "check_swap",
+    "compare_vaes",
+    "diagnose",
+    "encode_folder",
+    "evaluate_vae",
+    "find_model",
+    "load_vae",
+    "train_denoiser",
+    "train_lora",
+    "train_vae",
     "fit_adapter",
     "swap_vae",
     "Engine",

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from latentpipe.cli.common import as_json, pictures_of
+from latentpipe.cli.common import as_json
 from latentpipe.utils.defaults import GUIDANCE, STEPS
 
 if TYPE_CHECKING:
     from latentpipe.evaluate.results import Evaluation
-
-HEALTH_BATCH = 8  # pictures at once
 
 
 def evaluate_vae(
@@ -144,19 +142,15 @@ def compare(
     from json import dumps
 
     from latentpipe.evaluate.compare_vaes import compare_vaes
-    from latentpipe.evaluate.report.html import write_report
-    from latentpipe.utils.errors import UserError
     from latentpipe.utils.system import best_device
 
-    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
-        raise UserError(f"--out {out}: expected the name of an HTML file, as report.html.")
     given = {"size": size, "most": most, "device": device}
     words = ["latentpipe", "compare", *vaes, "--images", str(images), "--out", str(out), "--features", features]
     words += ["--protocol", protocol, *(word for key, value in given.items() if value for word in (f"--{key}", str(value)))]
-    comparison, strips = compare_vaes(
-        vaes, images, protocol=protocol, size=size, most=most, features=features, device=device or best_device()
+    where, command = device or best_device(), shlex.join(words)
+    comparison = compare_vaes(
+        vaes, images, protocol=protocol, size=size, most=most, features=features, device=where, out=out, command=command
     )
-    write_report(out, comparison, strips, shlex.join(words))
     print(dumps(comparison.as_dict(), indent=2, allow_nan=False) if json else f"{comparison}\n\n{out}")
 
 
@@ -179,44 +173,9 @@ def health(
     """
     from json import dumps
 
-    from latentpipe.checkpoints.registry import find_model
-    from latentpipe.checkpoints.vae_io import open_vae
-    from latentpipe.evaluate.diagnosis import alarms, notes
-    from latentpipe.evaluate.health import measure
-    from latentpipe.utils.errors import UserError
-    from latentpipe.vae.stage import VAEStage
+    from latentpipe.evaluate.diagnosis import diagnose
 
-    path = find_model(vae, "vae")
-    file = open_vae(path)
-    unit = file.space.downscale
-    side = -(-128 // unit) * unit if size is None else size
-    if side % unit or side < 1 or most < 1:
-        raise UserError(
-            f"Given --size {side}, --most {most}; expected a size that is a multiple of {unit} (this VAE's "
-            f"downscale), and at least one picture."
-        )
-    found = measure(VAEStage(file.build(), file.space), pictures_of(images, side, most).split(HEALTH_BATCH))
-    training = _training(path)
-    wrong, worth = alarms(found, training), notes(found, training)
-    if json:
-        print(dumps(found.as_dict() | {"size_px": side, "alarms": wrong, "notes": worth}, indent=2))
-    else:
-        print(f"{found}\nmeasured at {side} px")
-        for head, sentences in (("note", worth), ("ALARM", wrong)):
-            for sentence in sentences:
-                print(f"{head}: {sentence}")
-    if wrong:
+    found = diagnose(vae, images, size, most)
+    print(dumps(found.as_dict(), indent=2) if json else found)
+    if found.alarms:
         raise SystemExit(1)
-
-
-def _training(path: Path) -> dict[str, float]:
-    """The loss weights that a VAE's card names, by their config keys; empty where there is no card."""
-    from latentpipe.checkpoints.tensor_source import CARD_FILE
-    from latentpipe.utils.io import read_json
-
-    card = path / CARD_FILE
-    if not card.is_file():
-        return {}
-    weights = read_json(card).get("loss")
-    known = weights.items() if isinstance(weights, dict) else ()
-    return {f"loss.{name}": value for name, value in known if isinstance(value, int | float)}

@@ -75,7 +75,7 @@ class Engine:
         """
         cancel = cancel or threading.Event()
         known = dict(loras or {})
-        return events_of(partial(self._draw, cancel, previews, prompt, known, lora_partial, settings), cancel)
+        return events_of(partial(self._draw, cancel, previews, prompt, known, lora_partial, settings), cancel, keeps=True)
 
     def _draw(
         self,

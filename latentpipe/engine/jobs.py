@@ -114,14 +114,17 @@ def run_job(
     return events_of(watched, cancel)
 
 
-def events_of(work: Callable[[Callable[[Any], None]], Any], cancel: threading.Event) -> Generator[Any, None, None]:
+def events_of(
+    work: Callable[[Callable[[Any], None]], Any], cancel: threading.Event, keeps: bool = False
+) -> Generator[Any, None, None]:
     """The events that `work(emit)` emits in a thread that has the device, then what it returns; `Waiting` ones before them.
 
-    A reader that is slow sees the newest event only. As `run_job`, but `work` looks at `cancel` itself.
+    A reader that is slow sees the newest event only. As `run_job`, but `work` looks at `cancel` itself; `keeps`: what the last
+    whole step made before it is wanted.
     """
     events: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
     context = contextvars.copy_context()  # whoever collects a job's notes finds them by its context
-    worker = threading.Thread(target=context.run, args=(_work, work, events, cancel), name="latentpipe_work", daemon=True)
+    worker = threading.Thread(target=context.run, args=(_work, work, events, cancel, keeps), name="latentpipe_work", daemon=True)
     worker.start()
     try:
         while True:
@@ -139,13 +142,13 @@ def events_of(work: Callable[[Callable[[Any], None]], Any], cancel: threading.Ev
             worker.join(0.05)
 
 
-def _work(work: Callable[[Callable[[Any], None]], Any], events: queue.Queue, cancel: threading.Event) -> None:
+def _work(work: Callable[[Callable[[Any], None]], Any], events: queue.Queue, cancel: threading.Event, keeps: bool) -> None:
     def emit(event: Any) -> None:
         _drop(events)
         events.put(("event", event))
 
     try:
-        with device.turn(cancel, emit), cancellation.job(cancel):
+        with device.turn(cancel, emit), cancellation.job(cancel, keeps):
             last = ("last", work(emit))
     except BaseException as error:  # handed to the reader, who raises it
         last = ("error", error)

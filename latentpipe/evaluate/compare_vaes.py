@@ -22,6 +22,7 @@ from latentpipe.evaluate.metrics.latents import batch_of, rebuild_batch
 from latentpipe.evaluate.protocol import Protocol, find_protocol, round_images
 from latentpipe.evaluate.reconstruction import evaluate_vae
 from latentpipe.evaluate.report.crops import Strip, choose, strip
+from latentpipe.evaluate.report.html import write_report
 from latentpipe.evaluate.results import Evaluation
 from latentpipe.evaluate.speed import measure_cost
 from latentpipe.utils.errors import UserError
@@ -41,21 +42,38 @@ def compare_vaes(
     features: str = "emoji-words",
     cost: bool = True,
     device: str = "cpu",
-) -> tuple[Comparison, list[Strip]]:
-    """Evaluate each VAE (name, folder or file) on the pictures of `folder`, compare all pairs, and cut the crops.
+    out: Path | None = None,
+    command: str = "",
+) -> Comparison:
+    """Evaluate each VAE (name, folder or file) on the pictures of `folder`, and compare all pairs.
 
     protocol  name of a protocol;  size: side of the pictures in pixels, left out: as the protocol or the pictures say
     most      the first so many files only
     features  the network of the Frechet and kernel distances
     cost      measure time and memory as well
+    out       an HTML page to write: figures, intervals and crops, self-contained
+    command   what the page says that it was made with
 
     UserError: fewer than two VAEs, one that cannot be opened or has no decoder, or a size that not all of them take.
     """
+    folder = Path(folder)
+    if out is not None and (out.suffix.lower() not in (".html", ".htm") or out.is_dir()):
+        raise UserError(f"--out {out}: expected the name of an HTML file, as report.html.")
+    found, strips = compare_with_crops(vaes, folder, find_protocol(protocol, size_px=size), most, features, cost, device)
+    if out is not None:
+        write_report(out, found, strips, command)
+    return found
+
+
+def compare_with_crops(
+    vaes: Sequence[str | Path], folder: Path, protocol: Protocol, most: int | None, features: str, cost: bool, device: str
+) -> tuple[Comparison, list[Strip]]:
+    """As `compare_vaes`; with the crops of the pictures that the page shows."""
     if len(vaes) < 2:
         raise UserError(f"A comparison takes two VAEs or more; given {len(vaes)}. Name another.")
     paths = [find_model(vae, "vae") for vae in vaes]
     stages = [open_stage(path, device) for path in paths]
-    chosen = common_protocol(find_protocol(protocol, size_px=size), stages, folder, most)
+    chosen = common_protocol(protocol, stages, folder, most)
     evaluations = [
         replace(
             evaluate_vae(stage, folder, protocol=chosen, most=most, features=features, full=True, cost=False, device=device),

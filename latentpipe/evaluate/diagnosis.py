@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from latentpipe.evaluate.health import Health
-from latentpipe.utils.errors import counted, short
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.tensor_source import CARD_FILE
+from latentpipe.checkpoints.vae_io import open_vae
+from latentpipe.data.image_folder import read_pictures
+from latentpipe.evaluate.health import Health, measure
+from latentpipe.utils.errors import LatentpipeWarning, UserError, counted, short
+from latentpipe.utils.images import to_images
+from latentpipe.utils.io import read_json
+from latentpipe.vae.stage import VAEStage
 
 COLLAPSED_SHARE = 0.9  # of channels active: below, beta is to blame; above, single channels are
 UNUSED_DB = 0.01  # 0.2 % of the squared error: a decoder that loses less without a channel does not listen to it
@@ -20,6 +30,61 @@ LARGEST_KURTOSIS = 10.0  # excess; a Laplace distribution has 3: outliers that n
 LARGEST_SIGMA = 2.0  # the prior has 1: beyond it costs KL and carries nothing
 
 Training = Mapping[str, Any]
+SIDE_PX = 128
+BATCH = 8  # pictures at once
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was measured on pictures of `size_px`, what is wrong with it, and what is worth knowing, in sentences."""
+
+    health: Health
+    size_px: int
+    alarms: list[str]
+    notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return self.health.as_dict() | {"size_px": self.size_px, "alarms": self.alarms, "notes": self.notes}
+
+    def __str__(self) -> str:
+        lines = [f"note: {sentence}" for sentence in self.notes] + [f"ALARM: {sentence}" for sentence in self.alarms]
+        return "\n".join([f"{self.health}\nmeasured at {self.size_px} px", *lines])
+
+
+def diagnose(vae: str | Path, folder: Path, size: int | None = None, most: int = 256) -> Diagnosis:
+    """Measure how much each latent channel of a VAE says, on pictures of a folder, and judge it.
+
+    vae     name, folder or file
+    folder  pictures; those that cannot be read are told in a Note
+    size    side in pixels that they are measured at; None: 128, or the next multiple that the VAE takes
+    most    the first so many files only
+    """
+    path = find_model(vae, "vae")
+    file = open_vae(path)
+    unit = file.space.downscale
+    side = -(-SIDE_PX // unit) * unit if size is None else size
+    if side % unit or side < 1 or most < 1:
+        raise UserError(
+            f"Given --size {side}, --most {most}; expected a size that is a multiple of {unit} (this VAE's "
+            f"downscale), and at least one picture."
+        )
+    pictures = read_pictures(Path(folder), side, most)
+    if pictures.skipped:
+        warnings.warn(LatentpipeWarning(f"{folder}: {pictures.report()}"), stacklevel=2)
+    found = measure(VAEStage(file.build(), file.space), to_images(pictures.pixels).split(BATCH))
+    training = _training_of(path)
+    return Diagnosis(found, side, alarms(found, training), notes(found, training))
+
+
+def _training_of(path: Path) -> dict[str, float]:
+    """The loss weights that a VAE's card names, by their config keys; empty where there is no card."""
+    card = path / CARD_FILE
+    if not card.is_file():
+        return {}
+    weights = read_json(card).get("loss")
+    known = weights.items() if isinstance(weights, dict) else ()
+    return {f"loss.{name}": value for name, value in known if isinstance(value, int | float)}
 
 
 def alarms(health: Health, training: Training | None = None) -> list[str]:

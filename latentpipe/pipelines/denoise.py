@@ -142,7 +142,7 @@ def _guided(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnSt
             **arguments,
         ).images
     except cancellation.PassStopped:
-        if not _keeps(on_step, guide.last):
+        if guide.last is None or not cancellation.keeps():
             raise
         return guide.estimate, True
     return (guide.estimate, True) if guide.stopped else (latents, False)
@@ -168,15 +168,10 @@ def _plain(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnSte
         with quiet():
             latents = twin(prompt=list(prompts), guidance_scale=settings.guidance, callback_on_step_end=watch, **arguments).images
     except cancellation.PassStopped:
-        if not _keeps(on_step, last[0] if last else None):
+        if not last or not cancellation.keeps():
             raise
         return last[0].latents, True
     return (last[0].latents, True) if ended else (latents, False)
-
-
-def _keeps(on_step: OnStep | None, last: Step | None) -> bool:
-    """Whether what the last whole step made is kept, after the one that followed was given up."""
-    return last is not None and on_step is not None and bool(on_step(last))
 
 
 def host_for(host: Any, stage: Any, settings: Settings, cls: type | None = None) -> Any:

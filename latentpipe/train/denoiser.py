@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from latentpipe.data.latent_cache import LatentCache, open_cache
 from latentpipe.pipelines.latent_pipeline import LatentPipeline
 from latentpipe.pipelines.vocabulary import listed
 from latentpipe.train import loop, picture_changes
-from latentpipe.train.config import Diffusion, TrainDenoiser, UNetShape
+from latentpipe.train.config import Diffusion, TrainDenoiser, UNetShape, config_from
 from latentpipe.train.distributed import refuse_several
 from latentpipe.train.losses import l2, velocity_target
 from latentpipe.train.progress import TrainingLog
@@ -33,8 +34,15 @@ from latentpipe.vae.memory import available
 SCORED = 8  # batches that two averages are compared on
 
 
-def train_denoiser(config: TrainDenoiser) -> Path:
-    """Run `latentpipe train-denoiser`: returns the folder of a complete StableDiffusionPipeline (fp16 safetensors)."""
+def train_denoiser(config: TrainDenoiser | str | Path | Mapping[str, Any]) -> Path:
+    """Run `latentpipe train-denoiser`: returns the folder of a complete StableDiffusionPipeline (fp16 safetensors).
+
+    config  a `TrainDenoiser`, the path of its YAML file, or a mapping with its keys; UserError lists every problem of it
+    """
+    return _trained(config_from(config, TrainDenoiser))
+
+
+def _trained(config: TrainDenoiser) -> Path:
     refuse_several("train-denoiser")
     usable(config.run)
     torch.manual_seed(config.run.seed)

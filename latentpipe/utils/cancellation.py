@@ -16,17 +16,24 @@ class PassStopped(Cancelled):
 
 
 _job: ContextVar[threading.Event | None] = ContextVar("cancel token of the job in work", default=None)
+_keeps: ContextVar[bool] = ContextVar("whether that job keeps what its last whole step made", default=False)
 _pass: ContextVar[threading.Event | None] = ContextVar("the same, inside of a pass that may be given up", default=None)
 
 
 @contextmanager
-def job(cancel: threading.Event) -> Iterator[None]:
-    """Passes inside may be given up once `cancel` is set."""
-    before = _job.set(cancel)
+def job(cancel: threading.Event, keeps: bool = False) -> Iterator[None]:
+    """Passes inside may be given up once `cancel` is set; `keeps`: what the last whole step made is wanted all the same."""
+    before, kept = _job.set(cancel), _keeps.set(keeps)
     try:
         yield
     finally:
         _job.reset(before)
+        _keeps.reset(kept)
+
+
+def keeps() -> bool:
+    """Whether the job in work keeps partial pictures."""
+    return _keeps.get()
 
 
 @contextmanager

@@ -289,7 +289,8 @@ def test_ctrl_c_in_training_ends_with_130(
 @pytest.mark.slow
 def test_ctrl_c_in_generate_keeps_the_partial_picture(model_folder: Path, tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys\nfrom latentpipe import cli, pipeline\n"
+        "import os, signal, sys\nfrom latentpipe.cli import app as cli\n"
+        "from latentpipe.pipelines import latent_pipeline as pipeline\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs begin with it ignored
         "draw = pipeline.LatentPipeline.draw\n"
         "def watched(self, prompts, seeds, settings, on_step=None):\n"
@@ -325,7 +326,8 @@ def test_ctrl_c_in_generate_keeps_the_partial_picture(model_folder: Path, tmp_pa
 @pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once(model_folder: Path, tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys, time\nfrom latentpipe import cli, pipeline\n"
+        "import os, signal, sys, time\nfrom latentpipe.cli import app as cli\n"
+        "from latentpipe.pipelines import latent_pipeline as pipeline\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "draw = pipeline.LatentPipeline.draw\n"
         "def watched(self, prompts, seeds, settings, on_step=None):\n"

@@ -355,11 +355,13 @@ def test_the_verb_measures_compares_and_writes_the_page(
 
 @pytest.mark.numeric
 def test_the_crops_are_the_reconstructions_that_were_measured(three: tuple[Path, Path]) -> None:
-    from latentpipe.evaluate.compare_vaes import compare_vaes
+    from latentpipe.evaluate.compare_vaes import compare_with_crops
+    from latentpipe.evaluate.protocol import find_protocol
     from latentpipe.utils.images import psnr
 
     root, images = three
-    found, strips = compare_vaes([root / "first" / "vae", root / "second"], images, cost=False, most=3)
+    vaes, protocol = [root / "first" / "vae", root / "second"], find_protocol("latentpipe")
+    found, strips = compare_with_crops(vaes, images, protocol, 3, "emoji-words", False, "cpu")
     for one in strips:
         shown = [np.asarray(Image.open(io.BytesIO(tile.png))) for tile in (one.original, *one.rebuilt)]
         place = found.evaluations[0].names.index(one.picture)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import threading
 import time
@@ -272,3 +273,10 @@ def test_ten_clients_at_once_get_their_own_pictures(address: str) -> None:
     assert wrong == []
     assert len(drawn) >= 10
     assert Client(address, verbose=False).predict(api_name="/health")["jobs"] == 0
+
+
+def test_the_example_of_a_client(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = Path(__file__).parents[2] / "examples" / "page_client.py"
+    runpy.run_path(str(script))["main"](address, str(tmp_path))
+    assert "ready" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*.png"))) == 2

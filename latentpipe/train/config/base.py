@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -95,6 +96,15 @@ def load(path: Path, schema: type[Config]) -> Config:
     if not os.path.exists(path):
         raise UserError(f"{path}: no such config file. The shipped ones are listed by 'latentpipe ls configs'.")
     return parse(read_yaml(path, "a config, a YAML file"), schema, str(path))
+
+
+def config_from(given: Config | str | Path | Mapping[str, Any], schema: type[Config]) -> Config:
+    """A config as it is, from a YAML file, or from a mapping; UserError lists every problem."""
+    if isinstance(given, schema):
+        return given
+    if isinstance(given, (str, Path)):
+        return load(Path(given), schema)
+    return parse(dict(given) if isinstance(given, Mapping) else given, schema, "config")
 
 
 def parse(raw: Any, schema: type[Config], source: str) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from latentpipe.pipelines.denoise import denoise, native_size, redraws, size_uni
 from latentpipe.pipelines.families import finish as finish_pictures
 from latentpipe.pipelines.sampling import Settings, check_settings
 from latentpipe.train import loop, losses, picture_changes
-from latentpipe.train.config import TrainLora
+from latentpipe.train.config import TrainLora, config_from
 from latentpipe.train.denoiser import pick_captions
 from latentpipe.train.distributed import refuse_several
 from latentpipe.train.lora.data import LoraPictures, held_out, note_long_captions, open_pictures
@@ -32,11 +33,17 @@ from latentpipe.vae.stage import VAEStage
 SHOWN = 8  # prompts or pictures on a sheet, and pictures in a row of it
 
 
-def train_lora(config: TrainLora) -> Path:
+def train_lora(config: TrainLora | str | Path | Mapping[str, Any]) -> Path:
     """Run `latentpipe train-lora`: returns the LoRA file (diffusers' keys, fp16 safetensors, with its card as metadata).
 
     The base is frozen, which is proved by its hash; only the adapter's parameters are in the optimizer and the checkpoints.
+
+    config  a `TrainLora`, the path of its YAML file, or a mapping with its keys; UserError lists every problem of it
     """
+    return _trained(config_from(config, TrainLora))
+
+
+def _trained(config: TrainLora) -> Path:
     refuse_several("train-lora")
     usable_file(config)
     torch.manual_seed(config.run.seed)

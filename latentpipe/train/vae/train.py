@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from latentpipe.data.streaming import PictureStream
 from latentpipe.evaluate import health
 from latentpipe.evaluate.diagnosis import alarms
 from latentpipe.train import loop, picture_changes
-from latentpipe.train.config import TrainVAE
+from latentpipe.train.config import TrainVAE, config_from
 from latentpipe.train.distributed import DistributedContext
 from latentpipe.train.progress import TrainingLog
 from latentpipe.train.run_dir import prepare_run_dir, usable
@@ -37,12 +37,18 @@ VALIDATED = 2000  # pictures at most, which are kept in memory
 WATCHED = 64  # pictures whose latents are looked at with every sheet
 
 
-def train_vae(config: TrainVAE) -> Path:
+def train_vae(config: TrainVAE | str | Path | Mapping[str, Any]) -> Path:
     """Run `latentpipe train-vae`: returns the folder of the finished VAE (a diffusers autoencoder, fp16 safetensors).
 
     In several processes (``accelerate launch -m latentpipe train-vae ...``) each computes its share of every batch, with the
     gradients of one process that computes all of it.
+
+    config  a `TrainVAE`, the path of its YAML file, or a mapping with its keys; UserError lists every problem of it
     """
+    return _trained(config_from(config, TrainVAE))
+
+
+def _trained(config: TrainVAE) -> Path:
     team = DistributedContext()
     if team.is_first:
         usable(config.run)
