@@ -56,7 +56,7 @@ def diagnose(vae: str | Path, folder: Path, size: int | None = None, most: int =
     """Measure how much each latent channel of a VAE says, on pictures of a folder, and judge it.
 
     vae     name, folder or file
-    folder  pictures; those that cannot be read are told in a Note
+    folder  pictures; those that cannot be read are told in a warning
     size    side in pixels that they are measured at; None: 128, or the next multiple that the VAE takes
     most    the first so many files only
     """
