@@ -74,7 +74,7 @@ def diagnose_vae(vae: str | Path, folder: Path, size: int | None = None, most: i
         warnings.warn(LatentpipeWarning(f"{folder}: {pictures.report()}"), stacklevel=2)
     found = measure(VAEStage(file.build(), file.space), to_images(pictures.pixels).split(BATCH))
     training = _training_of(path)
-    return Diagnosis(found, side, diagnose(found, training), notes(found, training))
+    return Diagnosis(found, side, alarms(found, training), notes(found, training))
 
 
 def _training_of(path: Path) -> dict[str, float]:
