@@ -12,6 +12,7 @@ from typing import Any
 from latentpipe import (
     anomaly_verb,
     calls,
+    checkpoints_verbs,
     codec_verbs,
     compare_verb,
     evaluate_verbs,
@@ -93,6 +94,7 @@ BEGINNINGS = {
     "decompress": "reading {file}",
     "fit-codec": "opening the VAE {vae}",
     "fit-adapter": "opening the VAEs {source} and {to}",
+    "pull": "asking the hub for {repository}",
     "env": "asking torch for its devices",
 }
 VERBS: dict[str, Verb] = {
@@ -126,6 +128,7 @@ VERBS: dict[str, Verb] = {
     "decompress": _verb_of("decompress", codec_verbs.decompress),
     "fit-codec": _verb_of("fit-codec", codec_verbs.fit_codec),
     "fit-adapter": _verb_of("fit-adapter", fit.fit_adapter),
+    "pull": _verb_of("pull", checkpoints_verbs.pull),
     "ls": _verb_of("ls", verbs.ls),
     "inspect": _verb_of("inspect", verbs.inspect),
     "ui": _verb_of("ui", ui_verb.ui),

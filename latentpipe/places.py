@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from latentpipe.checkpoints.places.hub_cache import cached, parse_id
 from latentpipe.errors import UserError, near
 
 SUFFIXES = (".safetensors", ".sft")  # of a safetensors file; others are judged by their first bytes
@@ -118,8 +119,15 @@ def find_model(name: str | Path, kind: str = "models") -> Path:
         return path.resolve()
     if (place := lookup(str(name), known, what)) is not None:
         return place
+    if (place := cached(str(name))) is not None:
+        return place / "vae" if kind == "vae" and (place / "model_index.json").is_file() else place
     kinds = "neither a folder nor a file nor" if kind == "vae" else "neither a folder nor"
-    raise UserError(f"No {what} '{name}': {kinds} {one_of(known)}.{near(name, known)}")
+    raise UserError(f"No {what} '{name}': {kinds} {one_of(known)}.{near(name, known)}{_pulled(str(name))}")
+
+
+def _pulled(name: str) -> str:
+    """What to do where a name is a hub's id, and its cache has nothing of it."""
+    return f" Of the hub? 'latentpipe pull {name}' fetches it." if parse_id(name) and Path(name).suffix not in SUFFIXES else ""
 
 
 def name_of(folder: Path, kind: str = "models") -> str:
@@ -138,9 +146,9 @@ def find_lora(name: str | Path) -> Path:
     with suppress(OSError):  # a name too long for a file
         if Path(name).exists():
             return Path(name)
-    if (place := lookup(str(name), known, "LoRA")) is not None:
+    if (place := lookup(str(name), known, "LoRA") or cached(str(name))) is not None:
         return place
-    raise UserError(f"No LoRA '{name}': neither a file nor {one_of(known)}.{near(name, known)}")
+    raise UserError(f"No LoRA '{name}': neither a file nor {one_of(known)}.{near(name, known)}{_pulled(str(name))}")
 
 
 def named_lora(name: str) -> Path:
