@@ -22,9 +22,8 @@ from latentpipe.jobs import Report, Waiting, events_of
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.prompt import split_tags
 from latentpipe.pipeline import LatentPipeline, Picture, best_device
-from latentpipe.places import named_lora
+from latentpipe.places import is_installed, named_lora
 from latentpipe.sampling import Settings, Step
-from latentpipe.weights import available
 
 PREVIEW_SECONDS = 0.25
 
@@ -226,7 +225,7 @@ def _source(old: recipes.Recipe, source: Path | None) -> dict[str, Any]:
 
 def _name(name: str, kind: str = "models") -> str:
     """A name from a picture: one of the shipped or the user's own, never a path."""
-    if name not in available(kind):
+    if not is_installed(name, kind):
         raise UserError(
             f"The recipe names the {kind.removesuffix('s')} '{name}', which is not installed ('latentpipe ls' lists what is); "
             f"give its folder with --{kind.removesuffix('s')}."

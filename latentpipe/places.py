@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from latentpipe.checkpoints.places.hub_cache import cached, parse_id
+from latentpipe.checkpoints.places.hub_cache import cached, id_of, parse_id
 from latentpipe.errors import UserError, near
 
 SUFFIXES = (".safetensors", ".sft")  # of a safetensors file; others are judged by their first bytes
@@ -133,7 +133,13 @@ def _pulled(name: str) -> str:
 def name_of(folder: Path, kind: str = "models") -> str:
     """The name under which `find_model` finds a folder or file; one elsewhere has its own name."""
     known = {path.resolve(): name for name, path in available(kind).items()}
-    return known.get(folder.resolve(), printable(folder.stem if folder.is_file() else folder.name))
+    own = id_of(folder) or printable(folder.stem if folder.is_file() else folder.name)
+    return known.get(folder.resolve(), own)
+
+
+def is_installed(name: str, kind: str = "models") -> bool:
+    """Whether a name, as a recipe gives it, is one of the installed ones or an id in the hub's cache; a path is none."""
+    return name in available(kind) or (parse_id(name) is not None and cached(name) is not None)
 
 
 def find_lora(name: str | Path) -> Path:

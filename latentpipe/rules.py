@@ -12,7 +12,7 @@ from latentpipe import checks, targets
 from latentpipe.checks import above, within
 from latentpipe.defaults import MAX_BATCH, MAX_SEED
 from latentpipe.errors import UserError
-from latentpipe.places import available, find_model, lookup, own_adapters
+from latentpipe.places import available, find_model, is_installed, lookup, own_adapters
 from latentpipe.targets import ending
 
 COUNT = within(1)
@@ -183,7 +183,7 @@ def _replayed(values: dict[str, Any]) -> None:
     for lora in set(old.loras) - given:
         checks.named_lora(lora)
     for kind, option, name in (("models", "model", old.model), ("vae", "vae", old.vae)):
-        if name and values[option] is None and lookup(name, available(kind), option) is None:
+        if name and values[option] is None and lookup(name, available(kind), option) is None and not is_installed(name, kind):
             raise UserError(
                 f"The recipe names the {option} '{name}', which is not installed ('latentpipe ls' lists what is); "
                 f"give its folder with --{option}."

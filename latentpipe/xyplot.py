@@ -23,9 +23,9 @@ from latentpipe.images import picture_file
 from latentpipe.jobs import Cancelled, Report
 from latentpipe.lora.prompt import partial_tags, split_tags
 from latentpipe.pipeline import LatentPipeline, Picture
+from latentpipe.places import is_installed
 from latentpipe.recipe import MAX_PROMPT, MAX_SEED, Recipe, Unit
 from latentpipe.sampling import Settings, Step
-from latentpipe.weights import available
 from latentpipe.xyaxes import MAX_CELLS, Axis
 from latentpipe.xysheet import draw_sheet, size_of
 
@@ -164,7 +164,7 @@ def redraw(path: Path, open_model: Callable[[str, str | None], LatentPipeline], 
 
     def open_pipe(vae: str | None) -> LatentPipeline:
         for kind, name in (("models", old.model), ("vae", vae)):
-            if name is not None and name not in available(kind):
+            if name is not None and not is_installed(name, kind):
                 raise UserError(f"{path} names the {kind.removesuffix('s')} '{name}', which is not installed ('latentpipe ls').")
         return open_model(old.model, vae)
 

@@ -17,6 +17,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 LEAST_PREFIX = 7  # characters of a commit that stand for it
 SHOWN = 5  # names in a sentence
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")  # what diffusers and transformers name a part's weights
+INDEXES = ("model_index.json", "config.json")  # of a model, of a part
 PASSIVE = ("Tokenizer", "TokenizerFast", "Scheduler", "Processor", "Extractor")  # classes without weights
 
 
@@ -102,6 +103,16 @@ def repositories(cache: Path) -> dict[str, Path]:
     return found
 
 
+def id_of(place: Path) -> str | None:
+    """The id, with its commit, of a folder or file within a cache's snapshots; None for one elsewhere."""
+    parts = place.parts
+    for at, part in enumerate(parts[:-2]):
+        if part.startswith("models--") and parts[at + 1] == "snapshots" and COMMIT.fullmatch(parts[at + 2]):
+            hub = HubId(part.removeprefix("models--").replace("--", "/", 1), parts[at + 2], "/".join(parts[at + 3 :]))
+            return str(hub) if parse_id(str(hub)) else None
+    return None
+
+
 # --- which snapshot -----------------------------------------------------------------------------------------
 
 
@@ -163,7 +174,7 @@ def _pull(hub: HubId) -> str:
 
 def _alone(place: Path, hub: HubId) -> Path:
     """The folder of a model or a part; of a repository of single files the only one."""
-    if place.is_file() or any((place / name).is_file() for name in ("model_index.json", "config.json")):
+    if place.is_file() or any((place / name).is_file() for name in INDEXES):
         return place
     files = sorted(path for path in place.glob("*") if path.suffix in (".safetensors", ".sft"))
     if len(files) == 1:
@@ -173,7 +184,7 @@ def _alone(place: Path, hub: HubId) -> Path:
         tail = f"@{hub.revision}" if hub.revision else ""
         names = ", ".join(f"{base}/{path.name}{tail}" for path in files[:SHOWN])
         raise UserError(f"{hub} holds {len(files)} files of weights and no model folder; name one of them: {names}.")
-    return place
+    raise UserError(f"{place} holds neither a model nor a part of one ({' or '.join(INDEXES)}) nor safetensors. {_pull(hub)}")
 
 
 # --- whether it is whole ------------------------------------------------------------------------------------
@@ -231,7 +242,7 @@ def _links(place: Path) -> Iterator[Path]:
 
 
 def _cut(folder: Path, snapshot: Path, place: Path, commit: str) -> list[str]:
-    """Files whose size is not what the hub said when they were fetched, where its libraries kept that."""
+    """An index that is not there, and files of another size than the hub said, where its libraries kept what it said."""
     listing = folder / "trees" / f"{commit}.json"
     if not listing.is_file():
         return []
@@ -244,6 +255,8 @@ def _cut(folder: Path, snapshot: Path, place: Path, commit: str) -> list[str]:
         path = snapshot / str(name)
         size = known.get("size") if isinstance(known, dict) else None
         inside = path == place or place in path.parents
+        if path.parent == place and path.name in INDEXES and not os.path.lexists(path):
+            wrong.append(path.name)
         if inside and isinstance(size, int) and path.is_file() and path.stat().st_size != size:
             wrong.append(f"{name} (it has {path.stat().st_size:,} of {size:,} bytes)")
     return wrong
