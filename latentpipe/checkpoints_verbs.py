@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import arg
 
 from latentpipe.checkpoints.places.hub_cache import parse_id
 from latentpipe.errors import UserError
@@ -52,3 +55,21 @@ def pull(repository: str, /, revision: str | None = None, token: str | None = No
     with tqdm(total=planned.total, unit="B", unit_scale=True, disable=None) as bar:
         place = run(hub, planned, bar.update)
     print(place)
+
+
+def import_(
+    path: Path, /, *, tool: Annotated[Literal["comfyui", "a1111", "invokeai", "diffusers-cache"], arg(name="from")]
+) -> None:
+    """Use the models, VAEs, LoRA, embeddings and upscalers of another tool where they lie; nothing is copied or written there.
+
+    The folder is noted in folders.yaml (in $LATENTPIPE_HOME, else ~/.config/latentpipe), and looked through anew each time: what
+    the tool adds is there at once. 'latentpipe ls' lists all; the names begin with the tool's. To undo it, delete its lines.
+
+    Args:
+        path: The tool's folder; of ComfyUI also an extra_model_paths.yaml.
+        tool: Whose folder it is.
+    """
+    from latentpipe.checkpoints.hub.importing import note
+
+    for line in note(tool, path):
+        print(line)

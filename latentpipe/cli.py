@@ -95,6 +95,7 @@ BEGINNINGS = {
     "fit-codec": "opening the VAE {vae}",
     "fit-adapter": "opening the VAEs {source} and {to}",
     "pull": "asking the hub for {repository}",
+    "import": "looking through {path}",
     "env": "asking torch for its devices",
 }
 VERBS: dict[str, Verb] = {
@@ -129,6 +130,7 @@ VERBS: dict[str, Verb] = {
     "fit-codec": _verb_of("fit-codec", codec_verbs.fit_codec),
     "fit-adapter": _verb_of("fit-adapter", fit.fit_adapter),
     "pull": _verb_of("pull", checkpoints_verbs.pull),
+    "import": _verb_of("import", checkpoints_verbs.import_),
     "ls": _verb_of("ls", verbs.ls),
     "inspect": _verb_of("inspect", verbs.inspect),
     "ui": _verb_of("ui", ui_verb.ui),

@@ -17,20 +17,22 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 
 # A module imports from those above it, from itself and from its own package only.
 ORDER = [
-    ["errors"], ["ending"], ["shortage"], ["yaml_loader"], ["reading"], ["apart"], ["version"], ["defaults"], ["places"],
+    ["errors"], ["ending"], ["shortage"], ["yaml_loader"], ["reading"], ["apart"], ["version"], ["defaults"],
+    ["checkpoints.places"], ["places"],
     ["images"], ["probes"], ["latents"], ["ranges"], ["atomic"], ["files"], ["placed"], ["components"],
     ["bands"], ["bandable"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["facade"], ["hosts"], ["weights"],
     ["rescale"], ["fp16"],
     ["model_files"], ["models"], ["in_memory"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["verdicts"], ["recipe"],
+    ["checkpoints.hub"],
     ["sampling"], ["foreign"], ["metadata"], ["vocabulary"], ["emphasis"], ["denoise"], ["lora"], ["picture"], ["pipeline"],
     ["model_cache"], ["jobs"], ["engine"], ["xyaxes"], ["xysheet"], ["xyplot"],
     ["config"], ["data"], ["evaluate"], ["train"], ["explore"], ["lab"],
-    ["targets"], ["checks"], ["generate", "verbs", "vae_verbs", "lora_verbs", "codec_verbs"],
+    ["targets"], ["checks"], ["generate", "verbs", "vae_verbs", "lora_verbs", "codec_verbs", "checkpoints_verbs"],
     ["health_verb", "evaluate_verbs", "compare_verb", "explore_verbs", "path_verbs", "anomaly_verb", "grid_verb"],
     ["fit"], ["ui_verb"], ["calls", "rules", "train_verbs"], ["cli"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-EXEMPT = {"latentpipe/__init__.py", "latentpipe/__main__.py"}
+EXEMPT = {"latentpipe/__init__.py", "latentpipe/__main__.py", "latentpipe/checkpoints/__init__.py"}
 SERVES = {"guard", "login", "serving", "shapes"}  # of the front end: what stands between the network and gradio
 SERVING = {"fastapi", "starlette", "uvicorn"}  # what gradio itself is served by
 PUBLIC = {
@@ -65,7 +67,8 @@ def imported(tree: ast.AST) -> list[tuple[int, str]]:
 
 def room(name: str) -> str:
     """The module or package of latentpipe that a file or a dotted name belongs to."""
-    return name.replace("/", ".").removesuffix(".py").split(".")[1]
+    parts = name.replace("/", ".").removesuffix(".py").split(".")
+    return ".".join(parts[1:3]) if parts[1] == "checkpoints" else parts[1]
 
 
 def test_the_list_names_every_module() -> None:
