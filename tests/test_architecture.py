@@ -19,7 +19,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 ORDER = [
     ["errors"], ["ending"], ["shortage"], ["yaml_loader"], ["reading"], ["apart"], ["version"], ["defaults"],
     ["checkpoints.places"], ["places"],
-    ["images"], ["probes"], ["latents"], ["ranges"], ["atomic"], ["files"], ["placed"], ["components"],
+    ["images"], ["probes"], ["latents"], ["ranges"], ["atomic"], ["files"], ["checkpoints.pickles"], ["placed"], ["components"],
     ["bands"], ["bandable"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["facade"], ["hosts"], ["weights"],
     ["rescale"], ["fp16"],
     ["model_files"], ["models"], ["in_memory"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["verdicts"], ["recipe"],
