@@ -77,23 +77,19 @@ def convert(
     """
     from latentpipe.files import HASH_LENGTH
     from latentpipe.formats.convert import convert as run
+    from latentpipe.formats.merge import merge
     from latentpipe.formats.opening import Given
+    from latentpipe.formats.pickled import whole
     from latentpipe.weights import find_model, quiet
 
     if to == "tensors":
-        from latentpipe.formats.merge import merge
-
         digest = merge([Path(name) for name in (source, source2) if name is not None], out)
         print(f"{out}  {digest[:HASH_LENGTH]}")
         return
     places = [Path(name) if Path(name).exists() else find_model(name, "vae") for name in (source, source2) if name is not None]
-    if to is None and source2 is None and out.suffix == ".safetensors":
-        from latentpipe.formats.pickled import whole
-
-        kept = whole(places[0], out, dtype)
-        if kept is not None:
-            print(f"{out}  {kept.digest[:HASH_LENGTH]}  {kept.what}")
-            return
+    if to is None and source2 is None and out.suffix == ".safetensors" and (kept := whole(places[0], out, dtype)) is not None:
+        print(f"{out}  {kept.digest[:HASH_LENGTH]}  {kept.what}")
+        return
     with quiet():
         digest = run(places, out, to, Given(scaling_factor, shift_factor, downscale, norm_groups), dtype)
     print(f"{out}  {digest[:HASH_LENGTH]}")

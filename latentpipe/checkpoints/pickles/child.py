@@ -1,4 +1,4 @@
-"""The process that reads a pickle: ``python -m latentpipe.checkpoints.pickles.child FILE OUT BYTES``; prints one JSON object.
+"""The process that reads pickles: ``python -m latentpipe.checkpoints.pickles.child``, which `unpickle` starts and asks.
 
 torch's loader for weights alone calls nothing but what rebuilds tensors. Names on a short list, which training programs leave in
 their files, stand for an inert class; every other name is refused. The memory is bounded.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -47,18 +48,41 @@ class Refused(Exception):
     """What is wrong with a file, in words that follow its name."""
 
 
-def main(source: str, target: str, room: str) -> None:
-    """Read `source`, write `target`, and print what was found: ``names``, ``facts``, ``list``; or ``refused``."""
+def serve() -> None:
+    """For each line on stdin, a JSON list of source, target and bytes, one JSON object on stdout: ``names``, ``facts``, ``list``;
+    or ``refused``; or ``failed``. Each file is read in a fork, so that torch is imported once and nothing of a file stays.
+    """
+    import safetensors.torch  # noqa: F401
     import torch
 
+    from latentpipe.reading import parse_json
+
     torch.set_num_threads(1)
-    limit(int(room))
+    for line in sys.stdin:
+        source, target, room = parse_json(line)
+        if not hasattr(os, "fork"):
+            answer(source, target, room)
+            return
+        number = os.fork()
+        if number == 0:
+            answer(source, target, room)
+            os._exit(0)
+        status = os.waitpid(number, 0)[1]
+        if status != 0:
+            print(json.dumps({"failed": f"status {os.waitstatus_to_exitcode(status)}"}), flush=True)
+
+
+def answer(source: str, target: str, room: int) -> None:
+    """Read `source` within `room` bytes, write `target`, and print what was found, or what is wrong."""
+    limit(room)
     try:
         found = convert(Path(source), Path(target))
     except Refused as error:
         found = {"refused": str(error)}
     except MemoryError:
         found = {"refused": "it wants more memory than its size explains"}
+    except Exception as error:
+        found = {"failed": f"{type(error).__name__}: {reason(error)}"}
     print(json.dumps(found), flush=True)
 
 
@@ -137,7 +161,7 @@ def tensors_of(value: Any) -> tuple[dict[str, Any], bool]:
     if isinstance(value, list):
         named = {str(at): item for at, item in enumerate(value)}
         if not all(isinstance(item, torch.Tensor) for item in value):
-            raise Refused(f"holds a list of {len(value):,} that are not all tensors")
+            raise Refused(f"holds no named tensors but a list of {len(value):,}")
         return named, True
     while isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
         value = value["state_dict"]
@@ -200,4 +224,4 @@ def own(named: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve()

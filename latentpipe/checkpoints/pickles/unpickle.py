@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import errno
+import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from latentpipe.errors import UserError
 from latentpipe.files import check_file, is_safetensors
@@ -35,23 +41,11 @@ def unpickle(source: Path, target: Path) -> Unpickled:
     UserError names what is refused: code, other things than tensors, more memory than its size explains.
     """
     size = check_file(source)
-    command = [sys.executable, "-P", "-m", "latentpipe.checkpoints.pickles.child", str(source.resolve()), str(target)]
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        [*command, str(SHARE * size + ROOM)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    try:
-        out, err = process.communicate()
-    finally:
-        process.kill()
-        process.wait()
-    try:
-        found = parse_object(out.splitlines()[-1] if out.strip() else "")
-    except ValueError:
-        last = (err.strip().splitlines() or [f"it ended with status {process.returncode}"])[-1]
-        if "No space left" in last or "StorageFull" in last:
-            raise OSError(28, os.strerror(28), str(target)) from None
-        raise UserError(f"{source}: the process that read it failed ({last[:200]}); nothing was written.") from None
+    found = _asked([str(source.resolve()), str(target), SHARE * size + ROOM])
+    if "No space left" in str(found.get("failed")):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+    if "failed" in found:
+        raise UserError(f"{source}: the process that read it failed ({str(found['failed'])[:200]}); nothing was written.")
     if "refused" in found:
         raise UserError(f"{source}: {found['refused']}; expected tensors by name, as torch.save writes a state_dict.")
     return Unpickled(target, int(found["names"]), bool(found["list"]), dict(found["facts"]))
@@ -67,3 +61,55 @@ def unpickled(source: Path) -> Iterator[Unpickled]:
 def is_pickle(path: Path) -> bool:
     """Whether a file is for `unpickle`: it is there, and does not begin as a safetensors file."""
     return path.is_file() and not is_safetensors(path) and path.suffix not in (".safetensors", ".sft")
+
+
+# --- the process ----------------------------------------------------------------------------------------------
+
+_running: list[subprocess.Popen[str]] = []
+_one = threading.Lock()
+
+
+def _asked(question: list[str | int]) -> dict[str, Any]:
+    """What the process answers; it is started with the first question, and ends with this process, or when that is stopped."""
+    with _one:
+        process = _started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(question) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BaseException:
+            _stop()
+            raise
+        if not line or not hasattr(os, "fork"):
+            _stop()
+        try:
+            return parse_object(line)
+        except ValueError:
+            return {"failed": "it ended without an answer"}
+
+
+def _started() -> subprocess.Popen[str]:
+    if not _running or _running[0].poll() is not None:
+        _stop()
+        environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-P", "-m", "latentpipe.checkpoints.pickles.child"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        _running.append(subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes))
+    return _running[0]
+
+
+def _stop() -> None:
+    """End the process and what it forked."""
+    for process in _running:
+        if hasattr(os, "killpg"):
+            with suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.communicate()
+    _running.clear()
+
+
+atexit.register(_stop)
