@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 
-from latentpipe.config import TrainVAE
-from latentpipe.data.folder import read_pictures
-from latentpipe.evaluate.alarms import alarms
-from latentpipe.evaluate.bootstrap import interval, paired
+from latentpipe.checkpoints.vae_io import load_vae
+from latentpipe.data.image_folder import read_pictures
+from latentpipe.evaluate.diagnosis import alarms
 from latentpipe.evaluate.health import measure
-from latentpipe.images import psnr, to_bytes, to_images
-from latentpipe.train.vae import reconstruct, train_vae
-from latentpipe.vae import VAEStage
-from latentpipe.weights import load_vae
+from latentpipe.evaluate.statistics import interval, paired
+from latentpipe.train.config import TrainVAE
+from latentpipe.train.vae.train import reconstruct, train_vae
+from latentpipe.utils.images import psnr, to_bytes, to_images
+from latentpipe.vae.stage import VAEStage
 
 HERE = Path(__file__).parent / "collapse"
 BETA = 64.0

@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 
 from latentpipe import VAEStage
-from latentpipe.data.folder import read_pictures
-from latentpipe.evaluate.bootstrap import interval, paired
-from latentpipe.evaluate.distances import frechet_score, paired_frechet
-from latentpipe.evaluate.features import open_features
-from latentpipe.images import psnr, to_bytes, to_images
-from latentpipe.train.finish import resized
-from latentpipe.train.vae import reconstruct
-from latentpipe.weights import available, find_model, load_vae, shipped, vae_hash
+from latentpipe.checkpoints.registry import available, find_model, shipped
+from latentpipe.checkpoints.vae_io import load_vae, vae_hash
+from latentpipe.data.image_folder import read_pictures
+from latentpipe.evaluate.metrics.features import open_features
+from latentpipe.evaluate.metrics.frechet import frechet_score, paired_frechet
+from latentpipe.evaluate.statistics import interval, paired
+from latentpipe.train.vae.train import reconstruct
+from latentpipe.utils.images import psnr, resized, to_bytes, to_images
 
 SIZE = 64
 SAME_SPACE = ("emoji-decoder-ft", "emoji-tiny")

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from latentpipe.config import Crops, Parts, PictureData, TrainVAE, VAERun, VAEShape, dump
+from latentpipe.train.config import Crops, Parts, PictureData, TrainVAE, VAERun, VAEShape, dump
 
 EVERY = 50  # steps between two samples
 SETTLED = 1000  # the step after which memory should not grow
@@ -67,7 +67,7 @@ def resident_mb() -> float:
 def watch(steps: int) -> tuple[list[int], list[float]]:
     """Steps, and the resident set in MB after each of them, of one training in this process."""
     from latentpipe.train.progress import Progress
-    from latentpipe.train.vae import train_vae
+    from latentpipe.train.vae.train import train_vae
 
     at: list[int] = []
     resident: list[float] = []

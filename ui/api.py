@@ -13,19 +13,20 @@ from typing import Any
 import gradio as gr
 
 from latentpipe import Finished
-from latentpipe.defaults import GUIDANCE, STEPS, STRENGTH
-from latentpipe.errors import UserError
-from latentpipe.jobs import Waiting
-from latentpipe.latents import LatentSpace
-from latentpipe.lora_verbs import facts
-from latentpipe.recipe import MAX_SEED
+from latentpipe.checkpoints.registry import available
+from latentpipe.checkpoints.vae_io import open_vae
+from latentpipe.cli.lora import facts
+from latentpipe.engine.jobs import Waiting
+from latentpipe.pipelines.metadata.recipe import MAX_SEED
 from latentpipe.ui import lab
 from latentpipe.ui import png_info as reading
 from latentpipe.ui.form import MAX_BATCH
 from latentpipe.ui.state import App, json_field, public, told
 from latentpipe.ui.uploads import picture_input, picture_of
+from latentpipe.utils.defaults import GUIDANCE, STEPS, STRENGTH
+from latentpipe.utils.errors import UserError
+from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.version import VERSION
-from latentpipe.weights import available, open_vae
 
 DRAWING_S, WAITING_S = 1.0, 5.0  # an event costs gradio some ms, which the job on the device has to share
 LORAS = {
@@ -166,7 +167,7 @@ def _lists(app: App) -> None:
 
     def health() -> dict[str, Any]:
         """Whether the model is loaded, its name, how many jobs run or wait, and the version."""
-        from latentpipe.jobs import device
+        from latentpipe.engine.jobs import device
 
         state = "failed" if app.failure else "ready" if app.models.is_open(app.model) else "loading"
         return {"status": state, "model": app.model, "jobs": device.length, "version": VERSION}

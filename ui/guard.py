@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from latentpipe.ui.hosts import Names, name_of
+from latentpipe.ui.allowed_hosts import Names, name_of
 from latentpipe.ui.listeners import Listeners
 from latentpipe.ui.login import Door
 from latentpipe.ui.quota import Window, uploads

@@ -20,19 +20,20 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from latentpipe import Engine, Finished, LatentPipeline, Picture, StepDone, UserError
-from latentpipe.defaults import STEPS
-from latentpipe.errors import Note
-from latentpipe.files import atomic_file
-from latentpipe.generate import free_path
-from latentpipe.jobs import Cancelled, Done, Progress, Report, Waiting, device, run_job
-from latentpipe.model_cache import ModelCache
-from latentpipe.shortage import is_shortage, sentence
+from latentpipe.checkpoints.registry import available
+from latentpipe.cli.generate import free_path
+from latentpipe.engine.jobs import Cancelled, Done, Progress, Waiting, device, run_job
+from latentpipe.engine.pipeline_cache import ModelCache
 from latentpipe.ui.listeners import Listeners
 from latentpipe.ui.wording import in_words_of_the_page
-from latentpipe.weights import available
+from latentpipe.utils.defaults import STEPS
+from latentpipe.utils.errors import Note
+from latentpipe.utils.io import atomic_file
+from latentpipe.utils.out_of_memory import is_shortage, sentence
+from latentpipe.utils.progress import ProgressCallback
 
 BUILT_IN = "Built-in"
-HEAVY: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}  # `latentpipe.jobs.Line` keeps the order
+HEAVY: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}  # `latentpipe.engine.jobs.Line` keeps the order
 LIGHT: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 """Of handlers that answer at once. They too go through gradio's queue, each with a place of its own, for `gr.Info` reaches the
 page as an event of that queue alone: with ``queue=False`` it is printed on the server (gradio 6.31, `helpers.log_message`)."""
@@ -63,9 +64,9 @@ class Jobs:
             )
 
     def run(
-        self, request: gr.Request, work: Callable[[Report], Any], notes: list[str] | None = None
+        self, request: gr.Request, work: Callable[[ProgressCallback], Any], notes: list[str] | None = None
     ) -> Iterator[Waiting | Progress | Done]:
-        """Events of `latentpipe.jobs.run_job` for this visitor: `Waiting` ..., `Progress` ..., `Done` with `.result`.
+        """Events of `latentpipe.engine.jobs.run_job` for this visitor: `Waiting` ..., `Progress` ..., `Done` with `.result`.
 
         The first one is ``Waiting(0)``, at once.
 
@@ -232,7 +233,7 @@ def wire_stop(app: App, button: gr.Button) -> None:
     """Let a button stop its visitor's jobs."""
 
     def halt(request: gr.Request) -> None:
-        gr.Info("Stopping after this step ..." if app.jobs.stop(request) else "Nothing is running.", duration=4)
+        gr.Info("Stopping ..." if app.jobs.stop(request) else "Nothing is running.", duration=4)
 
     button.click(halt, None, None, **LIGHT)
 
@@ -276,7 +277,7 @@ def told_of(notes: Iterable[str]) -> str:
 
 
 def collect_notes() -> None:
-    """Notes (`latentpipe.errors.Note`) go to the job that they belong to, in place of stderr."""
+    """Notes (`latentpipe.utils.errors.Note`) go to the job that they belong to, in place of stderr."""
     before = warnings.showwarning
 
     def show(message: Any, category: type[Warning], *rest: Any, **named: Any) -> None:

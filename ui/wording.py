@@ -6,10 +6,10 @@ import re
 
 from gradio.utils import get_upload_folder
 
-from latentpipe.files import home
-from latentpipe.judge import FIT
-from latentpipe.lora.report import PARTLY
-from latentpipe.weights import shipped
+from latentpipe.checkpoints.registry import shipped
+from latentpipe.compatibility.verdict import FIT
+from latentpipe.lora.matching import PARTLY
+from latentpipe.utils.io import home
 
 INSTEAD = {
     "Put its file into $LATENTPIPE_HOME/lora, or give it with --lora.": (

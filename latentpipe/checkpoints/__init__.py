@@ -1,1 +1,1 @@
-"""Checkpoints that people own: where they lie, what they are, how they are fetched and opened."""
+"""Any model file in and out: layouts, names, hashes, checks."""

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
-from latentpipe.errors import Note, UserError
-from latentpipe.files import atomic_folder, read_json
-from latentpipe.images import WHITE
+from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.images import WHITE
+from latentpipe.utils.io import atomic_folder, read_json
 
 FONT_SIZE = 109  # the one size of the font's bitmaps: 136 x 128
 FONTS = (

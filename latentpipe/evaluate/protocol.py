@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from latentpipe.errors import UserError
+from latentpipe.utils.errors import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from latentpipe.errors import Note, UserError
-from latentpipe.evaluate.latent import slerp
+from latentpipe.data.image_set import decode, encode
+from latentpipe.evaluate.metrics.latents import slerp
 from latentpipe.explore import traverse
-from latentpipe.explore.directions import Direction, Report
-from latentpipe.explore.sets import decode, encode
-from latentpipe.images import flatten, picture_file, to_images, to_pixels
-from latentpipe.vae import VAEStage
+from latentpipe.explore.directions import Direction
+from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.images import flatten, picture_file, to_images, to_pixels
+from latentpipe.utils.progress import ProgressCallback
+from latentpipe.vae.stage import VAEStage
 
 MAX_SEED = 2**32 - 1
 ONE_COLOUR, TWO_TONE = 16, 0.9  # grey levels that strokes of one colour differ by; share of a mask that is black or white
@@ -74,7 +75,7 @@ def edited(
     change: Callable[[torch.Tensor], torch.Tensor],
     mask: Image.Image | None = None,
     feather: int | None = None,
-    report: Report = None,
+    report: ProgressCallback | None = None,
 ) -> Image.Image:
     """A picture of any size whose latents (1 C h w) went through `change`, everywhere or where a mask is white.
 

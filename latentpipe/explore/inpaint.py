@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from PIL import Image
 
-from latentpipe import emphasis
-from latentpipe.defaults import GUIDANCE, STEPS
-from latentpipe.denoise import host_for, is_classic, redraws, size_unit
-from latentpipe.errors import Note, UserError
-from latentpipe.explore.directions import Report
+from latentpipe.data.image_set import encode
 from latentpipe.explore.edit import canvas, composite, feathered, hole_of, latent_share, sized
-from latentpipe.explore.sets import encode
-from latentpipe.hosts import finish
-from latentpipe.images import to_images, to_pixels
-from latentpipe.lora.prompt import note_negative, partial_tags, split_tags
-from latentpipe.pipeline import LatentPipeline
-from latentpipe.sampling import Guide, Settings, Step, check_settings
-from latentpipe.weights import quiet
+from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags
+from latentpipe.pipelines import prompt_weighting
+from latentpipe.pipelines.denoise import host_for, is_classic, redraws, size_unit
+from latentpipe.pipelines.families import finish
+from latentpipe.pipelines.latent_pipeline import LatentPipeline
+from latentpipe.pipelines.sampling import Guide, Settings, Step, check_settings
+from latentpipe.utils.defaults import GUIDANCE, STEPS
+from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.images import to_images, to_pixels
+from latentpipe.utils.logging import quiet
+from latentpipe.utils.progress import ProgressCallback
 
 LONGEST = 8  # sides at most so many times as long as the denoiser was trained at
 
@@ -42,7 +42,7 @@ def inpaint(
     strength: float = 1.0,
     feather: int | None = None,
     negative: str = "",
-    report: Report = None,
+    report: ProgressCallback | None = None,
 ) -> Image.Image:
     """A picture of any size, redrawn where a mask of its size is white; RGB, or RGBA for a picture with transparency.
 
@@ -106,7 +106,9 @@ def draw_size(pipe: LatentPipeline, size: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
-def _by_mask(pipe: LatentPipeline, hole: Image.Image, prompt: str, seed: int, settings: Settings, report: Report) -> torch.Tensor:
+def _by_mask(
+    pipe: LatentPipeline, hole: Image.Image, prompt: str, seed: int, settings: Settings, report: ProgressCallback | None
+) -> torch.Tensor:
     """Latents (1 C h w) by a UNet that was trained to redraw the white part of `hole`, as diffusers' own pipeline asks it."""
     from diffusers import StableDiffusionInpaintPipeline
 
@@ -120,10 +122,10 @@ def _by_mask(pipe: LatentPipeline, hole: Image.Image, prompt: str, seed: int, se
     ).images  # fmt: skip
 
 
-def _guide(twin: Any, prompt: str, settings: Settings, report: Report) -> Guide:
+def _guide(twin: Any, prompt: str, settings: Settings, report: ProgressCallback | None) -> Guide:
     """What steers each step of a pipeline by a prompt and tells how far it is."""
     with quiet():
-        positive, none = emphasis.encode(twin, [prompt], settings.guidance > 1, settings.negative)
+        positive, none = prompt_weighting.encode(twin, [prompt], settings.guidance > 1, settings.negative)
     total = settings.steps_to_run
 
     def watch(step: Step) -> None:
@@ -140,7 +142,7 @@ def _denoised(
     prompt: str,
     seed: int,
     settings: Settings,
-    report: Report,
+    report: ProgressCallback | None,
 ) -> torch.Tensor:
     """Latents (1 C h w) drawn where `free` (1 1 h w) is above 0; elsewhere they are `known`, exactly."""
     twin = host_for(pipe.host, pipe.stage, settings)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentpipe.lora.attach import KEY, filled
-from latentpipe.lora.layer import Layer
+from latentpipe.lora.adapter import Layer
+from latentpipe.lora.injection import KEY, filled
 
 
 @torch.no_grad()

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import torch
 
-from latentpipe.errors import Note, UserError, counted
-from latentpipe.files import read_json
-from latentpipe.latents import LatentSpace
+from latentpipe.checkpoints.pipeline_io import hashes, networks, part_tensors
+from latentpipe.checkpoints.registry import find_model, name_of
+from latentpipe.checkpoints.vae_io import open_vae, vae_hash
+from latentpipe.lora.adapter import COMPONENTS, Layer, Lora
 from latentpipe.lora.factor import plain_layer
-from latentpipe.lora.file_card import BASE
-from latentpipe.lora.layer import COMPONENTS, Layer, Lora
-from latentpipe.lora.sites import PREFIX
-from latentpipe.models import hashes, networks, part_tensors
-from latentpipe.reading import parse_object
-from latentpipe.weights import find_model, name_of, open_vae, vae_hash
+from latentpipe.lora.metadata import BASE
+from latentpipe.lora.target_modules import PREFIX
+from latentpipe.utils.errors import Note, UserError, counted
+from latentpipe.utils.io import read_json
+from latentpipe.utils.reading import parse_object
+from latentpipe.vae.latent_space import LatentSpace
 
 EXTRACTED_KEY = "latentpipe.extracted"  # in the metadata: what an adapter holds of the difference
 SHOWN = 4

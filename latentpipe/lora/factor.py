@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from latentpipe.errors import Note, UserError
+from latentpipe.lora.adapter import Layer, Lora
 from latentpipe.lora.delta import delta, delta_shape
-from latentpipe.lora.layer import Layer, Lora
+from latentpipe.utils.errors import Note, UserError
 
 NOISE = 1e-6  # singular values below this share of the largest are rounding
 EXACT = 1e-5  # a relative error below this is not worth a Note

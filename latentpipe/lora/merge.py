@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from latentpipe.defaults import LORA_LIMIT as LIMIT
-from latentpipe.errors import UserError
-from latentpipe.lora.file_card import BASE, WORDS, base_of, trigger_words
-from latentpipe.lora.layer import Layer, Lora
+from latentpipe.lora.adapter import Layer, Lora
+from latentpipe.lora.metadata import BASE, WORDS, base_of, trigger_words
+from latentpipe.utils.defaults import LORA_LIMIT as LIMIT
+from latentpipe.utils.errors import UserError
 
 SAME_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # they merge A and B apart
 BY_SVD = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")  # they merge the product B A

@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from latentpipe.config import Optimization, Run
-from latentpipe.errors import UserError, counted
-from latentpipe.train.guard import TRIES
+from latentpipe.train.config import Optimization, Run
+from latentpipe.train.distributed import Team
 from latentpipe.train.progress import Progress
+from latentpipe.train.spike_guard import TRIES
 from latentpipe.train.state import State, Stateful
-from latentpipe.train.team import Team
+from latentpipe.utils.errors import UserError, counted
 
 Losses = dict[str, torch.Tensor]
 Figures = dict[str, float]

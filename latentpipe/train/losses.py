@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from latentpipe.evaluate.similarity import ms_ssim
+from latentpipe.evaluate.metrics.ssim import ms_ssim
 
 
 def l1(images: torch.Tensor, rebuilt: torch.Tensor) -> torch.Tensor:

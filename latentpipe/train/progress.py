@@ -13,9 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from latentpipe.errors import UserError
-from latentpipe.files import atomic_file
-from latentpipe.reading import parse_json
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import atomic_file
+from latentpipe.utils.reading import parse_json
 
 
 class Progress:

@@ -20,15 +20,15 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from latentpipe.errors import UserError
-from latentpipe.evaluate import alarms as words
-from latentpipe.evaluate.detail import Patches, high_energy
+from latentpipe.checkpoints.vae_io import save_vae
+from latentpipe.cli.evaluate import health as verb
+from latentpipe.evaluate import diagnosis as words
 from latentpipe.evaluate.health import Health, gradient_shares, measure, watch
-from latentpipe.evaluate.posteriors import Moments, gaussian_gap, kl_values, mutual_information
-from latentpipe.health_verb import health as verb
-from latentpipe.latents import LatentSpace
-from latentpipe.vae import VAEStage
-from latentpipe.weights import save_vae
+from latentpipe.evaluate.metrics.posterior import Moments, gaussian_gap, kl_values, mutual_information
+from latentpipe.evaluate.metrics.spectrum import Patches, high_energy
+from latentpipe.utils.errors import UserError
+from latentpipe.vae.latent_space import LatentSpace
+from latentpipe.vae.stage import VAEStage
 
 LN2 = math.log(2)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentpipe.errors import Note
 from latentpipe.explore.edit import hole_of, open_mask
+from latentpipe.utils.errors import Note
 
 SIZE = (64, 64)
 BOX = (24, 24, 40, 40)
@@ -74,7 +74,7 @@ def test_case_47_sixteen_bits_and_a_turned_mask_are_read(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["white strokes", "a hole"])
 def test_case_47_the_verbs_redraw_that_hole_alone(model_folder: Path, vae_folder: Path, tmp_path: Path, name: str) -> None:
-    from latentpipe.cli import main
+    from latentpipe.cli.app import main
 
     photo().save(tmp_path / "photo.png")
     MASKS[name].save(tmp_path / "mask.png")

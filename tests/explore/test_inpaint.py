@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latentpipe import LatentPipeline, UserError
-from latentpipe.cli import main
-from latentpipe.errors import Note
+from latentpipe.cli.app import main
+from latentpipe.data.image_set import encode
 from latentpipe.explore import edit, inpaint
-from latentpipe.explore.sets import encode
-from latentpipe.images import to_images
-from latentpipe.recipe import text_in
-from latentpipe.sampling import Settings
+from latentpipe.pipelines.metadata.recipe import text_in
+from latentpipe.pipelines.sampling import Settings
+from latentpipe.utils.errors import Note
+from latentpipe.utils.images import to_images
 
 RED = draw_shape("red", "circle", 16)
 
@@ -51,7 +51,7 @@ def _nothing() -> Any:
     strength=st.sampled_from([1.0, 0.5]),
     feather=st.sampled_from([None, 0, 2]),
 )
-@pytest.mark.filterwarnings("ignore::latentpipe.errors.Note")
+@pytest.mark.filterwarnings("ignore::latentpipe.utils.errors.Note")
 @pytest.mark.slow
 def test_bytes_outside_the_mask_stay(
     pipe: LatentPipeline, width: int, height: int, mode: str, seed: int, strength: float, feather: int | None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from latentpipe.lora.layer import Layer, Lora
+from latentpipe.lora.adapter import Layer, Lora
 
 LINEARS = {
     "unet": [

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentpipe.lora.layer import Layer, Lora
-from latentpipe.lora.sites import leaves, select_all
+from latentpipe.lora.adapter import Layer, Lora
+from latentpipe.lora.target_modules import leaves, select_all
 
 
 def layer_for(

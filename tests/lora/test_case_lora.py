@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from latentpipe import Engine, Finished, LatentPipeline, UserError
-from latentpipe.cli import main
-from latentpipe.errors import Note
+from latentpipe.cli.app import main
 from latentpipe.explore.inpaint import inpaint
 from latentpipe.explore.interpolate import between_prompts
-from latentpipe.lora.files import read_lora
-from latentpipe.lora.prompt import split_tags
-from latentpipe.metadata import TAG
+from latentpipe.lora.prompt_tags import split_tags
+from latentpipe.lora.state_dict.io import read_lora
+from latentpipe.pipelines.metadata.reader import TAG
+from latentpipe.utils.errors import Note
 
 Tensors = dict[str, torch.Tensor]
 LDM = {  # of a UNet with two levels of one layer
@@ -256,7 +256,7 @@ def test_case_36_a_lora_in_a_subfolder_is_found_by_its_stem_and_by_its_path(
 
 
 def test_case_36_models_and_vaes_in_subfolders_are_found_too(model_folder: Path, vae_folder: Path, own_home: Path) -> None:
-    from latentpipe.weights import available, find_model, name_of
+    from latentpipe.checkpoints.registry import available, find_model, name_of
 
     shutil.copytree(model_folder, own_home / "models" / "mine" / "tiny")
     shutil.copytree(vae_folder, own_home / "vae" / "set" / "soft")

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny_hosts import clip, unet
 
-from latentpipe.errors import Note, UserError
-from latentpipe.files import content_hash, read_tensors
+from latentpipe.checkpoints.pipeline_io import hashes
+from latentpipe.lora.adapter import Lora
 from latentpipe.lora.delta import delta
 from latentpipe.lora.extract import EXTRACTED_KEY, Explained, explained, extract, extract_models
-from latentpipe.lora.files import base_of, read_lora, write_lora
-from latentpipe.lora.layer import Lora
-from latentpipe.lora.sites import leaves
-from latentpipe.models import hashes
+from latentpipe.lora.state_dict.io import base_of, read_lora, write_lora
+from latentpipe.lora.target_modules import leaves
+from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.io import content_hash, read_tensors
 
 Tensors = dict[str, torch.Tensor]
 
@@ -213,8 +213,8 @@ def test_two_pipelines(model_folder: Path, model_copy: Path) -> None:
 
 def test_the_extracted_adapter_makes_the_changed_model(model_folder: Path, model_copy: Path) -> None:
     """Fused onto the model before, it gives the weights of the model after."""
-    from latentpipe.lora.mixer import Mixer
-    from latentpipe.models import load_pipeline
+    from latentpipe.checkpoints.pipeline_io import load_pipeline
+    from latentpipe.lora.fusion import Mixer
 
     change_file(model_copy / "unet" / "diffusion_pytorch_model.safetensors", 2)
     lora = extract_models(model_folder, model_copy, 2)

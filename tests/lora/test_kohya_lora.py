@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from latentpipe.errors import UserError
-from latentpipe.files import read_header, read_tensors
-from latentpipe.lora.ancestral import ATTENTION, CLIP, SD_BLOCKS
-from latentpipe.lora.files import read_lora, write_lora
-from latentpipe.lora.layer import Layer, Lora
-from latentpipe.lora.names import Names, flat, from_ldm, in_file, kohya_stem, unflat
+from latentpipe.lora.adapter import Layer, Lora
+from latentpipe.lora.state_dict.cloneofsimo import ATTENTION, CLIP, SD_BLOCKS
+from latentpipe.lora.state_dict.io import read_lora, write_lora
+from latentpipe.lora.state_dict.keys import Names, flat, from_ldm, in_file, kohya_stem, unflat
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import read_header, read_tensors
 
-pytestmark = pytest.mark.filterwarnings("ignore::latentpipe.errors.Note")
+pytestmark = pytest.mark.filterwarnings("ignore::latentpipe.utils.errors.Note")
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:

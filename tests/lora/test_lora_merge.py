@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from latentpipe.errors import Note, UserError
+from latentpipe.lora.adapter import Layer, Lora
 from latentpipe.lora.factor import as_plain, factored
-from latentpipe.lora.layer import Layer, Lora
 from latentpipe.lora.merge import BY_SVD, MERGED_KEY, METHODS, SAME_RANK, merge, weight_at
+from latentpipe.utils.errors import Note, UserError
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "linear": (12, 10),

@@ -15,12 +15,12 @@ import torch
 import tyro
 from safetensors.torch import load_file, save_file
 
-from latentpipe import lora_verbs
-from latentpipe.errors import Note, UserError
-from latentpipe.files import file_hash, read_tensors
-from latentpipe.lora.files import card, read_lora, write_lora
-from latentpipe.lora.layer import Layer, Lora
+from latentpipe.cli import lora as lora_verbs
+from latentpipe.lora.adapter import Layer, Lora
 from latentpipe.lora.merge import METHODS
+from latentpipe.lora.state_dict.io import card, read_lora, write_lora
+from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.io import file_hash, read_tensors
 
 
 def call(function: Callable[..., None], *arguments: Any) -> None:
@@ -321,10 +321,10 @@ def test_an_out_that_is_taken_or_misnamed_is_refused_first(file: Path, tmp_path:
 
 def test_the_verbs_need_no_torch_to_be_listed() -> None:
     """--help answers at once."""
-    code = "import sys, latentpipe.lora_verbs; assert 'torch' not in sys.modules and 'tyro' not in sys.modules"
+    code = "import sys, latentpipe.cli.lora; assert 'torch' not in sys.modules and 'tyro' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     code = (
-        "import sys, tyro\nfrom latentpipe import lora_verbs\n"
+        "import sys, tyro\nfrom latentpipe.cli import lora as lora_verbs\n"
         "try:\n tyro.cli(lora_verbs.lora_merge, args=['--help'])\nexcept SystemExit as end:\n assert not end.code\n"
         "assert 'torch' not in sys.modules"
     )

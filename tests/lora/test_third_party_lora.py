@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from latentpipe.files import read_header
-from latentpipe.lora.files import read_lora, write_lora
-from latentpipe.lora.layer import Layer
+from latentpipe.lora.adapter import Layer
+from latentpipe.lora.state_dict.io import read_lora, write_lora
+from latentpipe.utils.io import read_header
 
-pytestmark = [pytest.mark.filterwarnings("ignore::latentpipe.errors.Note"), pytest.mark.slow]
+pytestmark = [pytest.mark.filterwarnings("ignore::latentpipe.utils.errors.Note"), pytest.mark.slow]
 DTYPES = {"torch.float16": torch.float16, "torch.bfloat16": torch.bfloat16, "torch.float32": torch.float32}
 Shapes = dict[str, tuple[int, ...]]
 

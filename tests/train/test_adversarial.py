@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from latentpipe import VAEStage
-from latentpipe.errors import UserError
 from latentpipe.train import checkpoint
-from latentpipe.train.adversarial import (
+from latentpipe.train.vae.adversarial import (
     Anchors,
     Critic,
     PatchDiscriminator,
@@ -25,6 +24,7 @@ from latentpipe.train.adversarial import (
     last_layer,
     lecam,
 )
+from latentpipe.utils.errors import UserError
 
 
 def critic(seed: int = 0, **settings: Any) -> Critic:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from helpers import denoiser_run, draw_shape, vae_run, write_pictures
 
-from latentpipe.config import TrainLora, TrainVAE
-from latentpipe.data.cache import encode_folder
-from latentpipe.errors import Note
+from latentpipe.data.latent_cache import encode_folder
+from latentpipe.train.config import TrainLora, TrainVAE
 from latentpipe.train.denoiser import train_denoiser
-from latentpipe.train.lora import train_lora
-from latentpipe.train.vae import train_vae
+from latentpipe.train.lora.train import train_lora
+from latentpipe.train.vae.train import train_vae
+from latentpipe.utils.errors import Note
 
 
 def resumed(folder: Path, config: TrainVAE) -> list[str]:

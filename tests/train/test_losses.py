@@ -16,10 +16,10 @@ from scipy.fft import dctn
 from torch.distributions import Normal, kl_divergence
 
 from latentpipe import VAEStage
-from latentpipe.errors import UserError
-from latentpipe.evaluate.similarity import ms_ssim
+from latentpipe.evaluate.metrics.ssim import ms_ssim
 from latentpipe.train import losses
-from latentpipe.train.beta import kl_channels, per_pixel_value
+from latentpipe.train.vae.kl import kl_channels, per_pixel_value
+from latentpipe.utils.errors import UserError
 
 
 def kl_of(posterior: Any, pixel_values: int) -> torch.Tensor:
@@ -216,7 +216,7 @@ def test_the_velocity_gives_clean_and_noise_back(a: float, seed: int) -> None:
 
 
 def test_the_velocity_is_the_schedulers() -> None:
-    from latentpipe.config import Diffusion
+    from latentpipe.train.config import Diffusion
     from latentpipe.train.denoiser import build_scheduler
 
     diffusers_own = __import__("diffusers").DDPMScheduler.from_config(build_scheduler(Diffusion()).config)
@@ -273,7 +273,7 @@ def test_a_latent_term_trains_the_encoder_only(trained: Any, name: str) -> None:
 
 
 def test_the_warped_term_trains_encoder_and_decoder() -> None:
-    from latentpipe.train.warp import Warp
+    from latentpipe.train.vae.equivariance import Warp
 
     vae, images, warp = tiny_vae(), some_images(), Warp(mirror=True, turns=1, to=4, of=8)
     rebuilt, _ = VAEStage(vae)(images, warp=warp)

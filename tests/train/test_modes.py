@@ -13,18 +13,19 @@ from diffusers import DDIMScheduler
 from helpers import some_images, tiny_vae, vae_run
 
 from latentpipe import UserError, VAEStage
-from latentpipe.config import Predicted, TrainVAE
-from latentpipe.errors import Note
-from latentpipe.models import load_pipeline
-from latentpipe.train import freeze
-from latentpipe.train import vae as training
-from latentpipe.train.build import build_vae, new_vae, with_new_head
-from latentpipe.train.objective import Objective
-from latentpipe.train.predicted import Predictor
-from latentpipe.train.taught import Draw, Lesson, as_taught
-from latentpipe.train.team import Team
-from latentpipe.train.text import token_ids
-from latentpipe.weights import VAE_FILE, load_vae, save_vae, vae_hash
+from latentpipe.checkpoints.pipeline_io import load_pipeline
+from latentpipe.checkpoints.tensor_source import VAE_FILE
+from latentpipe.checkpoints.vae_io import load_vae, save_vae, vae_hash
+from latentpipe.train.config import Predicted, TrainVAE
+from latentpipe.train.distributed import Team
+from latentpipe.train.text_encoder import token_ids
+from latentpipe.train.vae import train as training
+from latentpipe.train.vae import trainable
+from latentpipe.train.vae.denoiser_outputs import Predictor
+from latentpipe.train.vae.distillation import Draw, Lesson, as_taught
+from latentpipe.train.vae.model import build_vae, new_vae, with_new_head
+from latentpipe.train.vae.objective import Objective
+from latentpipe.utils.errors import Note
 
 EVERY_TERM = {
     "l1": 1.0, "l2": 1.0, "charbonnier": 1.0, "structure": 1.0, "perceptual": 1.0, "kl": 0.5, "spectrum": 1.0, "scale": 1.0,
@@ -69,7 +70,7 @@ def test_every_term_reaches_exactly_the_parameters_of_the_mode(
     config = config_of(tmp_path, pictures, source, loss=EVERY_TERM, adversarial={"weight": 1.0, "width": 8, "adaptive": adaptive},
                        **changes)  # fmt: skip
     vae = build_vae(config, None)
-    freeze.choose(vae, config.mode, config.parts)
+    trainable.choose(vae, config.mode, config.parts)
     with torch.no_grad():  # the scale term acts beyond a limit
         vae.quant_conv.weight *= 30
     names = {name for name, _ in vae.named_parameters() if not name.startswith(frozen)}
@@ -340,8 +341,8 @@ def test_configs_that_contradict_themselves_are_refused(tmp_path: Path, pictures
 
 def test_the_table_counts_every_parameter() -> None:
     vae = tiny_vae()
-    freeze.choose(vae, "decoder")
-    lines = freeze.table(vae).splitlines()
+    trainable.choose(vae, "decoder")
+    lines = trainable.table(vae).splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == [
         "encoder.in", "encoder.down.0", "encoder.down.1", "encoder.mid", "encoder.head",
         "decoder.head", "decoder.mid", "decoder.up.0", "decoder.up.1", "decoder.out",
@@ -353,14 +354,14 @@ def test_the_table_counts_every_parameter() -> None:
 
 
 def test_the_stages_of_other_autoencoders_have_names() -> None:
-    from latentpipe.config import VAEShape
+    from latentpipe.train.config import VAEShape
 
     tiny = new_vae(VAEShape(kind="tiny", blocks=(8, 8)), 16)
-    assert {freeze.stage_of(name).split(".")[0] for name, _ in tiny.named_parameters()} == {"encoder", "decoder"}
-    freeze.choose(tiny, "decoder")
+    assert {trainable.stage_of(name).split(".")[0] for name, _ in tiny.named_parameters()} == {"encoder", "decoder"}
+    trainable.choose(tiny, "decoder")
     assert not any(parameter.requires_grad for parameter in tiny.encoder.parameters())
     assert all(parameter.requires_grad for parameter in tiny.decoder.parameters())
-    assert not freeze.moves_the_latents(tiny)
+    assert not trainable.moves_the_latents(tiny)
 
 
 def test_a_student_that_declares_a_factor_learns_the_latents_in_its_own_units(tmp_path: Path, pictures: Path) -> None:

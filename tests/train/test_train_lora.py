@@ -13,17 +13,17 @@ from helpers import edit_json, grey_levels, write_pictures
 from safetensors.torch import load_file, save_file
 
 from latentpipe import LatentPipeline, UserError
-from latentpipe.config import TrainLora, load
-from latentpipe.data.cache import default_path, encode_folder
-from latentpipe.errors import Note
-from latentpipe.files import content_hash, read_header, read_tensors
-from latentpipe.lora.attach import attach, wrappers
-from latentpipe.lora.files import base_of, read_lora, trigger_words
-from latentpipe.lora.layer import Lora
-from latentpipe.models import hashes, load_pipeline
-from latentpipe.places import configs_folder
-from latentpipe.train import lora as verb
-from latentpipe.train import lora_parts
+from latentpipe.checkpoints.pipeline_io import hashes, load_pipeline
+from latentpipe.checkpoints.registry import configs_folder
+from latentpipe.data.latent_cache import default_path, encode_folder
+from latentpipe.lora.adapter import Lora
+from latentpipe.lora.injection import attach, wrappers
+from latentpipe.lora.state_dict.io import base_of, read_lora, trigger_words
+from latentpipe.train.config import TrainLora, load
+from latentpipe.train.lora import parameters as lora_parts
+from latentpipe.train.lora import train as verb
+from latentpipe.utils.errors import Note
+from latentpipe.utils.io import content_hash, read_header, read_tensors
 
 EVERYWHERE = ("unet.attention", "text", "vae.decoder")
 

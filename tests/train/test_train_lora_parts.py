@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentpipe import UserError
-from latentpipe.config import Diffusion, LoraLoss
 from latentpipe.data.emoji import held_out_captions
-from latentpipe.errors import Note
-from latentpipe.train import lora_data
+from latentpipe.train.config import Diffusion, LoraLoss
 from latentpipe.train.denoiser import build_scheduler
-from latentpipe.train.lora_data import held_out, open_pictures, plain
-from latentpipe.train.lora_loss import Schedule, noised, snr_weights
-from latentpipe.train.lora_text import Prompts
+from latentpipe.train.lora import data
+from latentpipe.train.lora.data import held_out, open_pictures, plain
+from latentpipe.train.lora.loss import Schedule, noised, snr_weights
+from latentpipe.train.lora.prompts import Prompts
+from latentpipe.utils.errors import Note
 
 # --- the loss -----------------------------------------------------------------------------------------------
 
@@ -150,9 +150,9 @@ def test_pictures_that_nothing_is_left_of_are_refused(tmp_path: Path, vae_folder
 
 
 def test_pixels_and_latents_are_of_the_same_pictures(tmp_path: Path, vae_folder: Path) -> None:
-    from latentpipe.images import bytes_to_images
-    from latentpipe.vae import VAEStage
-    from latentpipe.weights import load_vae
+    from latentpipe.checkpoints.vae_io import load_vae
+    from latentpipe.utils.images import bytes_to_images
+    from latentpipe.vae.stage import VAEStage
 
     folder = write_pictures(tmp_path / "a")
     (folder / "red-square.png").write_bytes(b"no picture")
@@ -168,13 +168,13 @@ def test_latents_are_encoded_once_and_again_when_the_folder_changes(
 ) -> None:
     folder = folder_of(tmp_path / "a", [["a cat"], ["a dog"]])
     made: list[Path] = []
-    original = lora_data.encode_folder
+    original = data.encode_folder
 
     def counted(one: Path, vae: Path, out: Path, size: int, **named: Any) -> Any:
         made.append(out)
         return original(one, vae, out, size, **named)
 
-    monkeypatch.setattr(lora_data, "encode_folder", counted)
+    monkeypatch.setattr(data, "encode_folder", counted)
 
     def read() -> Any:
         return open_pictures(folder, vae_folder, 16, tmp_path / "work", held_out=frozenset())
@@ -194,7 +194,7 @@ def test_latents_are_encoded_once_and_again_when_the_folder_changes(
 
 
 def test_a_cache_that_encode_put_into_the_folder_serves(tmp_path: Path, vae_folder: Path) -> None:
-    from latentpipe.data.cache import default_path, encode_folder
+    from latentpipe.data.latent_cache import default_path, encode_folder
 
     folder = folder_of(tmp_path / "a", [["a cat"]])
     encode_folder(folder, vae_folder, default_path(folder, vae_folder, 16), 16)
@@ -234,7 +234,7 @@ def test_stable_diffusion_xl_gets_sizes_and_zeros_for_no_prompt() -> None:
 def test_long_captions_are_noted(pipe: Any) -> None:
     tokenizer = pipe.host.tokenizer
     with pytest.warns(Note, match="1 of 2 captions are longer than the 14 tokens"):
-        lora_data.note_long_captions(tokenizer, [("red circle",), ("red circle " * 40,)])
+        data.note_long_captions(tokenizer, [("red circle",), ("red circle " * 40,)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lora_data.note_long_captions(tokenizer, [("red circle",), ()])
+        data.note_long_captions(tokenizer, [("red circle",), ()])

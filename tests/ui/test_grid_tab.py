@@ -12,11 +12,11 @@ import gradio as gr
 import pytest
 from PIL import Image
 
-from latentpipe import recipe
-from latentpipe.model_cache import ModelCache
+from latentpipe.engine.pipeline_cache import ModelCache
+from latentpipe.engine.xy_grid.plot import read_grid
+from latentpipe.pipelines.metadata import recipe
 from latentpipe.ui import grid
 from latentpipe.ui.state import App
-from latentpipe.xyplot import read_grid
 
 VISITOR = SimpleNamespace(session_hash="one")
 

@@ -22,8 +22,8 @@ from served import free_port
 
 from latentpipe import UserError
 from latentpipe.ui import serving
+from latentpipe.ui.allowed_hosts import Names, names_for
 from latentpipe.ui.guard import Guard
-from latentpipe.ui.hosts import Names, names_for
 from latentpipe.ui.login import Door
 from latentpipe.ui.state import LIGHT, Jobs, told, wire_stop
 

@@ -17,12 +17,13 @@ import pytest
 gr = pytest.importorskip("gradio")
 
 from latentpipe import UserError  # noqa: E402
-from latentpipe.adapters import own_adapter  # noqa: E402
-from latentpipe.errors import Note  # noqa: E402
-from latentpipe.jobs import Cancelled, Done, Progress, Report, Waiting  # noqa: E402
-from latentpipe.places import named_lora  # noqa: E402
+from latentpipe.checkpoints.registry import named_lora  # noqa: E402
+from latentpipe.compatibility.latent_adapter import own_adapter  # noqa: E402
+from latentpipe.engine.jobs import Cancelled, Done, Progress, Waiting  # noqa: E402
 from latentpipe.ui import listeners  # noqa: E402
 from latentpipe.ui.state import App, Jobs, collect_notes, public, told  # noqa: E402
+from latentpipe.utils.errors import Note  # noqa: E402
+from latentpipe.utils.progress import ProgressCallback  # noqa: E402
 
 PATIENCE_S = 30
 PATHS = [
@@ -260,7 +261,7 @@ def test_a_job_whose_events_nobody_reads_gives_up_its_place(monkeypatch: pytest.
     known = listeners.Listeners()
     jobs = Jobs(listeners=known)
 
-    def work(report: Report) -> str:
+    def work(report: ProgressCallback) -> str:
         for step in range(1, 2000):
             report(step, 2000, "step")
             time.sleep(0.005)

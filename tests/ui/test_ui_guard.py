@@ -16,8 +16,8 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from latentpipe.ui import listeners, quota
+from latentpipe.ui.allowed_hosts import Names, name_of, names_for
 from latentpipe.ui.guard import MAX_JSON, MAX_REQUEST, Guard
-from latentpipe.ui.hosts import Names, name_of, names_for
 from latentpipe.ui.listeners import Listeners
 from latentpipe.ui.login import Door
 from latentpipe.ui.quota import Window

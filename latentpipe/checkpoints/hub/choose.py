@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from latentpipe.checkpoints.places.hub_cache import PASSIVE, SHOWN, WEIGHTS, parts_of
-from latentpipe.errors import UserError
+from latentpipe.utils.errors import UserError
 
 SAFE = (".safetensors", ".sft")
 HELD = (*SAFE, ".bin", ".ckpt", ".pt", ".pth", ".gguf")  # endings of weights that some verb takes

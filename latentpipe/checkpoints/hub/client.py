@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from latentpipe.checkpoints.places.hub_cache import COMMIT, HubId
-from latentpipe.errors import UserError
-from latentpipe.reading import MOST_JSON, parse_json
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.reading import MOST_JSON, parse_json
 from latentpipe.version import VERSION
 
 DEFAULT_ENDPOINT = "https://huggingface.co"

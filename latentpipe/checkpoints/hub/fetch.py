@@ -11,7 +11,7 @@ from typing import Any
 
 from latentpipe.checkpoints.hub.client import Entry, Hub, address, persistently, stream
 from latentpipe.checkpoints.places.hub_cache import HubId
-from latentpipe.errors import UserError
+from latentpipe.utils.errors import UserError
 
 CHUNK = 2**20  # bytes that are hashed and written at once
 LEFTOVER = ".latentpipe.incomplete"  # after the hash: a part of a file; `hf cache` counts it among the incomplete ones

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latentpipe.atomic import atomic_file
 from latentpipe.checkpoints.hub.pull import size_of
 from latentpipe.checkpoints.places import glance
 from latentpipe.checkpoints.places.hub_cache import default_cache
@@ -18,7 +17,8 @@ from latentpipe.checkpoints.places.tool_folders import (
     imports,
     roots,
 )
-from latentpipe.errors import UserError
+from latentpipe.utils.atomic import atomic_file
+from latentpipe.utils.errors import UserError
 
 HEAD = "# Folders of other tools whose files latentpipe uses where they lie; written by 'latentpipe import'.\n"
 WORDS = {"models": "model", "parts": "part", "vae": "vae", "lora": "lora", "embeddings": "embedding", "upscalers": "upscaler"}

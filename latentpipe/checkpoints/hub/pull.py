@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentpipe.atomic import atomic_file
 from latentpipe.checkpoints.hub.choose import Choice, choose
 from latentpipe.checkpoints.hub.client import Entry, Hub, listing, read_object
 from latentpipe.checkpoints.hub.fetch import LEFTOVER, fetch, refuse_full
 from latentpipe.checkpoints.places.hub_cache import COMMIT, HubId, default_cache, storage
-from latentpipe.errors import UserError, counted
+from latentpipe.utils.atomic import atomic_file
+from latentpipe.utils.errors import UserError, counted
 
 TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# This folder is a cache of huggingface_hub.\n"
 

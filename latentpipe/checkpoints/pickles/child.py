@@ -55,7 +55,7 @@ def serve() -> None:
     import safetensors.torch  # noqa: F401
     import torch
 
-    from latentpipe.reading import parse_json
+    from latentpipe.utils.reading import parse_json
 
     torch.set_num_threads(1)
     for line in sys.stdin:

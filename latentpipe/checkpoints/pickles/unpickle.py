@@ -17,9 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from latentpipe.errors import UserError
-from latentpipe.files import check_file, is_safetensors
-from latentpipe.reading import parse_object
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import check_file, is_safetensors
+from latentpipe.utils.reading import parse_object
 
 SHARE, ROOM = 3, 2**30  # what the process may take beside its libraries: times the file's size, and bytes
 PACKAGE = Path(__file__).parents[3]

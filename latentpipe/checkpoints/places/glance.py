@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from latentpipe.errors import UserError
-from latentpipe.reading import MOST_HEADER, parse_object, read_json
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.reading import MOST_HEADER, parse_object, read_json
 
 CONTEXT = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL refiner", 2048: "SDXL"}
 CROSS = re.compile(r"(attn2[._]to_k(\.lora_down|\.lora\.down|\.lora_A(\.default)?|_lora\.down)?\.weight)$")

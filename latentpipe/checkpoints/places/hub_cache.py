@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentpipe.errors import UserError, near
-from latentpipe.reading import read_json, read_text
+from latentpipe.utils.errors import UserError, near
+from latentpipe.utils.reading import read_json, read_text
 
 ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<inside>(?:/[^/@]+)*)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -7,8 +7,8 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
-from latentpipe.errors import UserError
-from latentpipe.reading import parse_object
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.reading import parse_object
 
 TYPES = {
     "main": "models",

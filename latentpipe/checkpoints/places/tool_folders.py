@@ -13,8 +13,8 @@ from typing import Any
 
 from latentpipe.checkpoints.places.hub_cache import repositories
 from latentpipe.checkpoints.places.invoke import PICKLES, SAFE, registered
-from latentpipe.errors import UserError
-from latentpipe.reading import read_json, read_yaml
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.reading import read_json, read_yaml
 
 KINDS = ("models", "parts", "vae", "lora", "embeddings", "upscalers")
 EXTRA = "extra_model_paths.yaml"

@@ -13,9 +13,9 @@ from loopback import LoopbackHub, Repository, files_of
 
 from latentpipe import LatentPipeline, Picture
 from latentpipe.checkpoints.places.hub_cache import HubId, cached, default_cache, missing, parse_id, repositories
-from latentpipe.cli import main
-from latentpipe.errors import UserError
-from latentpipe.places import find_lora, find_model
+from latentpipe.checkpoints.registry import find_lora, find_model
+from latentpipe.cli.app import main
+from latentpipe.utils.errors import UserError
 
 
 def download(name: str, home: Path, **named: Any) -> Path:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from latentpipe.checkpoints.pickles import child
-from latentpipe.cli import main
+from latentpipe.cli.app import main
 
 GENERATOR = torch.Generator().manual_seed(0)
 

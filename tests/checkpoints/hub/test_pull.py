@@ -20,7 +20,7 @@ from loopback import LoopbackHub, Repository, etag, files_of
 from latentpipe.checkpoints.hub import client
 from latentpipe.checkpoints.hub.fetch import LEFTOVER
 from latentpipe.checkpoints.places.hub_cache import cached
-from latentpipe.cli import main
+from latentpipe.cli.app import main
 
 
 def noise(size: int, seed: int = 0) -> bytes:

@@ -15,9 +15,9 @@ import yaml
 from safetensors.torch import save_file
 
 from latentpipe.checkpoints.places.tool_folders import Import, entries, folders_file, foreign
-from latentpipe.cli import main
-from latentpipe.errors import UserError
-from latentpipe.places import find_lora, find_model, name_of, named_lora, shipped
+from latentpipe.checkpoints.registry import find_lora, find_model, name_of, named_lora, shipped
+from latentpipe.cli.app import main
+from latentpipe.utils.errors import UserError
 
 
 def weights(path: Path, **shapes: tuple[int, ...]) -> Path:

@@ -1,0 +1,182 @@
+"""Where models, VAEs, LoRA files, adapters and configs live, and what a name means. Reads no weights and imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from latentpipe.checkpoints.places.hub_cache import cached, default_cache, id_of, parse_id
+from latentpipe.checkpoints.places.tool_folders import caches
+from latentpipe.checkpoints.places.tool_folders import foreign as foreign
+from latentpipe.utils.errors import UserError, near
+from latentpipe.utils.io import SUFFIXES, home, printable
+
+
+def shipped() -> Path:
+    """The folder of the weights that ship with the project: in the wheel, or in a checkout (where it is a link)."""
+    return (Path(__file__).parents[1] / "embedded").resolve()
+
+
+def available(kind: str = "models") -> dict[str, Path]:
+    """Names and places of all `kind` ("models", "vae" or "lora"): the shipped ones, then people's own.
+
+    A model is a folder; a VAE is a folder or a safetensors file named by its stem (by its whole name where a folder has that);
+    a LoRA is a safetensors file. What lies in a subfolder is named with it: "style/flat" (`lookup` also finds it as "flat").
+    """
+    found: dict[str, Path] = {}
+    if kind != "lora":
+        for path in sorted(shipped().glob("[!.]*/model_index.json")):
+            found[path.parent.name] = path.parent if kind == "models" else path.parent / "vae"
+        for name, path in _entries(home() / "models", "model_index.json").items():
+            found[name] = path if kind == "models" else path / "vae"
+    for root in (shipped() / kind, home() / kind):
+        found |= _entries(root, {"lora": "", "vae": "config.json"}.get(kind, "model_index.json"))
+    return found
+
+
+def _entries(root: Path, index: str) -> dict[str, Path]:
+    """Names and places below a folder: folders that hold `index`, and safetensors files unless that is a model's.
+
+    Links to folders are followed, each folder once; hidden ones are passed by.
+    """
+    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
+    seen: set[str] = set()
+    for at, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(at)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real in seen:
+            continue
+        seen.add(real)
+        place = Path(at)
+        if index and index in names and place != root:
+            found[printable(place.relative_to(root).as_posix())] = place
+            folders.clear()  # its parts are no entries
+        elif index != "model_index.json":
+            weights = (place / name for name in sorted(names) if not name.startswith("."))
+            files |= {printable(path.relative_to(root).as_posix()): path for path in weights if path.suffix in SUFFIXES}
+    found = dict(sorted(found.items()))
+    for name, path in sorted(files.items()):
+        stem = name.removesuffix(path.suffix)
+        found[name if index and (root / stem).is_dir() else stem] = path
+    return found
+
+
+def lookup(name: str, known: Mapping[str, Path], kind: str) -> Path | None:
+    """The place that a name means: its whole name, or the last parts of one in a subfolder; None where there is none.
+
+    UserError where these occur in several subfolders: it lists them.
+    """
+    if name in known:
+        return known[name]
+    same = sorted(whole for whole in known if whole.endswith(f"/{name}"))
+    if len(same) > 1:
+        raise UserError(f"There are several {kind} files named '{name}': {', '.join(same)}. Give one of these names.")
+    return known[same[0]] if same else None
+
+
+def find_model(name: str | Path, kind: str = "models") -> Path:
+    """The folder (or a VAE's single file) that a name or a path means; UserError lists the names there are."""
+    what = "VAE" if kind == "vae" else kind.removesuffix("s")
+    if not str(name).strip():
+        raise UserError(f"The {what} has an empty name; give a name ('latentpipe ls'), a folder or a file.")
+    known = available(kind)
+    if (place := known.get(str(name))) is not None:
+        if f"{name}.safetensors" in known:
+            raise UserError(f"{kind} '{name}' is both {place} and {known[f'{name}.safetensors']}; rename one of them.")
+        return place
+    path = Path(name)
+    if kind == "vae" and (path / "model_index.json").is_file() and (path / "vae").is_dir():
+        return (path / "vae").resolve()  # a whole model stands for its VAE
+    if path.is_dir() or (kind == "vae" and path.is_file()):
+        return path.resolve()
+    if (place := lookup(str(name), known, what) or elsewhere(str(name), kind)) is not None:
+        return place / "vae" if kind == "vae" and (place / "model_index.json").is_file() else place
+    kinds = "neither a folder nor a file nor" if kind == "vae" else "neither a folder nor"
+    raise UserError(f"No {what} '{name}': {kinds} {one_of(known)}.{near(name, known)}{_pulled(str(name))}")
+
+
+def _pulled(name: str) -> str:
+    """What to do where a name is a hub's id, and its cache has nothing of it."""
+    return f" Of the hub? 'latentpipe pull {name}' fetches it." if parse_id(name) and Path(name).suffix not in SUFFIXES else ""
+
+
+def name_of(folder: Path, kind: str = "models") -> str:
+    """The name under which `find_model` finds a folder or file; one elsewhere has its own name."""
+    for names in (available, foreign):
+        for name, path in names(kind).items():
+            if path.resolve() == folder.resolve():
+                return printable(name)
+    return id_of(folder) or printable(folder.stem if folder.is_file() else folder.name)
+
+
+def is_installed(name: str, kind: str = "models") -> bool:
+    """Whether a name, as a recipe gives it, is one of the installed ones or an id in the hub's cache; a path is none."""
+    return name in available(kind) or elsewhere(name, kind) is not None
+
+
+def elsewhere(name: str, kind: str) -> Path | None:
+    """What a name means in the folders of other tools, then in the hub's caches; None where it is in none of them."""
+    place = lookup(name, foreign(kind), kind.removesuffix("s"))
+    return place or cached(name, [default_cache(), *caches()])
+
+
+def find_lora(name: str | Path) -> Path:
+    """The file that a name ('latentpipe ls lora') or a path means; UserError lists the names there are."""
+    if not str(name).strip():
+        raise UserError("The LoRA has an empty name; give a name ('latentpipe ls lora') or a file.")
+    known = available("lora")
+    if str(name) in known:
+        return known[str(name)]
+    with suppress(OSError):  # a name too long for a file
+        if Path(name).exists():
+            return Path(name)
+    if (place := lookup(str(name), known, "LoRA") or elsewhere(str(name), "lora")) is not None:
+        return place
+    raise UserError(f"No LoRA '{name}': neither a file nor {one_of(known)}.{near(name, known)}{_pulled(str(name))}")
+
+
+def named_lora(name: str) -> Path:
+    """The file of an installed name; a path is none (names in prompts and pictures never open files elsewhere)."""
+    known = available("lora")
+    place = lookup(name, known, "LoRA") or elsewhere(name, "lora")
+    if place is None:
+        raise UserError(
+            f"No LoRA '{name}' is installed; there are: {', '.join(known) or 'none'}. "
+            f"Put its file into $LATENTPIPE_HOME/lora, or give it with --lora.{near(name, known)}"
+        )
+    return place
+
+
+def own_adapters() -> dict[str, Path]:
+    """Names and files of the adapters in ``$LATENTPIPE_HOME/adapters``."""
+    return {path.stem: path for path in sorted((home() / "adapters").glob("*.safetensors"))}
+
+
+def own_adapter(name: str) -> Path:
+    """The file of a name in ``$LATENTPIPE_HOME/adapters``; a path is none."""
+    if name not in own_adapters():
+        raise UserError(f"The recipe names the adapter '{name}', which is not installed; give its file with --adapter.")
+    return own_adapters()[name]
+
+
+def find_adapter(name: str | Path) -> Path:
+    """The file that a path, or a name in ``$LATENTPIPE_HOME/adapters``, means."""
+    known = own_adapters()
+    if str(name) in known:
+        return known[str(name)]
+    if Path(name).is_file():
+        return Path(name)
+    raise UserError(f"No adapter '{name}': neither a file nor {one_of(known)}.{near(name, known)}")
+
+
+def configs_folder() -> Path:
+    """The folder of the shipped configs: in the wheel, or in a checkout (where it is a link)."""
+    return (Path(__file__).parents[1] / "configs").resolve()
+
+
+def one_of(known: Collection[str]) -> str:
+    """The names that there are, in words."""
+    return f"one of {', '.join(known)}" if known else "an installed one (there are none)"

@@ -1,0 +1,101 @@
+"""The verbs that say what there is: models and files by name, what a file holds, this machine."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from latentpipe.checkpoints.registry import available, configs_folder, foreign, lookup, own_adapters
+from latentpipe.cli.common import as_json
+from latentpipe.utils.errors import begin
+from latentpipe.utils.io import SUFFIXES
+
+Kind = Literal["all", "models", "vae", "lora", "adapters", "configs", "parts", "embeddings", "upscalers"]
+
+
+def ls(kind: Kind = "all", /, fits: str | None = None) -> None:
+    """List the models, VAEs, LoRA files, adapters and configs that names refer to, kind by kind, each by name.
+
+    Those of other tools ('latentpipe import') and of the hub's cache stand behind their kind's own, with family, size and origin;
+    so do parts, embeddings and upscalers.
+
+    Args:
+        kind: What to list.
+        fits: Name or folder of a model: list the VAEs with their verdicts, those that fit it first.
+    """
+    if fits is not None:
+        from latentpipe.pipelines.verdict_cache import fitting
+
+        begin(f"measuring every VAE beside that of the model {fits}")
+
+        for name, path, verdict in sorted(fitting(fits), key=lambda row: not row[2].fits):
+            print(f"{name:20}{verdict.outcome:26}{path}")
+        return
+
+    from latentpipe.checkpoints.hub.importing import rows_of
+
+    rows = [("model", available("models")), ("vae", available("vae")), ("lora", available("lora")), ("adapter", own_adapters())]
+    rows.append(("config", {path.stem: path for path in configs_folder().glob("*.yaml")}))
+    others = rows_of(kind)
+    for what, found in rows:
+        for entry, path in sorted(found.items()) if kind in ("all", what, f"{what}s") else ():
+            print(f"{what:7} {entry:19} {path}")
+        print("".join(f"{line}\n" for line in others.pop(f"{what}s", others.pop(what, []))), end="")
+    for problem in others.pop("problems", []):
+        print(f"latentpipe: note: left out: {problem}", file=sys.stderr)
+    for lines in others.values():
+        print("\n".join(lines))
+
+
+def inspect(path: str, /) -> None:
+    """Print what a model, a VAE, a LoRA, an adapter or a picture says about itself, as JSON.
+
+    Args:
+        path: A name, a model or VAE folder, a .safetensors file, an .lpz file, or a picture (also of others: A1111, ...).
+    """
+    from latentpipe.utils.io import is_safetensors
+
+    file = lookup(path, {**foreign("lora"), **available("lora")}, "LoRA") or own_adapters().get(path) or Path(path)
+    if file.is_file() and not (file.suffix in SUFFIXES or is_safetensors(file)):
+        print(_of_file(file))
+        return
+    begin(f"reading {path}")
+    from latentpipe.checkpoints.pipeline_io import describe
+    from latentpipe.cli.lora import facts, is_lora
+    from latentpipe.compatibility.latent_adapter import is_adapter, read_card
+
+    if is_lora(file):
+        print(as_json(facts(file)))
+    else:
+        print(as_json(asdict(read_card(file)) if file.is_file() and is_adapter(file) else describe(path)))
+
+
+def _of_file(file: Path) -> str:
+    """What an .lpz file, a grid or another picture says, as JSON."""
+    from latentpipe.cli.codec import facts, is_lpz
+    from latentpipe.pipelines.metadata.reader import read_info
+    from latentpipe.pipelines.metadata.recipe import GRID_CHUNK, text_in
+
+    if is_lpz(file):
+        return as_json(facts(file))
+    if text_in(file, GRID_CHUNK) is not None:
+        from latentpipe.engine.xy_grid.plot import read_grid
+
+        return read_grid(file).model_dump_json(indent=2)
+    info = read_info(file)
+    return info.recipe.model_dump_json(indent=2) if info.recipe else as_json(asdict(info))
+
+
+def env() -> None:
+    """Print versions, devices and folders, for a bug report."""
+    import torch
+
+    from latentpipe.checkpoints.registry import shipped
+    from latentpipe.pipelines.metadata.recipe import this_machine
+    from latentpipe.utils.io import home
+    from latentpipe.utils.system import best_device
+
+    machine = this_machine(best_device(), "fp32", torch.get_num_threads()).model_dump()
+    print(as_json({**machine, "python": sys.version.split()[0], "shipped": str(shipped()), "home": str(home())}))
