@@ -28,7 +28,7 @@ from latentpipe import VAEStage
 from latentpipe.checkpoints.registry import find_model
 from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.data import defects, image_set
-from latentpipe.data.given_pictures import read_given
+from latentpipe.data.given_pictures import read_given_pictures
 from latentpipe.evaluate.metrics.features import open_features
 from latentpipe.evaluate.metrics.posterior import kl_values
 from latentpipe.explore.anomaly import detector as anomaly
@@ -235,7 +235,7 @@ def artwork() -> dict[str, Any]:
     found: dict[str, Any] = {"normal": len(test), "false alarms, asked 0.05": float(calm.anomalous.mean())}
     print(f"normal: {len(test)} unseen Noto emoji; false alarms {calm.anomalous.mean():.3f} (asked: 0.05)")
     for name in ("crawl_tiles32", "twemoji72", "fluent3d"):
-        images = read_given([root / name], SIDE, True, 300).images
+        images = read_given_pictures([root / name], SIDE, True, 300).images
         result = detector.score(images)
         print(f"{name}: {len(images)} pictures, {result.anomalous.mean():.3f} flagged")
         rows = table(normal, {"all five": result.total} | result.parts | plain(images, known))

@@ -39,11 +39,11 @@ def vaes(files: Path, work: Path) -> dict[str, Any]:
     from latentpipe import VAEStage
     from latentpipe.checkpoints.convert import convert
     from latentpipe.checkpoints.registry import find_model
-    from latentpipe.checkpoints.vae_file import Given
+    from latentpipe.checkpoints.vae_file import StatedConfig
     from latentpipe.checkpoints.vae_io import load_vae
 
-    convert([files / "taef2_encoder.pth", files / "taef2_decoder.pth"], work / "taef2", None, Given(), None)
-    convert([files / "taesana_encoder.pth"], work / "taesana", None, Given(downscale=32), None)
+    convert([files / "taef2_encoder.pth", files / "taef2_decoder.pth"], work / "taef2", None, StatedConfig(), None)
+    convert([files / "taesana_encoder.pth"], work / "taesana", None, StatedConfig(downscale=32), None)
     return {
         "TAEF2 (FLUX.2, encoder and decoder)": VAEStage(load_vae(work / "taef2")),
         "TAESANA (DC-AE f32c32, encoder)": VAEStage(load_vae(work / "taesana")),

@@ -123,16 +123,16 @@ def _open_vae(at: Path) -> Any:
 
 
 def _lora(at: Path, to: Any = "diffusers") -> None:
-    from latentpipe.lora.adapter import Layer, Lora
+    from latentpipe.lora.adapter import Lora, LoraLayer
     from latentpipe.lora.state_dict.io import card, write_lora
 
-    def layer(seed: int, *shape: int) -> Layer:
+    def layer(seed: int, *shape: int) -> LoraLayer:
         draw = torch.Generator().manual_seed(seed)
         tensors = {
             "lora_A": torch.randn(2, 4, *shape, generator=draw),
             "lora_B": torch.randn(6, 2, *[1] * len(shape), generator=draw),
         }
-        return Layer("lora", tensors, 2, 3.0)
+        return LoraLayer("lora", tensors, 2, 3.0)
 
     block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     paths = {f"{block}.to_q": layer(0), f"{block}.to_v": layer(1), "conv_in": layer(2, 3, 3)}
@@ -167,10 +167,10 @@ def _open_lora(at: Path) -> Any:
 
 
 def _adapter(at: Path) -> None:
-    from latentpipe.compatibility.latent_adapter import Adapter, AdapterCard, save_adapter
+    from latentpipe.compatibility.latent_adapter import AdapterCard, LatentAdapter, save_adapter
 
     torch.manual_seed(0)
-    adapter = Adapter((4, 8), (4, 4), "convolution")
+    adapter = LatentAdapter((4, 8), (4, 4), "convolution")
     save_adapter(adapter, AdapterCard("ab" * 32, "cd" * 32, (4, 8), (4, 4), "convolution", {"r": 1.0}), at / "a.safetensors")
 
 

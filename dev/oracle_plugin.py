@@ -34,7 +34,7 @@ def pytest_configure(config: Any) -> None:
 
 
 def put_in_place() -> None:
-    """Whatever VAE a pipeline registers, it gets what `hosts.hosted` would give it."""
+    """Whatever VAE a pipeline registers, it gets what `families.hosted` would give it."""
     from diffusers import DiffusionPipeline
 
     from latentpipe import UserError, VAEStage

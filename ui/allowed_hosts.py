@@ -23,7 +23,7 @@ def name_of(host: str) -> str:
 def names_for(bound: Iterable[str], allowed: Iterable[str] = ()) -> frozenset[str]:
     """The names that are answered to: the loopback, what the server is bound to, and those that were allowed.
 
-    Bound to every address, it answers to the name of the machine as well (its addresses: `Names.answers`).
+    Bound to every address, it answers to the name of the machine as well (its addresses: `AllowedHosts.answers`).
     """
     found = {*LOOPBACK, *(name_of(name) for name in allowed)}
     for host in bound:
@@ -41,7 +41,7 @@ def is_loopback(host: str) -> bool:
     return host.lower() == "localhost"
 
 
-class Names:
+class AllowedHosts:
     """The allow-list of one server.
 
     known    names and addresses that a Host header may hold

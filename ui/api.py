@@ -21,7 +21,7 @@ from latentpipe.pipelines.metadata.recipe import MAX_SEED
 from latentpipe.ui import lab
 from latentpipe.ui import png_info as reading
 from latentpipe.ui.form import MAX_BATCH
-from latentpipe.ui.state import App, json_field, public, told
+from latentpipe.ui.state import App, json_field, public, toast_errors
 from latentpipe.ui.uploads import picture_input, picture_of
 from latentpipe.utils.defaults import GUIDANCE, STEPS, STRENGTH
 from latentpipe.utils.errors import UserError
@@ -67,7 +67,7 @@ def _drawing(app: App) -> None:
 
         As txt2img; strength, over 0 to 1, says how far they may move from it.
         """
-        with told():
+        with toast_errors():
             settings = _settings(negative, steps, guidance, seed, n, width, height, scheduler, loras)
             settings |= {"image": picture_of(image), "strength": STRENGTH if strength is None else float(strength)}
         yield from _draw(app, request, prompt, model, vae, settings)
@@ -91,7 +91,7 @@ def _settings(
     negative: str, steps: float, guidance: float, seed: float, n: float, width: float, height: float, scheduler: str, loras: Any
 ) -> dict[str, Any]:
     """Arguments of `Engine.run`, within the limits of the interface."""
-    with told():
+    with toast_errors():
         numbers = {"steps": steps, "seed": seed, "n": n, "width": width, "height": height}
         for name, number in numbers.items():
             if number is None or not math.isfinite(number) or int(number) != number:
@@ -130,7 +130,7 @@ def _weights(loras: Any) -> dict[str, float]:
 def _draw(app: App, request: gr.Request, prompt: str, model: str, vae: str, settings: dict[str, Any]) -> Iterator[Any]:
     """Empty results now and then while it draws, so that a client that leaves is noticed; then the files and their recipes."""
     told_at = time.monotonic()
-    with told() as notes:
+    with toast_errors() as notes:
         for event in app.jobs.draw(request, lambda: app.pipe(model, vae), prompt or "", notes, previews=False, **settings):
             if isinstance(event, Finished):
                 recipes = [picture.recipe.model_dump(mode="json") for picture in event.pictures]
@@ -143,7 +143,7 @@ def _draw(app: App, request: gr.Request, prompt: str, model: str, vae: str, sett
 def _reading(app: App) -> None:
     def png_info(image: str | None) -> dict[str, Any]:
         """The settings inside a picture of latentpipe, A1111, ComfyUI, Fooocus, InvokeAI or NovelAI."""
-        with told():
+        with toast_errors():
             if image is None:
                 raise UserError("image is missing; give an uploaded file.")
             return reading.as_json(reading.info_of(image))

@@ -18,7 +18,7 @@ from latentpipe.engine.jobs import Done
 from latentpipe.pipelines.metadata.recipe import MAX_SEED, read
 from latentpipe.ui import html
 from latentpipe.ui.form import NO_ADAPTER, Form, Values, build_form, build_prompt
-from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, told, told_of, wire_stop
+from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, sentences_of, toast_errors, wire_stop
 from latentpipe.ui.theme import SAID, into_view
 from latentpipe.utils.errors import counted
 
@@ -87,7 +87,7 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
     chosen, past, last_seed = kept
 
     def draw(values: Values, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        with told() as notes:
+        with toast_errors() as notes:
             prompt = values[form.prompt] or ""
             adapter = values[form.adapter]
 
@@ -119,7 +119,7 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
                 f"Stopped after {first.stopped_after} of {counted(first.steps, 'step')}; the unfinished picture "
                 f"is kept. Seed {first.seed}"
             )
-        text = f"{text}. {told_of([*notes, *event.pictures[0].notes])}".strip()
+        text = f"{text}. {sentences_of([*notes, *event.pictures[0].notes])}".strip()
         total = (pictures + earlier)[:HISTORY]
         return {
             status: html.words(text),
@@ -139,7 +139,7 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
 
 def _wire_form(app: App, form: Form, last_seed: gr.State, state: gr.HTML) -> None:
     def look(model: str, vae: str, adapter: str, request: gr.Request) -> Iterator[tuple[str, str, str]]:
-        with told():
+        with toast_errors():
             yield (
                 html.light("wait", "Measuring whether this VAE fits ..."),
                 "",
@@ -243,7 +243,7 @@ def _lora_rows_of(form: Form, path: str | None) -> list[Any]:
     if path is None:
         gr.Info(NOTHING)
         return skip
-    with told():
+    with toast_errors():
         every = read(Path(path)).loras
         loras = {name: weight for name, weight in every.items() if not isinstance(weight, dict)}
         if not every:

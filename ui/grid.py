@@ -20,7 +20,7 @@ from latentpipe.pipelines.metadata.recipe import MAX_PROMPT, MAX_SEED
 from latentpipe.pipelines.sampling import SCHEDULERS
 from latentpipe.ui import html
 from latentpipe.ui.form import OWN, Values
-from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, told, wire_stop
+from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
 from latentpipe.ui.uploads import picture_input, picture_of
 from latentpipe.utils.defaults import GUIDANCE, STEPS
@@ -118,7 +118,7 @@ def _side(app: App, label: str, kind: str, kinds: list[str], letter: str) -> Sid
         )  # fmt: skip
 
     def turn(name: str) -> tuple[Any, Any]:
-        with told():
+        with toast_errors():
             value = _fitting(app) if name == "VAE" else VALUES.get(name, "")
             return gr.update(visible=name == "LoRA weight", choices=app.choices("lora")), gr.update(
                 value=value, info=HINTS.get(name, ""), interactive=name != NONE
@@ -168,7 +168,7 @@ def _wire_run(
             _allow(app, app.pipe(model).native_size, settings["steps"], axes)
             return plot(lambda vae: app.pipe(model, vae), values[prompt] or "", *axes, report=report, **settings)
 
-        with told() as notes:
+        with toast_errors() as notes:
             axes = (x.axis(app, values), y.axis(app, values))
             if axes[0] is None:
                 raise UserError("Nothing varies along X; choose what does.")
@@ -202,7 +202,7 @@ def settings_of(rest: dict[str, Any], values: Values) -> dict[str, Any]:
 
 def _wire_again(app: App, image: gr.Image, again: gr.Button, shown: tuple[Any, ...]) -> None:
     def draw(path: str | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        with told() as notes:
+        with toast_errors() as notes:
             before = picture_of(path)
 
             def work(report: ProgressCallback) -> Grid:

@@ -14,8 +14,8 @@ from latentpipe.engine.jobs import Done
 from latentpipe.explore import playground
 from latentpipe.pipelines.metadata.recipe import MAX_PROMPT, MAX_SEED
 from latentpipe.ui import html
-from latentpipe.ui.playground_inputs import Given, result, waiting
-from latentpipe.ui.state import HEAVY, LIGHT, App, told, wire_stop
+from latentpipe.ui.playground_inputs import PlaygroundInputs, result, waiting
+from latentpipe.ui.state import HEAVY, LIGHT, App, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, STOP
 from latentpipe.ui.uploads import picture_of
 from latentpipe.utils.defaults import STEPS
@@ -26,7 +26,7 @@ NAMES = ("first", "second", "vae", "ends", "way", "form", "one", "two", "seed", 
 SEEDS = 3  # rows of a grid between prompts
 
 
-def build(app: App, given: Given) -> None:
+def build(app: App, given: PlaygroundInputs) -> None:
     """Lay the part out and wire it; to be called inside a gr.Tab."""
     with gr.Row():
         ends = gr.Radio(["Pictures", "Prompts"], value="Pictures", label="Between two", min_width=140, elem_id="lp-play-ends")
@@ -48,7 +48,7 @@ def build(app: App, given: Given) -> None:
     fields = [given.first, given.second, given.vae, ends, way, form, one, two, seed, steps, count]
 
     def draw(values: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
-        with told() as notes:
+        with toast_errors() as notes:
             work, alt = _path_work(app, given, dict(zip(NAMES, (values[field] for field in fields), strict=True)))
             for event in app.jobs.run(request, work, notes):
                 if isinstance(event, Done):
@@ -68,7 +68,7 @@ def build(app: App, given: Given) -> None:
     wire_stop(app, stop)
 
 
-def _path_work(app: App, given: Given, chosen: dict[str, Any]) -> tuple[Callable[[ProgressCallback], Path], str]:
+def _path_work(app: App, given: PlaygroundInputs, chosen: dict[str, Any]) -> tuple[Callable[[ProgressCallback], Path], str]:
     """The job that writes a strip, a grid or a clip, and what it shows in words."""
     form, count = chosen["form"], int(chosen["count"])
     way, seed = str(chosen["way"]), int(chosen["seed"] or 0)

@@ -18,7 +18,7 @@ from latentpipe.evaluate.vae_lab import MOST, Laboratory, compare_pictures, deco
 from latentpipe.pipelines.metadata.recipe import save_png
 from latentpipe.ui import html as show
 from latentpipe.ui.lab_view import as_json, comparison_sheet, figures, pictures_html, pictures_of, summary, words_of
-from latentpipe.ui.state import HEAVY, LIGHT, App, json_field, told, wire_stop
+from latentpipe.ui.state import HEAVY, LIGHT, App, json_field, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
 from latentpipe.utils.errors import counted
 from latentpipe.utils.images import fit_square, to_images
@@ -112,7 +112,7 @@ class _Parts:
 
 def _wire_compare(app: App, run: gr.Button, parts: _Parts) -> None:
     def compare(files: list[str] | None, vaes: list[str], side: str, model: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        with told() as notes:
+        with toast_errors() as notes:
             given, names = pictures_of(files), [app.named("vae", name) for name in vaes or []]
             if len(names) < 2:
                 raise UserError("Choose two or more VAEs to compare.")
@@ -151,7 +151,7 @@ def _wire_compare(app: App, run: gr.Button, parts: _Parts) -> None:
 
 def _wire_decode(app: App, same: gr.Button, parts: _Parts) -> None:
     def decode(files: list[str] | None, vaes: list[str], side: str, model: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        with told() as notes:
+        with toast_errors() as notes:
             given, names = pictures_of(files), [app.named("vae", name) for name in vaes or []]
             source = _own_vae(app, model)
 
@@ -196,7 +196,7 @@ def _own_vae(app: App, model: str) -> Path:
 
 def _wire_fit(app: App, fit: gr.Button, parts: _Parts, target: gr.Dropdown, ladder: gr.HTML) -> None:
     def run(files: list[str] | None, model: str, name: str | None, request: gr.Request) -> Iterator[str]:
-        with told() as notes:
+        with toast_errors() as notes:
             given = pictures_of(files)
             source, to = _own_vae(app, model), app.named("vae", name or "")
 
@@ -257,7 +257,7 @@ def add_endpoint(app: App) -> None:
 
         Returns the figures, and a PNG sheet of originals, reconstructions and differences. side 0: what suits all.
         """
-        with told() as notes:
+        with toast_errors() as notes:
             if not isinstance(vaes, list) or not vaes or not all(isinstance(name, str) for name in vaes):
                 raise UserError('vaes is no list of names; expected such as ["emoji", "emoji-tiny"].')
             names = [app.named("vae", name) for name in dict.fromkeys(vaes)]

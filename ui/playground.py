@@ -12,8 +12,8 @@ from latentpipe.engine.jobs import Done, Waiting
 from latentpipe.explore import playground
 from latentpipe.pipelines.metadata.recipe import MAX_SEED
 from latentpipe.ui import html, interpolate
-from latentpipe.ui.playground_inputs import Given, build_given, result, waiting
-from latentpipe.ui.state import HEAVY, LIGHT, App, told, wire_stop
+from latentpipe.ui.playground_inputs import PlaygroundInputs, build_inputs, result, waiting
+from latentpipe.ui.state import HEAVY, LIGHT, App, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
 from latentpipe.ui.uploads import picture_of
 from latentpipe.utils.progress import ProgressCallback
@@ -28,7 +28,7 @@ def build(app: App) -> None:
     """Lay the tab out and wire it; to be called inside a gr.Tab."""
     with gr.Row(elem_classes="lp-wide"):
         with gr.Column(scale=4, min_width=320):
-            given = build_given(app)
+            given = build_inputs(app)
         with gr.Column(scale=6, min_width=320), gr.Tabs(elem_id="lp-play-tabs"):
             with gr.Tab("Edit live", id="live"):
                 names = _live(app, given)
@@ -41,7 +41,7 @@ def build(app: App) -> None:
 # --- edit live ------------------------------------------------------------------------------------------------
 
 
-def _live(app: App, given: Given) -> tuple[gr.Dropdown, gr.Dropdown]:
+def _live(app: App, given: PlaygroundInputs) -> tuple[gr.Dropdown, gr.Dropdown]:
     status = gr.HTML(html.empty(EMPTY), elem_id="lp-play-status", elem_classes=SAID)
     picture = gr.Image(
         label="Decoded", show_label=False, format="png", interactive=False, visible=False, height=260, elem_id="lp-play-live",
@@ -73,7 +73,7 @@ def _live(app: App, given: Given) -> tuple[gr.Dropdown, gr.Dropdown]:
         if first is None:
             yield html.empty(EMPTY), gr.update(visible=False)
             return
-        with told() as notes:
+        with toast_errors() as notes:
             moves = {NONE: 0.0, one: one_far} | {other: other_far + (one_far if one == other else 0.0)}
             del moves[NONE]
             mixed = share if second is not None else 0.0
@@ -116,9 +116,11 @@ def _words(share: float, scale: float, noise: float, moves: Any) -> str:
     return f"The first picture, decoded from its latents{', with ' * bool(parts)}{', '.join(parts)}."
 
 
-def _wire_learn(app: App, given: Given, learn: gr.Button, learned: gr.HTML, names: tuple[gr.Dropdown, gr.Dropdown]) -> None:
+def _wire_learn(
+    app: App, given: PlaygroundInputs, learn: gr.Button, learned: gr.HTML, names: tuple[gr.Dropdown, gr.Dropdown]
+) -> None:
     def found(vae: str, request: gr.Request) -> Iterator[tuple[Any, Any, Any]]:
-        with told() as notes:
+        with toast_errors() as notes:
 
             def work(report: ProgressCallback) -> list[str]:
                 return playground.directions(given.stage(app, vae), report)
@@ -140,7 +142,7 @@ def _wire_learn(app: App, given: Given, learn: gr.Button, learned: gr.HTML, name
 # --- traverse -------------------------------------------------------------------------------------------------
 
 
-def _traverse(app: App, given: Given, names: tuple[gr.Dropdown, gr.Dropdown]) -> None:
+def _traverse(app: App, given: PlaygroundInputs, names: tuple[gr.Dropdown, gr.Dropdown]) -> None:
     gr.Markdown(
         f"A row for each of the {ROWS} directions that change pictures most, or the plane of the two chosen in *Edit live*."
     )
@@ -156,7 +158,7 @@ def _traverse(app: App, given: Given, names: tuple[gr.Dropdown, gr.Dropdown]) ->
     def draw(
         first: str | None, vae: str, what: str, count: float, most: float, one: str, other: str, request: gr.Request
     ) -> Iterator[tuple[Any, Any, Any]]:
-        with told() as notes:
+        with toast_errors() as notes:
             picture = picture_of(first)
 
             def work(report: ProgressCallback) -> Image.Image:

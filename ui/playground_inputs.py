@@ -19,7 +19,7 @@ PAIRS = [("red apple", "green apple"), ("cat face", "dog face"), ("smiling face"
 
 
 @dataclass(frozen=True)
-class Given:
+class PlaygroundInputs:
     """The pictures and the VAE that everything here begins from."""
 
     first: gr.Image
@@ -31,7 +31,7 @@ class Given:
         return app.pipe().stage if vae == BUILT_IN else app.models.stage(app.named("vae", vae))
 
 
-def build_given(app: App) -> Given:
+def build_inputs(app: App) -> PlaygroundInputs:
     """Two places for pictures, examples for both, and the VAE."""
     with gr.Row():
         first = picture_input("First", height=200, min_width=140, alt_text="First picture", elem_id="lp-play-first")
@@ -41,7 +41,7 @@ def build_given(app: App) -> Given:
         for pair in PAIRS:
             gr.Button(" → ".join(pair), size="sm", min_width=140).click(partial(_pair, app, pair), None, [first, second], **LIGHT)
     vae = gr.Dropdown([BUILT_IN, *app.choices("vae")], value=BUILT_IN, label="VAE whose latents are moved", elem_id="lp-play-vae")
-    return Given(first, second, vae)
+    return PlaygroundInputs(first, second, vae)
 
 
 def _pair(app: App, captions: tuple[str, str]) -> list[str]:

@@ -16,7 +16,7 @@ from latentpipe.pipelines.metadata.recipe import read
 from latentpipe.ui import html
 from latentpipe.ui.form import Form
 from latentpipe.ui.restored_settings import fields_of, taken_over
-from latentpipe.ui.state import HEAVY, LIGHT, App, told, wire_stop
+from latentpipe.ui.state import HEAVY, LIGHT, App, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
 from latentpipe.ui.uploads import check_picture, picture_input
 from latentpipe.utils.progress import ProgressCallback
@@ -78,7 +78,7 @@ def look(path: str | None) -> tuple[str, str, str, Any]:
     if path is None:
         return html.empty(EMPTY), "", "", hidden
     try:
-        with told():
+        with toast_errors():
             info = info_of(path)
     except gr.Error as error:  # a line that stays, in place of a toast that goes
         return html.light("red", str(error.message), "Not read"), "", "", hidden
@@ -108,7 +108,7 @@ def _words(value: Any) -> str:
 def _replay(app: App, path: str | None, source: str | None, request: gr.Request) -> Iterator[tuple[Any, Any]]:
     """Draw the picture again and say how far it is from the old one."""
     hidden = gr.update(visible=False)
-    with told() as notes:
+    with toast_errors() as notes:
         if path is None:
             gr.Info("Drop a picture first.")
             return

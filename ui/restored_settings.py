@@ -13,7 +13,7 @@ from latentpipe.pipelines.metadata.reader import Info, read_info
 from latentpipe.pipelines.sampling import SCHEDULERS
 from latentpipe.ui import html
 from latentpipe.ui.form import GUIDANCES, NO_ADAPTER, OWN, STEPS_OF, STRENGTHS, Form
-from latentpipe.ui.state import BUILT_IN, App, told, told_of
+from latentpipe.ui.state import BUILT_IN, App, sentences_of, toast_errors
 from latentpipe.ui.uploads import check_picture, name_of_file
 
 LIMITS = {"steps": STEPS_OF, "guidance": GUIDANCES, "strength": STRENGTHS}
@@ -33,7 +33,7 @@ def taken_over(app: App, form: Form, path: str | None, model: str) -> list[Any]:
     What is not installed, does not fit the model or is beyond the form's limits is told.
     """
     fields = fields_of(form)
-    with told():
+    with toast_errors():
         if path is None:
             gr.Info("Drop a picture first.")
             return [gr.skip()] * (len(fields) + 1)
@@ -48,7 +48,9 @@ def taken_over(app: App, form: Form, path: str | None, model: str) -> list[Any]:
         low, high = have.get("guidance_interval", (0.0, 1.0))
         width, height = have.get("size", (0, 0))
         rows = _rows(app, form, info, changes)
-        words = f"The settings of {name_of_file(path)} are in the fields; Generate draws with them. {told_of(changes)}".strip()
+        words = (
+            f"The settings of {name_of_file(path)} are in the fields; Generate draws with them. {sentences_of(changes)}".strip()
+        )
         gr.Info(words if len(words) < 300 else "The settings are in the tab Generate; what was changed stands there.", duration=8)
         return [
             info.prompt, info.negative, *names, have.get("steps", gr.skip()), have.get("guidance", gr.skip()), low, high,

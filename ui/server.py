@@ -15,13 +15,13 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from latentpipe import UserError
-from latentpipe.checkpoints.registry import find_model, shipped
+from latentpipe.checkpoints.registry import bundled_weights_dir, find_model
 from latentpipe.ui import app as pages
 from latentpipe.ui import serving, sessions, theme
-from latentpipe.ui.allowed_hosts import Names, is_loopback, names_for
-from latentpipe.ui.guard import MAX_FILE, Guard
+from latentpipe.ui.allowed_hosts import AllowedHosts, is_loopback, names_for
+from latentpipe.ui.guard import MAX_FILE, RequestGuard
 from latentpipe.ui.listeners import Listeners
-from latentpipe.ui.login import LOGIN, Door, login_of
+from latentpipe.ui.login import LOGIN, LoginSessions, login_of
 from latentpipe.ui.state import MAX_WORK, App, Jobs, collect_notes
 from latentpipe.utils.io import home
 from latentpipe.utils.signals import signals_to
@@ -74,10 +74,10 @@ def serve(
     sessions.lighten(page)
     page.max_threads = page._queue.max_thread_count = THREADS
     page.state_session_capacity = sessions.MOST
-    names = Names(names_for([host], allow_host), allow_host)
-    door = Door(login, root_path) if login is not None else None
+    names = AllowedHosts(names_for([host], allow_host), allow_host)
+    door = LoginSessions(login, root_path) if login is not None else None
     inside = serving.mounted(page, **_options(root_path, mcp))
-    guard = Guard(inside, names, door, listeners, _session_of(page), root_path)
+    guard = RequestGuard(inside, names, door, listeners, _session_of(page), root_path)
     running = serving.Running(guard, sockets, behind_proxy=bool(root_path or allow_host))
     served = Served(page, serving.address_of(host, sockets[0].getsockname()[1]), state, running)
     print(f"latentpipe is at {served.address}  (Ctrl-C ends it)", flush=True)
@@ -129,7 +129,7 @@ def _options(root_path: str, mcp: bool) -> dict[str, Any]:
 
 def _hidden() -> tuple[Path, Path]:
     """Folders that no address leads into: the shipped weights, and the user's own."""
-    return shipped(), home()
+    return bundled_weights_dir(), home()
 
 
 def _refuse_hidden(shown: Path) -> None:

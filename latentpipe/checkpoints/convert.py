@@ -12,8 +12,8 @@ import torch
 
 from latentpipe.checkpoints import ldm_keys
 from latentpipe.checkpoints.tensor_source import CARD_FILE, CONFIG_KEY, VAE_FILE, Source, open_source, pair
-from latentpipe.checkpoints.vae_file import Given, VAEFile, resolve
-from latentpipe.utils.errors import Note, UserError
+from latentpipe.checkpoints.vae_file import StatedConfig, VAEFile, resolve
+from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.images import psnr, to_bytes
 from latentpipe.utils.io import atomic_file, atomic_folder, content_hash, file_hash
 from latentpipe.utils.reading import parse_object
@@ -26,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def convert(
-    sources: Sequence[Path], out: Path, to: Layout | None = None, given: Given | None = None, dtype: str | None = None
+    sources: Sequence[Path], out: Path, to: Layout | None = None, given: StatedConfig | None = None, dtype: str | None = None
 ) -> str:
     """Write the VAE of `sources` (one, or a tiny autoencoder's two halves) to `out`, atomically; return its content hash.
 
@@ -40,7 +40,7 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
     source = _source(sources)
-    vae = resolve(source, given or Given())
+    vae = resolve(source, given or StatedConfig())
     tensors = {name: _cast(tensor, dtype) for name, tensor in vae.tensors.items()}
     vae = VAEFile(vae.path, vae.config, tensors)
     model = vae.build()
@@ -61,7 +61,7 @@ def convert(
 
 @torch.no_grad()
 def _check_pair(model: Any, vae: VAEFile) -> None:
-    """A Note where the two halves do not rebuild pictures together: they may come from two autoencoders."""
+    """A warning where the two halves do not rebuild pictures together: they may come from two autoencoders."""
     stage = VAEStage(model, vae.space)
     images = probe_images(4, 16 * stage.space.downscale)
     flat = images.mean((2, 3), keepdim=True).expand_as(images)
@@ -70,7 +70,7 @@ def _check_pair(model: Any, vae: VAEFile) -> None:
         warnings.warn(
             f"the two halves do not rebuild pictures together ({rebuilt:.1f} dB; one colour for each gives {plain:.1f} dB): "
             "are they of the same autoencoder?",
-            Note,
+            LatentpipeWarning,
             stacklevel=3,
         )
 

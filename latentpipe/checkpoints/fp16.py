@@ -43,7 +43,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Report:
+class Fp16Report:
     """What `make_fp16_safe` measured and did.
 
     n           how many images
@@ -86,7 +86,7 @@ class _Seen:
     images: torch.Tensor
 
 
-def make_fp16_safe(vae: Any, images: torch.Tensor) -> tuple[Any, Report]:
+def make_fp16_safe(vae: Any, images: torch.Tensor) -> tuple[Any, Fp16Report]:
     """A copy of an AutoencoderKL or AutoencoderTiny that stays finite in fp16, in the dtype given, and the proof.
 
     Scales come from the largest activations in fp32 on `images` (B 3 H W, [-1, 1]) and on their latents. UserError:
@@ -108,7 +108,7 @@ def make_fp16_safe(vae: Any, images: torch.Tensor) -> tuple[Any, Report]:
     after = _observe(new, images, before.mean)
     half_model = _half(new, emulated)
     half = _observe(half_model, images, before.mean, emulated)
-    report = Report(
+    report = Fp16Report(
         n=len(images),
         overflowed=not all_finite((naive.mean, naive.std, naive.images)),
         emulated=emulated,
@@ -123,7 +123,9 @@ def make_fp16_safe(vae: Any, images: torch.Tensor) -> tuple[Any, Report]:
     return nn.Module.to(new, next(vae.parameters()).dtype).train(vae.training), report
 
 
-def convert(path: Path, images: Callable[[int], torch.Tensor], image_set: str, out: Path | None, device: str = "cpu") -> Report:
+def convert(
+    path: Path, images: Callable[[int], torch.Tensor], image_set: str, out: Path | None, device: str = "cpu"
+) -> Fp16Report:
     """`make_fp16_safe` for the VAE at `path`, on ``images(side in pixels)``; `out` gets the new one, in fp16.
 
     Its card.json holds the base's card and hash, and all that was measured. UserError where `out` holds something.

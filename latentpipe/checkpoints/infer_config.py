@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from latentpipe.checkpoints.instantiate import build
-from latentpipe.utils.errors import Note, UserError, short
+from latentpipe.utils.errors import LatentpipeWarning, UserError, short
 from latentpipe.vae.latent_space import PUBLISHED, LatentSpace, downscale_of
 from latentpipe.vae.probe_images import probe_images
 from latentpipe.vae.stage import VAEStage
@@ -138,4 +138,4 @@ def _side(config: Config, least: int) -> int:
 
 
 def _note(text: str) -> None:
-    warnings.warn(text, Note, stacklevel=2)
+    warnings.warn(text, LatentpipeWarning, stacklevel=2)

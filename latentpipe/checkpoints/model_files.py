@@ -17,7 +17,7 @@ TOKENS = 2**24
 Colour = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
-class Verdict(BaseModel):
+class VerdictEntry(BaseModel):
     """What a swap was judged."""
 
     model_config = ConfigDict(extra="allow")
@@ -30,7 +30,7 @@ class SwappedVAE(BaseModel):
     model_config = ConfigDict(extra="allow")
     name: str | None = None
     hash: str | None = None
-    verdict: Verdict | None = None
+    verdict: VerdictEntry | None = None
 
 
 class Card(BaseModel):

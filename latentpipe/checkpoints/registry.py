@@ -14,7 +14,7 @@ from latentpipe.utils.errors import UserError, near
 from latentpipe.utils.io import SUFFIXES, home, printable
 
 
-def shipped() -> Path:
+def bundled_weights_dir() -> Path:
     """The folder of the weights that ship with the project: in the wheel, or in a checkout (where it is a link)."""
     return (Path(__file__).parents[1] / "embedded").resolve()
 
@@ -27,11 +27,11 @@ def available(kind: str = "models") -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     if kind != "lora":
-        for path in sorted(shipped().glob("[!.]*/model_index.json")):
+        for path in sorted(bundled_weights_dir().glob("[!.]*/model_index.json")):
             found[path.parent.name] = path.parent if kind == "models" else path.parent / "vae"
         for name, path in _entries(home() / "models", "model_index.json").items():
             found[name] = path if kind == "models" else path / "vae"
-    for root in (shipped() / kind, home() / kind):
+    for root in (bundled_weights_dir() / kind, home() / kind):
         found |= _entries(root, {"lora": "", "vae": "config.json"}.get(kind, "model_index.json"))
     return found
 

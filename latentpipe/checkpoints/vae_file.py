@@ -25,7 +25,7 @@ IMAGE_INPUTS = ("encoder.conv_in.weight", "encoder.conv_in.conv.weight", "encode
 
 
 @dataclass(frozen=True)
-class Given:
+class StatedConfig:
     """What a person states about a VAE whose file does not say it; None: unknown."""
 
     factor: float | None = None
@@ -65,9 +65,9 @@ class VAEFile:
 _measured: dict[tuple[Any, ...], dict[str, Any]] = {}  # completed configs, by file and what was given
 
 
-def open_vae(path: Path, given: Given | None = None) -> VAEFile:
+def open_vae(path: Path, given: StatedConfig | None = None) -> VAEFile:
     """A diffusers folder or a safetensors file as a VAEFile. What the file does not say is measured, or asked for."""
-    return resolve(open_source(path), given or Given())
+    return resolve(open_source(path), given or StatedConfig())
 
 
 def declared_space(path: Path) -> LatentSpace:
@@ -76,11 +76,11 @@ def declared_space(path: Path) -> LatentSpace:
     Factors that the file does not state are 1 here.
     """
     source = open_source(path)
-    config, _ = _identify(source, Given())
+    config, _ = _identify(source, StatedConfig())
     return _space({**config, "scaling_factor": config.get("scaling_factor") or 1.0}, source.path)
 
 
-def resolve(source: Source, given: Given) -> VAEFile:
+def resolve(source: Source, given: StatedConfig) -> VAEFile:
     """As `open_vae`, of a Source."""
     config, names = _identify(source, given)
     _check_header(source, names)
@@ -93,7 +93,7 @@ def resolve(source: Source, given: Given) -> VAEFile:
     return VAEFile(source.path, dict(_measured[key]), tensors)
 
 
-def _identify(source: Source, given: Given) -> tuple[dict[str, Any], dict[str, str]]:
+def _identify(source: Source, given: StatedConfig) -> tuple[dict[str, Any], dict[str, str]]:
     """The config that the file states or its shapes tell, and our name -> the file's name for each tensor."""
     where = source.folder or source.path
     if carries_adapter(source.shapes):
@@ -115,7 +115,7 @@ def _identify(source: Source, given: Given) -> tuple[dict[str, Any], dict[str, s
     raise UserError(f"{where} is no VAE that opens here; it looks like {looks_like(source.shapes)}.")
 
 
-def _vocabulary(shapes: ldm_keys.Shapes, source: Source, given: Given) -> tuple[dict[str, Any], dict[str, str]] | None:
+def _vocabulary(shapes: ldm_keys.Shapes, source: Source, given: StatedConfig) -> tuple[dict[str, Any], dict[str, str]] | None:
     """Config and our name -> name, for names without prefix; None where they are no VAE's."""
     names: dict[str, str] = {}
     if ldm_keys.is_ldm(shapes):
@@ -170,7 +170,7 @@ def _check_header(source: Source, names: Mapping[str, str]) -> None:
             raise UserError(f"{source.path} encodes pictures of {counted(shape[1], 'channel')}; images here have 3.")
 
 
-def _complete(config: dict[str, Any], tensors: dict[str, torch.Tensor], given: Given, path: Path) -> dict[str, Any]:
+def _complete(config: dict[str, Any], tensors: dict[str, torch.Tensor], given: StatedConfig, path: Path) -> dict[str, Any]:
     """`config` with what was given, and with what the file leaves open as measured."""
     _space({**config, "scaling_factor": 1.0 if config.get("scaling_factor") is None else config["scaling_factor"]}, path)
     if config["_class_name"] == "AutoencoderKL" and (given.groups or "norm_num_groups" not in config):

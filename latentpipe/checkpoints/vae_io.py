@@ -13,7 +13,7 @@ import torch
 from latentpipe.checkpoints import vae_file as formats
 from latentpipe.checkpoints.config_ranges import check_network_config, check_space
 from latentpipe.checkpoints.tensor_source import CARD_FILE
-from latentpipe.checkpoints.vae_file import Given, VAEFile
+from latentpipe.checkpoints.vae_file import StatedConfig, VAEFile
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import atomic_folder, content_hash
 from latentpipe.utils.logging import quiet
@@ -33,11 +33,11 @@ def open_vae(
     """A VAE's complete config, space and tensors, without building it.
 
     path  a diffusers folder, or a safetensors file with diffusers', LDM's (also within a checkpoint) or TAESD's keys
-    The other arguments state what a file does not; left out, it is measured on probe images (a Note says so) or asked
+    The other arguments state what a file does not; left out, it is measured on probe images (a warning says so) or asked
     for (UserError). A factor that is given wins over the file's.
     """
     with quiet():
-        found = formats.open_vae(Path(path), Given(scaling_factor, shift_factor, downscale, norm_groups))
+        found = formats.open_vae(Path(path), StatedConfig(scaling_factor, shift_factor, downscale, norm_groups))
     check_space(found.space.scale, found.space.shift, Path(path))
     check_network_config(found.config, Path(path))
     return found

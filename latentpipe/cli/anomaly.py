@@ -11,7 +11,7 @@ from latentpipe.utils.errors import counted
 if TYPE_CHECKING:
     import torch
 
-    from latentpipe.data.given_pictures import Given
+    from latentpipe.data.given_pictures import GivenPictures
     from latentpipe.explore.anomaly.detector import Detector, Scores
 
 MOST_SHOWN = 60  # pictures on the sheet
@@ -22,7 +22,7 @@ class Found:
     """A detector, what it was shown, and what it says: scores and heat maps (N H W) in the order of `given`."""
 
     detector: Detector
-    given: Given
+    given: GivenPictures
     scores: Scores
     heat: torch.Tensor
 
@@ -95,29 +95,29 @@ def _find(
     import torch
 
     from latentpipe.cli.common import open_stage, progress_bar
-    from latentpipe.data.given_pictures import read_given
+    from latentpipe.data.given_pictures import read_given_pictures
     from latentpipe.data.image_set import read_set
     from latentpipe.explore.anomaly import detector as run
-    from latentpipe.utils.errors import Note
+    from latentpipe.utils.errors import LatentpipeWarning
 
     with progress_bar() as report:
         stage, _, side = open_stage(vae, size, device)
         if saved is not None:
             detector = run.load(saved, stage)
-            given = read_given(pictures, detector.side, detector.normal == run.BANK, most, report)
+            given = read_given_pictures(pictures, detector.side, detector.normal == run.BANK, most, report)
         else:
-            given = read_given(pictures, side, normal is None, most, report)
+            given = read_given_pictures(pictures, side, normal is None, most, report)
             if normal is None:
                 known = torch.cat([read_set(None, side, None, split).images for split in ("validation", "held_out")])
             else:
-                read = read_given([normal], side, False, most, report)
+                read = read_given_pictures([normal], side, False, most, report)
                 known = read.images
                 for name, reason in read.skipped.items():
-                    warnings.warn(Note(f"normal picture {name} was skipped: {reason}"), stacklevel=2)
+                    warnings.warn(LatentpipeWarning(f"normal picture {name} was skipped: {reason}"), stacklevel=2)
             name = run.BANK if normal is None else normal.resolve().name
             detector = run.calibrate(stage, known, false_alarms, name, report)
         for name, reason in given.skipped.items():
-            warnings.warn(Note(f"{name} was skipped: {reason}"), stacklevel=2)
+            warnings.warn(LatentpipeWarning(f"{name} was skipped: {reason}"), stacklevel=2)
         scores, heat = detector.both(given.images, report)
     return Found(detector, given, scores, heat)
 

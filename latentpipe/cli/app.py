@@ -29,7 +29,7 @@ from latentpipe.cli import (
 )
 from latentpipe.cli.generate import Generate
 from latentpipe.cli.grid import Grid
-from latentpipe.utils.errors import Note, UserError, begin, near
+from latentpipe.utils.errors import LatentpipeWarning, UserError, begin, near
 from latentpipe.utils.out_of_memory import is_shortage, sentence
 from latentpipe.utils.signals import interruptible, say, status_of
 
@@ -237,5 +237,5 @@ def _help() -> str:
 
 
 def _show_warning(message: Any, category: Any, *_: Any) -> None:
-    if issubclass(category, Note):
+    if issubclass(category, LatentpipeWarning):
         print(f"latentpipe: note: {message}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """What a call names, looked at before anything large is imported: names, folders, files, limits. UserError says what is wrong.
 
-Which verb's parameter is looked at by which of these stands in `rules`. What only the weights can tell (whether a VAE fits,
+Which verb's parameter is looked at by which of these stands in `argument_rules`. What only the weights can tell (does a VAE fit,
 whether a file is whole) is decided later, by the functions that read them.
 """
 

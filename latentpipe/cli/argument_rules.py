@@ -1,4 +1,4 @@
-"""Which value of which verb is looked at how, before anything large is imported: tables of `checks`."""
+"""Which value of which verb is looked at how, before anything large is imported: tables of `argument_checks`."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def compress(
     import warnings
 
     from latentpipe.explore.codec import codec as files
-    from latentpipe.utils.errors import Note
+    from latentpipe.utils.errors import LatentpipeWarning
     from latentpipe.utils.images import dropped, open_picture
     from latentpipe.utils.io import atomic_file
 
@@ -36,7 +36,7 @@ def compress(
         raise UserError(f"{out}: expected the name of a file that ends in .lpz.")
     opened = open_picture(picture)
     for what in dropped(picture):
-        warnings.warn(Note(f"{picture} {what}"), stacklevel=2)
+        warnings.warn(LatentpipeWarning(f"{picture} {what}"), stacklevel=2)
     codec = files.open_codec(vae)
     data = files.compress(opened, codec, step, progress=_bar)
     with atomic_file(out) as part:

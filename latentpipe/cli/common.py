@@ -83,12 +83,12 @@ def pictures_of(folder: Path, side: int, most: int | None = None) -> Any:
     import warnings
 
     from latentpipe.data.image_folder import read_pictures
-    from latentpipe.utils.errors import Note
+    from latentpipe.utils.errors import LatentpipeWarning
     from latentpipe.utils.images import to_images
 
     pictures = read_pictures(folder, side, most)
     if pictures.skipped:
-        warnings.warn(Note(f"{folder}: {pictures.report()}"), stacklevel=2)
+        warnings.warn(LatentpipeWarning(f"{folder}: {pictures.report()}"), stacklevel=2)
     return to_images(pictures.pixels)
 
 

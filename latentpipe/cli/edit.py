@@ -125,7 +125,7 @@ def edit(options: Edit) -> None:
     from latentpipe.data.image_set import encode, side_for
     from latentpipe.explore import edit as run
     from latentpipe.explore import playground
-    from latentpipe.utils.errors import Note
+    from latentpipe.utils.errors import LatentpipeWarning
     from latentpipe.utils.images import open_picture, to_images
 
     check_png(options.out)
@@ -135,7 +135,9 @@ def edit(options: Edit) -> None:
     other = None if options.mix is None else open_picture(options.mix)
     hole = None if options.mask is None else run.hole_of(run.open_mask(options.mask), given.size)
     if other is None and not moves and options.scale == 1 and not options.noise:
-        warnings.warn(Note("nothing was asked for: the picture is encoded and decoded (see --mix, --noise)"), stacklevel=2)
+        warnings.warn(
+            LatentpipeWarning("nothing was asked for: the picture is encoded and decoded (see --mix, --noise)"), stacklevel=2
+        )
     stage, _, _ = open_stage(options.vae, None, options.device)
     with progress_bar() as report:
         if moves:
@@ -233,18 +235,18 @@ def _is_file(name: str) -> bool:
 
 
 def _some_hole(picture: Image.Image) -> Image.Image:
-    """The transparent part of a picture, else the square in its middle, which a Note says."""
+    """The transparent part of a picture, else the square in its middle, which a warning says."""
     import warnings
 
     from PIL import Image, ImageDraw
 
     from latentpipe.explore.edit import clear_part
-    from latentpipe.utils.errors import Note
+    from latentpipe.utils.errors import LatentpipeWarning
 
     clear = clear_part(picture)
     if clear is not None:
         return clear
-    warnings.warn(Note("no --mask was given: the middle of the picture is redrawn"), stacklevel=3)
+    warnings.warn(LatentpipeWarning("no --mask was given: the middle of the picture is redrawn"), stacklevel=3)
     hole = Image.new("L", picture.size)
     width, height = picture.size
     ImageDraw.Draw(hole).rectangle((width // 4, height // 4, (3 * width - 1) // 4, (3 * height - 1) // 4), fill=255)

@@ -45,7 +45,7 @@ def sample(
     import warnings
 
     from latentpipe.explore import sample as run
-    from latentpipe.utils.errors import Note, UserError
+    from latentpipe.utils.errors import LatentpipeWarning, UserError
 
     if not 1 <= n <= MOST_DRAWS or measured < 0 or measured == 1 or not 0 <= seed < 2**32:
         raise UserError(
@@ -56,7 +56,7 @@ def sample(
     stage, name, side = open_stage(vae, size, device)
     note = run.positions_note(stage, name, side) if prior == "normal" else None
     if note:
-        warnings.warn(Note(note), stacklevel=2)
+        warnings.warn(LatentpipeWarning(note), stacklevel=2)
     with progress_bar() as report:
         found = run.sample(stage, side, n, seed, prior, images, measured, features, report)
     save_png(found.page, out)

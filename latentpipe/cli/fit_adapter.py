@@ -11,7 +11,7 @@ from latentpipe.cli.common import pictures_of
 from latentpipe.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from latentpipe.train.latent_adapter import Ladder
+    from latentpipe.train.latent_adapter import FitReport
     from latentpipe.utils.progress import ProgressCallback
 
 
@@ -56,7 +56,7 @@ def fit_and_save(
     pictures: str,
     out: Path | None = None,
     report: ProgressCallback | None = None,
-) -> tuple[Ladder, Path]:
+) -> tuple[FitReport, Path]:
     """Fit an adapter on images (N 3 H W, [-1, 1]) and write it; the scores of its ladder, and the file.
 
     pictures  what they are, in words, for the card

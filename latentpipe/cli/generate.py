@@ -18,7 +18,7 @@ from latentpipe.cli.lora import Method
 from latentpipe.cli.output_paths import is_picture
 from latentpipe.utils.defaults import GUIDANCE, STEPS, STRENGTH
 from latentpipe.utils.signals import interruption, signals_to
-from latentpipe.utils.threads import apart
+from latentpipe.utils.threads import run_in_thread
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def run(options: Generate) -> None:
             pipe.set_lora(pipe.loras.weights, method=options.lora_method)
         return pipe
 
-    pictures, stop = _watch(Engine(apart(opened)), options.prompt, settings)
+    pictures, stop = _watch(Engine(run_in_thread(opened)), options.prompt, settings)
     for picture in pictures:
         print(picture.save(_place(options.out, picture.recipe, len(pictures))))
     stop.heed()

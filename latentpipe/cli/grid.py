@@ -63,13 +63,13 @@ def run(options: Grid) -> None:
         name: getattr(options, name) for name in ("seed", "vae", "negative", "steps", "guidance", "scheduler", "lora_partial")
     }
     settings |= {"size": size_of(options.size), "loras": dict(weighted(text) for text in options.lora)}
-    from latentpipe.engine.pipeline_cache import ModelCache
+    from latentpipe.engine.pipeline_cache import PipelineCache
     from latentpipe.engine.xy_grid.axes import read_axis
     from latentpipe.engine.xy_grid.plot import plot
     from latentpipe.utils.progress import ProgressCallback
 
     axes = read_axis(options.x), read_axis(options.y) if options.y is not None else None
-    models = ModelCache(device=options.device, dtype=options.dtype)
+    models = PipelineCache(device=options.device, dtype=options.dtype)
 
     def work(report: ProgressCallback) -> Any:
         return plot(lambda vae: models.open(options.model, vae), options.prompt, *axes, report=report, **settings)

@@ -92,10 +92,10 @@ def env() -> None:
     """Print versions, devices and folders, for a bug report."""
     import torch
 
-    from latentpipe.checkpoints.registry import shipped
+    from latentpipe.checkpoints.registry import bundled_weights_dir
     from latentpipe.pipelines.metadata.recipe import this_machine
     from latentpipe.utils.io import home
     from latentpipe.utils.system import best_device
 
     machine = this_machine(best_device(), "fp32", torch.get_num_threads()).model_dump()
-    print(as_json({**machine, "python": sys.version.split()[0], "shipped": str(shipped()), "home": str(home())}))
+    print(as_json({**machine, "python": sys.version.split()[0], "shipped": str(bundled_weights_dir()), "home": str(home())}))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from latentpipe.lora.adapter import Layer, Lora
+    from latentpipe.lora.adapter import Lora, LoraLayer
 
 Layout = Literal["diffusers", "kohya", "peft"]
 DType = Literal["fp32", "fp16", "bf16"]
@@ -70,7 +70,7 @@ def lora_convert(
     from latentpipe.checkpoints.registry import find_lora
     from latentpipe.lora.factor import as_plain
     from latentpipe.lora.state_dict.io import read_lora
-    from latentpipe.utils.errors import Note, UserError
+    from latentpipe.utils.errors import LatentpipeWarning, UserError
     from latentpipe.utils.io import file_hash
 
     _check_out(out)
@@ -80,7 +80,7 @@ def lora_convert(
     lora = read_lora(path, pickles=True)
     if lora.unread:
         shown = ", ".join(lora.unread[:3]) + (f" and {len(lora.unread) - 3} more" if len(lora.unread) > 3 else "")
-        warnings.warn(Note(f"{path}: keys of no layer are not written: {shown}."), stacklevel=2)
+        warnings.warn(LatentpipeWarning(f"{path}: keys of no layer are not written: {shown}."), stacklevel=2)
     origin = {"file": path.name} | ({"sha256": file_hash(path)} if path.is_file() else {})
     kept = {key: value for key, value in lora.metadata.items() if not (plain and key.startswith("ss_network_"))}
     lora = replace(lora, metadata={**kept, CONVERTED_KEY: dumps(origin)})
@@ -225,7 +225,7 @@ def layout(path: Path) -> str:
     return "diffusers" if any(name.startswith(known) for name in names) else "peft (no component in its keys)"
 
 
-def _component(layers: Iterable[Layer]) -> dict[str, Any]:
+def _component(layers: Iterable[LoraLayer]) -> dict[str, Any]:
     """Layers of one component: how many, and how many of each rank, alpha and kind."""
     from collections import Counter
 

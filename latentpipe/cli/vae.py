@@ -81,7 +81,7 @@ def convert(
     from latentpipe.checkpoints.merge import merge
     from latentpipe.checkpoints.pickled import whole
     from latentpipe.checkpoints.registry import find_model
-    from latentpipe.checkpoints.vae_file import Given
+    from latentpipe.checkpoints.vae_file import StatedConfig
     from latentpipe.utils.io import HASH_LENGTH
     from latentpipe.utils.logging import quiet
 
@@ -94,7 +94,7 @@ def convert(
         print(f"{out}  {kept.digest[:HASH_LENGTH]}  {kept.what}")
         return
     with quiet():
-        digest = run(places, out, to, Given(scaling_factor, shift_factor, downscale, norm_groups), dtype)
+        digest = run(places, out, to, StatedConfig(scaling_factor, shift_factor, downscale, norm_groups), dtype)
     print(f"{out}  {digest[:HASH_LENGTH]}")
 
 

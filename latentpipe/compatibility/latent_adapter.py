@@ -23,13 +23,13 @@ from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.stage import VAEStage
 
 FORMAT = "latentpipe.adapter.1"
-Rung = Literal["per channel", "linear 1x1", "linear 3x3", "convolution"]
-RUNGS: tuple[Rung, ...] = ("per channel", "linear 1x1", "linear 3x3", "convolution")
+Candidate = Literal["per channel", "linear 1x1", "linear 3x3", "convolution"]
+CANDIDATES: tuple[Candidate, ...] = ("per channel", "linear 1x1", "linear 3x3", "convolution")
 HIDDEN = 64
 MOST = 4096  # channels or downscale that a file may name
 
 
-class Adapter(nn.Module):
+class LatentAdapter(nn.Module):
     """Latents B C h w to latents B C' h' w' of the same picture.
 
     A linear map over 1x1 or 3x3 positions; the rung "convolution" adds two 3x3 convolutions with a SiLU between. Where the
@@ -37,7 +37,7 @@ class Adapter(nn.Module):
     squares afterwards (pixel shuffle; arXiv:1609.05158).
     """
 
-    def __init__(self, source: tuple[int, int], target: tuple[int, int], rung: Rung) -> None:
+    def __init__(self, source: tuple[int, int], target: tuple[int, int], rung: Candidate) -> None:
         super().__init__()
         (channels, downscale), (wanted, finer) = source, target
         self.source, self.target, self.rung = source, target, rung
@@ -78,14 +78,14 @@ class Adapter(nn.Module):
         return functional.pixel_shuffle(mapped, self.up)
 
 
-class Adapted(nn.Module):
+class BridgedStage(nn.Module):
     """A stage in two halves: it encodes by the host's VAE and decodes by another one, through an adapter where there is one.
 
     It has the host's space, so a denoiser cannot tell; what comes out is the other VAE's picture. Without an adapter
     (None) the other VAE's decoder reads the host's latents as they are.
     """
 
-    def __init__(self, encoder: Any, adapter: Adapter | None, decoder: Any) -> None:
+    def __init__(self, encoder: Any, adapter: LatentAdapter | None, decoder: Any) -> None:
         super().__init__()
         self.encoder, self.adapter, self.decoder = encoder, adapter, decoder
         self.space: LatentSpace = encoder.space
@@ -125,7 +125,7 @@ class AdapterCard:
     target_hash: str
     source: tuple[int, int]
     target: tuple[int, int]
-    rung: Rung
+    rung: Candidate
     report: dict[str, Any]
 
 
@@ -140,11 +140,11 @@ class _StoredCard(BaseModel):
     target_hash: Annotated[str, Field(max_length=64)]
     source: tuple[Size, Size]
     target: tuple[Size, Size]
-    rung: Rung
+    rung: Candidate
     report: dict[str, Any]
 
 
-def save_adapter(adapter: Adapter, card: AdapterCard, path: Path) -> str:
+def save_adapter(adapter: LatentAdapter, card: AdapterCard, path: Path) -> str:
     """Write a safetensors file with the card as metadata, atomically; returns its content hash."""
     from safetensors.torch import save_file
 
@@ -172,7 +172,7 @@ def read_card(path: Path) -> AdapterCard:
         raise UserError(f"{path} is not an adapter of this version; make one with 'latentpipe fit-adapter'.") from None
 
 
-def open_adapter(path: Path, source: Collection[str], target: Collection[str]) -> Adapter:
+def open_adapter(path: Path, source: Collection[str], target: Collection[str]) -> LatentAdapter:
     """Read an adapter; UserError where it was fitted for another pair of VAEs than these (content hashes that each may have)."""
     card = read_card(path)
     for side, wanted, given in (("from", card.source_hash, source), ("to", card.target_hash, target)):
@@ -181,12 +181,12 @@ def open_adapter(path: Path, source: Collection[str], target: Collection[str]) -
                 f"{path} was fitted {side} VAE {wanted[:HASH_LENGTH]}, but the one given is {min(given)[:HASH_LENGTH]}; "
                 "fit one for this pair with 'latentpipe fit-adapter'."
             )
-    adapter = Adapter(card.source, card.target, card.rung)
+    adapter = LatentAdapter(card.source, card.target, card.rung)
     load_strictly(adapter, read_tensors(path), path)
     return adapter.eval()
 
 
-def adapted(host: VAEStage, vae: VAEStage, adapter: Adapter) -> Adapted:
+def bridged(host: VAEStage, vae: VAEStage, adapter: LatentAdapter) -> BridgedStage:
     """The stage that encodes by `host` and decodes by `vae`; UserError where the adapter's shapes are not theirs."""
     shapes = tuple((stage.space.channels, stage.space.downscale) for stage in (host, vae))
     if (tuple(adapter.source), tuple(adapter.target)) != shapes:
@@ -194,7 +194,7 @@ def adapted(host: VAEStage, vae: VAEStage, adapter: Adapter) -> Adapted:
             f"This adapter maps {_words(adapter.source)} to {_words(adapter.target)}; "
             f"given VAEs of {_words(shapes[0])} and {_words(shapes[1])}."
         )
-    return Adapted(host, adapter.to(vae.device), vae)
+    return BridgedStage(host, adapter.to(vae.device), vae)
 
 
 def _words(shape: tuple[int, int]) -> str:

@@ -44,7 +44,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class SwapMeasurements:
     """What was measured on `n` pictures: PSNR in dB of every road, and the latents' statistics per channel.
 
     host, vae         each VAE's own round trip; None where it has no decoder
@@ -81,7 +81,7 @@ class Verdict:
     next_step: str
     host_space: LatentSpace
     vae_space: LatentSpace
-    evidence: Evidence | None = field(default=None, repr=False)
+    evidence: SwapMeasurements | None = field(default=None, repr=False)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Verdict:
@@ -89,7 +89,7 @@ class Verdict:
         spaces = {key: LatentSpace(**_tuples(values[key])) for key in ("host_space", "vae_space")}
         seen = values["evidence"]
         if seen is not None:
-            seen = Evidence(**{**seen, "linear": seen["linear"] and Linear(**seen["linear"])})
+            seen = SwapMeasurements(**{**seen, "linear": seen["linear"] and Linear(**seen["linear"])})
         return cls(**{**values, **spaces, "evidence": seen})
 
     @property
@@ -133,7 +133,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _roads(seen: Evidence) -> dict[str, float | None]:
+def _roads(seen: SwapMeasurements) -> dict[str, float | None]:
     return {
         "host's VAE, round trip": seen.host,
         "this VAE, round trip": seen.vae,
@@ -145,7 +145,7 @@ def _roads(seen: Evidence) -> dict[str, float | None]:
 
 
 @torch.no_grad()
-def measure(host: Any, vae: Any, images: torch.Tensor | None = None) -> Evidence:
+def measure(host: Any, vae: Any, images: torch.Tensor | None = None) -> SwapMeasurements:
     """Encode the same images (B 3 H W; None: bundled probes) with two stages of one latent shape and decode every way."""
     pictures = "pictures given" if images is not None else "bundled probes"
     if images is None:
@@ -160,7 +160,7 @@ def measure(host: Any, vae: Any, images: torch.Tensor | None = None) -> Evidence
     if round_trip is not None and round_trip < flat + 6:
         unit = _quality(_decoded(vae, _each(vae.encode, images / 2 + 0.5), unit=True), truth)
     crossed = _decoded(vae, theirs)
-    return Evidence(
+    return SwapMeasurements(
         n=len(images),
         side_px=images.shape[-1],
         pictures=pictures,

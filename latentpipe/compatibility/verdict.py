@@ -11,9 +11,9 @@ from latentpipe.compatibility.measure import (
     DECODER_DB,
     SAME_ENCODER,
     SAME_SPACE,
-    Evidence,
     Linear,
     Outcome,
+    SwapMeasurements,
     Verdict,
 )
 from latentpipe.utils.errors import short
@@ -26,7 +26,7 @@ COPY = 0.998  # R^2 of a per-channel map between the latents of two copies of on
 REPAIR = "fetch or export this VAE again, or correct scaling_factor, shift_factor, latents_mean, latents_std in its config.json."
 
 
-def judge_shapes(host: LatentSpace, vae: LatentSpace) -> Verdict | None:
+def decide_by_shapes(host: LatentSpace, vae: LatentSpace) -> Verdict | None:
     """The verdict where channels and downscale alone decide, so that nothing need be read or measured; else None."""
     if (vae.channels, vae.downscale) == (host.channels, host.downscale):
         return None
@@ -41,7 +41,7 @@ def judge_shapes(host: LatentSpace, vae: LatentSpace) -> Verdict | None:
     )
 
 
-def judge(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Verdict:
+def decide_verdict(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) -> Verdict:
     """The verdict on a VAE of space `vae` beside a host whose own VAE has the space `host`, of the same shape."""
     for rule in (_faulty, _normalization, _decoder, _same, _decoder_alone, _other):
         found = rule(host, vae, seen)
@@ -54,7 +54,7 @@ def judge(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Verdict:
 Found = tuple[Outcome, str, str] | None
 
 
-def _faulty(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
+def _faulty(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) -> Found:
     """VAEs that do not work by themselves, whatever the host."""
     if not all(value == value for value in (*seen.vae_mean, *seen.vae_std)):
         return "broken", "it encodes pictures to values that are not finite.", "load it in fp32, or fetch it again."
@@ -77,7 +77,7 @@ def _faulty(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
     return None
 
 
-def _normalization(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
+def _normalization(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) -> Found:
     """The same latents up to a gain and an offset in each channel: the declared normalization is off."""
     fit = seen.linear
     assert fit is not None
@@ -128,7 +128,7 @@ def _diagnosis(vae: LatentSpace, fit: Linear, tolerance: float) -> str:
     )
 
 
-def _decoder(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
+def _decoder(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) -> Found:
     """The host's encoder, but a decoder that makes less of the host's latents than a smaller one would."""
     fit = seen.linear
     assert fit is not None
@@ -152,12 +152,12 @@ def _decoder(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
     return None
 
 
-def _blind(seen: Evidence) -> bool:
+def _blind(seen: SwapMeasurements) -> bool:
     """Whether the host's own VAE rebuilds these pictures no better than one colour for each would."""
     return seen.host is not None and seen.host < seen.flat
 
 
-def _same(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
+def _same(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) -> Found:
     """The same encoder (to rounding), or one near it with a decoder that reads the host's latents as well as its own."""
     fit = seen.linear
     assert fit is not None
@@ -177,7 +177,7 @@ def _same(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
     return None
 
 
-def _decoder_alone(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
+def _decoder_alone(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) -> Found:
     """Another encoder, but a decoder that makes of the host's latents nearly what the host's own makes of them."""
     fit = seen.linear
     assert fit is not None
@@ -194,7 +194,7 @@ def _decoder_alone(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found
     )
 
 
-def _other(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
+def _other(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) -> Found:
     fit = seen.linear
     assert fit is not None
     assert seen.vae is not None
@@ -209,7 +209,7 @@ def _other(host: LatentSpace, vae: LatentSpace, seen: Evidence) -> Found:
     return "same shape, other space", reason, step
 
 
-def _remark(seen: Evidence, outcome: Outcome) -> str:
+def _remark(seen: SwapMeasurements, outcome: Outcome) -> str:
     """What weakens a verdict, or should be looked at besides."""
     remarks = []
     blind = _blind(seen)

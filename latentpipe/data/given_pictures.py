@@ -19,7 +19,7 @@ from latentpipe.utils.progress import ProgressCallback
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenPictures:
     """Images N 3 side side, the name of each, and the reason for each file that was skipped."""
 
     images: torch.Tensor
@@ -27,9 +27,9 @@ class Given:
     skipped: dict[str, str]
 
 
-def read_given(
+def read_given_pictures(
     paths: Sequence[Path], side: int, as_bank: bool = False, most: int | None = None, report: ProgressCallback | None = None
-) -> Given:
+) -> GivenPictures:
     """Files, and the pictures of folders (the first `most` of each), as squares of `side` pixels, [-1, 1].
 
     as_bank  reduce to 32 pixels first, then enlarge, as the emoji bank's pictures are: sharpness alone shall tell nothing
@@ -53,13 +53,13 @@ def read_given(
     if not parts:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
         raise UserError(f"None of {counted(len(files), 'file')} could be read as a picture.\n{reasons}".rstrip())
-    return Given(torch.cat(parts), names, skipped)
+    return GivenPictures(torch.cat(parts), names, skipped)
 
 
 def _read(file: Path, side: int, as_bank: bool) -> torch.Tensor:
     if not as_bank:
         return _images(read_square(file, side))
-    # As `evaluate.bank` makes its own: 128 pixels by Lanczos, boxes to 32, then as `sets.read_set` enlarges them.
+    # As `data.emoji_bank` makes its own: 128 pixels by Lanczos, boxes to 32, then as `image_set.read_set` enlarges them.
     image = F.interpolate(_images(read_square(file, 4 * SIDE)), SIDE, mode="area")
     return image if side == SIDE else F.interpolate(image, size=side, mode="bicubic", antialias=True).clamp(-1, 1)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from latentpipe.data.listing import SUFFIXES, Listing, list_pictures
-from latentpipe.utils.errors import Note, UserError, counted
+from latentpipe.utils.errors import LatentpipeWarning, UserError, counted
 from latentpipe.utils.images import Unreadable, fit_square, flatten, picture_file
 from latentpipe.utils.io import printable
 
@@ -49,7 +49,7 @@ def read_index(folder: Path, column: str | None = None, captions: bool = True) -
 
     column    of the metadata that holds the captions; None: text, caption or prompt
     captions  False: caption files are not opened
-    What is left out (hidden files, links in circles, columns that are not known) is told as a Note each. The metadata's column
+    What is left out (hidden files, links in circles, columns that are not known) is told as a warning each. The metadata's column
     `kind` is kept, where there is one.
     """
     return _items(Path(folder), _listed(Path(folder), column, captions))
@@ -63,7 +63,7 @@ def _listed(folder: Path, column: str | None, captions: bool) -> Listing:
         told = "".join(f" {note}." for note in found.notes)
         raise UserError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}).{told}")
     for note in found.notes:
-        warnings.warn(Note(note), stacklevel=4)
+        warnings.warn(LatentpipeWarning(note), stacklevel=4)
     return found
 
 

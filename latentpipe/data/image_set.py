@@ -10,7 +10,7 @@ import torch
 
 from latentpipe.data.emoji_bank import SIDE, open_bank
 from latentpipe.data.image_folder import read_pictures
-from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.images import bytes_to_images
 from latentpipe.utils.progress import ProgressCallback
 from latentpipe.vae.stage import VAEStage
@@ -49,7 +49,7 @@ def read_set(folder: Path | None, size_px: int, most: int | None = None, split: 
         return _bank_set(size_px, most, split)
     pictures = read_pictures(folder, size_px, most)
     if pictures.skipped:
-        warnings.warn(Note(f"{folder}: {pictures.report()}"), stacklevel=2)
+        warnings.warn(LatentpipeWarning(f"{folder}: {pictures.report()}"), stacklevel=2)
     images = bytes_to_images(torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2))
     return PictureSet(Path(folder).resolve().name, images, pictures.captions, pictures.names)
 

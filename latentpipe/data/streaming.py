@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from latentpipe.data.image_folder import Item, read_index, read_square
-from latentpipe.utils.errors import Note, UserError, counted
+from latentpipe.utils.errors import LatentpipeWarning, UserError, counted
 from latentpipe.utils.images import Unreadable
 from latentpipe.utils.io import printable
 from latentpipe.vae import memory
@@ -96,7 +96,7 @@ class PictureStream:
                 first, self._known[index] = self._known[index] != 2, 2
                 self.skipped[name] = error.reason if isinstance(error, Unreadable) else str(error)
             if first and len(self.items) > EAGER:
-                warnings.warn(Note(f"{self.folder}: skipped {name}: {self.skipped[name]}"), stacklevel=2)
+                warnings.warn(LatentpipeWarning(f"{self.folder}: skipped {name}: {self.skipped[name]}"), stacklevel=2)
             return None
         if index < len(self._kept):
             self._kept[index] = pixels

@@ -68,7 +68,7 @@ class Engine:
         cancel    setting it stops within the current step and keeps the partial pictures of the step before
         previews  whether the events carry a picture of the estimate
         loras     installed adapters that are on for this job, beside those of the pipeline and of the prompt
-        lora_partial  take these and the prompt's where they fit in part; what is left out is told in a Note
+        lora_partial  take these and the prompt's where they fit in part; what is left out is told in a warning
         settings  arguments of `LatentPipeline.__call__`
         Closing the iterator cancels the job and waits until it has left its step. `Cancelled` where it was stopped while it
         waited for another job, in its first step, or while the pictures were decoded.

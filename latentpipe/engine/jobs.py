@@ -16,7 +16,7 @@ from latentpipe.utils import cancellation
 from latentpipe.utils.errors import Cancelled, UserError
 from latentpipe.utils.progress import ProgressCallback
 
-__all__ = ["Cancelled", "Done", "Line", "Progress", "ProgressCallback", "Waiting", "device", "events_of", "run_job"]
+__all__ = ["Cancelled", "Done", "JobQueue", "Progress", "ProgressCallback", "Waiting", "device", "events_of", "run_job"]
 
 MAX_WAITING = 32
 HEARTBEAT_S = 0.5  # how often a job that waits says so: whoever reads it notices then that its client has left
@@ -29,7 +29,7 @@ class Waiting:
     ahead: int
 
 
-class Line:
+class JobQueue:
     """Jobs on one device, first come, first served: host pipelines are not re-entrant, and two jobs slow each other."""
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Line:
                 self._turn.notify_all()
 
 
-device = Line()
+device = JobQueue()
 
 
 @dataclass(frozen=True)

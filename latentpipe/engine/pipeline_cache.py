@@ -19,7 +19,7 @@ from latentpipe.utils.system import best_device
 from latentpipe.vae.stage import VAEStage
 
 
-class ModelCache:
+class PipelineCache:
     """Pipelines by the names of their parts; the least recently used one is dropped.
 
     most    models that are kept, and VAEs beside them

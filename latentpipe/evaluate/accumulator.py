@@ -42,7 +42,7 @@ UNITS: dict[str, tuple[str, Better]] = {
 
 
 @dataclass
-class Tools:
+class MetricNetworks:
     """Networks that were found, which of SSIM and MS-SSIM the size allows, and the reason for what is missing."""
 
     features: Features | None = None
@@ -73,9 +73,9 @@ class Tools:
         return found
 
 
-def open_tools(protocol: Protocol, features: str, height: int, width: int) -> Tools:
+def open_networks(protocol: Protocol, features: str, height: int, width: int) -> MetricNetworks:
     """Whatever can be measured at this size with the weights that are installed."""
-    tools = Tools()
+    tools = MetricNetworks()
     blank = torch.zeros(1, 3, height, width)
 
     def attempt(metric: str, run: Any) -> Any:
@@ -98,11 +98,11 @@ def open_tools(protocol: Protocol, features: str, height: int, width: int) -> To
 
 
 @dataclass
-class Tally:
+class Accumulator:
     """Sums of the main pass.
 
     values     by metric, one for each picture;  errors: mean squared error of uint8 values
-    moments    `latent.powers` of the latents;  rate, rate_normalized: bits for each channel (B C) in the VAE's own units and
+    moments    `latents.powers` of the latents;  rate, rate_normalized: bits for each channel (B C) in the VAE's own units and
                in latents; empty without a posterior
     latents    fp16, of the first pictures (NEIGHBOURS);  features of the pictures and of the reconstructions, B D each
     energy     above half the Nyquist frequency, of picture and reconstruction;  spectra: their summed radial spectra
@@ -124,7 +124,9 @@ class Tally:
     digest: Any = field(default_factory=hashlib.sha256)
     kept: int = 0  # bytes of latents
 
-    def add(self, names: Sequence[str], images: torch.Tensor, rebuilt: torch.Tensor, protocol: Protocol, tools: Tools) -> None:
+    def add(
+        self, names: Sequence[str], images: torch.Tensor, rebuilt: torch.Tensor, protocol: Protocol, tools: MetricNetworks
+    ) -> None:
         """Take in pictures and their reconstructions (B 3 H W, on the CPU, not clamped)."""
         before, after = round_images(images, "nearest"), protocol.to_bytes(rebuilt)
         self.names += names

@@ -14,7 +14,7 @@ from latentpipe.checkpoints.tensor_source import CARD_FILE
 from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.data.image_folder import read_pictures
 from latentpipe.evaluate.health import Health, measure
-from latentpipe.utils.errors import Note, UserError, counted, short
+from latentpipe.utils.errors import LatentpipeWarning, UserError, counted, short
 from latentpipe.utils.images import to_images
 from latentpipe.utils.io import read_json
 from latentpipe.vae.stage import VAEStage
@@ -52,7 +52,7 @@ class Diagnosis:
         return "\n".join([f"{self.health}\nmeasured at {self.size_px} px", *lines])
 
 
-def diagnose(vae: str | Path, folder: Path, size: int | None = None, most: int = 256) -> Diagnosis:
+def diagnose_vae(vae: str | Path, folder: Path, size: int | None = None, most: int = 256) -> Diagnosis:
     """Measure how much each latent channel of a VAE says, on pictures of a folder, and judge it.
 
     vae     name, folder or file
@@ -71,10 +71,10 @@ def diagnose(vae: str | Path, folder: Path, size: int | None = None, most: int =
         )
     pictures = read_pictures(Path(folder), side, most)
     if pictures.skipped:
-        warnings.warn(Note(f"{folder}: {pictures.report()}"), stacklevel=2)
+        warnings.warn(LatentpipeWarning(f"{folder}: {pictures.report()}"), stacklevel=2)
     found = measure(VAEStage(file.build(), file.space), to_images(pictures.pixels).split(BATCH))
     training = _training_of(path)
-    return Diagnosis(found, side, alarms(found, training), notes(found, training))
+    return Diagnosis(found, side, diagnose(found, training), notes(found, training))
 
 
 def _training_of(path: Path) -> dict[str, float]:
@@ -87,7 +87,7 @@ def _training_of(path: Path) -> dict[str, float]:
     return {f"loss.{name}": value for name, value in known if isinstance(value, int | float)}
 
 
-def alarms(health: Health, training: Training | None = None) -> list[str]:
+def diagnose(health: Health, training: Training | None = None) -> list[str]:
     """What is wrong, one sentence each, with the numbers and the knob to turn; empty for a healthy VAE.
 
     training  the run's settings by their config keys ("loss.kl", "loss.l2", ...), for advice with numbers

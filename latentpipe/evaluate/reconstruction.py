@@ -15,7 +15,7 @@ from tqdm import tqdm
 from latentpipe.checkpoints.registry import find_model, name_of
 from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.evaluate import preprocessing
-from latentpipe.evaluate.accumulator import UNITS, Tally, Tools, open_tools
+from latentpipe.evaluate.accumulator import UNITS, Accumulator, MetricNetworks, open_networks
 from latentpipe.evaluate.metrics.latents import TOP_DB, batch_of, cycles, equivariance, nearest, rebuild_batch, slerp, statistics
 from latentpipe.evaluate.preprocessing import Plan
 from latentpipe.evaluate.protocol import Protocol, find_protocol, round_images
@@ -76,7 +76,7 @@ def evaluate_vae(
 
 def _measure(stage: VAEStage, plan: Plan, protocol: Protocol, features: str, probe: int, sheet: Path | None) -> Evaluation:
     """Everything but the names and the cost; `probe` 0: the main pass alone."""
-    tools = open_tools(protocol, features, plan.height, plan.width)
+    tools = open_networks(protocol, features, plan.height, plan.width)
     tally = _rebuild(stage, plan, protocol, tools)
     scores, rows = summarize(tally, tools)
     if probe:
@@ -127,9 +127,9 @@ def about(stage: VAEStage) -> dict[str, Any]:
     }
 
 
-def _rebuild(stage: VAEStage, plan: Plan, protocol: Protocol, tools: Tools) -> Tally:
+def _rebuild(stage: VAEStage, plan: Plan, protocol: Protocol, tools: MetricNetworks) -> Accumulator:
     """Every picture encoded and decoded once, and what is kept of that."""
-    tally = Tally(stage.space)
+    tally = Accumulator(stage.space)
     seed = 0
     for names, images in _bar(
         preprocessing.read(plan, plan.names, batch_of(plan.height, plan.width)), len(plan.names), "rebuild"
@@ -144,7 +144,7 @@ def _rebuild(stage: VAEStage, plan: Plan, protocol: Protocol, tools: Tools) -> T
     return tally
 
 
-def summarize(tally: Tally, tools: Tools) -> tuple[dict[str, Score], dict[str, list[float]]]:
+def summarize(tally: Accumulator, tools: MetricNetworks) -> tuple[dict[str, Score], dict[str, list[float]]]:
     """The scores of the main pass, and their values for each picture."""
     scores = {metric: Score.of(values, *_unit(metric)) for metric, values in tally.values.items()}
     errors = np.asarray(tally.errors)
@@ -173,7 +173,7 @@ def _probe(stage: VAEStage, plan: Plan, protocol: Protocol, names: list[str]) ->
     return found
 
 
-def _interpolate(stage: VAEStage, plan: Plan, tally: Tally, tools: Tools) -> dict[str, Score]:
+def _interpolate(stage: VAEStage, plan: Plan, tally: Accumulator, tools: MetricNetworks) -> dict[str, Score]:
     """Distances of decoded midpoints between nearest latents to the pictures, beside the same for cross-faded pictures.
 
     As iFID (arXiv:2603.05630): each picture's nearest neighbour in latent space, slerp at 0.5, decoded; here the neighbour is
@@ -208,7 +208,7 @@ def _interpolate(stage: VAEStage, plan: Plan, tally: Tally, tools: Tools) -> dic
     return found | {metric: replace(score, better="neither") for metric, score in beside.items()}
 
 
-def _save_sheet(stage: VAEStage, plan: Plan, protocol: Protocol, tally: Tally, path: Path) -> None:
+def _save_sheet(stage: VAEStage, plan: Plan, protocol: Protocol, tally: Accumulator, path: Path) -> None:
     """Rebuild the best, median and worst picture again, and write them."""
     originals, rebuilt, labels = [], [], []
     for word, index in examples(tally.values["PSNR"]).items():
@@ -220,7 +220,7 @@ def _save_sheet(stage: VAEStage, plan: Plan, protocol: Protocol, tally: Tally, p
         example_sheet(torch.cat(originals), torch.cat(rebuilt), labels).save(part, format="PNG")
 
 
-def _set(plan: Plan, tally: Tally, tools: Tools) -> dict[str, Any]:
+def _set(plan: Plan, tally: Accumulator, tools: MetricNetworks) -> dict[str, Any]:
     """What was fed in, and what to keep in mind about it."""
     notes = []
     if tools.features is not None and len(tally.names) <= tools.features.size:

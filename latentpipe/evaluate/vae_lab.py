@@ -48,7 +48,7 @@ class Rebuilt:
     space        latent channels and downscale in words; weights_mb: MB (2^20 bytes) of weights in memory
     differences  grey is no difference; the error of each colour times GAIN about it, clipped
     scores       "PSNR" (dB), "SSIM", "PSNR after k cycles" (dB), "seam": see `seam`; a value for each picture
-    cost         encode and decode: {"ms": median, ...} of one picture, see `evaluate.cost.measure_cost`
+    cost         encode and decode: {"ms": median, ...} of one picture, see `evaluate.speed.measure_cost`
     """
 
     name: str
@@ -79,7 +79,7 @@ class Laboratory:
     def best(self, score: str = "PSNR") -> str | None:
         """The VAE that is better than every other one; None where there is none.
 
-        The paired difference must leave zero out of its 95 % interval and reach the metric's floor (`compare.floor_of`).
+        The paired difference must leave zero out of its 95 % interval and reach the metric's floor (`comparison.floor_of`).
         """
         if len(self.originals) < FEWEST or len(self.vaes) < 2:
             return None
@@ -243,7 +243,7 @@ def _squares(pictures: Sequence[Image.Image], stages: Sequence[VAEStage], side: 
 def usual_side(stages: Sequence[VAEStage]) -> int:
     """The side in pixels that VAEs are compared at: the largest that one of them was trained at, at most LARGEST_USUAL.
 
-    It is a multiple that all of them take. Where no config states a size, 16 latents a side (`verdict.probe_side`).
+    It is a multiple that all of them take. Where no config states a size, 16 latents a side (`measure.probe_side`).
     """
     downscales = [stage.space.downscale for stage in stages]
     stated = [stage.vae.config.get("sample_size") for stage in stages]

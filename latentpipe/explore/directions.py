@@ -2,7 +2,7 @@
 
 Every direction is scaled so that 1 is one standard deviation of the latents along it; amounts are in those units.
 
-latents  N C h w, normalized: the modes of N pictures' posteriors (`sets.encode`)
+latents  N C h w, normalized: the modes of N pictures' posteriors (`image_set.encode`)
 report   called with (done, total, what) as the work goes on
 """
 

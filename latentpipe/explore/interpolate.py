@@ -17,7 +17,7 @@ from latentpipe.lora.prompt_tags import refuse_tags
 from latentpipe.pipelines import prompt_weighting
 from latentpipe.pipelines.denoise import host_for, is_classic
 from latentpipe.pipelines.latent_pipeline import LatentPipeline
-from latentpipe.pipelines.sampling import Guide, Settings, Step
+from latentpipe.pipelines.sampling import GuidanceCallback, Settings, Step
 from latentpipe.utils.defaults import GUIDANCE, STEPS
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.images import fit_square, to_images, to_pixels
@@ -154,7 +154,7 @@ def between_pictures(
     """`n` pictures from the first to the second (their centred squares), decoded along a `path` between their latents.
 
     bank     for way density; None: the latents of BANK emoji
-    size_px  side; None: that of `sets.side_for`
+    size_px  side; None: that of `image_set.side_for`
     """
     ends = latents_of(stage, first, size_px), latents_of(stage, second, size_px)
     if way == "density" and bank is None:
@@ -201,7 +201,7 @@ def between_prompts(
                 report(before + step.step, n * steps, "draw")
 
         words = mixed(texts[:1], texts[1:], index / (n - 1), way)
-        guide = Guide(settings, words, None if none is None else none[:1], steps, watch)
+        guide = GuidanceCallback(settings, words, None if none is None else none[:1], steps, watch)
         found.append(
             twin(
                 **guide.start(), callback_on_step_end=guide, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
@@ -213,7 +213,7 @@ def between_prompts(
 
 
 def latents_of(stage: VAEStage, picture: Image.Image, size_px: int | None = None) -> torch.Tensor:
-    """The latents (1 C h w, on the CPU) of a picture's centred square, at `size_px` or the side of `sets.side_for`."""
+    """The latents (1 C h w, on the CPU) of a picture's centred square, at `size_px` or the side of `image_set.side_for`."""
     return encode(stage, to_images(fit_square(picture, side_for(stage.space.downscale, size_px))))
 
 

@@ -65,7 +65,7 @@ class Edit:
 
 
 def edited(stage: VAEStage, first: Image.Image, second: Image.Image | None, edit: Edit) -> Image.Image:
-    """A picture (its centred square, at the side of `sets.side_for`) after an edit of its latents.
+    """A picture (its centred square, at the side of `image_set.side_for`) after an edit of its latents.
 
     second  what `edit.share` mixes in; UserError where it is missing, or for a direction that is not known
     """

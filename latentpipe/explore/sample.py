@@ -82,7 +82,7 @@ def draw(stage: VAEStage, prior: Prior, n: int, seed: int = 0, report: ProgressC
 def frechet_between(real: np.ndarray, drawn: np.ndarray, seed: int = 0) -> Score:
     """The Frechet distance of two independent sets of features (N D, M D) with its 95 % bootstrap interval over both.
 
-    `distances.frechet`; each resample draws from either set, and the resamples' mean is moved onto the value, because a
+    `frechet.frechet`; each resample draws from either set, and the resamples' mean is moved onto the value, because a
     resample holds fewer different pictures and a Frechet distance grows as they get fewer.
     """
     value = frechet(real, drawn)

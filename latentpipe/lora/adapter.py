@@ -17,7 +17,7 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 
 
 @dataclass(frozen=True)
-class Layer:
+class LoraLayer:
     """The change of one module's weight.
 
     kind     "lora" (arXiv:2106.09685; with "lora_magnitude_vector" it is DoRA, arXiv:2402.09353), "loha" (arXiv:2108.06098)
@@ -65,12 +65,12 @@ class Lora:
     unread    keys of its file that belong to no layer that is known here
     """
 
-    parts: Mapping[str, Mapping[str, Layer]]
+    parts: Mapping[str, Mapping[str, LoraLayer]]
     name: str = "lora"
     metadata: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
 
-    def layers(self) -> Iterator[tuple[str, str, Layer]]:
+    def layers(self) -> Iterator[tuple[str, str, LoraLayer]]:
         """Component, path and layer of each."""
         for component, layers in self.parts.items():
             for path, layer in layers.items():

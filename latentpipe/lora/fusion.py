@@ -23,7 +23,7 @@ from latentpipe.utils.errors import UserError
 MOST_CHANGE = 10.0  # ||dW|| / ||W|| at weight 1; adapters in use are below 1
 
 
-class Mixer:
+class LoraFuser:
     """The adapters of one model.
 
     components  the networks by name ("unet", "text_encoder", "vae", ...); their weights change while adapters are on
@@ -44,7 +44,7 @@ class Mixer:
         self._kept: dict[tuple[str, str], torch.Tensor] = {}
         self._leaves: dict[str, dict[str, Any]] = {name: leaves(model) for name, model in components.items()}
 
-    def load(self, lora: Lora, partial: bool = False) -> matching.Report:
+    def load(self, lora: Lora, partial: bool = False) -> matching.MatchReport:
         """Check an adapter against the model and keep it under its name; nothing is switched on yet.
 
         It takes the place of one of its name that is off. UserError where it does not fit (in part: unless `partial`), or one
@@ -65,7 +65,7 @@ class Mixer:
                     f"more than {MOST_CHANGE:.0%} is no adapter but damage. Fetch it again, or see 'latentpipe lora inspect'."
                 )
         self.loaded[lora.name] = kept
-        return matching.Report(lora.name, parts, left_out)
+        return matching.MatchReport(lora.name, parts, left_out)
 
     def set(self, weights: Mapping[str, Weight], fuse: bool = True, method: str = "sum") -> None:
         """Switch on exactly these adapters with these weights; the others go off. At an error everything stays as it was.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentpipe.lora.adapter import Layer
+from latentpipe.lora.adapter import LoraLayer
 from latentpipe.lora.target_modules import PREFIX, base_of
 
 KEY = "lora"  # what peft calls the one adapter of a wrapper; several adapters on a module are wrappers around wrappers
@@ -20,10 +20,10 @@ _NAMES = {
 }
 
 
-def attach(model: nn.Module, layers: Mapping[str, Layer], name: str, weight: float | Mapping[str, float] = 1.0) -> None:
+def attach(model: nn.Module, layers: Mapping[str, LoraLayer], name: str, weight: float | Mapping[str, float] = 1.0) -> None:
     """Wrap the modules of a component in peft layers with these tensors (frozen); `weight` may differ by path.
 
-    Several adapters may lie on one module: their changes add up. Shapes have been checked before (`report.fit`).
+    Several adapters may lie on one module: their changes add up. Shapes have been checked before (`matching.fit`).
     """
     for path, layer in layers.items():
         factor = weight if isinstance(weight, (int, float)) else weight[path]
@@ -55,7 +55,7 @@ def inject(
         _replace(model, path, wrapper)
 
 
-def filled(base: nn.Module, layer: Layer, name: str, weight: float = 1.0) -> nn.Module:
+def filled(base: nn.Module, layer: LoraLayer, name: str, weight: float = 1.0) -> nn.Module:
     """A module wrapped in one peft layer with these tensors, frozen, in the dtype of its weights."""
     effective = "hada_t1" in layer.tensors or "lokr_t2" in layer.tensors
     config = _config(layer.kind, layer.rank, layer.dora, layer.rslora, effective)
@@ -83,9 +83,9 @@ def filled(base: nn.Module, layer: Layer, name: str, weight: float = 1.0) -> nn.
     return wrapper.train(base.training)
 
 
-def layers_of(model: nn.Module, name: str) -> dict[str, Layer]:
+def layers_of(model: nn.Module, name: str) -> dict[str, LoraLayer]:
     """The layers that are attached under a name, as they stand (a copy, on the CPU)."""
-    found: dict[str, Layer] = {}
+    found: dict[str, LoraLayer] = {}
     for path, wrapper in wrappers(model):
         if wrapper.latentpipe_name == name:
             found[path.removeprefix(PREFIX)] = _read(wrapper)
@@ -163,7 +163,7 @@ def _wrapper(base: nn.Module, kind: str, config: Any, rank: int, alpha: float) -
     return wrapper
 
 
-def _read(wrapper: Any) -> Layer:
+def _read(wrapper: Any) -> LoraLayer:
     kind = next(kind for kind, names in _NAMES.items() if hasattr(wrapper, names[0]))
     tensors: dict[str, torch.Tensor] = {}
     for key in _NAMES[kind]:
@@ -173,4 +173,4 @@ def _read(wrapper: Any) -> Layer:
             tensors[key] = value.detach().cpu().clone()
     rslora = bool(kind == "lora" and wrapper.use_rslora[KEY])
     alpha = wrapper.lora_alpha[KEY] if kind == "lora" else wrapper.alpha[KEY]
-    return Layer(kind, tensors, wrapper.r[KEY], float(alpha), rslora)  # type: ignore[arg-type]
+    return LoraLayer(kind, tensors, wrapper.r[KEY], float(alpha), rslora)  # type: ignore[arg-type]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentpipe.lora.adapter import Layer, Lora
+from latentpipe.lora.adapter import Lora, LoraLayer
 from latentpipe.lora.delta import delta, delta_shape
 from latentpipe.lora.target_modules import leaves
-from latentpipe.utils.errors import Note, UserError, counted, short
+from latentpipe.utils.errors import LatentpipeWarning, UserError, counted, short
 
 SHOWN = 3
 PARTLY = "--lora-partial, <lora:NAME:WEIGHT:partial> or, in Python, partial=True"
@@ -45,7 +45,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Report:
+class MatchReport:
     """What attaching an adapter came to, by component; `left_out` names what was not attached and why."""
 
     name: str
@@ -79,7 +79,7 @@ def fit(lora: Lora, components: Mapping[str, nn.Module], partial: bool = False) 
 
     UserError where nothing fits, or (unless `partial`) where not everything does.
     """
-    kept: dict[str, dict[str, Layer]] = {}
+    kept: dict[str, dict[str, LoraLayer]] = {}
     embeddings = sorted({found[1] for key in lora.unread if (found := _BUNDLED.fullmatch(key))})
     unread = [key for key in lora.unread if not _BUNDLED.fullmatch(key)]
     left: list[str] = [_unread(key) for key in unread]
@@ -109,7 +109,7 @@ def fit(lora: Lora, components: Mapping[str, nn.Module], partial: bool = False) 
     if embeddings:
         names = ", ".join(f"'{name}'" for name in embeddings)
         told = f"LoRA '{lora.name}' brings a textual inversion ({names}), which is not loaded; its words are plain words here"
-        warnings.warn(Note(told), stacklevel=3)
+        warnings.warn(LatentpipeWarning(told), stacklevel=3)
         left.append(f"the textual inversion {names}")
     return replace(lora, parts=kept), tuple(left)
 
@@ -148,7 +148,7 @@ def describe(lora: Lora, whole: Lora, components: Mapping[str, nn.Module]) -> di
     return found
 
 
-def _problem(component: str, path: str, layer: Layer, modules: Mapping[str, nn.Module], components: Mapping[str, Any]) -> str:
+def _problem(component: str, path: str, layer: LoraLayer, modules: Mapping[str, nn.Module], components: Mapping[str, Any]) -> str:
     if component not in components:
         return f"this model has no {component}"
     if path not in modules:

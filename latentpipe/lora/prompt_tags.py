@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 
-from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.errors import LatentpipeWarning, UserError
 
 KINDS = ("lora", "lyco")  # A1111's former extension for LoHa and LoKr wrote lyco; both attach in the same way
 PARTIAL = "partial"
@@ -49,9 +49,11 @@ def partial_tags(prompt: str) -> frozenset[str]:
 
 
 def note_negative(negative: str) -> None:
-    """A Note where a negative prompt holds a tag: it stays as it is there, in other programs too."""
+    """A warning where a negative prompt holds a tag: it stays as it is there, in other programs too."""
     if found := _TAG.search(negative):
-        warnings.warn(Note(f"'{found[0]}' stands in the negative prompt, where it switches nothing on"), stacklevel=3)
+        warnings.warn(
+            LatentpipeWarning(f"'{found[0]}' stands in the negative prompt, where it switches nothing on"), stacklevel=3
+        )
 
 
 def refuse_tags(prompt: str, where: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from latentpipe.pipelines import families, prompt_weighting
-from latentpipe.pipelines.sampling import SCHEDULER_OPTIONS, SCHEDULERS, Guide, OnStep, Settings, Step
+from latentpipe.pipelines.sampling import SCHEDULER_OPTIONS, SCHEDULERS, GuidanceCallback, OnStep, Settings, Step
 from latentpipe.utils import cancellation
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.images import flatten
@@ -43,7 +43,7 @@ def denoise(
     if "intermediate_timesteps" in wanted and settings.steps != 2:
         arguments["intermediate_timesteps"] = None  # Sana Sprint's default is for two steps
     run = _guided if is_classic(host) else _plain
-    with cancellation.interruptible(getattr(twin, families.host_of(host).denoiser)):
+    with cancellation.interruptible(getattr(twin, families.family_of(host).denoiser)):
         latents, stopped = run(twin, prompts, settings, on_step, arguments)
     return latents if stopped else families.unpack(host, latents, height, width)
 
@@ -63,7 +63,7 @@ def probe_step(host: Any, stage: Any, prompt: str, seed: int) -> torch.Tensor:
 
 def is_classic(host: Any) -> bool:
     """Whether a host is of Stable Diffusion 1 or 2, whose guidance can be switched step by step."""
-    return families.host_of(host) is families.HOSTS[0]
+    return families.family_of(host) is families.FAMILIES[0]
 
 
 def redraws(host: Any) -> str:
@@ -71,9 +71,9 @@ def redraws(host: Any) -> str:
 
     A UNet that also reads a mask and a masked picture has 9 input channels for 4 latent ones; `explore.inpaint` draws with it.
     """
-    config = getattr(host, families.host_of(host).denoiser).config
+    config = getattr(host, families.family_of(host).denoiser).config
     taken, drawn = config.get("in_channels") or 0, config.get("out_channels") or 0
-    if families.host_of(host).denoiser != "unet" or taken <= drawn:
+    if families.family_of(host).denoiser != "unet" or taken <= drawn:
         return ""
     if (taken, drawn) == (9, 4):
         return f"redraws parts of pictures (its UNet takes {taken} channels: noise, a mask and the masked picture)"
@@ -82,7 +82,7 @@ def redraws(host: Any) -> str:
 
 def native_size(host: Any) -> tuple[int, int]:
     """Width and height in pixels that a host's denoiser was trained at."""
-    config = getattr(host, families.host_of(host).denoiser).config
+    config = getattr(host, families.family_of(host).denoiser).config
     sample = config.get("sample_size") or getattr(host, "default_sample_size", 128)
     height, width = sample if isinstance(sample, (tuple, list)) else (sample, sample)
     return width * host.vae_scale_factor, height * host.vae_scale_factor
@@ -90,7 +90,7 @@ def native_size(host: Any) -> tuple[int, int]:
 
 def size_unit(host: Any) -> int:
     """The number that both sides of a picture must be multiples of."""
-    family = families.host_of(host)
+    family = families.family_of(host)
     config = getattr(host, family.denoiser).config
     if family.denoiser == "unet":
         # Halving inside the UNet needs whole numbers too; the host itself asks for multiples of 8.
@@ -110,7 +110,7 @@ def check_host(host: Any) -> None:
 
 def check_family(host: Any, settings: Settings) -> None:
     """UserError for settings that a host's family cannot follow."""
-    family = families.host_of(host)
+    family = families.family_of(host)
     wanted = inspect.signature(type(host).__call__).parameters
     wrong = ""
     if what := redraws(host):
@@ -133,7 +133,7 @@ def _guided(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnSt
     guided = settings.guidance > 1
     with quiet():  # what is cut from a long prompt is said once, with the recipe
         positive, negative = prompt_weighting.encode(twin, prompts, guided, settings.negative)
-    guide = Guide(settings, positive, negative, settings.steps_to_run, on_step)
+    guide = GuidanceCallback(settings, positive, negative, settings.steps_to_run, on_step)
     try:
         latents = twin(
             **guide.start(),
@@ -180,9 +180,9 @@ def host_for(host: Any, stage: Any, settings: Settings, cls: type | None = None)
 
     parts = {}
     name = SCHEDULERS[settings.scheduler] if settings.scheduler else type(host.scheduler).__name__
-    if families.host_of(host).denoiser == "unet":
+    if families.family_of(host).denoiser == "unet":
         parts["scheduler"] = getattr(diffusers, name).from_config(host.scheduler.config, **SCHEDULER_OPTIONS.get(name, {}))
-    family = families.host_of(host)  # the folder of an img2img or inpainting pipeline draws from a prompt as well
+    family = families.family_of(host)  # the folder of an img2img or inpainting pipeline draws from a prompt as well
     cls = cls or getattr(diffusers, family.text if settings.image is None else family.image, None)
     twin = families.rebuild(host, cls, vae=families.normalized(cls or type(host), stage, host.vae), **parts)
     twin.set_progress_bar_config(disable=True)

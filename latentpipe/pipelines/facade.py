@@ -1,7 +1,7 @@
 """A stage in the place of a pipeline's VAE: an object of that VAE's class, with its weights, whose calls go through the stage.
 
 Two of them. `staged`: raw values and the factors of the config, as the VAE itself has them, for pipelines whose own code reads
-these right. `canonical`: the latents themselves and factor 1, for the others, so that no pipeline can drop a factor.
+these right. `facade_of`: the latents themselves and factor 1, for the others, so that no pipeline can drop a factor.
 
 Both are instances of the VAE's class, so a pipeline's questions about the class, its switches (tiling, slicing, fused
 projections) and the hooks of accelerate and diffusers meet what they expect. The layers are shared with the VAE, the switches,
@@ -27,7 +27,7 @@ from latentpipe.vae.stage import NAMES, VAEStage
 
 
 class Facade:
-    """What `staged` and `canonical` put before a VAE's class."""
+    """What `staged` and `facade_of` put before a VAE's class."""
 
     _stage: Any
     own: bool  # whether it is the VAE that its pipeline came with
@@ -44,7 +44,7 @@ class Facade:
 
     def _behind(self) -> Any:
         """The stage, with the switches as they are set here."""
-        kept = (*HOOKED, "_stage", "own", *(("config", "_internal_dict") if isinstance(self, Canonical) else ()))
+        kept = (*HOOKED, "_stage", "own", *(("config", "_internal_dict") if isinstance(self, VAEFacade) else ()))
         set_here = {name: value for name, value in vars(self).items() if name not in kept}
         if isinstance(self._stage, VAEStage):
             vars(self._stage.vae).update(set_here)
@@ -93,7 +93,7 @@ def _bound(method: Any, args: Any, options: Any) -> tuple[Any, dict[str, Any]]:
     return named.pop(next(iter(named))), named
 
 
-class Canonical(Facade):
+class VAEFacade(Facade):
     """An autoencoder of scaling_factor 1 and no shift: its raw values are the latents."""
 
     def encode(self, images: torch.Tensor, return_dict: bool = True) -> Any:
@@ -153,13 +153,13 @@ def staged(stage: VAEStage, vae: Any = None) -> Any:
     return _build(Staged, vae, _apart(stage, vae), True)
 
 
-def canonical(stage: Any, own: bool = False) -> Any:
+def facade_of(stage: Any, own: bool = False) -> Any:
     """A stage (or two halves of one) as a VAE whose raw values are the latents; `own`: of the VAE that the pipeline came with."""
     if isinstance(stage, VAEStage):
-        facade = _build(Canonical, stage.vae, _apart(stage), own)
+        facade = _build(VAEFacade, stage.vae, _apart(stage), own)
     else:
         stage = type(stage)(_apart(stage.encoder), stage.adapter, _apart(stage.decoder))
-        facade = _build(Canonical, stage.decoder.vae, stage, False)
+        facade = _build(VAEFacade, stage.decoder.vae, stage, False)
         vars(facade)["_modules"] = {**facade._modules, "_halves": stage}  # both move with it
     levels = (1,) * (1 + round(math.log2(stage.space.downscale)))  # pipelines count them to get the downscale
     facts: dict[str, Any] = {"latent_channels": stage.space.channels, "scaling_factor": 1.0, "shift_factor": 0.0}
@@ -206,7 +206,7 @@ def _class(kind: type, base: type) -> type:
         from diffusers.utils.accelerate_utils import apply_forward_hook
 
         hooked = {name: apply_forward_hook(getattr(kind, name)) for name in ("encode", "decode")}
-        if kind is Canonical and hasattr(base, "save_pretrained"):
+        if kind is VAEFacade and hasattr(base, "save_pretrained"):
             hooked["save_pretrained"] = _signed(kind.save_pretrained, base.save_pretrained)  # type: ignore[attr-defined]
         named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         _classes[kind, base] = type(base.__name__, (kind, base), hooked | named)
@@ -215,7 +215,7 @@ def _class(kind: type, base: type) -> type:
 
 def behind(vae: Any) -> Any:
     """The stage behind a facade; a new one around any other autoencoder. UserError where it is none of pictures."""
-    if isinstance(vae, Canonical):
+    if isinstance(vae, VAEFacade):
         return vae._behind()
     if isinstance(vae, Staged):  # its config may have been changed since
         stage = vae._behind()
@@ -240,7 +240,7 @@ def declared(vae: Any) -> LatentSpace | None:
 
 
 def with_factors(vae: Any, space: LatentSpace, host: Any) -> Any:
-    """The same weights with their normalization in the config fields that this host (a row of `hosts`) reads."""
+    """The same weights with their normalization in the config fields that this host (a row of `families`) reads."""
     config = vae.config
     statistics = config.get("latents_mean") is not None and config.get("latents_std") is not None
     shift = config.get("shift_factor")

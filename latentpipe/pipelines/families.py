@@ -1,6 +1,6 @@
 """Hosts: what each diffusers pipeline family needs, and running any of them around one VAEStage.
 
-The stage stands in for the host's VAE as an autoencoder of scaling_factor 1 and no shift (`Canonical`), so that
+The stage stands in for the host's VAE as an autoencoder of scaling_factor 1 and no shift (`VAEFacade`), so that
 one inverse pair serves every path of every host: text-to-image, img2img and inpaint, encoding and decoding.
 """
 
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from latentpipe.checkpoints.model_files import STABLE_DIFFUSION
-from latentpipe.pipelines.facade import Canonical, Facade, behind, canonical, declared, form, staged, with_factors
+from latentpipe.pipelines.facade import Facade, VAEFacade, behind, declared, facade_of, form, staged, with_factors
 from latentpipe.utils.errors import UserError
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.stage import VAEStage
 
 
 @dataclass(frozen=True)
-class Host:
+class PipelineFamily:
     """A family of diffusers pipelines.
 
     name        as people say it
@@ -67,13 +67,13 @@ class Host:
         return ""
 
 
-HOSTS = (
-    Host(
+FAMILIES = (
+    PipelineFamily(
         "Stable Diffusion 1/2",
         *STABLE_DIFFUSION,
         denoiser="unet",
     ),
-    Host(
+    PipelineFamily(
         "Stable Diffusion XL",
         "StableDiffusionXLPipeline",
         "StableDiffusionXLImg2ImgPipeline",
@@ -81,18 +81,18 @@ HOSTS = (
         denoiser="unet",
         statistics=True,
     ),
-    Host(
+    PipelineFamily(
         "Stable Diffusion 3",
         "StableDiffusion3Pipeline",
         "StableDiffusion3Img2ImgPipeline",
         "StableDiffusion3InpaintPipeline",
         shift=True,
     ),
-    Host("FLUX.1", "FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", shift=True, patch=2),
-    Host("Sana", "SanaPipeline", bins=True, plain=("AutoencoderDC",)),
-    Host("Sana Sprint", "SanaSprintPipeline", "SanaSprintImg2ImgPipeline", bins=True, plain=("AutoencoderDC",)),
+    PipelineFamily("FLUX.1", "FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", shift=True, patch=2),
+    PipelineFamily("Sana", "SanaPipeline", bins=True, plain=("AutoencoderDC",)),
+    PipelineFamily("Sana Sprint", "SanaSprintPipeline", "SanaSprintImg2ImgPipeline", bins=True, plain=("AutoencoderDC",)),
 )
-BY_CLASS = {name: host for host in HOSTS for name in host.classes}
+FAMILY_BY_CLASS = {name: host for host in FAMILIES for name in host.classes}
 
 
 # Their denoisers take the picture's latents as the VAE gives them, without its factor (tests/test_vae_calls.py reads them all).
@@ -106,13 +106,13 @@ RAW = frozenset(
 )
 
 
-def row(cls: type) -> Host:
+def row(cls: type) -> PipelineFamily:
     """The row of a pipeline class; for one that is not listed, what its signatures say."""
-    known = BY_CLASS.get(cls.__name__)
+    known = FAMILY_BY_CLASS.get(cls.__name__)
     if known is not None:
         return known
     unpacks = inspect.signature(getattr(cls, "_unpack_latents", lambda: None)).parameters
-    return Host(
+    return PipelineFamily(
         cls.__name__,
         cls.__name__,
         denoiser="unet" if "unet" in inspect.signature(cls).parameters else "transformer",
@@ -123,15 +123,15 @@ def row(cls: type) -> Host:
     )
 
 
-def host_of(pipe: Any) -> Host:
+def family_of(pipe: Any) -> PipelineFamily:
     """The row of a pipeline; an unknown class gets one from its signatures, checked when it has run."""
     name = type(pipe).__name__
     if getattr(pipe, "vae", None) is None:
-        raise UserError(f"{name} has no VAE; expected one of {', '.join(BY_CLASS)}, or another pipeline with a `vae`.")
+        raise UserError(f"{name} has no VAE; expected one of {', '.join(FAMILY_BY_CLASS)}, or another pipeline with a `vae`.")
     return row(type(pipe))
 
 
-def misreads(cls: type, stage: Any, own: Any) -> str:
+def unsupported_reason(cls: type, stage: Any, own: Any) -> str:
     """Empty when the code of a pipeline class encodes and decodes this stage's VAE right, else the reason; `own`: the VAE it has.
 
     Beside what its family honours: in diffusers 0.42 SD3 inpaint decodes without the shift, and SDXL inpaint encodes
@@ -149,15 +149,15 @@ def misreads(cls: type, stage: Any, own: Any) -> str:
         return host.honours(space, stage.vae)
     if type(own) is not type(stage.vae) and not (isinstance(own, Facade) and isinstance(own, type(stage.vae))):
         return f"{name} is known to read the VAE that it has, and not a {type(stage.vae).__name__}"
-    foreign = isinstance(own, Canonical) and not own.own
+    foreign = isinstance(own, VAEFacade) and not own.own
     if foreign or space != declared(stage.vae) or form(stage.vae) != form(behind(own).vae):
         return f"{name} is known to read the factors that its own VAE declares, and not those of this one"
     return ""
 
 
-def takes(pipe: Any) -> tuple[int, int]:
+def expected_latents(pipe: Any) -> tuple[int, int]:
     """Channels and downscale of the latents that a pipeline's denoiser was built for."""
-    host = host_of(pipe)
+    host = family_of(pipe)
     config = getattr(getattr(pipe, host.denoiser, None), "config", {})
     # inputs also count a mask, a masked picture or a control picture, outputs a learned variance
     counts = [int(config[name]) for name in ("in_channels", "out_channels") if config.get(name)]
@@ -189,7 +189,7 @@ def rebuild(pipe: Any, cls: type | None = None, **parts: Any) -> Any:
                 components[name]._internal_dict = config
     if "requires_safety_checker" in flags and "requires_safety_checker" in pipe.config:
         new.register_to_config(requires_safety_checker=pipe.config["requires_safety_checker"])
-    if isinstance(new.vae, Canonical) and not new.vae.own:
+    if isinstance(new.vae, VAEFacade) and not new.vae.own:
         new.save_pretrained = new.vae.save_pretrained  # diffusers would write a folder without a VAE
     new.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return new
@@ -197,7 +197,7 @@ def rebuild(pipe: Any, cls: type | None = None, **parts: Any) -> Any:
 
 def hosted(pipe: Any, stage: Any = None, cls: type | None = None) -> Any:
     """The pipeline rebuilt around a stage (default: its own VAE), as its own class or another: it draws what stock draws."""
-    host_of(pipe)
+    family_of(pipe)
     return rebuild(pipe, cls, vae=facade(cls or type(pipe), stage or behind(pipe.vae), pipe.vae))
 
 
@@ -206,7 +206,7 @@ def facade(cls: type, stage: Any, own: Any) -> Any:
 
     own  the VAE that the pipeline has. UserError where the pipeline can be right neither way.
     """
-    if not misreads(cls, stage, own):
+    if not unsupported_reason(cls, stage, own):
         return staged(stage, with_factors(stage.vae, stage.space, row(cls)))
     return normalized(cls, stage, own)
 
@@ -216,15 +216,16 @@ def normalized(cls: type, stage: Any, own: Any) -> Any:
     if cls.__name__ in RAW:
         raise UserError(
             f"{cls.__name__} gives its denoiser the raw values of the picture, without the factor of the VAE, and "
-            f"{misreads(cls, stage, own) or 'here they are normalized'}. Use its own VAE, or one that declares the same factors."
+            f"{unsupported_reason(cls, stage, own) or 'here they are normalized'}. Use its own VAE, or one that declares "
+            "the same factors."
         )
     mine = isinstance(stage, VAEStage) and [*stage.vae.children()] == [*own.children()] and getattr(own, "own", True)
-    return canonical(stage, mine)
+    return facade_of(stage, mine)
 
 
 def unpack(pipe: Any, latents: torch.Tensor, height: int | None = None, width: int | None = None) -> torch.Tensor:
     """Latents as a host returns them to B C h w; `height` and `width` of the picture in pixels, None: the host's default."""
-    host, (channels, downscale) = host_of(pipe), takes(pipe)
+    host, (channels, downscale) = family_of(pipe), expected_latents(pipe)
     if host.patch > 1 and latents.ndim == 3:
         side = pipe.default_sample_size * downscale
         height, width = height or side, width or side
@@ -238,8 +239,8 @@ def unpack(pipe: Any, latents: torch.Tensor, height: int | None = None, width: i
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise UserError(
             f"{type(pipe).__name__} returns latents of shape {tuple(latents.shape)}; expected (B, {channels}, h, w). "
-            f"This family needs a row of its own in latentpipe.pipelines.families.HOSTS; known are: "
-            f"{', '.join(h.name for h in HOSTS)}."
+            f"This family needs a row of its own in latentpipe.pipelines.families.FAMILIES; known are: "
+            f"{', '.join(h.name for h in FAMILIES)}."
         )
     return latents
 
@@ -259,7 +260,7 @@ def draw(pipe: Any, stage: Any = None, **call: Any) -> torch.Tensor:
 
 def finish(pipe: Any, images: torch.Tensor, call: dict[str, Any]) -> torch.Tensor:
     """What the host's own tail does to decoded images (B 3 H W)."""
-    if host_of(pipe).bins and call.get("use_resolution_binning", True):
+    if family_of(pipe).bins and call.get("use_resolution_binning", True):
         defaults = inspect.signature(type(pipe).__call__).parameters
         width, height = (call.get(name, defaults[name].default) for name in ("width", "height"))
         images = pipe.image_processor.resize_and_crop_tensor(images, width, height)

@@ -19,25 +19,25 @@ from latentpipe.checkpoints.pipeline_io import check_reference, hashes, load_pip
 from latentpipe.checkpoints.registry import find_model, name_of
 from latentpipe.checkpoints.tensor_source import CARD_FILE
 from latentpipe.checkpoints.vae_io import PREVIEW_FILE
-from latentpipe.compatibility.latent_adapter import Adapted, adapted, find_adapter, open_adapter
+from latentpipe.compatibility.latent_adapter import BridgedStage, bridged, find_adapter, open_adapter
 from latentpipe.lora.adapter import Lora
-from latentpipe.lora.matching import Report
+from latentpipe.lora.matching import MatchReport
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags, without_tags
 from latentpipe.pipelines import prompt_weighting, vocabulary
 from latentpipe.pipelines.denoise import check_family, check_host, denoise, is_classic, native_size, size_unit
-from latentpipe.pipelines.families import finish, takes
-from latentpipe.pipelines.lora_manager import Loras
+from latentpipe.pipelines.families import expected_latents, finish
+from latentpipe.pipelines.lora_manager import LoraManager
 from latentpipe.pipelines.picture import Picture, recipe_of
 from latentpipe.pipelines.sampling import OnStep, Settings, Step, check_settings, drawn_seed, settings_of
 from latentpipe.pipelines.swap import host_stage, judge_stages, stage_of
 from latentpipe.pipelines.verdict_cache import judged, refuse_other_shape
 from latentpipe.pipelines.vocabulary import known_words
-from latentpipe.utils.errors import Note, UserError, counted, expect
+from latentpipe.utils.errors import LatentpipeWarning, UserError, counted, expect
 from latentpipe.utils.images import to_pixels
 from latentpipe.utils.io import content_hash, read_json
 from latentpipe.utils.system import best_device
-from latentpipe.utils.threads import apart
+from latentpipe.utils.threads import run_in_thread
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.stage import VAEStage
 
@@ -64,12 +64,12 @@ class LatentPipeline:
     base: Mapping[str, str] = field(default_factory=dict)
     preview_map: dict[str, list] | None = None
     words: frozenset[str] = field(default=frozenset(), repr=False)
-    loras: Loras = field(init=False, repr=False, compare=False)
+    loras: LoraManager = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_host(self.host)
         self.stage = self.stage or host_stage(self.host)
-        channels, downscale = takes(self.host)
+        channels, downscale = expected_latents(self.host)
         if self.stage.space.channels != channels or self.stage.space.downscale != downscale:
             raise UserError(
                 f"VAE {self.vae_name or 'given'} makes {self.stage.space.channels}-channel latents at "
@@ -77,7 +77,7 @@ class LatentPipeline:
                 "Choose a VAE of the same space ('latentpipe ls vae --fits MODEL' lists them), or train a denoiser for this one."
             )
         self.base = self.base or self.hashes
-        self.loras = Loras(self.host, self.stage, self.base, self.hashes.get("vae"))
+        self.loras = LoraManager(self.host, self.stage, self.base, self.hashes.get("vae"))
         if not self.hashes:
             self.hashes = Computed(partial(hashes_in_memory, self.host, self.stage))
 
@@ -111,7 +111,7 @@ class LatentPipeline:
         if adapter is not None and vae is None:
             raise UserError(f"adapter '{adapter}' needs the VAE that it was fitted to; give that one as well (vae).")
         if device == "cpu" and dtype == "fp16":
-            warnings.warn("CPUs compute fp16 very slowly; bf16 is as small and much faster", Note, stacklevel=2)
+            warnings.warn("CPUs compute fp16 very slowly; bf16 is as small and much faster", LatentpipeWarning, stacklevel=2)
         folder = find_model(model)
         if vae is not None and adapter is None:
             refuse_other_shape(folder, vae)  # before anything is read
@@ -123,7 +123,7 @@ class LatentPipeline:
             pipe = cls(host, name=name_of(folder), hashes=hashes(folder), preview_map=own, words=known_words(card))
             return pipe if vae is None else pipe.with_vae(vae, folder, adapter, force)
 
-        return apart(opened)
+        return run_in_thread(opened)
 
     def with_vae(self, vae: str | Path, folder: Path, adapter: str | Path | None = None, force: bool = False) -> LatentPipeline:
         """The same denoiser around another VAE, which an adapter or a verdict vouches for; `folder` is the model's."""
@@ -136,13 +136,13 @@ class LatentPipeline:
             path = find_adapter(adapter)
             mapping = open_adapter(path, [self.hashes["vae"]], [found["vae"]])
             found["adapter"] = content_hash(mapping.state_dict())
-            changes |= {"stage": adapted(own, stage, mapping), "adapter_name": path.stem}
+            changes |= {"stage": bridged(own, stage, mapping), "adapter_name": path.stem}
         elif found["vae"] != self.hashes["vae"] and not force:
             check_reference(folder)
             verdict = judge_stages(own, stage) if self.loras.weights else judged(own, stage)
             if not verdict.fits:
                 raise UserError(f"VAE {vae} was not put in.\n{verdict}")
-            changes["stage"] = stage if verdict.encodes else Adapted(own, None, stage)
+            changes["stage"] = stage if verdict.encodes else BridgedStage(own, None, stage)
             changes["preview_map"] = read_preview(place / PREVIEW_FILE, stage.space.channels) or self.preview_map
         return replace(self, **changes, hashes=found)
 
@@ -183,7 +183,7 @@ class LatentPipeline:
 
         notes = self.notes_on(prompt) + self.notes_on(chosen.negative, "negative prompt")
         for note in notes:
-            warnings.warn(note, Note, stacklevel=3)
+            warnings.warn(note, LatentpipeWarning, stacklevel=3)
         images = self.draw([prompt] * n, list(range(seed, seed + n)), chosen, watch)
         base = recipe_of(self, prompt, seed, n, chosen, done if done < chosen.steps_to_run else None)
         own = [base.model_copy(update={"seed": seed + i, "batch_index": i}) for i in range(len(images))]
@@ -197,10 +197,10 @@ class LatentPipeline:
         name: str | None = None,
         partial: bool = False,
         force: bool = False,
-    ) -> Report:
+    ) -> MatchReport:
         """Open an adapter (name, file or `Lora`), prove that it fits and moves something, and switch it on beside the others.
 
-        weight   a number, or numbers by component and block (`latentpipe.lora.fusion.Mixer.set`)
+        weight   a number, or numbers by component and block (`latentpipe.lora.fusion.LoraFuser.set`)
         partial  take a file that fits in part; what is left out stands in the report
         force    take one that names another base, or that changes the VAE's latents
 
@@ -209,7 +209,7 @@ class LatentPipeline:
         return self.loras.attach(lora, weight, name, partial, force)
 
     def set_lora(self, weights: Mapping[str, Weight], fuse: bool = True, method: str = "sum", partial: bool = False) -> None:
-        """Switch on exactly these adapters with these weights, by name; see `latentpipe.lora.fusion.Mixer.set`, `attach_lora`."""
+        """Switch on exactly these adapters with these weights, by name; see `LoraFuser.set`, `attach_lora`."""
         self.loras.set(weights, fuse, method, weights if partial else ())
 
     def detach_lora(self, name: str | None = None) -> None:

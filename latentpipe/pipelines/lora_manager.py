@@ -17,26 +17,28 @@ from torch import nn
 
 from latentpipe.checkpoints.registry import find_lora, named_lora
 from latentpipe.compatibility.measure import Verdict, measure
-from latentpipe.compatibility.verdict import judge
+from latentpipe.compatibility.verdict import decide_verdict
 from latentpipe.lora.adapter import Lora
-from latentpipe.lora.fusion import Mixer
-from latentpipe.lora.matching import SHOWN, Report
+from latentpipe.lora.fusion import LoraFuser
+from latentpipe.lora.matching import SHOWN, MatchReport
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.metadata import trigger_words
 from latentpipe.lora.state_dict.io import base_of, read_lora
 from latentpipe.lora.target_modules import DENOISERS, TEXT, leaves
 from latentpipe.pipelines.denoise import probe_step, size_unit
-from latentpipe.pipelines.families import host_of
-from latentpipe.utils.errors import Note, UserError
+from latentpipe.pipelines.families import family_of
+from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.io import HASH_LENGTH
 from latentpipe.vae.probe_images import probe_images
 from latentpipe.vae.stage import VAEStage
 
 PROBE = "a picture"
-_in_use: WeakKeyDictionary[nn.Module, ReferenceType[Loras]] = WeakKeyDictionary()  # networks that adapters are on, and whose
+_in_use: WeakKeyDictionary[nn.Module, ReferenceType[LoraManager]] = (
+    WeakKeyDictionary()
+)  # networks that adapters are on, and whose
 
 
-class Loras:
+class LoraManager:
     """What is attached to one pipeline: its host's denoiser and text encoders, and the VAE of its stage.
 
     hashes  content hashes of the host's own parts, where they are known: an adapter that names others is refused
@@ -48,7 +50,7 @@ class Loras:
         self._lock = threading.RLock()  # a tag changes the weights for the time of a call
         self._left: dict[str, tuple[str, ...]] = {}  # what was left out of the adapters that were opened by name
         self._files: dict[str, tuple[Path, tuple[float, int]]] = {}  # of the adapters that were opened by name, and their state
-        self.mixer = Mixer(components(host, stage))
+        self.mixer = LoraFuser(components(host, stage))
         self._still: tuple[Any, dict[str, torch.Tensor]] = (None, {})
         finalize(self, self.mixer.clear).atexit = False  # a pipeline that is dropped leaves its host as it was
 
@@ -65,7 +67,7 @@ class Loras:
 
     def attach(
         self, source: Lora | str | Path, weight: Weight, name: str | None = None, partial: bool = False, force: bool = False
-    ) -> Report:
+    ) -> MatchReport:
         """Open, check and switch on one more adapter; see `LatentPipeline.attach_lora`."""
         lora = source if isinstance(source, Lora) else self.open(source)
         lora = replace(lora, name=name or lora.name)
@@ -92,14 +94,16 @@ class Loras:
         parts = {name: replace(part, moved=max(moved[probe] for probe in _probes(name))) for name, part in report.parts.items()}
         if not any(moved.values()):
             warnings.warn(
-                f"LoRA '{lora.name}' changes nothing: a probe step, encode and decode are what they were without it", Note, 3
+                f"LoRA '{lora.name}' changes nothing: a probe step, encode and decode are what they were without it",
+                LatentpipeWarning,
+                3,
             )
         return replace(report, parts=parts, base_checked=checked, verdict=verdict)
 
     def set(self, weights: Mapping[str, Weight], fuse: bool = True, method: str = "sum", partial: Collection[str] = ()) -> None:
         """Switch on exactly these; names that are not open yet, or whose files have changed, are opened (installed ones only).
 
-        partial  names whose files may fit in part; what is left out is told in a Note
+        partial  names whose files may fit in part; what is left out is told in a warning
         """
         self.check_free()
         opened = []
@@ -116,7 +120,7 @@ class Loras:
                     opened.append(name)
                 if name in partial and (left := self._left.get(name)):
                     shown = "; ".join(left[:SHOWN]) + (f"; and {len(left) - SHOWN} more" if len(left) > SHOWN else "")
-                    warnings.warn(Note(f"LoRA '{name}' was taken in part; left out: {shown}"), stacklevel=3)
+                    warnings.warn(LatentpipeWarning(f"LoRA '{name}' was taken in part; left out: {shown}"), stacklevel=3)
             self.mixer.set(weights, fuse, method)
         except BaseException:
             for name in opened:
@@ -202,11 +206,11 @@ class Loras:
         with self.mixer.lifted():
             own = VAEStage(_vae_of(self.stage))
             twin = copy.deepcopy(own.vae)
-            mixer = Mixer({"vae": twin})
+            mixer = LoraFuser({"vae": twin})
             mixer.load(Lora({"vae": lora.parts["vae"]}, lora.name))
             mixer.set({lora.name: 1.0})
             changed = VAEStage(twin)
-            return judge(own.space, changed.space, measure(own, changed))
+            return decide_verdict(own.space, changed.space, measure(own, changed))
 
     def _probe(self, lora: Lora) -> dict[str, float]:
         """||after - before|| / ||before|| of a denoising step, an encode and a decode, with the adapter alone at weight 1."""
@@ -220,7 +224,7 @@ class Loras:
             if self._still[0] != key:  # the first probe, or the model was moved
                 self._still = key, self._outputs({"step", "encode", "decode"})
             before = self._still[1]
-            twin = Mixer(self.mixer.components)
+            twin = LoraFuser(self.mixer.components)
             twin.loaded[lora.name] = lora
             twin.set({lora.name: 1.0})
             try:
@@ -249,7 +253,7 @@ class Loras:
 
 def components(host: Any, stage: Any) -> dict[str, nn.Module]:
     """The networks of a pipeline that adapters go on, by name."""
-    denoiser = host_of(host).denoiser
+    denoiser = family_of(host).denoiser
     found: dict[str, nn.Module] = {denoiser: getattr(host, denoiser)}
     found |= {name: getattr(host, name) for name in TEXT if getattr(host, name, None) is not None}
     vae = _vae_of(stage)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from latentpipe.pipelines.families import host_of
+from latentpipe.pipelines.families import family_of
 from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.sampling import Settings
 from latentpipe.utils.errors import expect
@@ -37,7 +37,7 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
     if settings.image is not None:
         source = recipes.Source(sha256=recipes.pixel_hash(settings.image), strength=settings.strength)
     assert settings.size is not None
-    denoiser = getattr(pipe.host, host_of(pipe.host).denoiser)
+    denoiser = getattr(pipe.host, family_of(pipe.host).denoiser)
     return recipes.Recipe(
         prompt=prompt,
         negative=settings.negative,

@@ -15,7 +15,7 @@ import torch
 
 from latentpipe.pipelines import families
 from latentpipe.utils.defaults import MAX_PROMPT
-from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.errors import LatentpipeWarning, UserError
 
 STEP = 1.1
 MAX_WEIGHT = 5.0
@@ -77,10 +77,10 @@ def refuse(host: Any, prompt: str) -> None:
     """UserError for weights that cannot be read, or that the host's family cannot follow.
 
     Families other than Stable Diffusion 1/2 read the prompt as it stands: a stated weight, (x:1.3), is an error there;
-    other marks are plain text, which a Note says.
+    other marks are plain text, which a warning says.
     """
-    family = families.host_of(host)
-    if family is families.HOSTS[0]:
+    family = families.family_of(host)
+    if family is families.FAMILIES[0]:
         parse(prompt)
         return
     items = _ITEM.findall(prompt)
@@ -92,7 +92,9 @@ def refuse(host: Any, prompt: str) -> None:
             )
     if _pairs(items) or any(len(item) == 2 and item[0] == "\\" for item in items):
         warnings.warn(
-            f"{family.name} takes no prompt weights; brackets and backslashes in the prompt are plain text", Note, stacklevel=3
+            f"{family.name} takes no prompt weights; brackets and backslashes in the prompt are plain text",
+            LatentpipeWarning,
+            stacklevel=3,
         )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from latentpipe.utils.defaults import GUIDANCE, MAX_BATCH, MAX_SEED, STEPS, STRENGTH
-from latentpipe.utils.errors import Note, UserError, counted, expect, near
+from latentpipe.utils.errors import LatentpipeWarning, UserError, counted, expect, near
 
 if TYPE_CHECKING:
     import torch
@@ -139,12 +139,14 @@ def check_settings(settings: Settings, native: tuple[int, int], unit: int) -> Se
         raise UserError(wrong)
     if (width, height) != native:
         warnings.warn(
-            f"the model was trained at {native[0]} x {native[1]} pixels; {width} x {height} may look wrong", Note, stacklevel=4
+            f"the model was trained at {native[0]} x {native[1]} pixels; {width} x {height} may look wrong",
+            LatentpipeWarning,
+            stacklevel=4,
         )
     return replace(settings, size=(width, height))
 
 
-class Guide:
+class GuidanceCallback:
     """The host's step callback: guidance inside its interval, step events, and stopping."""
 
     def __init__(self, settings: Settings, positive: torch.Tensor, negative: torch.Tensor | None, steps: int, on_step) -> None:

@@ -18,12 +18,12 @@ from latentpipe.checkpoints.pipeline_io import load_pipeline
 from latentpipe.checkpoints.registry import find_model, name_of
 from latentpipe.checkpoints.tensor_source import CARD_FILE
 from latentpipe.checkpoints.vae_io import PREVIEW_FILE, declared_space, open_vae, vae_hash
-from latentpipe.compatibility.latent_adapter import Adapted, Adapter, adapted, find_adapter, open_adapter
+from latentpipe.compatibility.latent_adapter import BridgedStage, LatentAdapter, bridged, find_adapter, open_adapter
 from latentpipe.compatibility.measure import Verdict, measure
-from latentpipe.compatibility.verdict import judge, judge_shapes
+from latentpipe.compatibility.verdict import decide_by_shapes, decide_verdict
 from latentpipe.pipelines import families
 from latentpipe.pipelines.facade import behind
-from latentpipe.utils.errors import Note, UserError, counted
+from latentpipe.utils.errors import LatentpipeWarning, UserError, counted
 from latentpipe.utils.io import atomic_folder, content_hash, read_json
 from latentpipe.utils.logging import quiet
 from latentpipe.vae.latent_space import LatentSpace
@@ -47,7 +47,7 @@ def stage_of(vae: VAE, like: VAEStage | None = None) -> VAEStage:
 def host_stage(pipe: Any) -> VAEStage:
     """The stage of the VAE that a diffusers pipeline, or the host of a LatentPipeline, came with."""
     host = getattr(pipe, "host", pipe)
-    families.host_of(host)
+    families.family_of(host)
     return behind(host.vae)
 
 
@@ -61,7 +61,7 @@ def check_swap(pipe: Any, vae: VAE, images: torch.Tensor | None = None) -> Verdi
     A file whose config or header tells another shape is not read.
     """
     host = host_stage(pipe)
-    channels, downscale = families.takes(getattr(pipe, "host", pipe))
+    channels, downscale = families.expected_latents(getattr(pipe, "host", pipe))
     if (host.space.channels, host.space.downscale) != (channels, downscale):
         raise UserError(
             f"This pipeline does not fit itself: its VAE makes {host.space.channels}-channel latents at "
@@ -69,7 +69,7 @@ def check_swap(pipe: Any, vae: VAE, images: torch.Tensor | None = None) -> Verdi
             "Put its own VAE back before trying another."
         )
     if isinstance(vae, (str, Path)):
-        apart = judge_shapes(host.space, declared_space(find_model(vae, "vae")))
+        apart = decide_by_shapes(host.space, declared_space(find_model(vae, "vae")))
         if apart is not None:
             return apart
     return judge_stages(host, stage_of(vae, host), images)
@@ -77,11 +77,15 @@ def check_swap(pipe: Any, vae: VAE, images: torch.Tensor | None = None) -> Verdi
 
 def judge_stages(host: VAEStage, stage: VAEStage, images: torch.Tensor | None = None) -> Verdict:
     """The verdict on a stage beside the host's own; measured where their shapes are the same."""
-    return judge_shapes(host.space, stage.space) or judge(host.space, stage.space, measure(host, stage, images))
+    return decide_by_shapes(host.space, stage.space) or decide_verdict(host.space, stage.space, measure(host, stage, images))
 
 
 def swap_vae(
-    pipe: Any, vae: VAE, force: bool = False, adapter: Adapter | str | Path | None = None, images: torch.Tensor | None = None
+    pipe: Any,
+    vae: VAE,
+    force: bool = False,
+    adapter: LatentAdapter | str | Path | None = None,
+    images: torch.Tensor | None = None,
 ) -> Any:
     """A new pipeline that decodes (and encodes) by `vae`; `pipe` and `vae` are left as they were.
 
@@ -94,9 +98,9 @@ def swap_vae(
     host = host_stage(pipe)
     stage = stage_of(vae, host)
     if adapter is not None:
-        if not isinstance(adapter, Adapter):
+        if not isinstance(adapter, LatentAdapter):
             adapter = open_adapter(find_adapter(adapter), hashes_of(host), hashes_of(stage))
-        return _with_stage(pipe, adapted(host, stage, adapter))
+        return _with_stage(pipe, bridged(host, stage, adapter))
     if force:
         _refuse_shape(host.space, stage.space)
     else:
@@ -104,7 +108,7 @@ def swap_vae(
         if not verdict.fits:
             raise UserError(str(verdict))
         if not verdict.encodes:
-            return _with_stage(pipe, Adapted(host, None, stage))
+            return _with_stage(pipe, BridgedStage(host, None, stage))
     return _with_stage(pipe, stage)
 
 
@@ -141,8 +145,8 @@ def _with_stage(pipe: Any, stage: Any) -> Any:
             return dataclasses.replace(pipe, stage=stage, hashes=found, vae_name=GIVEN)
         found["adapter"] = content_hash(stage.adapter.state_dict())
         return dataclasses.replace(pipe, stage=stage, hashes=found, vae_name=GIVEN, adapter_name=GIVEN)
-    if not families.misreads(type(pipe), stage, pipe.vae):
-        return families.rebuild(pipe, vae=families.with_factors(stage.vae, stage.space, families.host_of(pipe)))
+    if not families.unsupported_reason(type(pipe), stage, pipe.vae):
+        return families.rebuild(pipe, vae=families.with_factors(stage.vae, stage.space, families.family_of(pipe)))
     return families.rebuild(pipe, vae=families.normalized(type(pipe), stage, pipe.vae))
 
 
@@ -151,7 +155,7 @@ def saveable(pipe: Any, vae: VAE) -> Any:
 
     Where the host ignores a part of the normalization, it is folded into a copy's quant_conv and post_quant_conv.
     """
-    stage, host = stage_of(vae), families.host_of(pipe)
+    stage, host = stage_of(vae), families.family_of(pipe)
     reason = host.honours(stage.space, stage.vae)
     if not reason:
         return families.with_factors(stage.vae, stage.space, host)
@@ -168,7 +172,7 @@ def saveable(pipe: Any, vae: VAE) -> Any:
 def save_swapped(folder: Path, vae: str | Path, out: Path, verdict: Verdict, force: bool = False) -> None:
     """Write the pipeline folder again, with `vae` in the place of its own; stock diffusers opens it.
 
-    UserError with the verdict where it does not fit, unless `force`; a Note where its decoder alone fits. The card names
+    UserError with the verdict where it does not fit, unless `force`; a warning where its decoder alone fits. The card names
     the VAE that the denoiser was trained on and the one that was swapped in, each by its hash.
     """
     if Path(out).exists() or Path(out).resolve().is_relative_to(folder.resolve()):
@@ -181,7 +185,7 @@ def save_swapped(folder: Path, vae: str | Path, out: Path, verdict: Verdict, for
     opened = open_vae(place)
     if not verdict.encodes and not force:
         warnings.warn(
-            Note(
+            LatentpipeWarning(
                 "the decoder alone fits: pictures from prompts are right, but img2img and inpainting of the saved pipeline would "
                 "begin from another encoder's latents; 'latentpipe generate --vae' encodes by the model's own VAE"
             ),

@@ -14,10 +14,10 @@ from latentpipe.checkpoints.pipeline_io import check_reference, enforce_chain, l
 from latentpipe.checkpoints.registry import available, find_model
 from latentpipe.checkpoints.vae_io import declared_space
 from latentpipe.compatibility.measure import Verdict
-from latentpipe.compatibility.verdict import judge_shapes
-from latentpipe.pipelines.families import BY_CLASS
+from latentpipe.compatibility.verdict import decide_by_shapes
+from latentpipe.pipelines.families import FAMILY_BY_CLASS
 from latentpipe.pipelines.swap import check_swap, judge_stages, stage_of
-from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.io import atomic_file, home, read_json
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.stage import VAEStage
@@ -39,7 +39,7 @@ def verdict_on(model: str | Path, vae: str | Path, images: torch.Tensor | None =
     own = declared_space(folder / "vae")
     if not _fits_itself(folder, own):
         return check_swap(load_pipeline(folder), place, images)  # which says what is wrong
-    apart = judge_shapes(own, declared_space(place))
+    apart = decide_by_shapes(own, declared_space(place))
     if apart is not None:
         return apart
     enforce_chain(folder)
@@ -50,7 +50,7 @@ def verdict_on(model: str | Path, vae: str | Path, images: torch.Tensor | None =
 
 def refuse_other_shape(folder: Path, vae: str | Path) -> None:
     """UserError with the verdict where the headers tell that a VAE cannot serve a model."""
-    apart = judge_shapes(declared_space(folder / "vae"), declared_space(find_model(vae, "vae")))
+    apart = decide_by_shapes(declared_space(folder / "vae"), declared_space(find_model(vae, "vae")))
     if apart is not None:
         raise UserError(f"VAE {vae} was not put in.\n{apart}")
 
@@ -69,7 +69,7 @@ def judged(host: VAEStage, stage: VAEStage) -> Verdict:
 
 
 def fitting(model: str | Path) -> list[tuple[str, Path, Verdict]]:
-    """Every VAE that a name means, with its verdict for a model; a Note says which cannot be opened."""
+    """Every VAE that a name means, with its verdict for a model; a warning says which cannot be opened."""
     folder = find_model(model)
     check_reference(folder)
     found = []
@@ -77,7 +77,7 @@ def fitting(model: str | Path) -> list[tuple[str, Path, Verdict]]:
         try:
             found.append((name, path, verdict_on(folder, path)))
         except UserError as error:
-            warnings.warn(Note(f"left out: {name}: {error}"), stacklevel=2)
+            warnings.warn(LatentpipeWarning(f"left out: {name}: {error}"), stacklevel=2)
     return found
 
 
@@ -93,7 +93,7 @@ def _place(host: VAEStage, stage: VAEStage) -> Path | None:
 
 def _fits_itself(folder: Path, own: LatentSpace) -> bool:
     """Whether a model's denoiser takes as many channels as its own VAE makes, where its family is known."""
-    host = BY_CLASS.get(str(read_json(folder / "model_index.json").get("_class_name")))
+    host = FAMILY_BY_CLASS.get(str(read_json(folder / "model_index.json").get("_class_name")))
     if host is None:
         return True
     config = read_json(folder / host.denoiser / "config.json")

@@ -21,8 +21,8 @@ from latentpipe.train import loop, picture_changes
 from latentpipe.train.config import Diffusion, TrainDenoiser, UNetShape, config_from
 from latentpipe.train.distributed import refuse_several
 from latentpipe.train.losses import l2, velocity_target
-from latentpipe.train.progress import Progress
-from latentpipe.train.run_dir import begin, refuse_other_shape, usable
+from latentpipe.train.progress import TrainingLog
+from latentpipe.train.run_dir import prepare_run_dir, refuse_other_shape, usable
 from latentpipe.train.text_encoder import build_text_encoder, token_ids, train_tokenizer, with_vocabulary
 from latentpipe.train.weighted_order import weighted_indices
 from latentpipe.utils.errors import UserError, counted
@@ -62,7 +62,7 @@ def _trained(config: TrainDenoiser) -> Path:
     scheduler = build_scheduler(config.diffusion)
     alpha_bar = training_alphas(scheduler)
     names = [" | ".join(texts) for texts in cache.captions]  # a cache keeps no file names
-    with begin(config, config.run) as begun:
+    with prepare_run_dir(config, config.run) as begun:
         record = picture_changes.follow(config.run, config.data.cache, names, begun)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
@@ -91,7 +91,7 @@ def _trained(config: TrainDenoiser) -> Path:
 
         prompts = list(config.sample_prompts) or [cache.captions[index][0] for index in captioned[:8]]
 
-        def sample(step: int, log: Progress) -> dict[str, float]:
+        def sample(step: int, log: TrainingLog) -> dict[str, float]:
             pipe = LatentPipeline(_pipeline(vae, text_encoder, tokenizer, unet, scheduler))
             both.eval()
             pictures = [pipe(prompt, seed=index)[0].image for index, prompt in enumerate(prompts)]

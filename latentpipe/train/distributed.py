@@ -13,7 +13,7 @@ from torch import nn
 from latentpipe.utils.errors import UserError
 
 
-class Team:
+class DistributedContext:
     """All processes of a run; each computes an equal share of every step's pictures.
 
     rank, world  this process's number and how many there are

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from latentpipe.compatibility.latent_adapter import RUNGS, Adapter, Rung
+from latentpipe.compatibility.latent_adapter import CANDIDATES, Candidate, LatentAdapter
 from latentpipe.evaluate.statistics import interval
 from latentpipe.utils.errors import UserError, counted
 from latentpipe.utils.images import psnr, to_bytes
@@ -31,12 +31,12 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Ladder:
+class FitReport:
     """Every rung's score, the upper bound (decode of the target's own encode), and the rung that was chosen."""
 
     scores: list[Score]
     bound: Score
-    chosen: Rung
+    chosen: Candidate
     fitted_on: int
     held_out: int
     pictures: str
@@ -69,7 +69,7 @@ def fit_adapter(
     steps: int = 800,
     seed: int = 0,
     report: ProgressCallback | None = None,
-) -> tuple[Adapter, Ladder]:
+) -> tuple[LatentAdapter, FitReport]:
     """The adapter from stage `source` to stage `target`, fitted and scored on images (N 3 H W, [-1, 1]).
 
     Every fifth picture is held out; UserError below ten pictures. Each rung minimizes the squared error of the target's
@@ -83,7 +83,7 @@ def fit_adapter(
     held = torch.arange(len(images)) % 5 == 4
     x, y = _encode(source, images), _encode(target, images)
     shapes = [(stage.space.channels, stage.space.downscale) for stage in (source, target)]
-    rungs = [rung for rung in RUNGS if rung != "per channel" or shapes[0] == shapes[1]]
+    rungs = [rung for rung in CANDIDATES if rung != "per channel" or shapes[0] == shapes[1]]
     truth = to_bytes(images[held])
 
     def score(name: str, latents: torch.Tensor, parameters: int) -> tuple[Score, torch.Tensor]:
@@ -93,11 +93,11 @@ def fit_adapter(
         return Score(name, values.mean().item(), low, high, r2.item(), parameters), values
 
     scores: list[Score] = []
-    fitted: dict[Rung, Adapter] = {}
+    fitted: dict[Candidate, LatentAdapter] = {}
     for done, rung in enumerate(rungs):
         if report is not None:
             report(done, len(rungs), f"fit: {rung}")
-        adapter = Adapter(shapes[0], shapes[1], rung)
+        adapter = LatentAdapter(shapes[0], shapes[1], rung)
         _solve(adapter, x[~held], y[~held])
         if rung == "convolution":
             with torch.enable_grad():
@@ -107,18 +107,18 @@ def fit_adapter(
         scores.append(score(rung, latents, _free_parameters(adapter))[0])
     bound, _ = score("upper bound", y[held], 0)
     chosen = _smallest_within(rungs, scores)
-    ladder = Ladder(scores, bound, chosen, int((~held).sum()), int(held.sum()), pictures, images.shape[-1])
+    ladder = FitReport(scores, bound, chosen, int((~held).sum()), int(held.sum()), pictures, images.shape[-1])
     return fitted[chosen], ladder
 
 
-def _smallest_within(rungs: list[Rung], scores: list[Score]) -> Rung:
+def _smallest_within(rungs: list[Candidate], scores: list[Score]) -> Candidate:
     """The first rung whose mean lies within the interval of the best one."""
     best = max(scores, key=lambda score: score.psnr_db)
     return next(rung for rung, score in zip(rungs, scores, strict=True) if score.psnr_db >= best.low)
 
 
 @torch.no_grad()
-def _solve(adapter: Adapter, x: torch.Tensor, y: torch.Tensor) -> None:
+def _solve(adapter: LatentAdapter, x: torch.Tensor, y: torch.Tensor) -> None:
     """Fill the linear map: one gain and offset for each channel, or ridge regression over 1x1 or 3x3 positions."""
     x, y = adapter.fold(x), functional.pixel_unshuffle(y, adapter.up)
     edge = adapter.linear.kernel_size[0] // 2
@@ -151,7 +151,7 @@ def _ridge(x: torch.Tensor, y: torch.Tensor, side: int) -> tuple[torch.Tensor, t
 
 
 def _descend(
-    adapter: Adapter,
+    adapter: LatentAdapter,
     x: torch.Tensor,
     y: torch.Tensor,
     steps: int,
@@ -183,7 +183,7 @@ def _descend(
         schedule.step()
 
 
-def _free_parameters(adapter: Adapter) -> int:
+def _free_parameters(adapter: LatentAdapter) -> int:
     if adapter.rung == "per channel":
         return 2 * adapter.linear.out_channels
     return sum(parameter.numel() for parameter in adapter.parameters())

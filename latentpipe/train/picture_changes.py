@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from latentpipe.train.config import Run
-from latentpipe.utils.errors import Note
+from latentpipe.utils.errors import LatentpipeWarning
 from latentpipe.utils.io import atomic_file, printable, read_json
 
 ROLL_FILE = "pictures.json"
@@ -20,7 +20,7 @@ def follow(run: Run, source: Path, names: Iterable[str], begun: Callable[[], Non
 
     source  the folder or file they are from, as a message shows it
     names   one for each picture; several may have the same
-    A run that goes on (`run.resume`) with other pictures than those kept is told in a Note how many are new or gone.
+    A run that goes on (`run.resume`) with other pictures than those kept is told in a warning how many are new or gone.
     """
     path, now = run.work / ROLL_FILE, Counter(map(printable, names))
     if run.resume and path.is_file():
@@ -31,7 +31,7 @@ def follow(run: Run, source: Path, names: Iterable[str], begun: Callable[[], Non
             warnings.warn(
                 f"{source}: {new} picture{' is' if new == 1 else 's are'} new and {gone} gone since this run began; "
                 f"the steps that are left see the {now.total()} pictures of now, {order}",
-                Note,
+                LatentpipeWarning,
                 stacklevel=3,
             )
 

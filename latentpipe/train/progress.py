@@ -18,7 +18,7 @@ from latentpipe.utils.io import atomic_file
 from latentpipe.utils.reading import parse_json
 
 
-class Progress:
+class TrainingLog:
     """A progress bar with ETA on stderr, and one JSON line for every step in log.jsonl; `told` False: neither."""
 
     def __init__(self, path: Path, steps: int, first: int, tensorboard: bool = False, told: bool = True) -> None:

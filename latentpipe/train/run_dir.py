@@ -17,7 +17,7 @@ from typing import Any
 from latentpipe.train import checkpoint
 from latentpipe.train.config import Run, Strict, dump
 from latentpipe.utils.atomic import atomic_file, sweep
-from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.io import refuse_name
 from latentpipe.utils.reading import read_json, read_yaml
 
@@ -27,7 +27,7 @@ WEIGHTS = re.compile(r"diffusion_pytorch_model.*\.(safetensors|json)")
 
 
 @contextmanager
-def begin(config: Strict, run: Run) -> Iterator[Callable[[], None]]:
+def prepare_run_dir(config: Strict, run: Run) -> Iterator[Callable[[], None]]:
     """Check and make the folders of a run, which is alone in `run.work` inside.
 
     Yields what writes the resolved config, once a resumed run has really begun. UserError where a folder cannot be used.
@@ -69,7 +69,7 @@ def alone(work: Path) -> Iterator[None]:
             "or choose another --run.work."
         ) from None
     except (OSError, NotImplementedError) as error:  # a file system without locks
-        warnings.warn(Note(f"{work} cannot be locked ({error}); start no other training in it."), stacklevel=4)
+        warnings.warn(LatentpipeWarning(f"{work} cannot be locked ({error}); start no other training in it."), stacklevel=4)
     try:
         with atomic_file(holder) as part:
             since = datetime.now().astimezone().isoformat(" ", "seconds")
@@ -107,12 +107,12 @@ def usable(run: Run) -> None:
 
 
 def _note_changes(record: Path, config: Strict) -> None:
-    """A Note on what is set otherwise than when the run was begun."""
+    """A warning on what is set otherwise than when the run was begun."""
     before, now = _flat(read_yaml(record)), _flat(config.model_dump(mode="json"))
     free = {"run.resume", "run.out", "run.work", "run.save_every_steps", "run.sample_every_steps"}
     changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if key not in free and before.get(key) != now[key]]
     if changed:
-        warnings.warn(f"this run goes on with another config: {', '.join(changed)}", Note, stacklevel=5)
+        warnings.warn(f"this run goes on with another config: {', '.join(changed)}", LatentpipeWarning, stacklevel=5)
 
 
 def _replaceable(folder: Path) -> bool:

@@ -13,7 +13,7 @@ TRIES = 3
 UNSTEADY = frozenset({"kl", "adversarial", "spectrum", "scale"})  # terms that move by schedule, or may be negative
 
 
-class Guard:
+class SpikeGuard:
     """Remembers the usual size of the reconstruction terms; part of every checkpoint, so that a resumed run judges alike.
 
     detours  how often the run went back; each halves the learning rate from there on

@@ -15,7 +15,7 @@ from torch import nn
 
 from latentpipe.train import checkpoint
 from latentpipe.train.config import Optimization, Run
-from latentpipe.train.spike_guard import Guard
+from latentpipe.train.spike_guard import SpikeGuard
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import atomic_file, read_tensors
 
@@ -49,7 +49,7 @@ class State:
     ema: EMAModel
     scaler: torch.amp.GradScaler
     extras: tuple[Stateful, ...] = ()
-    guard: Guard = field(default_factory=Guard)
+    guard: SpikeGuard = field(default_factory=SpikeGuard)
     best: float | None = None
     misses: int = 0
     validated: int = 0

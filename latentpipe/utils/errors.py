@@ -15,7 +15,7 @@ class Cancelled(Exception):
     """A job was stopped before it had anything to keep."""
 
 
-class Note(UserWarning):
+class LatentpipeWarning(UserWarning):
     """Something unusual that was done all the same."""
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def apart(work: Callable[[], T]) -> T:
+def run_in_thread(work: Callable[[], T]) -> T:
     """Run ``work()`` in a thread of its own; returns what it returns, raises what it raises.
 
     GNU OpenMP keeps a pool of threads for every thread that has computed in parallel. While there are more of them than

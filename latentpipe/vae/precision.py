@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from latentpipe.utils.errors import Note, UserError, short
+from latentpipe.utils.errors import LatentpipeWarning, UserError, short
 from latentpipe.utils.io import atomic_file, content_hash, home, read_json
 from latentpipe.vae.offload import copied, device_of, dtype_of, in_layers, weights_of
 
@@ -30,7 +30,7 @@ MEMORY_FILE = "precision.json"  # in files.home(); only a hint
 
 
 @dataclass(frozen=True)
-class Climb:
+class DtypeFallback:
     """The dtype that was finite, and the first block that was not in the dtype asked for."""
 
     dtype: torch.dtype
@@ -44,15 +44,15 @@ class _State:
     stamp: tuple[Any, ...]
     digest: str = ""
     copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
-    climbs: dict[tuple[Direction, torch.dtype], Climb | None] = field(default_factory=dict)
+    climbs: dict[tuple[Direction, torch.dtype], DtypeFallback | None] = field(default_factory=dict)
 
 
 _states: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
-_climbs: dict[str, Climb] = {}  # of this process, by hash/direction/dtype
+_climbs: dict[str, DtypeFallback] = {}  # of this process, by hash/direction/dtype
 _unchecked: ContextVar[bool] = ContextVar("unchecked", default=False)
 
 
-def run_finite(vae: Any, direction: Direction, run: Run, given: torch.Tensor) -> Any:
+def run_with_dtype_fallback(vae: Any, direction: Direction, run: Run, given: torch.Tensor) -> Any:
     """``run(vae, given)`` with every value finite, in the lowest dtype of the ladder that achieves it.
 
     vae      the autoencoder; it is never changed: a higher dtype runs on a copy, kept for as long as the VAE lives
@@ -61,7 +61,7 @@ def run_finite(vae: Any, direction: Direction, run: Run, given: torch.Tensor) ->
              autoencoder's own
 
     The result has the dtype of the plain run, or a wider one where its values would not fit. A climb is told once,
-    as a Note that names the first block that overflowed, and remembered for the content hash of the weights. A VAE
+    as a warning that names the first block that overflowed, and remembered for the content hash of the weights. A VAE
     that is being trained is run as it is. UserError: `given` is not finite, or fp32 is not finite either.
     """
     device, asked = device_of(vae), _asked(vae)
@@ -77,7 +77,7 @@ def run_finite(vae: Any, direction: Direction, run: Run, given: torch.Tensor) ->
             result = run(model, prepared)
             if all_finite(_values(result)):
                 if dtype != asked:
-                    _remember(vae, state, direction, asked, Climb(dtype, block))
+                    _remember(vae, state, direction, asked, DtypeFallback(dtype, block))
                 return result if dtype == asked else _as_asked(result, asked)
             _check_given(direction, given)
             if not block or dtype == torch.float32:
@@ -94,7 +94,7 @@ def run_finite(vae: Any, direction: Direction, run: Run, given: torch.Tensor) ->
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Within it, `run_finite` runs once, in the VAE's own dtype, and checks nothing (proofs, benchmarks)."""
+    """Within it, `run_with_dtype_fallback` runs once, in the VAE's own dtype, and checks nothing (proofs, benchmarks)."""
     token = _unchecked.set(True)
     try:
         yield
@@ -186,7 +186,7 @@ def _key(vae: nn.Module, state: _State, direction: Direction, asked: torch.dtype
     return f"{state.digest}/{direction}/{_name(asked)}"
 
 
-def _recall(vae: nn.Module, state: _State, direction: Direction, asked: torch.dtype) -> Climb | None:
+def _recall(vae: nn.Module, state: _State, direction: Direction, asked: torch.dtype) -> DtypeFallback | None:
     if asked not in LADDER[:-1]:
         return None
     if (direction, asked) not in state.climbs:
@@ -196,7 +196,7 @@ def _recall(vae: nn.Module, state: _State, direction: Direction, asked: torch.dt
     return state.climbs[direction, asked]
 
 
-def _remember(vae: nn.Module, state: _State, direction: Direction, asked: torch.dtype, climb: Climb) -> None:
+def _remember(vae: nn.Module, state: _State, direction: Direction, asked: torch.dtype, climb: DtypeFallback) -> None:
     """Tell a climb once in a process, and keep it for this VAE object, this process and those to come."""
     key = _key(vae, state, direction, asked)
     state.climbs[direction, asked] = climb
@@ -210,15 +210,15 @@ def _remember(vae: nn.Module, state: _State, direction: Direction, asked: torch.
         f"{climb.block} of this VAE overflows in {_name(asked)} when it {direction}s, so it runs in {_name(climb.dtype)}. "
         "`latentpipe make-fp16-safe VAE --out DIR` writes a VAE that stays finite in fp16."
     )
-    warnings.warn(Note(message), stacklevel=4)
+    warnings.warn(LatentpipeWarning(message), stacklevel=4)
 
 
-def _read() -> dict[str, Climb]:
+def _read() -> dict[str, DtypeFallback]:
     """What earlier processes found; nothing where the file is missing or damaged."""
     dtypes = {name: dtype for dtype, name in NAMES.items()}
     try:
         rows = read_json(home() / MEMORY_FILE)
-        return {key: Climb(dtypes[row["dtype"]], str(row["block"])) for key, row in rows.items()}
+        return {key: DtypeFallback(dtypes[row["dtype"]], str(row["block"])) for key, row in rows.items()}
     except (ValueError, KeyError, TypeError):
         return {}
 

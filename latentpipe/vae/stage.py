@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from latentpipe.utils import cancellation
-from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.system import release_freed_memory
 from latentpipe.vae import memory, precision
 from latentpipe.vae.latent_space import LatentSpace
@@ -104,7 +104,7 @@ class VAEStage(nn.Module):
             carriers[:] = [self._run(direction, vae, given, options)]
             return _output(carriers[0], vae)
 
-        return precision.run_finite(self.vae, direction, run, given), carriers[0]
+        return precision.run_with_dtype_fallback(self.vae, direction, run, given), carriers[0]
 
     def forward(
         self,
@@ -178,7 +178,7 @@ class VAEStage(nn.Module):
             warnings.warn(
                 f"to {direction} at once would take {whole:,} MB of the {free // 2**20:,} MB that are free: "
                 f"it is done in bands of {rows} rows ({part:,} MB), with the same result",
-                Note,
+                LatentpipeWarning,
                 stacklevel=2,
             )
         return rows

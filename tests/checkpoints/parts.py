@@ -22,7 +22,7 @@ def levels_vae(levels: int = 3, seed: int = 0, **config: Any) -> Any:
 
 
 def ldm_names(vae: Any) -> dict[str, torch.Tensor]:
-    """An AutoencoderKL's weights under LDM's names, by rules of our own writing: the oracle for `formats.kl`."""
+    """An AutoencoderKL's weights under LDM's names, by rules of our own writing: the oracle for `checkpoints.ldm_keys`."""
     levels = len(vae.config.block_out_channels)
     found = {}
     for name, tensor in vae.state_dict().items():

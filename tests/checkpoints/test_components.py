@@ -18,7 +18,7 @@ from latentpipe import UserError
 from latentpipe.checkpoints.components import TooLarge, built_within, check_config
 from latentpipe.checkpoints.convert import convert
 from latentpipe.checkpoints.pipeline_io import load_pipeline
-from latentpipe.checkpoints.registry import shipped
+from latentpipe.checkpoints.registry import bundled_weights_dir
 from latentpipe.checkpoints.vae_io import load_vae, open_vae
 from latentpipe.cli.app import main
 
@@ -195,7 +195,7 @@ def test_building_within_the_limit_is_as_without() -> None:
 
 
 def test_what_ships_passes() -> None:
-    for path in [*shipped().rglob("config.json")]:
+    for path in [*bundled_weights_dir().rglob("config.json")]:
         check_config(json.loads(path.read_text()), path)
 
 

@@ -17,7 +17,7 @@ from latentpipe.checkpoints.convert import convert
 from latentpipe.checkpoints.infer_config import space_of
 from latentpipe.checkpoints.registry import find_model
 from latentpipe.checkpoints.vae_io import load_vae, open_vae, save_vae, vae_hash
-from latentpipe.utils.errors import Note
+from latentpipe.utils.errors import LatentpipeWarning
 from latentpipe.utils.images import open_picture, to_images
 from latentpipe.vae.latent_space import PUBLISHED, LatentSpace
 from latentpipe.vae.probe_images import probe_images
@@ -95,7 +95,7 @@ def silent_file(vae: Any, path: Path) -> Path:
 def test_the_published_space_that_fits_is_taken(name: str, off: float, tmp_path: Path) -> None:
     space = PUBLISHED[name]
     path = silent_file(scaled(off / space.scale[0], space.shift[0], latent_channels=space.channels), tmp_path / "a.safetensors")
-    with pytest.warns(Note, match=f"which fits {name}") as notes:
+    with pytest.warns(LatentpipeWarning, match=f"which fits {name}") as notes:
         vae = load_vae(path, norm_groups=4)
     assert "would give std" in str(notes[0].message)
     assert VAEStage(vae).space == space
@@ -121,7 +121,7 @@ def test_where_none_or_several_fit_the_factor_is_asked_for(std: float, shape: di
 def test_a_folder_without_a_factor_is_measured_too(tmp_path: Path) -> None:
     save_vae(scaled(1 / 0.13025), tmp_path / "vae", {})
     edit_json(tmp_path / "vae" / "config.json", scaling_factor=None)
-    with pytest.warns(Note, match="Stable Diffusion XL"):
+    with pytest.warns(LatentpipeWarning, match="Stable Diffusion XL"):
         assert open_vae(tmp_path / "vae").space == PUBLISHED["Stable Diffusion XL"]
 
 
@@ -141,7 +141,7 @@ def test_the_posteriors_own_noise_counts() -> None:
     with torch.no_grad():
         vae.encoder.conv_out.bias[4:] = 2 * math.log(math.sqrt((1 / 0.18215) ** 2 - 1))
     config = {**vae.config, "_class_name": "AutoencoderKL"}
-    with pytest.warns(Note, match="Stable Diffusion 1"):
+    with pytest.warns(LatentpipeWarning, match="Stable Diffusion 1"):
         assert space_of(config, vae.state_dict(), Path("a")) == (0.18215, 0.0)
 
 
@@ -152,7 +152,7 @@ def test_groups_that_shapes_do_not_tell_are_measured(tmp_path: Path) -> None:
     folder = find_model("emoji", "vae")  # trained, 8 groups; 32 would divide its widths and draw a wrong picture
     vae = load_vae(folder)
     path = write(ldm_names(vae), tmp_path / "a.safetensors")
-    with pytest.warns(Note, match="8 rebuilds the probe images best"):
+    with pytest.warns(LatentpipeWarning, match="8 rebuilds the probe images best"):
         found = open_vae(path, scaling_factor=1.0)
     assert found.config["norm_num_groups"] == 8
     assert found.space == VAEStage(vae).space

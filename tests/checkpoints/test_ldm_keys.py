@@ -18,7 +18,7 @@ from latentpipe import UserError, VAEStage
 from latentpipe.checkpoints import ldm_keys
 from latentpipe.checkpoints.convert import convert
 from latentpipe.checkpoints.tensor_source import CONFIG_KEY, VAE_FILE
-from latentpipe.checkpoints.vae_file import Given
+from latentpipe.checkpoints.vae_file import StatedConfig
 from latentpipe.checkpoints.vae_io import load_vae, open_vae, save_vae, vae_hash
 
 STATED = {"scaling_factor": 0.7, "norm_groups": 4}
@@ -216,4 +216,4 @@ def test_a_downscale_that_contradicts_the_shapes_is_refused(tmp_path: Path) -> N
     edit_json(tmp_path / "vae" / "config.json", norm_num_groups=3)
     with pytest.raises(UserError, match="does not describe a working AutoencoderKL"):
         load_vae(tmp_path / "vae")
-    assert Given().factor is None
+    assert StatedConfig().factor is None

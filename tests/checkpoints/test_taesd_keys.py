@@ -16,9 +16,9 @@ from torch import nn
 from latentpipe import UserError, VAEStage
 from latentpipe.checkpoints.convert import convert
 from latentpipe.checkpoints.tensor_source import VAE_FILE
-from latentpipe.checkpoints.vae_file import Given
+from latentpipe.checkpoints.vae_file import StatedConfig
 from latentpipe.checkpoints.vae_io import load_vae, save_vae, vae_hash
-from latentpipe.utils.errors import Note
+from latentpipe.utils.errors import LatentpipeWarning
 from latentpipe.utils.images import open_picture, psnr, to_bytes, to_images
 
 Halves = tuple[nn.Module, nn.Module]
@@ -35,9 +35,9 @@ def check(halves: Halves, vae: Path, downscale: int, side: int = 32) -> None:
     assert torch.equal(stage.decode(latents * 3), halves[1](latents * 3) * 2 - 1)
 
 
-def convert_quietly(sources: list[Path], out: Path, given: Given | None = None) -> str:
+def convert_quietly(sources: list[Path], out: Path, given: StatedConfig | None = None) -> str:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Note)  # random latents have any scale
+        warnings.simplefilter("ignore", LatentpipeWarning)  # random latents have any scale
         return convert(sources, out, given=given)
 
 
@@ -84,7 +84,7 @@ def test_one_file_with_both_halves_opens(ending: str, tmp_path: Path) -> None:
         tensors |= {f"taesd_decoder.{k}": v for k, v in halves[1].state_dict().items()}
     path = write(tensors, tmp_path / "one.safetensors")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Note)
+        warnings.simplefilter("ignore", LatentpipeWarning)
         assert vae_hash(path) == pair
         check(halves, path, 4)
 
@@ -96,7 +96,7 @@ def test_the_deep_variant_has_strides_that_its_decoder_tells(tmp_path: Path) -> 
     convert_quietly(paths, tmp_path / "vae")
     check(halves, tmp_path / "vae", 32, 64)
     with pytest.raises(UserError, match="its decoder enlarges 32 times, but downscale 8 was given"):
-        convert_quietly(paths, tmp_path / "no", Given(downscale=8))
+        convert_quietly(paths, tmp_path / "no", StatedConfig(downscale=8))
 
 
 @torch.no_grad()
@@ -110,9 +110,9 @@ def test_an_encoder_alone_asks_for_its_downscale(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="decoder without an encoder; give both"):
         load_vae(decoder)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Note)
+        warnings.simplefilter("ignore", LatentpipeWarning)
         stage = VAEStage(load_vae(encoder, downscale=32))
-        convert([encoder], tmp_path / "vae", given=Given(downscale=32))
+        convert([encoder], tmp_path / "vae", given=StatedConfig(downscale=32))
     images = some_images(1, 64)
     assert torch.equal(stage.encode(images), halves[0]((images + 1) / 2))
     assert torch.equal(VAEStage(load_vae(tmp_path / "vae")).encode(images), stage.encode(images))
@@ -154,7 +154,7 @@ def test_latents_of_an_implausible_scale_are_noted(tmp_path: Path) -> None:
     for name in (f"{last}.weight", f"{last}.bias"):
         state[name] = state[name] * 1000
     encoder.load_state_dict(state)
-    with pytest.warns(Note, match="normalized by training"):
+    with pytest.warns(LatentpipeWarning, match="normalized by training"):
         convert(write_halves((encoder, decoder), tmp_path / "pth"), tmp_path / "vae")
 
 
@@ -181,7 +181,7 @@ def test_the_real_sana_encoder_needs_its_downscale(assets: Path, tmp_path: Path)
     source = assets / "weights/taesd/taesana_encoder.pth"
     with pytest.raises(UserError, match="--downscale N"):
         convert([source], tmp_path / "vae")
-    convert([source], tmp_path / "vae", given=Given(downscale=32))
+    convert([source], tmp_path / "vae", given=StatedConfig(downscale=32))
     stage = VAEStage(load_vae(tmp_path / "vae"))
     with torch.no_grad():
         assert stage.encode(some_images(1, 64)).shape == (1, 32, 2, 2)

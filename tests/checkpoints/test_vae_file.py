@@ -21,7 +21,7 @@ from latentpipe.checkpoints.convert import convert
 from latentpipe.checkpoints.identify import looks_like
 from latentpipe.checkpoints.registry import available, find_model, name_of
 from latentpipe.checkpoints.tensor_source import VAE_FILE
-from latentpipe.checkpoints.vae_file import Given
+from latentpipe.checkpoints.vae_file import StatedConfig
 from latentpipe.checkpoints.vae_io import load_vae, open_vae, save_vae, vae_hash
 from latentpipe.vae.latent_space import downscale_of
 
@@ -166,7 +166,7 @@ def test_given_values_must_be_numbers_that_make_sense() -> None:
         {"groups": -2},
     ):
         with pytest.raises(UserError, match="expected a finite number"):
-            Given(**wrong)  # type: ignore[arg-type]
+            StatedConfig(**wrong)  # type: ignore[arg-type]
 
 
 def test_a_given_factor_wins_and_a_shift_alone_needs_one(vae_copy: Path, tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_a_pickle_of_weights_is_converted(suffix: str, wrapped: bool, tmp_path: 
     tensors = {f"first_stage_model.{name}": value for name, value in ldm_names(vae).items()}
     path = tmp_path / f"old{suffix}"
     torch.save({"state_dict": tensors, "global_step": 3} if wrapped else tensors, path)
-    digest = convert([path], tmp_path / "vae", given=Given(0.7, groups=4))
+    digest = convert([path], tmp_path / "vae", given=StatedConfig(0.7, groups=4))
     assert vae_hash(tmp_path / "vae") == digest
     assert torch.equal(load_vae(tmp_path / "vae").state_dict()["quant_conv.weight"], vae.state_dict()["quant_conv.weight"])
     card = json.loads((tmp_path / "vae" / vae_io.CARD_FILE).read_text())

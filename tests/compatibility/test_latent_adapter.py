@@ -20,10 +20,10 @@ from latentpipe import LatentPipeline, LatentSpace, UserError, VAEStage, fit_ada
 from latentpipe.checkpoints.vae_io import load_vae, save_vae, vae_hash
 from latentpipe.cli.app import main
 from latentpipe.compatibility.latent_adapter import (
-    RUNGS,
-    Adapter,
+    CANDIDATES,
     AdapterCard,
-    adapted,
+    LatentAdapter,
+    bridged,
     find_adapter,
     open_adapter,
     read_card,
@@ -81,7 +81,7 @@ def test_a_reordering_takes_the_linear_rung() -> None:
 def test_ridge_regression_is_least_squares() -> None:
     """The 3x3 rung against numpy's solver on the same design matrix."""
     source, target = VAEStage(tiny_vae()), VAEStage(tiny_vae(5))
-    adapter = Adapter((4, 2), (4, 2), "linear 3x3")
+    adapter = LatentAdapter((4, 2), (4, 2), "linear 3x3")
     from latentpipe.train.latent_adapter import _solve
 
     with torch.no_grad():
@@ -101,9 +101,9 @@ def test_ridge_regression_is_least_squares() -> None:
 def test_channels_and_scale_may_change(source: str, target: str) -> None:
     stages = {"fine": VAEStage(tiny_vae()), "coarse": coarser()}
     adapter, ladder = fit_adapter(stages[source], stages[target], IMAGES, steps=10)
-    assert [score.name for score in ladder.scores] == list(RUNGS[1:])
-    for rung in RUNGS[1:]:
-        mapped = Adapter(adapter.source, adapter.target, rung)(stages[source].encode(IMAGES))
+    assert [score.name for score in ladder.scores] == list(CANDIDATES[1:])
+    for rung in CANDIDATES[1:]:
+        mapped = LatentAdapter(adapter.source, adapter.target, rung)(stages[source].encode(IMAGES))
         assert mapped.shape == stages[target].encode(IMAGES).shape
     assert ladder.bound.r2 == 1
     text = str(ladder)
@@ -120,10 +120,10 @@ def test_each_rung_explains_no_less_than_the_one_before() -> None:
     assert values[3] > values[1]
 
 
-@given(st.sampled_from([(4, 2), (6, 4), (3, 8)]), st.sampled_from([(4, 2), (6, 4), (3, 8)]), st.sampled_from(RUNGS[1:]))
+@given(st.sampled_from([(4, 2), (6, 4), (3, 8)]), st.sampled_from([(4, 2), (6, 4), (3, 8)]), st.sampled_from(CANDIDATES[1:]))
 def test_the_picture_keeps_its_size(source: tuple[int, int], target: tuple[int, int], rung: Any) -> None:
     latents = torch.zeros(2, source[0], 16 // source[1], 32 // source[1])
-    assert Adapter(source, target, rung)(latents).shape == (2, target[0], 16 // target[1], 32 // target[1])
+    assert LatentAdapter(source, target, rung)(latents).shape == (2, target[0], 16 // target[1], 32 // target[1])
 
 
 @given(st.lists(st.floats(0, 50), min_size=3, max_size=30))
@@ -135,15 +135,15 @@ def test_intervals_hold_the_mean(values: list[float]) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match=r"1/3 to 1/2 does not"):
-        Adapter((4, 3), (4, 2), "linear 1x1")
+        LatentAdapter((4, 3), (4, 2), "linear 1x1")
     with pytest.raises(UserError, match=r"takes 4-channel latents .* given \(1, 5, 8, 8\)"):
-        Adapter((4, 2), (6, 4), "linear 1x1")(torch.zeros(1, 5, 8, 8))
+        LatentAdapter((4, 2), (6, 4), "linear 1x1")(torch.zeros(1, 5, 8, 8))
     with pytest.raises(UserError, match="2 divides; given"):
-        Adapter((4, 2), (6, 4), "linear 1x1")(torch.zeros(1, 4, 7, 8))
+        LatentAdapter((4, 2), (6, 4), "linear 1x1")(torch.zeros(1, 4, 7, 8))
     with pytest.raises(UserError, match="4 pictures are too few"):
         fit_adapter(VAEStage(tiny_vae()), VAEStage(tiny_vae(1)), IMAGES[:4])
     with pytest.raises(UserError, match="maps 4 channels at 1/2 to 6 channels at 1/4; given VAEs of"):
-        adapted(coarser(), VAEStage(tiny_vae()), Adapter((4, 2), (6, 4), "linear 1x1"))
+        bridged(coarser(), VAEStage(tiny_vae()), LatentAdapter((4, 2), (6, 4), "linear 1x1"))
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def card() -> AdapterCard:
 
 
 def test_a_file_is_read_back_bit_for_bit(tmp_path: Path, card: AdapterCard) -> None:
-    adapter = Adapter((4, 2), (6, 4), "convolution")
+    adapter = LatentAdapter((4, 2), (6, 4), "convolution")
     digest = save_adapter(adapter, card, tmp_path / "x.safetensors")
     again = open_adapter(tmp_path / "x.safetensors", ["c", "a" * 64], {"b" * 64})
     assert read_card(tmp_path / "x.safetensors") == card
@@ -167,7 +167,7 @@ def test_a_file_is_read_back_bit_for_bit(tmp_path: Path, card: AdapterCard) -> N
 
 def test_a_file_serves_one_pair_only(tmp_path: Path, card: AdapterCard) -> None:
     path = tmp_path / "x.safetensors"
-    save_adapter(Adapter((4, 2), (6, 4), "convolution"), card, path)
+    save_adapter(LatentAdapter((4, 2), (6, 4), "convolution"), card, path)
     with pytest.raises(UserError, match=rf"fitted from VAE {'a' * 16}, but the one given is {'c' * 16}"):
         open_adapter(path, ["c" * 64], ["b" * 64])
     with pytest.raises(UserError, match=rf"fitted to VAE {'b' * 16}, but the one given is {'a' * 16}"):
@@ -181,10 +181,10 @@ def test_files_that_are_none_are_refused(tmp_path: Path, card: AdapterCard, vae_
     with pytest.raises(UserError, match="not a complete safetensors file"):
         read_card(tmp_path / "noise.safetensors")
     with pytest.raises(UserError, match="give it that ending"):
-        save_adapter(Adapter((4, 2), (6, 4), "linear 1x1"), card, tmp_path / "x.bin")
+        save_adapter(LatentAdapter((4, 2), (6, 4), "linear 1x1"), card, tmp_path / "x.bin")
     with pytest.raises(UserError, match="No adapter 'nothing': neither a file nor an installed one"):
         find_adapter("nothing")
-    save_adapter(Adapter((4, 2), (6, 4), "linear 1x1"), card, tmp_path / "wrong.safetensors")  # the card says convolution
+    save_adapter(LatentAdapter((4, 2), (6, 4), "linear 1x1"), card, tmp_path / "wrong.safetensors")  # the card says convolution
     with pytest.raises(UserError, match=r"missing curve\.0"):
         open_adapter(tmp_path / "wrong.safetensors", ["a" * 64], ["b" * 64])
 
@@ -194,7 +194,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path, card: AdapterCard, vae_
     [{"source": (8, 0)}, {"source": ("8", 4)}, {"target": (6, -4)}, {"rung": "foo"}, {"target": (10**9, 4)}, {"target": (6,)}],
 )
 def test_tampered_cards_are_refused(tmp_path: Path, card: AdapterCard, change: dict[str, Any]) -> None:
-    save_adapter(Adapter((4, 2), (6, 4), "convolution"), replace(card, **change), tmp_path / "x.safetensors")
+    save_adapter(LatentAdapter((4, 2), (6, 4), "convolution"), replace(card, **change), tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="not an adapter of this version"):
         read_card(tmp_path / "x.safetensors")
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from latentpipe import check_swap
 from latentpipe.checkpoints.pipeline_io import load_pipeline
-from latentpipe.checkpoints.registry import available, find_model, shipped
+from latentpipe.checkpoints.registry import available, bundled_weights_dir, find_model
 from latentpipe.checkpoints.vae_io import load_vae, vae_hash
 from latentpipe.data.emoji_bank import COLUMNS, SHEET, SIDE
 from latentpipe.explore.codec.codec import compress, decompress, open_codec
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 NAMES = ("emoji-decoder-ft", "emoji-eq", "emoji-tiny", "emoji-vector")
 CODECS = ("emoji-codec-small", "emoji-codec", "emoji-codec-large")
-RESULTS = json.loads((shipped() / "vae" / "results.json").read_text())["vaes"]
+RESULTS = json.loads((bundled_weights_dir() / "vae" / "results.json").read_text())["vaes"]
 
 
 def stage(name: str) -> VAEStage:
@@ -44,7 +44,7 @@ def emoji(n: int = 24) -> torch.Tensor:
 
 
 def test_they_are_listed_as_built_in() -> None:
-    found = {name for name, path in available("vae").items() if path.is_relative_to(shipped())}
+    found = {name for name, path in available("vae").items() if path.is_relative_to(bundled_weights_dir())}
     assert found == {"emoji", *NAMES, *CODECS}
 
 

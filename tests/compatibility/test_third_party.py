@@ -57,11 +57,11 @@ def test_the_flux2_tiny_vae_works_in_bands_on_a_photograph(assets: Path, tmp_pat
     import torch
 
     from latentpipe.checkpoints.convert import convert
-    from latentpipe.checkpoints.vae_file import Given
+    from latentpipe.checkpoints.vae_file import StatedConfig
     from latentpipe.utils.images import open_picture, psnr, to_bytes, to_images
 
     files = [assets / "weights" / "taesd" / f"taef2_{half}.pth" for half in ("encoder", "decoder")]
-    convert(files, tmp_path / "taef2", None, Given(), None)
+    convert(files, tmp_path / "taef2", None, StatedConfig(), None)
     vae = load_vae(tmp_path / "taef2")
     images = to_images(open_picture(assets / "data" / "photos" / "chelsea.png").crop((40, 20, 424, 276)))
     with torch.no_grad():

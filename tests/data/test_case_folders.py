@@ -14,7 +14,7 @@ from latentpipe import UserError
 from latentpipe.data.image_folder import read_index, read_pictures
 from latentpipe.data.latent_cache import encode_folder
 from latentpipe.data.streaming import PictureStream
-from latentpipe.utils.errors import Note
+from latentpipe.utils.errors import LatentpipeWarning
 
 
 def draw(*paths: Path) -> None:
@@ -34,7 +34,7 @@ def rows(folder: Path, key: str, n: int = 3) -> None:
 def found(folder: Path, **named: Any) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """Names and captions of the index, and the notes."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", Note)
+        warnings.simplefilter("always", LatentpipeWarning)
         items = read_index(folder, **named)
     return {item.path.relative_to(folder).as_posix(): item.captions for item in items}, [str(note.message) for note in caught]
 

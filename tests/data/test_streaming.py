@@ -16,7 +16,7 @@ from latentpipe import UserError
 from latentpipe.data import streaming
 from latentpipe.data.image_folder import read_pictures
 from latentpipe.data.streaming import PictureStream
-from latentpipe.utils.errors import Note
+from latentpipe.utils.errors import LatentpipeWarning
 
 
 def many(folder: Path, n: int) -> Path:
@@ -97,7 +97,7 @@ def test_bad_files_are_named_once_and_replaced_by_the_next(tmp_path: Path, monke
     assert numbers(batch) == [int(name[:5]) for name in following]
     assert found.skipped.keys() == reasons.keys()
     assert all(words in found.skipped[name] for name, words in reasons.items())
-    notes = [str(entry.message) for entry in caught if entry.category is Note]
+    notes = [str(entry.message) for entry in caught if entry.category is LatentpipeWarning]
     assert len(notes) == (0 if eager else len(reasons))
     assert found.sample(100) == [names.index(name) for name in names if name not in reasons]
 

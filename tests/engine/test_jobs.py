@@ -11,22 +11,22 @@ import pytest
 
 from latentpipe import UserError
 from latentpipe.engine import jobs
-from latentpipe.engine.jobs import Cancelled, Done, Line, Progress, Waiting, run_job
+from latentpipe.engine.jobs import Cancelled, Done, JobQueue, Progress, Waiting, run_job
 
 PATIENCE_S = 30
 
 
 @pytest.fixture(autouse=True)
-def line(monkeypatch: pytest.MonkeyPatch) -> Line:
+def line(monkeypatch: pytest.MonkeyPatch) -> JobQueue:
     """A device of the test's own, and a heartbeat that keeps no test waiting."""
-    line = Line()
+    line = JobQueue()
     monkeypatch.setattr(jobs, "device", line)
     monkeypatch.setattr(jobs, "HEARTBEAT_S", 0.02)
     return line
 
 
 @pytest.fixture
-def busy(line: Line) -> Iterator[threading.Event]:
+def busy(line: JobQueue) -> Iterator[threading.Event]:
     """A job that holds the device until the event is set."""
     begun, free = threading.Event(), threading.Event()
 
@@ -86,7 +86,7 @@ def test_a_job_alone_reports_and_ends() -> None:
     assert told[0].eta_s >= 0
 
 
-def test_first_come_first_served(busy: threading.Event, line: Line) -> None:
+def test_first_come_first_served(busy: threading.Event, line: JobQueue) -> None:
     order: list[int] = []
     readers = []
     for index in range(6):
@@ -117,7 +117,7 @@ def test_never_two_at_once() -> None:
     assert sum(isinstance(event, Done) for event in found) == 8
 
 
-def test_whoever_waits_is_told_how_many_come_first(busy: threading.Event, line: Line) -> None:
+def test_whoever_waits_is_told_how_many_come_first(busy: threading.Event, line: JobQueue) -> None:
     first, second = run_job(lambda _: "first"), run_job(lambda _: "second")
     assert next(first) == Waiting(1)
     assert next(second) == Waiting(2)
@@ -131,7 +131,7 @@ def test_whoever_waits_is_told_how_many_come_first(busy: threading.Event, line: 
     assert set(told) <= {Waiting(1)}
 
 
-def test_a_cancel_while_it_waits(busy: threading.Event, line: Line) -> None:
+def test_a_cancel_while_it_waits(busy: threading.Event, line: JobQueue) -> None:
     cancel, ran = threading.Event(), []
     events = run_job(lambda _: ran.append(1), cancel)
     assert next(events) == Waiting(1)
@@ -143,7 +143,7 @@ def test_a_cancel_while_it_waits(busy: threading.Event, line: Line) -> None:
     assert ran == []
 
 
-def test_a_full_queue(busy: threading.Event, line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue(busy: threading.Event, line: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "MAX_WAITING", 2)
     waiting = [run_job(lambda _: "done") for _ in range(2)]
     for place, events in enumerate(waiting, 1):
@@ -160,7 +160,7 @@ def test_a_full_queue(busy: threading.Event, line: Line, monkeypatch: pytest.Mon
         assert isinstance(last, Done)
 
 
-def test_closing_while_it_waits(busy: threading.Event, line: Line) -> None:
+def test_closing_while_it_waits(busy: threading.Event, line: JobQueue) -> None:
     before, ran = workers(), []
     events = run_job(lambda _: ran.append(1))
     next(events)
@@ -173,7 +173,7 @@ def test_closing_while_it_waits(busy: threading.Event, line: Line) -> None:
     assert ran == []
 
 
-def test_closing_while_it_runs(line: Line) -> None:
+def test_closing_while_it_runs(line: JobQueue) -> None:
     ended: list[str] = []
 
     def work(report: jobs.Report) -> None:
@@ -212,7 +212,7 @@ def test_work_may_keep_what_it_has() -> None:
 
 
 @pytest.mark.parametrize("error", [UserError("a sentence"), ZeroDivisionError("a defect"), Cancelled("stopped")])
-def test_errors_of_the_work_reach_the_reader(error: Exception, line: Line) -> None:
+def test_errors_of_the_work_reach_the_reader(error: Exception, line: JobQueue) -> None:
     def work(report: jobs.Report) -> None:
         report(0, 1, "begin")
         raise error

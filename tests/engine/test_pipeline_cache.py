@@ -14,7 +14,7 @@ from helpers import edit_json, tiny_vae
 
 from latentpipe import UserError
 from latentpipe.checkpoints.vae_io import save_vae
-from latentpipe.engine.pipeline_cache import ModelCache
+from latentpipe.engine.pipeline_cache import PipelineCache
 from latentpipe.pipelines import verdict_cache
 
 
@@ -30,8 +30,8 @@ def models(model_folder: Path, own_home: Path) -> list[str]:
 
 
 @pytest.fixture
-def cache() -> ModelCache:
-    return ModelCache(most=2, device="cpu")
+def cache() -> PipelineCache:
+    return PipelineCache(most=2, device="cpu")
 
 
 def newer(folder: Path) -> None:
@@ -40,7 +40,7 @@ def newer(folder: Path) -> None:
     os.utime(file, (file.stat().st_atime, file.stat().st_mtime + 10))
 
 
-def test_an_open_model_is_kept(models: list[str], cache: ModelCache) -> None:
+def test_an_open_model_is_kept(models: list[str], cache: PipelineCache) -> None:
     assert not cache.is_open("one")
     pipe = cache.open("one")
     assert cache.is_open("one")
@@ -48,7 +48,7 @@ def test_an_open_model_is_kept(models: list[str], cache: ModelCache) -> None:
     assert cache.open("two") is not pipe
 
 
-def test_the_least_recently_used_one_leaves(models: list[str], cache: ModelCache) -> None:
+def test_the_least_recently_used_one_leaves(models: list[str], cache: PipelineCache) -> None:
     one = cache.open("one")
     two = weakref.ref(cache.open("two"))
     assert cache.open("one") is one  # used again
@@ -58,7 +58,7 @@ def test_the_least_recently_used_one_leaves(models: list[str], cache: ModelCache
     assert two() is None
 
 
-def test_a_swapped_vae_shares_the_denoiser(models: list[str], cache: ModelCache) -> None:
+def test_a_swapped_vae_shares_the_denoiser(models: list[str], cache: PipelineCache) -> None:
     base, swapped = cache.open("one"), cache.open("one", "same")
     assert swapped is not base
     assert swapped.host.unet is base.host.unet
@@ -67,7 +67,7 @@ def test_a_swapped_vae_shares_the_denoiser(models: list[str], cache: ModelCache)
     assert cache.open("one") is base
 
 
-def test_a_dropped_model_does_not_live_on(models: list[str], cache: ModelCache) -> None:
+def test_a_dropped_model_does_not_live_on(models: list[str], cache: PipelineCache) -> None:
     unet = weakref.ref(cache.open("one", "same").host.unet)
     cache.open("two")
     gc.collect()
@@ -77,7 +77,7 @@ def test_a_dropped_model_does_not_live_on(models: list[str], cache: ModelCache) 
     assert unet() is None
 
 
-def test_so_many_swapped_ones_are_kept(models: list[str], cache: ModelCache, own_home: Path) -> None:
+def test_so_many_swapped_ones_are_kept(models: list[str], cache: PipelineCache, own_home: Path) -> None:
     for index in range(6):
         shutil.copytree(own_home / "vae" / "same", own_home / "vae" / f"same-{index}")
     opened = [weakref.ref(cache.open("one", f"same-{index}")) for index in range(6)]
@@ -88,7 +88,7 @@ def test_so_many_swapped_ones_are_kept(models: list[str], cache: ModelCache, own
     assert [stage() is not None for stage in stages] == [False] * 2 + [True] * 4
 
 
-def test_a_changed_file_is_opened_again(models: list[str], cache: ModelCache, own_home: Path) -> None:
+def test_a_changed_file_is_opened_again(models: list[str], cache: PipelineCache, own_home: Path) -> None:
     model, stage = cache.open("one"), cache.stage("same")
     newer(own_home / "models" / "one")
     assert not cache.is_open("one")
@@ -105,7 +105,7 @@ def test_a_changed_file_is_opened_again(models: list[str], cache: ModelCache, ow
 
 
 def test_a_verdict_is_measured_once(
-    models: list[str], cache: ModelCache, own_home: Path, monkeypatch: pytest.MonkeyPatch
+    models: list[str], cache: PipelineCache, own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = []
     check = verdict_cache.judge_stages
@@ -124,7 +124,7 @@ def test_a_verdict_is_measured_once(
     assert len(measured) == 3
 
 
-def test_user_errors_leave_nothing_broken(models: list[str], cache: ModelCache) -> None:
+def test_user_errors_leave_nothing_broken(models: list[str], cache: PipelineCache) -> None:
     pipe = cache.open("one")
     for wrong in (
         lambda: cache.open("no-such-model"),

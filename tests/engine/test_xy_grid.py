@@ -20,13 +20,13 @@ from latentpipe import LatentPipeline, UserError
 from latentpipe.checkpoints.vae_io import save_vae
 from latentpipe.cli.app import main
 from latentpipe.engine.jobs import Cancelled, Done, run_job
-from latentpipe.engine.pipeline_cache import ModelCache
+from latentpipe.engine.pipeline_cache import PipelineCache
 from latentpipe.engine.xy_grid.axes import KINDS, MAX_CELLS, Axis, make_axis, read_axis
 from latentpipe.engine.xy_grid.plot import CHUNK, GridRecipe, plot, read_grid, redraw
 from latentpipe.engine.xy_grid.sheet import EMPTY, enlarged
-from latentpipe.lora.adapter import Layer, Lora
+from latentpipe.lora.adapter import Lora, LoraLayer
 from latentpipe.lora.state_dict.io import card, write_lora
-from latentpipe.pipelines.lora_manager import Loras
+from latentpipe.pipelines.lora_manager import LoraManager
 from latentpipe.pipelines.metadata import recipe
 
 FAST: dict[str, Any] = {"steps": 2, "seed": 5}
@@ -54,14 +54,14 @@ def adapter(own_home: Path, pipe: LatentPipeline) -> str:
     noise = torch.Generator().manual_seed(0)
     down = torch.randn(2, *weight.shape[1:], generator=noise) * 0.2
     up = torch.randn(len(weight), 2, 1, 1, generator=noise) * 0.2
-    lora = Lora({"unet": {"conv_in": Layer("lora", {"lora_A": down, "lora_B": up}, 2, 2.0)}}, "bright")
+    lora = Lora({"unet": {"conv_in": LoraLayer("lora", {"lora_A": down, "lora_B": up}, 2, 2.0)}}, "bright")
     (own_home / "lora").mkdir()
     write_lora(lora, own_home / "lora" / "bright.safetensors", metadata=card(lora, title="bright", base_hashes=pipe.base))
     return "bright"
 
 
 @pytest.fixture
-def models(installed: str, own_home: Path) -> ModelCache:
+def models(installed: str, own_home: Path) -> PipelineCache:
     """The installed model, with two VAEs of its space (their decoders differ) and one of another space beside it."""
     for name, factor in (("soft", 0.97), ("hard", 1.03)):
         vae = tiny_vae()
@@ -69,7 +69,7 @@ def models(installed: str, own_home: Path) -> ModelCache:
             vae.decoder.conv_out.weight *= factor
         save_vae(vae, own_home / "vae" / name, {"data": "none"})
     save_vae(tiny_vae(seed=9), own_home / "vae" / "alien", {"data": "none"})
-    return ModelCache(device="cpu")
+    return PipelineCache(device="cpu")
 
 
 # --- values ---------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_the_sheet_holds_the_pictures_pixel_by_pixel(pipe: LatentPipeline) -> No
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.slow
-def test_the_dear_axis_runs_outermost(models: ModelCache, adapter: str, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dear_axis_runs_outermost(models: PipelineCache, adapter: str, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever X and Y say: each VAE is opened once, LoRA weights change once for each VAE, cheap things vary within."""
     opened: list[str | None] = []
     switched: list[dict[str, float]] = []
@@ -219,13 +219,13 @@ def test_the_dear_axis_runs_outermost(models: ModelCache, adapter: str, turned: 
 
     axes = [read_axis("vae=built-in,soft,hard"), read_axis("lora:bright=0,0.5,1")]
     axes = axes[::-1] if turned else axes
-    call, switch = LatentPipeline.__call__, Loras.set
+    call, switch = LatentPipeline.__call__, LoraManager.set
 
     def watch_call(self: LatentPipeline, *given: Any, **named: Any) -> Any:
         drawn.append(self.vae_name)
         return call(self, *given, **named)
 
-    def watch_switch(self: Loras, weights: Any, *rest: Any) -> None:
+    def watch_switch(self: LoraManager, weights: Any, *rest: Any) -> None:
         switched.append(dict(weights))
         switch(self, weights, *rest)
 
@@ -235,14 +235,16 @@ def test_the_dear_axis_runs_outermost(models: ModelCache, adapter: str, turned: 
     assert drawn == [None] * 3 + ["soft"] * 3 + ["hard"] * 3
 
     drawn.clear()
-    monkeypatch.setattr(Loras, "set", watch_switch)
+    monkeypatch.setattr(LoraManager, "set", watch_switch)
     x, y = read_axis("seed=1,2,3"), read_axis("lora:bright=0.5,1")
     plot(open_pipe, "red circle", *((y, x) if turned else (x, y)), **FAST)
     on = [weights["bright"] for weights in switched if weights.get("bright")]
     assert on == [0.5, 1.0]  # not once for each of the six pictures
 
 
-def test_a_vae_that_does_not_fit_is_refused_before_anything_is_drawn(models: ModelCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vae_that_does_not_fit_is_refused_before_anything_is_drawn(
+    models: PipelineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(LatentPipeline, "draw", lambda *_: pytest.fail("something was drawn"))
     with pytest.raises(UserError, match=r"VAE alien was not put in\.\n.*other space"):
         plot(lambda vae: models.open("tiny", vae), "x", read_axis("vae=built-in,soft,alien"), read_axis("seed=1,2"), **FAST)
@@ -315,7 +317,7 @@ def test_it_runs_as_a_job(pipe: LatentPipeline) -> None:
 # --- the file -------------------------------------------------------------------------------------------------
 
 
-def test_a_sheet_is_drawn_again_from_its_own_file(models: ModelCache, adapter: str, tmp_path: Path) -> None:
+def test_a_sheet_is_drawn_again_from_its_own_file(models: PipelineCache, adapter: str, tmp_path: Path) -> None:
     grid = plot(
         lambda vae: models.open("tiny", vae), "red circle", read_axis("vae=built-in,soft"), read_axis("lora:bright=0,1"),
         negative="bar", guidance=2.5, guidance_interval=(0.1, 0.8), scheduler="euler", size=(16, 16), **FAST,
@@ -323,7 +325,7 @@ def test_a_sheet_is_drawn_again_from_its_own_file(models: ModelCache, adapter: s
     path = grid.save(tmp_path / "grid.png")
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
     assert read_grid(path) == grid.recipe
-    again = redraw(path, ModelCache(device="cpu").open)
+    again = redraw(path, PipelineCache(device="cpu").open)
     assert same(again.image, grid.image)
     assert again.recipe == grid.recipe
     with Image.open(path) as stored:
@@ -331,7 +333,7 @@ def test_a_sheet_is_drawn_again_from_its_own_file(models: ModelCache, adapter: s
         assert json.loads(stored.info[CHUNK])["version"] == 1
 
 
-def test_a_stopped_sheet_is_finished(models: ModelCache, tmp_path: Path) -> None:
+def test_a_stopped_sheet_is_finished(models: PipelineCache, tmp_path: Path) -> None:
     def report(done: int, total: int, what: str) -> None:
         if done == 3:
             raise Cancelled
@@ -386,7 +388,7 @@ def test_text_that_is_no_recipe(tmp_path: Path, text: str) -> None:
         read_grid(write_chunk(tmp_path / "grid.png", text))
 
 
-def test_other_weights_are_told(models: ModelCache, own_home: Path, tmp_path: Path) -> None:
+def test_other_weights_are_told(models: PipelineCache, own_home: Path, tmp_path: Path) -> None:
     path = plot(lambda vae: models.open("tiny", vae), "x", read_axis("vae=soft"), **FAST).save(tmp_path / "grid.png")
     vae = tiny_vae()
     with torch.no_grad():
@@ -413,7 +415,7 @@ def test_inspect_prints_the_recipe_of_a_sheet(pipe: LatentPipeline, tmp_path: Pa
 
 
 def test_the_verb_writes_one_file_and_prints_its_path(
-    models: ModelCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: PipelineCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "grid.png"
     options = ["--x", "seed=1,2", "--y", "vae=built-in,soft", "--steps", "2", "--model", "tiny", "--device", "cpu"]

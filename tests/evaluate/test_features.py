@@ -13,7 +13,7 @@ from helpers import some_images, write_pictures
 from safetensors.torch import save_file
 from scipy.ndimage import gaussian_filter
 
-from latentpipe.checkpoints.registry import shipped
+from latentpipe.checkpoints.registry import bundled_weights_dir
 from latentpipe.data.emoji_bank import open_bank
 from latentpipe.evaluate.metrics import inception, train_emoji_words
 from latentpipe.evaluate.metrics.emoji_words import WordNetwork
@@ -23,7 +23,7 @@ from latentpipe.evaluate.metrics.inception import Inception
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import content_hash, read_tensors
 
-WORDS = shipped() / "features" / "emoji-words"
+WORDS = bundled_weights_dir() / "features" / "emoji-words"
 
 
 def randomized(network: torch.nn.Module) -> torch.nn.Module:

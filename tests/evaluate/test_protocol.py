@@ -12,7 +12,7 @@ from PIL import Image
 
 from latentpipe import LatentSpace, UserError
 from latentpipe.evaluate import preprocessing
-from latentpipe.evaluate.accumulator import Tally, Tools
+from latentpipe.evaluate.accumulator import Accumulator, MetricNetworks
 from latentpipe.evaluate.protocol import PROTOCOLS, Protocol, find_protocol, round_images
 
 DEFAULT = PROTOCOLS["latentpipe"]
@@ -181,8 +181,8 @@ def test_ssim_is_computed_where_each_protocol_does() -> None:
     }
     found = {}
     for name, protocol in PROTOCOLS.items():
-        tally = Tally(LatentSpace(3, 1, (1.0,) * 3, (0.0,) * 3))
-        tally.add(list("abcd"), images, rebuilt, protocol, Tools(ssim=True))
+        tally = Accumulator(LatentSpace(3, 1, (1.0,) * 3, (0.0,) * 3))
+        tally.add(list("abcd"), images, rebuilt, protocol, MetricNetworks(ssim=True))
         found[name] = float(np.mean(tally.values["SSIM"]))
         if name in wanted:
             data_range, *pair = wanted[name]

@@ -432,9 +432,9 @@ def rebuilt_by_hand(encoder: nn.Module, decoder: nn.Module, picture: Image.Image
 def check_published(weights: list[Path], crops: Path, tmp_path: Path) -> list[float]:
     """Convert the two files, evaluate on `crops`, and compare each PSNR; returns them."""
     from latentpipe.checkpoints.convert import convert
-    from latentpipe.checkpoints.vae_file import Given
+    from latentpipe.checkpoints.vae_file import StatedConfig
 
-    convert(weights, tmp_path / "taef2", None, Given(1.0), None)
+    convert(weights, tmp_path / "taef2", None, StatedConfig(1.0), None)
     found = quick(tmp_path / "taef2", crops)
     halves = published()
     for half, path in zip(halves, weights, strict=True):

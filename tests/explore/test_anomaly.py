@@ -20,7 +20,7 @@ from latentpipe.checkpoints.registry import find_model
 from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.cli import app
 from latentpipe.data import defects, image_set
-from latentpipe.data.given_pictures import read_given
+from latentpipe.data.given_pictures import read_given_pictures
 from latentpipe.explore.anomaly import conformal, heatmap
 from latentpipe.explore.anomaly import detector as anomaly
 from latentpipe.utils.errors import UserError
@@ -214,10 +214,10 @@ def test_calibration_refuses_too_few_and_reports_its_progress(stage: VAEStage, e
 def test_the_bank_is_read_as_it_was_made(tmp_path: Path) -> None:
     picture = draw_shape("red", "circle", 128)
     picture.save(tmp_path / "a.png")
-    image = read_given([tmp_path / "a.png"], 32, True).images
+    image = read_given_pictures([tmp_path / "a.png"], 32, True).images
     boxes = np.asarray(picture, np.float32).reshape(32, 4, 32, 4, 3).mean((1, 3)) / 127.5 - 1
     assert np.allclose(image[0].permute(1, 2, 0), boxes, atol=1e-5)
-    assert read_given([tmp_path], 64, True).images.shape == (1, 3, 64, 64)
+    assert read_given_pictures([tmp_path], 64, True).images.shape == (1, 3, 64, 64)
 
 
 @pytest.mark.slow

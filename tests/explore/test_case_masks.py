@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from latentpipe.explore.edit import hole_of, open_mask
-from latentpipe.utils.errors import Note
+from latentpipe.utils.errors import LatentpipeWarning
 
 SIZE = (64, 64)
 BOX = (24, 24, 40, 40)
@@ -55,7 +55,7 @@ MASKS = {
 def test_case_47_every_kind_of_mask_is_the_same_hole(tmp_path: Path, name: str) -> None:
     MASKS[name].save(tmp_path / "mask.png")
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", Note)
+        warnings.simplefilter("always", LatentpipeWarning)
         found = hole_of(open_mask(tmp_path / "mask.png"), SIZE)
     assert found.tobytes() == HOLE.tobytes()
     assert ["taken as the hole" in str(note.message) for note in caught] == ([True] if "hole" in name else [])

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import random_lora
 
-from latentpipe.lora.adapter import Layer, Lora
+from latentpipe.lora.adapter import Lora, LoraLayer
 from latentpipe.lora.delta import delta
-from latentpipe.lora.fusion import Mixer
+from latentpipe.lora.fusion import LoraFuser
 from latentpipe.lora.merge import weight_at
 from latentpipe.lora.state_dict.io import write_lora
 from latentpipe.lora.target_modules import leaves
@@ -38,7 +38,7 @@ def output(components: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.fixture
-def mixer(pipe) -> Mixer:
+def mixer(pipe) -> LoraFuser:
     """Two adapters of different ranks and sites, and a DoRA, loaded and off."""
     mixer = pipe.loras.mixer
     for lora in (
@@ -50,7 +50,7 @@ def mixer(pipe) -> Mixer:
     return mixer
 
 
-def test_fused_is_the_weighted_sum_and_unfused_is_the_same_function(mixer: Mixer) -> None:
+def test_fused_is_the_weighted_sum_and_unfused_is_the_same_function(mixer: LoraFuser) -> None:
     plain = {place: module.weight.detach().clone() for place, module in leaves(mixer.components["unet"]).items()}
     mixer.set({"one": 0.7, "two": -0.4})
     fused = output(mixer.components)
@@ -65,7 +65,7 @@ def test_fused_is_the_weighted_sum_and_unfused_is_the_same_function(mixer: Mixer
     torch.testing.assert_close(output(mixer.components), fused, rtol=1e-4, atol=1e-4)
 
 
-def test_weights_by_component_and_block(mixer: Mixer) -> None:
+def test_weights_by_component_and_block(mixer: LoraFuser) -> None:
     before = digests(mixer.components)
     mixer.set({"one": {"text_encoder": 0.5}})
     after = digests(mixer.components)
@@ -85,7 +85,9 @@ def test_weights_by_component_and_block(mixer: Mixer) -> None:
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 1.7])
-def test_a_dora_draws_what_diffusers_draws_at_any_weight(mixer: Mixer, model_folder: Any, tmp_path: Any, weight: float) -> None:
+def test_a_dora_draws_what_diffusers_draws_at_any_weight(
+    mixer: LoraFuser, model_folder: Any, tmp_path: Any, weight: float
+) -> None:
     from latentpipe.checkpoints.pipeline_io import load_pipeline
 
     write_lora(mixer.loaded["dora"], tmp_path / "dora.safetensors")
@@ -118,7 +120,7 @@ def test_any_order_of_changes_ends_where_a_fresh_model_ends(tmp_path_factory, mo
     cached = _models.setdefault(str(model_folder), [LatentPipeline.from_pretrained(model_folder) for _ in range(2)])
     mixers = []
     for pipe in cached:
-        mixer = Mixer(pipe.loras.mixer.components)
+        mixer = LoraFuser(pipe.loras.mixer.components)
         for name, how in (("one", {}), ("two", {"rank": 3}), ("dora", {"dora": True})):
             mixer.load(random_lora(mixer.components, ["unet.attention"] if name != "one" else SITES, name, **how))
         mixers.append(mixer)
@@ -145,7 +147,7 @@ _models: dict[str, Any] = {}
 
 
 @pytest.mark.slow
-def test_a_thousand_switches_in_random_order_leave_no_trace(mixer: Mixer) -> None:
+def test_a_thousand_switches_in_random_order_leave_no_trace(mixer: LoraFuser) -> None:
     """Attached, weighted, swapped, fused or not: same bytes at the end, and no tensor more than before."""
     import gc
     import random
@@ -169,7 +171,7 @@ def test_a_thousand_switches_in_random_order_leave_no_trace(mixer: Mixer) -> Non
     assert tensors() <= counts[0]
 
 
-def test_what_is_kept_is_the_base_itself_not_a_copy(mixer: Mixer) -> None:
+def test_what_is_kept_is_the_base_itself_not_a_copy(mixer: LoraFuser) -> None:
     places = {name: parameter.data_ptr() for name, parameter in mixer.components["unet"].named_parameters()}
     for _ in range(3):
         mixer.set({"one": 1.0})
@@ -180,7 +182,7 @@ def test_what_is_kept_is_the_base_itself_not_a_copy(mixer: Mixer) -> None:
     assert not mixer._active
 
 
-def test_a_model_that_was_moved_while_fused_comes_back_in_its_new_dtype(mixer: Mixer) -> None:
+def test_a_model_that_was_moved_while_fused_comes_back_in_its_new_dtype(mixer: LoraFuser) -> None:
     wanted = {name: value.to(torch.float64) for name, value in mixer.components["unet"].state_dict().items()}
     mixer.set({"one": 1.0})
     mixer.components["unet"].to(torch.float64)
@@ -189,7 +191,7 @@ def test_a_model_that_was_moved_while_fused_comes_back_in_its_new_dtype(mixer: M
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_adapters_may_change_after_the_model_was_moved(mixer: Mixer) -> None:
+def test_adapters_may_change_after_the_model_was_moved(mixer: LoraFuser) -> None:
     mixer.set({"one": 1.0})
     for model in mixer.components.values():
         model.to(torch.bfloat16)
@@ -200,7 +202,7 @@ def test_adapters_may_change_after_the_model_was_moved(mixer: Mixer) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_error_in_the_middle_of_wrapping_leaves_what_was_on(mixer: Mixer, monkeypatch, error: type[BaseException]) -> None:
+def test_an_error_in_the_middle_of_wrapping_leaves_what_was_on(mixer: LoraFuser, monkeypatch, error: type[BaseException]) -> None:
     import latentpipe.lora.fusion as module
 
     plain = digests(mixer.components)
@@ -221,7 +223,7 @@ def test_an_error_in_the_middle_of_wrapping_leaves_what_was_on(mixer: Mixer, mon
     assert digests(mixer.components) == plain
 
 
-def test_every_change_of_a_weight_is_seen_by_copies_made_of_it(mixer: Mixer) -> None:
+def test_every_change_of_a_weight_is_seen_by_copies_made_of_it(mixer: LoraFuser) -> None:
     """A VAE that overflows is kept in a wider dtype, which is stamped with the versions of its weights."""
     weight = mixer.components["vae"].decoder.conv_in.weight
     seen = [weight._version]
@@ -231,7 +233,7 @@ def test_every_change_of_a_weight_is_seen_by_copies_made_of_it(mixer: Mixer) -> 
         seen.append(weight._version)
 
 
-def test_nothing_of_a_way_of_mixing_stays_when_all_are_off(mixer: Mixer) -> None:
+def test_nothing_of_a_way_of_mixing_stays_when_all_are_off(mixer: LoraFuser) -> None:
     mixer.set({"two": 1.0}, fuse=False)
     mixer.set({}, fuse=False, method="cat")
     assert (mixer.fused, mixer.method) == (True, "sum")
@@ -247,27 +249,27 @@ def test_nothing_of_a_way_of_mixing_stays_when_all_are_off(mixer: Mixer) -> None
     ],
 )
 def test_tensors_that_do_not_fit_together_are_one_sentence(kind, tensors) -> None:
-    mixer = Mixer({"unet": torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8)})})
-    layer = Layer(kind, {name: torch.ones(shape) for name, shape in tensors.items()}, 2, 2.0)
+    mixer = LoraFuser({"unet": torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8)})})
+    layer = LoraLayer(kind, {name: torch.ones(shape) for name, shape in tensors.items()}, 2, 2.0)
     with pytest.raises(UserError) as error:
         mixer.load(Lora({"unet": {"a": layer}}, "x"))
     assert "\n" not in str(error.value)
 
 
 def test_a_kernel_of_another_shape_is_another_layer() -> None:
-    mixer = Mixer({"unet": torch.nn.ModuleDict({"a": torch.nn.Conv2d(4, 4, 3)})})
-    layer = Layer("lora", {"lora_A": torch.ones(2, 4, 1, 9), "lora_B": torch.ones(4, 2, 1, 1)}, 2, 2.0)
+    mixer = LoraFuser({"unet": torch.nn.ModuleDict({"a": torch.nn.Conv2d(4, 4, 3)})})
+    layer = LoraLayer("lora", {"lora_A": torch.ones(2, 4, 1, 9), "lora_B": torch.ones(4, 2, 1, 1)}, 2, 2.0)
     with pytest.raises(UserError, match="3 x 3 kernel here"):
         mixer.load(Lora({"unet": {"a": layer}}, "x"))
 
 
 def test_a_rank_below_one_is_refused() -> None:
     with pytest.raises(UserError, match="rank 0"):
-        Layer("lora", {}, 0, 1.0)
+        LoraLayer("lora", {}, 0, 1.0)
 
 
 @pytest.mark.parametrize("method", ["cat", "svd"])
-def test_exact_merges_equal_the_sum(mixer: Mixer, method: str) -> None:
+def test_exact_merges_equal_the_sum(mixer: LoraFuser, method: str) -> None:
     plain = random_lora(mixer.components, ["unet.attention"], "three")
     mixer.load(plain)
     mixer.set({"two": 0.5, "three": 0.8})
@@ -290,7 +292,7 @@ def test_exact_merges_equal_the_sum(mixer: Mixer, method: str) -> None:
         ({"one": "much"}, "is much"),
     ],
 )
-def test_bad_weights_change_nothing(mixer: Mixer, weights: dict, said: str) -> None:
+def test_bad_weights_change_nothing(mixer: LoraFuser, weights: dict, said: str) -> None:
     mixer.set({"two": 0.5})
     before = digests(mixer.components)
     with pytest.raises(UserError, match=said):
@@ -299,7 +301,7 @@ def test_bad_weights_change_nothing(mixer: Mixer, weights: dict, said: str) -> N
     assert digests(mixer.components) == before
 
 
-def test_a_sum_that_is_not_finite_is_refused_before_anything_is_touched(mixer: Mixer) -> None:
+def test_a_sum_that_is_not_finite_is_refused_before_anything_is_touched(mixer: LoraFuser) -> None:
     mixer.clear()
     for model in mixer.components.values():
         model.half()
@@ -311,7 +313,7 @@ def test_a_sum_that_is_not_finite_is_refused_before_anything_is_touched(mixer: M
 
 
 @pytest.mark.parametrize("alpha", [1e9, math.nan])
-def test_values_out_of_all_proportion_are_refused(mixer: Mixer, alpha: float) -> None:
+def test_values_out_of_all_proportion_are_refused(mixer: LoraFuser, alpha: float) -> None:
     with pytest.raises(UserError, match="is no adapter but damage"):
         mixer.load(random_lora(mixer.components, ["unet.attention"], "huge", alpha=alpha))
     assert "huge" not in mixer.loaded
@@ -325,7 +327,7 @@ def test_adapters_that_are_not_ours_are_refused(pipe) -> None:
         pipe.loras.mixer.load(random_lora({"vae": pipe.host.vae}, ["vae.decoder"], "x"))
 
 
-def test_two_files_of_one_name_are_refused(mixer: Mixer) -> None:
+def test_two_files_of_one_name_are_refused(mixer: LoraFuser) -> None:
     other = random_lora(mixer.components, ["vae.decoder"], "one")
     mixer.load(other)  # the old one is off and gives way
     assert mixer.loaded["one"].hash == other.hash
@@ -334,7 +336,7 @@ def test_two_files_of_one_name_are_refused(mixer: Mixer) -> None:
         mixer.load(random_lora(mixer.components, ["vae.decoder"], "one", rank=3))
 
 
-def test_nothing_matches_is_an_error_and_a_part_must_be_allowed(mixer: Mixer) -> None:
+def test_nothing_matches_is_an_error_and_a_part_must_be_allowed(mixer: LoraFuser) -> None:
     whole = random_lora(mixer.components, ["unet.attention"], "whole")
     layers = dict(whole.parts["unet"])
     first = next(iter(layers))
@@ -354,7 +356,7 @@ def test_nothing_matches_is_an_error_and_a_part_must_be_allowed(mixer: Mixer) ->
     assert "some.key" in str(report)
 
 
-def test_the_report_counts_and_measures(mixer: Mixer) -> None:
+def test_the_report_counts_and_measures(mixer: LoraFuser) -> None:
     lora = random_lora(mixer.components, ["unet.attention"], "counted", rank=3, alpha=6.0)
     part = mixer.load(lora).parts["unet"]
     modules = leaves(mixer.components["unet"])

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 
-from latentpipe.lora.adapter import Layer
+from latentpipe.lora.adapter import LoraLayer
 from latentpipe.lora.delta import delta, delta_shape
 from latentpipe.lora.injection import attach, detach, inject, layers_of, wrappers
 from latentpipe.lora.matching import fit
@@ -41,7 +41,7 @@ KINDS = {
 }
 
 
-def by_peft(kind: str) -> tuple[nn.Module, dict[str, Layer]]:
+def by_peft(kind: str) -> tuple[nn.Module, dict[str, LoraLayer]]:
     """A module that peft itself has put layers on, and those layers in our form."""
     torch.manual_seed(3)
     model = inject_adapter_in_model(KINDS[kind], small(), "x").eval()
@@ -55,7 +55,7 @@ def by_peft(kind: str) -> tuple[nn.Module, dict[str, Layer]]:
     }
     names["lokr"] = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     family = "lora" if kind in ("lora", "rslora", "dora") else kind.split()[0]
-    found: dict[str, Layer] = {}
+    found: dict[str, LoraLayer] = {}
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             tensors = {}
@@ -63,7 +63,7 @@ def by_peft(kind: str) -> tuple[nn.Module, dict[str, Layer]]:
                 held = getattr(module, name)
                 if "x" in held:
                     tensors[name] = (held["x"].weight if family == "lora" else held["x"]).detach().clone()
-            found[path] = Layer(family, tensors, module.r["x"], 5.0, kind == "rslora")  # type: ignore[arg-type]
+            found[path] = LoraLayer(family, tensors, module.r["x"], 5.0, kind == "rslora")  # type: ignore[arg-type]
     assert len(found) == 3
     return model, found
 

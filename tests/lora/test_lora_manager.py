@@ -17,7 +17,7 @@ from latentpipe.cli.app import main
 from latentpipe.lora.adapter import Lora
 from latentpipe.lora.state_dict.io import card, write_lora
 from latentpipe.pipelines.metadata.recipe import a1111_text
-from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.io import content_hash
 
 
@@ -165,7 +165,7 @@ def test_an_adapter_on_the_encoder_gets_a_verdict(pipe: LatentPipeline) -> None:
 
 def test_one_that_does_nothing_says_so(pipe: LatentPipeline) -> None:
     idle = random_lora(pipe.loras.mixer.components, ["unet.attention"], "idle", scale=0.0)
-    with pytest.warns(Note, match="'idle' changes nothing"):
+    with pytest.warns(LatentpipeWarning, match="'idle' changes nothing"):
         assert pipe.attach_lora(idle).parts["unet"].moved == 0
 
 
@@ -205,7 +205,7 @@ def test_it_works_on_other_families(home: Path) -> None:
         pipe = LatentPipeline(complete(family))
         before = digests(pipe)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Note)
+            warnings.simplefilter("ignore", LatentpipeWarning)
             report = pipe.attach_lora(random_lora(pipe.loras.mixer.components, ["unet.attention"], family, scale=0.3))
         part = next(iter(report.parts.values()))
         assert part.matched == part.layers, family
@@ -349,5 +349,5 @@ def test_the_probe_is_made_again_after_a_move(pipe: LatentPipeline) -> None:
     pipe.attach_lora(random_lora(components, ["unet.attention"], "one"))
     pipe.detach_lora()
     pipe.host.to(torch.bfloat16)
-    with pytest.warns(Note, match="changes nothing"):
+    with pytest.warns(LatentpipeWarning, match="changes nothing"):
         pipe.attach_lora(random_lora(components, ["unet.attention"], "idle", scale=0.0))

@@ -10,11 +10,11 @@ import pytest
 
 from latentpipe import LatentPipeline
 from latentpipe.checkpoints.pipeline_io import hashes
-from latentpipe.checkpoints.registry import available, find_model, shipped
+from latentpipe.checkpoints.registry import available, bundled_weights_dir, find_model
 from latentpipe.lora.state_dict.io import base_of, read_lora
 
-FILES = sorted((shipped() / "lora").glob("*.safetensors"))
-README = (shipped() / "lora" / "README.md").read_text()
+FILES = sorted((bundled_weights_dir() / "lora").glob("*.safetensors"))
+README = (bundled_weights_dir() / "lora" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,14 @@ from file_parts import conv, dora, linear, loha, lokr, loras, values
 from hypothesis import given
 from safetensors.torch import save_file
 
-from latentpipe.lora.adapter import Layer, Lora
+from latentpipe.lora.adapter import Lora, LoraLayer
 from latentpipe.lora.state_dict.io import base_of, card, read_lora, trigger_words, write_lora
-from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.io import read_header, read_tensors
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 FF = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
-pytestmark = pytest.mark.filterwarnings("ignore::latentpipe.utils.errors.Note")
+pytestmark = pytest.mark.filterwarnings("ignore::latentpipe.utils.errors.LatentpipeWarning")
 
 
 def small() -> Lora:
@@ -218,11 +218,11 @@ def test_a_peft_folder(tmp_path: Path) -> None:
 
 def test_a_peft_file_alone_says_that_its_alpha_is_unknown(tmp_path: Path) -> None:
     tensors = {f"base_model.model.{Q}.lora_A.weight": values(2, 4), f"base_model.model.{Q}.lora_B.weight": values(6, 2)}
-    with pytest.warns(Note, match="alpha is taken to be the rank"):
+    with pytest.warns(LatentpipeWarning, match="alpha is taken to be the rank"):
         read_lora(saved(tmp_path, tensors))
-    with pytest.warns(Note, match="diffusers does not load"):
+    with pytest.warns(LatentpipeWarning, match="diffusers does not load"):
         write_lora(Lora({"unet": {Q: loha(2, 1.0, 4, 4, 0)}}), tmp_path / "loha.safetensors")
-    with pytest.warns(Note, match="only some layers"):
+    with pytest.warns(LatentpipeWarning, match="only some layers"):
         write_lora(Lora({"unet": {Q: linear(), FF: dora(linear())}}), tmp_path / "some.safetensors")
 
 
@@ -304,7 +304,7 @@ def test_nothing_is_written_where_something_is_wrong(tmp_path: Path) -> None:
         (small(), "a.safetensors", {"to": "a1111"}, "No LoRA layout"),
         (small(), "a.safetensors", {"dtype": "fp8"}, "No dtype"),
         (Lora({"unet": {"a.b": linear(), "a_b": linear()}}), "a.safetensors", {"to": "kohya"}, "same name"),
-        (Lora({"unet": {Q: Layer("lora", {"lora_A": values(2, 4)}, 2, 1.0)}}), "a.safetensors", {}, "no lora_B"),
+        (Lora({"unet": {Q: LoraLayer("lora", {"lora_A": values(2, 4)}, 2, 1.0)}}), "a.safetensors", {}, "no lora_B"),
     ]
     for lora, name, options, words in wrong:
         with pytest.raises(UserError, match=words):

@@ -19,7 +19,7 @@ from latentpipe.lora.adapter import Lora
 from latentpipe.lora.state_dict.io import read_lora, write_lora
 from latentpipe.utils.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("ignore::latentpipe.utils.errors.Note")
+pytestmark = pytest.mark.filterwarnings("ignore::latentpipe.utils.errors.LatentpipeWarning")
 
 STARTS = ["unet.", "lora_unet_", "base_model.model.", "text_encoder.", "lora_te2_", "unet:0", "unet:4", "conv_in", "to_q_"]
 MIDDLES = ["", "conv_in", "x.to_out"]

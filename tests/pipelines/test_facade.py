@@ -18,7 +18,7 @@ from tiny_hosts import BUILDERS, SIDE, call
 
 from latentpipe import LatentPipeline, LatentSpace, UserError, VAEStage, check_swap, swap_vae
 from latentpipe.pipelines import families
-from latentpipe.pipelines.facade import Canonical, Facade
+from latentpipe.pipelines.facade import Facade, VAEFacade
 
 STATISTICS = {"latents_mean": [0.3, -0.2, 0.1, 0.4], "latents_std": [1.2, 0.8, 1.1, 0.9]}
 
@@ -303,8 +303,8 @@ def test_a_facade_over_a_facade_is_one_facade(name: str, task: str) -> None:
 )
 def test_what_a_denoiser_takes_is_the_smaller_of_both_ends(name: str, counts: dict[str, int], expected: tuple[int, int]) -> None:
     pipe = BUILDERS[name]()
-    getattr(pipe, families.host_of(pipe).denoiser).register_to_config(**counts)
-    assert families.takes(pipe) == expected
+    getattr(pipe, families.family_of(pipe).denoiser).register_to_config(**counts)
+    assert families.expected_latents(pipe) == expected
 
 
 @pytest.mark.parametrize(
@@ -373,9 +373,9 @@ def test_what_is_no_autoencoder_of_pictures_is_refused_in_a_sentence(build: Any,
 
 def test_a_vae_of_another_class_stands_behind_the_facade_that_gives_latents() -> None:
     pipe = instructed()
-    assert families.misreads(diffusers.StableDiffusionUpscalePipeline, VAEStage(tiny_hosts.kl(4)), tiny_hosts.dc())
+    assert families.unsupported_reason(diffusers.StableDiffusionUpscalePipeline, VAEStage(tiny_hosts.kl(4)), tiny_hosts.dc())
     assert isinstance(
-        families.facade(diffusers.StableDiffusionUpscalePipeline, VAEStage(tiny_hosts.kl(4)), tiny_hosts.dc()), Canonical
+        families.facade(diffusers.StableDiffusionUpscalePipeline, VAEStage(tiny_hosts.kl(4)), tiny_hosts.dc()), VAEFacade
     )
-    assert not isinstance(families.hosted(pipe).vae, Canonical)
+    assert not isinstance(families.hosted(pipe).vae, VAEFacade)
     assert sound_pipe("sd15", "text").vae.config.scaling_factor == 0.18215

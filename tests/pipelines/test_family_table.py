@@ -21,7 +21,7 @@ TASKS = [
     (name, task)
     for name in BUILDERS
     for task in ("text", "image", "inpaint")
-    if getattr(families.host_of(BUILDERS[name]()), task)
+    if getattr(families.family_of(BUILDERS[name]()), task)
 ]
 EXACT = {"sd15", "sd3", "flux", "sana", "sprint"}  # SDXL with statistics rounds in another order
 
@@ -29,7 +29,7 @@ EXACT = {"sd15", "sd3", "flux", "sana", "sprint"}  # SDXL with statistics rounds
 def host_pipe(name: str, task: str) -> Any:
     """The pipeline of a family for a task, built by diffusers' own class from the family's components."""
     pipe = BUILDERS[name]()
-    cls = getattr(diffusers, getattr(families.host_of(pipe), task))
+    cls = getattr(diffusers, getattr(families.family_of(pipe), task))
     return pipe if task == "text" else tiny_hosts.quiet(families.rebuild(pipe, cls))
 
 
@@ -161,13 +161,13 @@ def test_a_rebuilt_pipeline_derives_its_values_from_the_new_vae() -> None:
 
 @pytest.mark.parametrize(("name", "expected"), {"sd15": (4, 8), "sd3": (16, 8), "flux": (16, 8), "sana": (32, 32)}.items())
 def test_what_a_denoiser_takes(name: str, expected: tuple[int, int]) -> None:
-    assert families.takes(BUILDERS[name]()) == expected
+    assert families.expected_latents(BUILDERS[name]()) == expected
 
 
 def test_an_inpainting_unet_takes_the_channels_of_its_output() -> None:
     pipe = BUILDERS["sd15"]()
     pipe.unet.register_to_config(in_channels=9)
-    assert families.takes(pipe) == (4, 8)
+    assert families.expected_latents(pipe) == (4, 8)
 
 
 def test_an_unknown_class_is_taken_for_what_its_latents_are() -> None:
@@ -187,7 +187,7 @@ def test_an_unknown_class_is_taken_for_what_its_latents_are() -> None:
         def _unpack_latents(self, latents: torch.Tensor) -> torch.Tensor:
             return latents
 
-    with pytest.raises(UserError, match=r"Strange returns latents of shape .*HOSTS.*FLUX\.1"):
+    with pytest.raises(UserError, match=r"Strange returns latents of shape .*FAMILIES.*FLUX\.1"):
         families.draw(families.rebuild(packed, Strange), **call("flux"))
 
 
@@ -196,7 +196,7 @@ def test_a_pipeline_without_a_vae_is_refused() -> None:
     unet = diffusers.UNet2DModel(sample_size=8, norm_num_groups=2, attention_head_dim=4, **blocks)
     pipe = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
     with pytest.raises(UserError, match="DDPMPipeline has no VAE; expected one of StableDiffusionPipeline"):
-        families.host_of(pipe)
+        families.family_of(pipe)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +212,6 @@ def test_a_pipeline_without_a_vae_is_refused() -> None:
     ],
 )
 def test_which_factors_a_host_honours(name: str, space: LatentSpace, reason: str) -> None:
-    said = families.host_of(BUILDERS[name]()).honours(space, kl := tiny_hosts.kl(4))
+    said = families.family_of(BUILDERS[name]()).honours(space, kl := tiny_hosts.kl(4))
     assert type(kl).__name__ == "AutoencoderKL"
     assert said == "" if not reason else reason in said

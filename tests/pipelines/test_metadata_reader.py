@@ -24,7 +24,7 @@ from latentpipe.pipelines.metadata.reader import MAX_RAW, MAX_TEXT, SAMPLERS, In
 from latentpipe.pipelines.metadata.recipe import MAX_PROMPT, MAX_SEED, Source
 from latentpipe.pipelines.metadata.third_party import MAX_LINES
 from latentpipe.pipelines.sampling import MAX_SIDE, SCHEDULERS, check_settings
-from latentpipe.utils.errors import Note
+from latentpipe.utils.errors import LatentpipeWarning
 
 LINES = (
     "red (circle:1.2), <lora:pencil:0.7>\nsecond line\nNegative prompt: bar,\nbad\n"
@@ -93,7 +93,7 @@ def jpeg(path: Path, comment: bytes | str, *, inner: bool = True, **options: Any
 
 def usable(info: Info) -> Settings:
     """The settings as the pipeline takes them."""
-    with warnings.catch_warnings(category=Note, action="ignore"):  # of a size that is not the model's
+    with warnings.catch_warnings(category=LatentpipeWarning, action="ignore"):  # of a size that is not the model's
         return check_settings(Settings(negative=info.negative, **info.settings), (64, 48), 1)
 
 

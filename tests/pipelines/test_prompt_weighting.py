@@ -19,7 +19,7 @@ from latentpipe.checkpoints.pipeline_io import load_pipeline
 from latentpipe.checkpoints.registry import find_model
 from latentpipe.pipelines import families as hosts
 from latentpipe.pipelines.prompt_weighting import MEAN_FLOOR, encode, parse, plain, refuse, token_weights
-from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.errors import LatentpipeWarning, UserError
 
 Pieces = list[tuple[str, float]]
 
@@ -341,10 +341,12 @@ def test_classic_hosts_take_weights_and_tell_bad_ones(tiny: Any) -> None:
 @pytest.mark.parametrize("name", ["sdxl", "flux"])
 def test_other_families_take_brackets_as_text_and_no_weights(name: str) -> None:
     host = tiny_hosts.BUILDERS[name]()
-    with pytest.raises(UserError, match=re.escape(f"{hosts.host_of(host).name} takes no prompt weights, and '(red:1.5)' in the")):
+    with pytest.raises(
+        UserError, match=re.escape(f"{hosts.family_of(host).name} takes no prompt weights, and '(red:1.5)' in the")
+    ):
         refuse(host, "a (red:1.5) apple")
     for prompt in ("(red) apple", "[red:blue:0.5]", "in 16:9 (16:9)", "(flag:Norway)", r"\(red\)"):
-        with pytest.warns(Note, match="plain text"):
+        with pytest.warns(LatentpipeWarning, match="plain text"):
             refuse(host, prompt)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -41,9 +41,9 @@ def test_the_pipelines_that_take_raw_values_are_listed() -> None:
     assert raw - elsewhere == families.RAW
 
 
-@pytest.mark.parametrize("name", sorted(families.BY_CLASS))
+@pytest.mark.parametrize("name", sorted(families.FAMILY_BY_CLASS))
 def test_a_listed_host_honours_what_its_decoding_reads(name: str) -> None:
-    host, decodes = families.BY_CLASS[name], field(KNOWN[name], "decodes")
+    host, decodes = families.FAMILY_BY_CLASS[name], field(KNOWN[name], "decodes")
     assert "scaling_factor" in decodes
     faulty = name == "StableDiffusion3InpaintPipeline"  # diffusers 0.42: its decoding leaves out the shift
     assert ("shift_factor" in decodes) == (host.shift and not faulty)

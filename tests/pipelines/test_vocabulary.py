@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from latentpipe.checkpoints.registry import shipped
+from latentpipe.checkpoints.registry import bundled_weights_dir
 from latentpipe.data.emoji import held_out_captions
 from latentpipe.data.emoji_bank import open_bank
 from latentpipe.pipelines.vocabulary import known_words, listed, sentence, unknown_words, words_of
 
-KNOWN = known_words(json.loads((shipped() / "emoji" / "card.json").read_text()))
+KNOWN = known_words(json.loads((bundled_weights_dir() / "emoji" / "card.json").read_text()))
 
 
 def test_the_shipped_card_lists_the_words_of_the_captions_it_was_trained_on() -> None:
@@ -72,12 +72,12 @@ def test_drawing_tells_what_the_model_does_not_know(
 ) -> None:
     from latentpipe import LatentPipeline
     from latentpipe.cli.app import main
-    from latentpipe.utils.errors import Note
+    from latentpipe.utils.errors import LatentpipeWarning
 
     pipe = LatentPipeline.from_pretrained(model_folder, device="cpu")
     assert "circle" in pipe.words
     assert pipe.unknown_words("(red:1.2) cirle") == {"cirle": "circle"}
-    with pytest.warns(Note, match=r"never seen 'cirle' \(nearest: 'circle'\) of the prompt"):
+    with pytest.warns(LatentpipeWarning, match=r"never seen 'cirle' \(nearest: 'circle'\) of the prompt"):
         (picture,) = pipe("red cirle", steps=1, seed=1)
     assert "'cirle'" in picture.notes[0]
     assert pipe("red circle", steps=1, seed=1)[0].notes == ()

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentpipe.train.vae.kl import Rate, Schedule, beta_at, kl_channels, per_pixel_value, with_free_bits
+from latentpipe.train.vae.kl import BetaController, Schedule, beta_at, kl_channels, per_pixel_value, with_free_bits
 
 LN2 = math.log(2)
 SCHEDULES: list[Schedule] = ["constant", "linear", "cosine", "cyclical"]
@@ -126,7 +126,7 @@ def test_a_rate_is_reached_on_a_gaussian_model() -> None:
     variance, noise, target = 3.0, 0.1, 1.5
     encoder, decoder, logvar = (torch.tensor(value, requires_grad=True) for value in (0.3, 0.3, 0.0))
     optimizer = torch.optim.Adam([encoder, decoder, logvar], 0.01)
-    rate = Rate(target, beta=0.01, gain=0.02)
+    rate = BetaController(target, beta=0.01, gain=0.02)
     for _ in range(1500):
         error = (1 - decoder * encoder).square() * variance + decoder.square() * logvar.exp()
         kl = 0.5 * (encoder.square() * variance + logvar.exp() - 1 - logvar)
@@ -140,7 +140,7 @@ def test_a_rate_is_reached_on_a_gaussian_model() -> None:
 
 @given(st.floats(0, 1e6), st.floats(0.01, 10), st.floats(1e-8, 1e4))
 def test_a_rate_turns_beta_the_right_way_within_its_limits(measured, target, beta) -> None:
-    rate = Rate(target, beta, gain=0.05)
+    rate = BetaController(target, beta, gain=0.05)
     after = rate.update(measured)
     assert 1e-8 <= after <= 1e4
     assert abs(math.log(after / beta)) <= 0.05 + 1e-9
@@ -148,7 +148,7 @@ def test_a_rate_turns_beta_the_right_way_within_its_limits(measured, target, bet
 
 
 def test_a_rate_goes_on_from_its_state() -> None:
-    first, second = Rate(0.5, 1.0), Rate(0.5, 1.0)
+    first, second = BetaController(0.5, 1.0), BetaController(0.5, 1.0)
     first.update(2.0)
     second.restore(first.state())
     assert second.update(0.1) == first.update(0.1)
@@ -157,4 +157,4 @@ def test_a_rate_goes_on_from_its_state() -> None:
 @pytest.mark.parametrize("wrong", [{"target_bits": 0.0, "beta": 1.0}, {"target_bits": 1.0, "beta": 1e5}])
 def test_what_is_no_rate_is_refused(wrong) -> None:
     with pytest.raises(ValueError, match="Expected target_bits"):
-        Rate(**wrong)
+        BetaController(**wrong)

@@ -17,7 +17,7 @@ from torch import nn
 from latentpipe import UserError
 from latentpipe.train import checkpoint, loop, progress, run_dir, weighted_order
 from latentpipe.train.config import Optimization, Run, TrainVAE
-from latentpipe.utils.errors import Note
+from latentpipe.utils.errors import LatentpipeWarning
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 1000), st.integers(1, 4))
@@ -178,7 +178,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, stop
 @pytest.mark.parametrize("place", ["log", "sample", "save"])
 def test_an_interrupt_after_the_update_is_resumed_exactly(tmp_path: Path, place: str) -> None:
     whole = fit(tmp_path / "a")
-    original = {"log": progress.Progress.step, "save": checkpoint.save}
+    original = {"log": progress.TrainingLog.step, "save": checkpoint.save}
 
     def in_log(self: Any, step: int, figures: dict[str, float]) -> None:
         if step == 4:
@@ -198,7 +198,7 @@ def test_an_interrupt_after_the_update_is_resumed_exactly(tmp_path: Path, place:
 
     patch = pytest.MonkeyPatch()
     if place == "log":
-        patch.setattr(progress.Progress, "step", in_log)
+        patch.setattr(progress.TrainingLog, "step", in_log)
     if place == "save":
         patch.setattr(checkpoint, "save", in_save)
     with pytest.raises(KeyboardInterrupt):
@@ -406,7 +406,7 @@ def config_of(tmp_path: Path, **run: Any) -> TrainVAE:
 
 def begin(config: TrainVAE) -> None:
     """Begin and end a run that trains nothing."""
-    with run_dir.begin(config, config.run) as record:
+    with run_dir.prepare_run_dir(config, config.run) as record:
         record()
 
 
@@ -422,7 +422,7 @@ def test_going_on_with_another_config_is_said(tmp_path: Path) -> None:
     first = config_of(tmp_path)
     begin(first)
     again = config_of(tmp_path, resume=True, seed=9)
-    with pytest.warns(Note, match=r"run\.seed 0 -> 9"):
+    with pytest.warns(LatentpipeWarning, match=r"run\.seed 0 -> 9"):
         begin(again)
     same_again = config_of(tmp_path, resume=True, seed=9)
     with warnings.catch_warnings():

@@ -69,9 +69,9 @@ def test_two_processes_are_one(tmp_path: Path, pictures: Path, case: str) -> Non
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from latentpipe import UserError
-    from latentpipe.train.distributed import Team
+    from latentpipe.train.distributed import DistributedContext
 
-    team = Team()
+    team = DistributedContext()
     assert [(part.start, part.stop) for part in team.shares(8, 2)] == [(0, 4), (4, 8)]
     monkeypatch.setattr(team, "world", 3)
     with pytest.raises(UserError, match="multiple of 6"):

@@ -21,11 +21,11 @@ from latentpipe import UserError, VAEStage
 from latentpipe.checkpoints.vae_io import load_vae
 from latentpipe.train import checkpoint, loop, state
 from latentpipe.train.config import Optimization, Run, TrainVAE, dump
-from latentpipe.train.distributed import Team
-from latentpipe.train.spike_guard import JUMP, WARM, Guard
+from latentpipe.train.distributed import DistributedContext
+from latentpipe.train.spike_guard import JUMP, WARM, SpikeGuard
 from latentpipe.train.vae import train as training
 from latentpipe.train.vae.microbatch import parts_that_fit, saved_bytes
-from latentpipe.utils.errors import Note
+from latentpipe.utils.errors import LatentpipeWarning
 
 STEADY = Optimization(steps=60, warmup_steps=0, learning_rate=1e-3, ema_decay=0.5)
 
@@ -105,7 +105,7 @@ def test_the_guard_is_part_of_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_jump_counts_once_the_usual_is_known_and_terms_by_schedule_never() -> None:
-    guard = Guard()
+    guard = SpikeGuard()
     for step in range(WARM):
         assert not guard.is_spike({"l1": 1000.0 if step == 3 else 1.0})
     assert not guard.is_spike({"l1": 1.0, "kl": 1e9, "adversarial": -1e9})
@@ -211,7 +211,7 @@ def test_the_parts_of_a_step_are_counted_from_the_activations(
     config = TrainVAE.model_validate(vae_run(tmp_path, pictures, optim={"batch_size": 12, "accumulate": "auto"}).model_dump())
     from latentpipe.train.vae.model import build_vae
 
-    team, stage = Team(), VAEStage(build_vae(config, None))
+    team, stage = DistributedContext(), VAEStage(build_vae(config, None))
     each = saved_bytes(config, stage, team.device)
     assert parts_that_fit(config, stage, team) == 1
     for room, parts in ((12.5, 1), (11.5, 2), (5.9, 3), (2.5, 6), (1.1, 12)):
@@ -304,7 +304,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_its_config_kept(
 ) -> None:
     trained(tmp_path, pictures, **dict(first))
     before = (tmp_path / "work" / "config.yaml").read_text()
-    with pytest.warns(Note, match="another config"), pytest.raises(UserError, match=words):
+    with pytest.warns(LatentpipeWarning, match="another config"), pytest.raises(UserError, match=words):
         trained(tmp_path, pictures, **then, run={"resume": True})
     assert (tmp_path / "work" / "config.yaml").read_text() == before
 
@@ -313,7 +313,7 @@ def test_other_parts_are_not_resumed(tmp_path: Path, pictures: Path) -> None:
     trained(tmp_path / "a", pictures)
     start = {"warm_start": tmp_path / "a" / "vae"}
     trained(tmp_path / "b", pictures, parts=("decoder.mid",), model={}, run=start)
-    with pytest.warns(Note, match="another config"), pytest.raises(UserError, match="trained other parts"):
+    with pytest.warns(LatentpipeWarning, match="another config"), pytest.raises(UserError, match="trained other parts"):
         trained(tmp_path / "b", pictures, parts=("encoder.mid",), model={}, run={**start, "resume": True})
 
 
@@ -386,7 +386,7 @@ def test_a_resumed_run_keeps_its_parts(tmp_path: Path, pictures: Path, monkeypat
     config = TrainVAE.model_validate(vae_run(tmp_path, pictures, optim={"accumulate": "auto"}, resume=True).model_dump())
     from latentpipe.train.vae.model import build_vae
 
-    assert parts_that_fit(config, VAEStage(build_vae(config, None)), Team()) == 2
+    assert parts_that_fit(config, VAEStage(build_vae(config, None)), DistributedContext()) == 2
 
 
 def test_a_compiler_that_fails_is_named(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,6 +397,6 @@ def test_a_compiler_that_fails_is_named(tmp_path: Path, pictures: Path, monkeypa
         return forward
 
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(Team, "wrap", lambda self, module: module)
+    monkeypatch.setattr(DistributedContext, "wrap", lambda self, module: module)
     with pytest.raises(UserError, match=r"run\.compile: .*no working C\+\+ compiler\)"):
         trained(tmp_path, pictures, run={"compile": True})

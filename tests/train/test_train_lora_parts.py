@@ -23,7 +23,7 @@ from latentpipe.train.lora import data
 from latentpipe.train.lora.data import held_out, open_pictures, plain
 from latentpipe.train.lora.loss import Schedule, noised, snr_weights
 from latentpipe.train.lora.prompts import Prompts
-from latentpipe.utils.errors import Note
+from latentpipe.utils.errors import LatentpipeWarning
 
 # --- the loss -----------------------------------------------------------------------------------------------
 
@@ -117,7 +117,7 @@ def test_held_out_captions_are_left_out_however_they_are_written(tmp_path: Path,
     assert "man dark skin tone" in held_out_captions()
     forms = ["man dark skin tone", "Man: Dark Skin Tone", "man, dark-skin-tone", "dark skin tone man"]
     folder = folder_of(tmp_path / "a", [*([text] for text in forms), ["a cat"], ["a man", forms[0]], ["man medium skin tone"]])
-    with pytest.warns(Note, match="5 of 7 pictures left out"):
+    with pytest.warns(LatentpipeWarning, match="5 of 7 pictures left out"):
         found = open_pictures(folder, vae_folder, 16, tmp_path / "work", held_out=held_out(None))
     assert found.left_out == 5
     assert found.rows.tolist() == [4, 6]
@@ -134,7 +134,7 @@ def test_every_held_out_caption_is_found() -> None:
 def test_a_persons_own_list_is_left_out_too(tmp_path: Path, vae_folder: Path) -> None:
     (tmp_path / "list.txt").write_text("A Cat\n\n")
     folder = folder_of(tmp_path / "a", [["a cat"], ["a dog"]])
-    with pytest.warns(Note, match="1 of 2 pictures left out"):
+    with pytest.warns(LatentpipeWarning, match="1 of 2 pictures left out"):
         found = open_pictures(folder, vae_folder, 16, tmp_path / "work", held_out=held_out(tmp_path / "list.txt"))
     assert found.rows.tolist() == [1]
 
@@ -145,7 +145,7 @@ def test_pictures_that_nothing_is_left_of_are_refused(tmp_path: Path, vae_folder
         open_pictures(bare, vae_folder, 16, tmp_path / "work", held_out=frozenset())
     assert len(open_pictures(bare, vae_folder, 16, tmp_path / "work", held_out=frozenset(), captioned=False).rows) == 2
     held = folder_of(tmp_path / "b", [["man dark skin tone"]])
-    with pytest.warns(Note), pytest.raises(UserError, match="they are held out"):
+    with pytest.warns(LatentpipeWarning), pytest.raises(UserError, match="they are held out"):
         open_pictures(held, vae_folder, 16, tmp_path / "work", held_out=held_out(None))
 
 
@@ -233,7 +233,7 @@ def test_stable_diffusion_xl_gets_sizes_and_zeros_for_no_prompt() -> None:
 
 def test_long_captions_are_noted(pipe: Any) -> None:
     tokenizer = pipe.host.tokenizer
-    with pytest.warns(Note, match="1 of 2 captions are longer than the 14 tokens"):
+    with pytest.warns(LatentpipeWarning, match="1 of 2 captions are longer than the 14 tokens"):
         data.note_long_captions(tokenizer, [("red circle",), ("red circle " * 40,)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -18,7 +18,7 @@ from latentpipe.data.image_folder import read_pictures
 from latentpipe.train import loop, losses
 from latentpipe.train.config import Crops
 from latentpipe.train.vae import train as training
-from latentpipe.train.vae.augment import draw_cut
+from latentpipe.train.vae.augment import draw_crop
 from latentpipe.utils.images import bytes_to_images, psnr, resized, to_bytes, to_images
 
 
@@ -187,7 +187,7 @@ def test_a_warm_start_of_another_shape_is_refused(tmp_path: Path, pictures: Path
 
 def crop(pixels: torch.Tensor, crops: Crops, generator: torch.Generator) -> torch.Tensor:
     """The drawn cut of a batch."""
-    return draw_cut(len(pixels), pixels.shape[-1], crops, generator).apply(pixels)
+    return draw_crop(len(pixels), pixels.shape[-1], crops, generator).apply(pixels)
 
 
 def numbered(n: int = 6, side: int = 24) -> torch.Tensor:

@@ -210,13 +210,13 @@ def fetch(url: str) -> int:
 
 
 def test_nothing_but_shown_files_can_be_fetched(address: str, ui_home: Path, client: Client) -> None:
-    from latentpipe.checkpoints.registry import shipped
+    from latentpipe.checkpoints.registry import bundled_weights_dir
 
     client.predict(prompt="red apple", seed=1, steps=2, api_name="/txt2img")
     kept = next((ui_home / "kept").rglob("*.png"))
     secret = [
         "/etc/passwd", "../../../../etc/passwd", "....//....//etc/passwd", "%2e%2e/%2e%2e/etc/passwd", "\\etc\\passwd",
-        str(shipped() / "emoji" / "unet" / "diffusion_pytorch_model.safetensors"),
+        str(bundled_weights_dir() / "emoji" / "unet" / "diffusion_pytorch_model.safetensors"),
         str(ui_home / "vae" / "odd" / "config.json"), str(ui_home / "server.log"), str(kept),
     ]  # fmt: skip
     for path in secret:

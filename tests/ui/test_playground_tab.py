@@ -12,7 +12,7 @@ import pytest
 from helpers import draw_shape
 from PIL import Image
 
-from latentpipe.engine.pipeline_cache import ModelCache
+from latentpipe.engine.pipeline_cache import PipelineCache
 from latentpipe.explore import playground as play
 from latentpipe.ui import playground, playground_inputs
 from latentpipe.ui.state import App
@@ -21,13 +21,13 @@ VISITOR = SimpleNamespace(session_hash="one")
 
 
 @pytest.fixture(scope="module")
-def models(model_folder: Path) -> ModelCache:
+def models(model_folder: Path) -> PipelineCache:
     """Open models for all tests here: what is learned of them is kept."""
-    return ModelCache(device="cpu")
+    return PipelineCache(device="cpu")
 
 
 @pytest.fixture
-def app(installed: str, models: ModelCache, monkeypatch: pytest.MonkeyPatch) -> Iterator[App]:
+def app(installed: str, models: PipelineCache, monkeypatch: pytest.MonkeyPatch) -> Iterator[App]:
     monkeypatch.setattr(play, "PICTURES", 20)
     app = App(model=installed, models=models)
     yield app

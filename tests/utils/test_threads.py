@@ -23,7 +23,7 @@ def test_it_returns_what_the_work_returns_from_another_thread_that_ends() -> Non
         return who.get()
 
     token = who.set("anna")
-    assert threads.apart(work) == "anna"
+    assert threads.run_in_thread(work) == "anna"
     who.reset(token)
     assert seen[0] is not threading.current_thread()
     assert not seen[0].is_alive()
@@ -34,7 +34,7 @@ def test_what_the_work_raises_is_raised() -> None:
         raise UserError("no such model")
 
     with pytest.raises(UserError, match="no such model"):
-        threads.apart(work)
+        threads.run_in_thread(work)
 
 
 def test_models_are_opened_apart(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

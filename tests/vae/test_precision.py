@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planted import PLACES, decode, encode, planted, psnr, times
 
-from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.io import content_hash
 from latentpipe.vae import precision
-from latentpipe.vae.precision import all_finite, first_overflow, run_finite, unchecked
+from latentpipe.vae.precision import all_finite, first_overflow, run_with_dtype_fallback, unchecked
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +61,8 @@ class Counted:
 
 def quietly(vae: Any, run: Any = decode, given: torch.Tensor | None = None) -> torch.Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Note)
-        return run_finite(vae, "decode", run, raw_latents() if given is None else given)
+        warnings.simplefilter("ignore", LatentpipeWarning)
+        return run_with_dtype_fallback(vae, "decode", run, raw_latents() if given is None else given)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -73,8 +73,8 @@ def test_the_ladder_mends_the_black_picture_and_names_the_block(place: str) -> N
     before = content_hash(vae.state_dict()), dict(vae.config), len(vae._forward_hooks)
     naive = run(vae, given.half())
     assert not all_finite(naive if isinstance(naive, torch.Tensor) else naive.mean)
-    with pytest.warns(Note) as notes:
-        result = run_finite(vae, direction, run, given)
+    with pytest.warns(LatentpipeWarning) as notes:
+        result = run_with_dtype_fallback(vae, direction, run, given)
     value, right = [each if isinstance(each, torch.Tensor) else each.mean for each in (result, run(float_of(vae), given))]
     assert value.dtype == torch.float16
     assert psnr(value, right) > 30
@@ -88,8 +88,8 @@ def test_the_ladder_mends_the_black_picture_and_names_the_block(place: str) -> N
 
 def test_a_posterior_samples_as_a_plain_one_does() -> None:
     vae, images = half("encoder conv1"), some_images()
-    with pytest.warns(Note):
-        posterior = run_finite(vae, "encode", encode, images)
+    with pytest.warns(LatentpipeWarning):
+        posterior = run_with_dtype_fallback(vae, "encode", encode, images)
     right = encode(float_of(vae), images)
     first, second = (each.sample(torch.Generator().manual_seed(1)) for each in (posterior, right))
     assert first.dtype == torch.float16
@@ -100,7 +100,7 @@ def test_a_healthy_vae_runs_as_it_is(own_home: Path) -> None:
     vae, run = tiny_vae().half(), Counted()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = run_finite(vae, "decode", run, raw_latents())
+        result = run_with_dtype_fallback(vae, "decode", run, raw_latents())
     assert torch.equal(result, decode(vae, raw_latents().half()))
     assert run.dtypes == [torch.float16]
     assert not precision._states[vae].copies
@@ -117,7 +117,7 @@ def test_the_second_call_starts_where_the_first_ended(monkeypatch: pytest.Monkey
     monkeypatch.setattr(precision, "content_hash", None)  # it reads every weight: once is enough
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        second = run_finite(vae, "decode", run, raw_latents())
+        second = run_with_dtype_fallback(vae, "decode", run, raw_latents())
     assert run.dtypes == [torch.bfloat16]
     assert precision._states[vae].copies == {torch.bfloat16: kept}
     assert torch.equal(first, second)
@@ -130,17 +130,19 @@ def test_encode_and_other_vaes_are_not_affected() -> None:
     quietly(other, run)
     assert run.dtypes == [torch.float16]
     images = some_images()
-    assert torch.equal(run_finite(vae, "encode", encode, images).mean, encode(vae, images.half()).mean)
+    assert torch.equal(run_with_dtype_fallback(vae, "encode", encode, images).mean, encode(vae, images.half()).mean)
 
 
 def test_two_objects_of_one_vae_are_told_of_once_and_both_remember() -> None:
     first, second, run = half(), half(), Counted()
-    assert run_finite(second, "decode", lambda vae, raw: raw * 0, raw_latents()).dtype == torch.float16  # nothing known yet
+    assert (
+        run_with_dtype_fallback(second, "decode", lambda vae, raw: raw * 0, raw_latents()).dtype == torch.float16
+    )  # nothing known yet
     quietly(first)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run_finite(second, "decode", decode, raw_latents())
-        run_finite(second, "decode", run, raw_latents())
+        run_with_dtype_fallback(second, "decode", decode, raw_latents())
+        run_with_dtype_fallback(second, "decode", run, raw_latents())
     assert run.dtypes == [torch.bfloat16]
 
 
@@ -151,8 +153,8 @@ def test_the_next_process_remembers(own_home: Path) -> None:
     assert rows == {f"{digest}/decode/fp16": {"dtype": "bf16", "block": "decoder.up_blocks.1.resnets.1.conv1"}}
     precision._climbs.clear()
     run = Counted()
-    with pytest.warns(Note, match=r"resnets\.1\.conv1 .*runs in bf16"):
-        run_finite(half(), "decode", run, raw_latents())
+    with pytest.warns(LatentpipeWarning, match=r"resnets\.1\.conv1 .*runs in bf16"):
+        run_with_dtype_fallback(half(), "decode", run, raw_latents())
     assert run.dtypes == [torch.bfloat16]
     precision._climbs.clear()
     quietly(half("add"))
@@ -189,8 +191,8 @@ def test_fp32_is_the_last_rung() -> None:
         return decode(vae, raw) * (torch.nan if vae.dtype == torch.bfloat16 else 1)
 
     vae = half()
-    with pytest.warns(Note, match=r"resnets\.1\.conv1 .* so it runs in fp32"):
-        result = run_finite(vae, "decode", run, raw_latents())
+    with pytest.warns(LatentpipeWarning, match=r"resnets\.1\.conv1 .* so it runs in fp32"):
+        result = run_with_dtype_fallback(vae, "decode", run, raw_latents())
     assert psnr(result, decode(float_of(vae), raw_latents())) > 60
     assert list(precision._states[vae].copies) == [torch.float32]  # the bf16 copy is gone
 
@@ -202,9 +204,9 @@ def test_input_that_is_not_finite_is_refused(dtype: torch.dtype, bad: float) -> 
     latents, images = raw_latents(), some_images()
     latents[0, 1, 2, 3] = images[1, 0, 0, 0] = bad
     with pytest.raises(UserError, match=r"1 of the 512 values of the latents .* not finite.*before the VAE"):
-        run_finite(vae, "decode", decode, latents)
+        run_with_dtype_fallback(vae, "decode", decode, latents)
     with pytest.raises(UserError, match=r"values of the images"):
-        run_finite(vae, "encode", encode, images)
+        run_with_dtype_fallback(vae, "encode", encode, images)
 
 
 @pytest.mark.parametrize("dtype", precision.LADDER)
@@ -212,22 +214,22 @@ def test_weights_that_are_not_finite_are_named(dtype: torch.dtype) -> None:
     vae = tiny_vae().to(dtype)
     vae.decoder.mid_block.resnets[1].conv2.bias[3] = torch.nan
     with pytest.raises(UserError, match=r"^decoder\.mid_block\.resnets\.1\.conv2\.bias of this VAE is not finite"):
-        run_finite(vae, "decode", decode, raw_latents())
+        run_with_dtype_fallback(vae, "decode", decode, raw_latents())
 
 
-@pytest.mark.filterwarnings("ignore::latentpipe.utils.errors.Note")
+@pytest.mark.filterwarnings("ignore::latentpipe.utils.errors.LatentpipeWarning")
 def test_overflow_in_fp32_is_an_error_that_names_the_block() -> None:
     vae = tiny_vae()
     times(vae.decoder.conv_in, 1e38)
     said = r"decoder\.conv_in gives values that are not finite even in fp32.*at most 10{1,2}0,000 in size"
     with pytest.raises(UserError, match=said):
-        run_finite(vae, "decode", decode, raw_latents().sign() * 1e5)
+        run_with_dtype_fallback(vae, "decode", decode, raw_latents().sign() * 1e5)
 
 
 def test_the_last_fault_is_the_one_named() -> None:
     vae = half()
     with pytest.raises(UserError, match="cannot decode: an operation outside the modules gives values that are not finite"):
-        run_finite(vae, "decode", lambda model, raw: decode(model, raw) * torch.inf, raw_latents())
+        run_with_dtype_fallback(vae, "decode", lambda model, raw: decode(model, raw) * torch.inf, raw_latents())
 
 
 def test_an_operation_between_modules_is_its_modules() -> None:
@@ -245,8 +247,8 @@ def test_an_operation_between_modules_is_its_modules() -> None:
 
 def test_input_too_large_for_fp16_climbs_too() -> None:
     vae, latents = tiny_vae().half(), raw_latents() * 1e5
-    with pytest.warns(Note, match=r"^the input of this VAE overflows in fp16"):
-        result = run_finite(vae, "decode", decode, latents)
+    with pytest.warns(LatentpipeWarning, match=r"^the input of this VAE overflows in fp16"):
+        result = run_with_dtype_fallback(vae, "decode", decode, latents)
     assert psnr(result, decode(float_of(vae), latents)) > 30
 
 
@@ -254,8 +256,8 @@ def test_a_result_too_large_for_fp16_stays_wide() -> None:
     vae = tiny_vae().half()
     vae.quant_conv.bias[0] = vae.quant_conv.bias[1] = 65000
     vae.quant_conv.weight[0] = 4000
-    with pytest.warns(Note, match="quant_conv"):
-        posterior = run_finite(vae, "encode", encode, some_images())
+    with pytest.warns(LatentpipeWarning, match="quant_conv"):
+        posterior = run_with_dtype_fallback(vae, "encode", encode, some_images())
     assert posterior.mean.dtype == torch.bfloat16
     assert all_finite((posterior.mean, posterior.std))
 
@@ -317,9 +319,9 @@ def test_inference_mode_leaves_a_copy_that_carries_gradients() -> None:
 def test_training_and_unchecked_runs_are_plain() -> None:
     vae, run = half(), Counted()
     with unchecked():
-        assert not all_finite(run_finite(vae, "decode", run, raw_latents()))
+        assert not all_finite(run_with_dtype_fallback(vae, "decode", run, raw_latents()))
     with torch.enable_grad():
-        assert not all_finite(run_finite(vae.train(), "decode", run, raw_latents()))
+        assert not all_finite(run_with_dtype_fallback(vae.train(), "decode", run, raw_latents()))
     assert run.dtypes == [torch.float16] * 2
     assert all_finite(quietly(vae))  # forgotten eval() is no training
 

@@ -114,7 +114,7 @@ def plot(
     seed      of all pictures (None: a random one), where it is no axis; so are `vae`, `loras` and `settings`
     settings  negative, steps, guidance, guidance_interval, scheduler, size
     report    called after each step; where it raises `Cancelled`, the pictures that are done are kept
-    lora_partial  take LoRA files that fit in part; what is left out is told in a Note
+    lora_partial  take LoRA files that fit in part; what is left out is told in a warning
 
     Whatever axis they lie on, VAEs change outermost, then LoRA weights: each VAE is put in once. UserError before anything
     is drawn: a VAE that does not fit (its verdict), a LoRA or setting that is wrong, more than MAX_CELLS pictures.
@@ -157,7 +157,7 @@ def read_grid(path: Path) -> GridRecipe:
 def redraw(path: Path, open_model: Callable[[str, str | None], LatentPipeline], report: ProgressCallback | None = None) -> Grid:
     """Draw the plot in a sheet again; a stopped one is finished.
 
-    open_model  opens the pipeline of a model and a VAE (`latentpipe.engine.pipeline_cache.ModelCache.open`)
+    open_model  opens the pipeline of a model and a VAE (`latentpipe.engine.pipeline_cache.PipelineCache.open`)
 
     The names in the file resolve among the installed ones only. UserError where weights are not those of then.
     """

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from latentpipe.checkpoints.registry import shipped
+from latentpipe.checkpoints.registry import bundled_weights_dir
 from latentpipe.evaluate.metrics import emoji_words, inception
 from latentpipe.evaluate.metrics.emoji_words import WordNetwork
 from latentpipe.evaluate.metrics.inception import Inception
@@ -120,7 +120,7 @@ class _Penultimate(nn.Module):
 
 def _open_words(path: Path | None) -> Features:
     """The word network that ships, or another file of it; the number of its words is in the file."""
-    path = shipped() / "features" / "emoji-words" / "model.safetensors" if path is None else Path(path)
+    path = bundled_weights_dir() / "features" / "emoji-words" / "model.safetensors" if path is None else Path(path)
     tensors = read_tensors(path)
     if "head.weight" not in tensors:
         raise UserError(

@@ -1,7 +1,7 @@
 """LPIPS and DISTS, differentiable: images B 3 H W in [-1, 1] -> distances (B); 0 for equal pictures, lower is nearer.
 
 The backbones are torchvision's alexnet, vgg16 and squeezenet1_1, written out so that its keys `features.N.*` load
-strictly. Backbone and heads come from one file; `metric_weights` says which tensors it holds and how to make it.
+strictly. Backbone and heads come from one file; `weights` says which tensors it holds and how to make it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Five parts, each higher for stranger pictures:
 pixel    mean squared error of the reconstruction from the posterior's mean, over [-1, 1]
 scales   the same after means over 2 x 2, 4 x 4 and 8 x 8 pixels, averaged: what is wrong in the large
-local    the highest value of the heat map (`heat.error_map`): a small defect that the means drown
+local    the highest value of the heat map (`heatmap.error_map`): a small defect that the means drown
 feature  squared distance between the features (emoji-words, `evaluate.features`) of picture and reconstruction
 kl       KL(q(z|x) || N(0, I)) per latent value, in nats; ``mean^2 / 2`` where the VAE has no posterior
 Each is taken as its logarithm, less its mean over normal pictures, in standard deviations of those; the score is the mean
@@ -139,7 +139,7 @@ def calibrate(
 ) -> Detector:
     """Learn from normal images (N 3 S S, [-1, 1]) alone what is strange to this VAE.
 
-    A fixed shuffle parts them: 1/4 for mean and sd of each part, 1/2 for the threshold (`calibrate.threshold`), 1/4 to count
+    A fixed shuffle parts them: 1/4 for mean and sd of each part, 1/2 for the threshold (`conformal.threshold`), 1/4 to count
     false alarms on. The VAE should not have been trained on them: it returns what it knows too well.
     UserError: too few pictures for the rate, or not square.
     """

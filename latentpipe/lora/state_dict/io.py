@@ -15,15 +15,15 @@ import torch
 
 from latentpipe.checkpoints.pickles.unpickle import unpickled
 from latentpipe.checkpoints.tensor_source import PICKLES
-from latentpipe.lora.adapter import COMPONENTS, Layer, Lora
+from latentpipe.lora.adapter import COMPONENTS, Lora, LoraLayer
 from latentpipe.lora.metadata import base_of, card, trigger_words
 from latentpipe.lora.state_dict import cloneofsimo
 from latentpipe.lora.state_dict.key_parts import take_apart
-from latentpipe.lora.state_dict.keys import PEFT, Base, Names, flat, in_file, kohya_stem
+from latentpipe.lora.state_dict.keys import PEFT, Base, KeyResolver, flat, in_file, kohya_stem
 from latentpipe.lora.state_dict.kohya import to_kohya
-from latentpipe.lora.state_dict.layers import Told, build_layer
+from latentpipe.lora.state_dict.layers import LayerMetadata, build_layer
 from latentpipe.lora.state_dict.peft_config import ADAPTER_KEY, pack, read_configs
-from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.io import atomic_file, check_file, is_safetensors, printable, read_header, read_json, read_tensors
 from latentpipe.utils.reading import MOST_HEADER, parse_json, parse_object
 
@@ -58,7 +58,7 @@ def read_lora(path: Path, base: Base | None = None, pickles: bool = False) -> Lo
         shown = ", ".join(list(tensors)[:3]) or "nothing"
         raise UserError(f"{path}: holds no LoRA, LoHa or LoKr layer; given {len(tensors)} tensors ({shown}, ...).")
     if any(key.startswith(PEFT) for key in tensors) and not read_configs(metadata) and LAYERS not in metadata:
-        warnings.warn(f"{path}: no {CONFIG} lies beside it, so alpha is taken to be the rank.", Note, stacklevel=2)
+        warnings.warn(f"{path}: no {CONFIG} lies beside it, so alpha is taken to be the rank.", LatentpipeWarning, stacklevel=2)
     stem = printable(path.name if path.is_dir() else path.stem)
     return dataclasses.replace(lora, name=stem)
 
@@ -130,10 +130,10 @@ def _assemble(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], 
     else:
         modules, stems, unread = _grouped(tensors, exact, base, metadata.get(COMPONENT, ""))
     configs = read_configs(metadata)
-    parts: dict[str, dict[str, Layer]] = defaultdict(dict)
+    parts: dict[str, dict[str, LoraLayer]] = defaultdict(dict)
     for (component, path), roles in modules.items():
         config = configs.get(component) or configs.get("")
-        says = config.told(path) if config else Told(rank=_whole_number(metadata.get("ss_network_dim")))
+        says = config.told(path) if config else LayerMetadata(rank=_whole_number(metadata.get("ss_network_dim")))
         known = exact.get(stems.get((component, path), ""), {})
         layer = build_layer(f"{component}.{path}", {role: tensor for role, (_, tensor) in roles.items()}, says, known)
         if layer is None:
@@ -149,7 +149,7 @@ def _grouped(
 ) -> tuple[dict[tuple[str, str], Roles], dict[tuple[str, str], str], list[str]]:
     """Roles by component and path, the stem that each was named by, and the keys of no layer."""
     apart = {key: take_apart(key) for key in tensors}
-    names = Names([found[0] for found in apart.values() if found], base, default)
+    names = KeyResolver([found[0] for found in apart.values() if found], base, default)
     modules: dict[tuple[str, str], Roles] = defaultdict(dict)
     stems: dict[tuple[str, str], str] = {}
     for key, found in apart.items():
@@ -209,7 +209,7 @@ def _cast(lora: Lora, dtype: str | None) -> Lora:
     if dtype not in DTYPES:
         raise UserError(f"No dtype '{dtype}' for a LoRA file; expected {', '.join(DTYPES)}.")
 
-    def changed(where: str, layer: Layer) -> Layer:
+    def changed(where: str, layer: LoraLayer) -> LoraLayer:
         tensors = {name: value.to(DTYPES[dtype]) for name, value in layer.tensors.items()}
         if not all(torch.isfinite(value).all() for value in tensors.values()):
             raise UserError(f"{where} holds values beyond the range of {dtype}; write it in fp32 or bf16.")
@@ -256,7 +256,7 @@ def _say(lora: Lora, to: Layout, path: Path) -> None:
             text = f"only some layers of {component} are DoRA, which peft and diffusers cannot tell apart; we do"
         else:
             continue
-        warnings.warn(f"{path}: {text}.", Note, stacklevel=3)
+        warnings.warn(f"{path}: {text}.", LatentpipeWarning, stacklevel=3)
 
 
 def _whole_number(text: str | None) -> int | None:

@@ -117,7 +117,7 @@ def kohya_stem(component: str, path: str, two: bool) -> str:
     return f"lora_{prefix}_{flat(in_file(component, path))}"
 
 
-class Names:
+class KeyResolver:
     """Component and path of each stem (a key without its last words) of one file.
 
     base     module paths of the model it shall go on: kohya's names are resolved among them first

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import torch
 
-from latentpipe.lora.adapter import Layer
+from latentpipe.lora.adapter import LoraLayer
 from latentpipe.utils.errors import UserError
 
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 
 
-def to_kohya(layer: Layer) -> dict[str, torch.Tensor]:
+def to_kohya(layer: LoraLayer) -> dict[str, torch.Tensor]:
     """The tensors of one module by the ends of kohya's keys; ``alpha`` such that alpha / rank is the layer's scale.
 
     A LoKr of two whole factors has no rank in kohya's reading and always scale 1; with another scale its first factor is

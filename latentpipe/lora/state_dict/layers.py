@@ -1,4 +1,4 @@
-"""One module's tensors, as a file has them, checked and made a `Layer`."""
+"""One module's tensors, as a file has them, checked and made a `LoraLayer`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from latentpipe.lora.adapter import Kind, Layer
+from latentpipe.lora.adapter import Kind, LoraLayer
 from latentpipe.lora.state_dict.key_parts import LOHA, LOKR
 from latentpipe.lora.state_dict.kohya import as_magnitudes, fold, is_whole, magnitudes
 from latentpipe.utils.errors import UserError
@@ -19,7 +19,7 @@ SAME = 1e-5  # two scales that differ by less, relatively, are one number in two
 
 
 @dataclass(frozen=True)
-class Told:
+class LayerMetadata:
     """What a file says about a layer besides its tensors; None where it is silent."""
 
     rank: int | None = None
@@ -27,8 +27,10 @@ class Told:
     rslora: bool = False
 
 
-def build_layer(where: str, roles: Mapping[str, torch.Tensor], told: Told, exact: Mapping[str, object]) -> Layer | None:
-    """A layer from tensors by role (`file_keys.take_apart`); None where there is no factor of an update among them.
+def build_layer(
+    where: str, roles: Mapping[str, torch.Tensor], told: LayerMetadata, exact: Mapping[str, object]
+) -> LoraLayer | None:
+    """A layer from tensors by role (`key_parts.take_apart`); None where there is no factor of an update among them.
 
     where  names the layer in messages
     told   of the file's peft config; a tensor ``alpha`` goes before it, and without either alpha is the rank
@@ -53,17 +55,17 @@ def build_layer(where: str, roles: Mapping[str, torch.Tensor], told: Told, exact
         layer = _scaled(kind, tensors, told.rank, alpha, told)
     else:  # kohya gives two whole factors no rank and scale 1; the trainers write alpha = rank
         rank = int(alpha) if alpha and alpha >= 1 and alpha == int(alpha) else (told.rank or 1)
-        layer = Layer(kind, tensors, rank, float(rank))
+        layer = LoraLayer(kind, tensors, rank, float(rank))
     return _exact(layer, exact, silent=alpha is None and told.alpha is None)
 
 
-def _scaled(kind: Kind, tensors: dict[str, torch.Tensor], rank: int, alpha: float | None, told: Told) -> Layer:
+def _scaled(kind: Kind, tensors: dict[str, torch.Tensor], rank: int, alpha: float | None, told: LayerMetadata) -> LoraLayer:
     if alpha is not None:
-        return Layer(kind, tensors, rank, alpha)
-    return Layer(kind, tensors, rank, float(rank) if told.alpha is None else told.alpha, told.rslora)
+        return LoraLayer(kind, tensors, rank, alpha)
+    return LoraLayer(kind, tensors, rank, float(rank) if told.alpha is None else told.alpha, told.rslora)
 
 
-def _exact(layer: Layer, exact: Mapping[str, object], silent: bool) -> Layer:
+def _exact(layer: LoraLayer, exact: Mapping[str, object], silent: bool) -> LoraLayer:
     rank, alpha, rslora = exact.get("rank"), exact.get("alpha"), exact.get("rslora")
     if not isinstance(rank, int) or not isinstance(alpha, float) or not isinstance(rslora, bool) or not 0 < rank < MOST:
         return layer
@@ -73,7 +75,7 @@ def _exact(layer: Layer, exact: Mapping[str, object], silent: bool) -> Layer:
         if torch.equal(second, torch.eye(len(second), dtype=second.dtype)):
             del tensors["lokr_w1_a"], tensors["lokr_w1_b"]
             tensors["lokr_w1"] = first
-    better = Layer(layer.kind, tensors, rank, alpha, rslora)
+    better = LoraLayer(layer.kind, tensors, rank, alpha, rslora)
     believed = math.isfinite(alpha) and (silent or math.isclose(better.scale, layer.scale, rel_tol=SAME))
     return better if believed and (rank == layer.rank or is_whole(tensors)) else layer
 

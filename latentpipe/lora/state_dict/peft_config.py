@@ -8,9 +8,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from latentpipe.lora.adapter import COMPONENTS, Layer
+from latentpipe.lora.adapter import COMPONENTS, LoraLayer
 from latentpipe.lora.state_dict.keys import TEXT
-from latentpipe.lora.state_dict.layers import MOST, Told
+from latentpipe.lora.state_dict.layers import MOST, LayerMetadata
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.reading import parse_object
 
@@ -27,16 +27,16 @@ class Config:
         self.targets = {str(each).removeprefix(TEXT) for each in targets} if isinstance(targets, list) else None
         self.ranks, self.alphas = _Patterns(stored.get("rank_pattern")), _Patterns(stored.get("alpha_pattern"))
 
-    def told(self, path: str) -> Told:
+    def told(self, path: str) -> LayerMetadata:
         """What it says about one module, nothing where it is of other modules; UserError where that is no number."""
         if self.targets is not None and self.targets.isdisjoint(_ends(path)):
-            return Told()
+            return LayerMetadata()
         rank, alpha = self.ranks.get(path, self.rank), self.alphas.get(path, self.alpha)
         if rank is not None and (type(rank) is not int or not 0 < rank < MOST):
             raise UserError(f"its config gives {path} the rank {rank!r}; expected a whole number from 1.")
         if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e9):
             raise UserError(f"its config gives {path} the alpha {alpha!r}; expected a number.")
-        return Told(rank, None if alpha is None else float(alpha), self.rslora)
+        return LayerMetadata(rank, None if alpha is None else float(alpha), self.rslora)
 
 
 class _Patterns:
@@ -92,7 +92,7 @@ def read_configs(metadata: Mapping[str, str]) -> dict[str, Config]:
     return {component: Config(config) for component, config in configs.items()}
 
 
-def write_config(component: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
+def write_config(component: str, layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
     """The config of the peft adapter that a component's layers make (of the kind that most of them are)."""
     kind = Counter(layer.kind for layer in layers.values()).most_common(1)[0][0]
     own = {path: layer for path, layer in layers.items() if layer.kind == kind}
@@ -120,14 +120,14 @@ def write_config(component: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
     return config
 
 
-def pack(parts: Mapping[str, Mapping[str, Layer]]) -> str:
+def pack(parts: Mapping[str, Mapping[str, LoraLayer]]) -> str:
     """The value of `ADAPTER_KEY` for an adapter."""
     configs = {component: write_config(component, layers) for component, layers in parts.items()}
     named = {f"{component}.{name}": value for component, config in configs.items() for name, value in config.items()}
     return json.dumps({name: value for name, value in named.items() if not name.endswith(".peft_type")}, sort_keys=True)
 
 
-def _factor(layers: Mapping[str, Layer]) -> int:
+def _factor(layers: Mapping[str, LoraLayer]) -> int:
     """The decompose_factor by which peft splits every weight as these LoKr layers do; -1 where there is none."""
     from peft.tuners.lokr.layer import factorization
 

@@ -16,7 +16,7 @@ import torch
 from latentpipe.data import emoji
 from latentpipe.data.image_folder import read_index, read_pictures
 from latentpipe.data.latent_cache import LatentCache, default_path, encode_folder, open_cache
-from latentpipe.utils.errors import Note, UserError, counted
+from latentpipe.utils.errors import LatentpipeWarning, UserError, counted
 from latentpipe.utils.io import read_header
 
 
@@ -59,14 +59,14 @@ def open_pictures(
     held_out   captions as `plain` writes them; a picture that has one is left out, in whatever style it is drawn
     captioned  leave out pictures without a caption; UserError where none has one
     pixels     also read the pictures themselves
-    column     of the metadata that holds the captions (`folder.read_index`)
+    column     of the metadata that holds the captions (`image_folder.read_index`)
     """
     cache = _latents(folder, vae_folder, size_px, work, column)
     held = [index for index, texts in enumerate(cache.captions) if any(plain(text) in held_out for text in texts)]
     rows = [index for index, texts in enumerate(cache.captions) if index not in set(held) and (texts or not captioned)]
     if held:
         warnings.warn(
-            Note(
+            LatentpipeWarning(
                 f"{folder}: {len(held)} of {counted(len(cache.captions), 'picture')} left out, since their captions are held out"
             ),
             stacklevel=3,
@@ -78,7 +78,9 @@ def open_pictures(
     bare = len(cache.captions) - len(held) - len(rows)
     if bare:
         warnings.warn(
-            Note(f"{folder}: {bare} of {counted(len(cache.captions), 'picture')} left out, since they have no caption"),
+            LatentpipeWarning(
+                f"{folder}: {bare} of {counted(len(cache.captions), 'picture')} left out, since they have no caption"
+            ),
             stacklevel=3,
         )
     captions = [tuple(f"{trigger} {text}".strip() for text in texts) for texts in cache.captions]
@@ -107,7 +109,7 @@ def held_out(exclude: Path | None) -> frozenset[str]:
 
 
 def note_long_captions(tokenizer: Any, captions: Iterable[tuple[str, ...]]) -> None:
-    """A Note on how many captions are longer than a text encoder reads."""
+    """A warning on how many captions are longer than a text encoder reads."""
     length = tokenizer.model_max_length
     texts = sorted({text for own in captions for text in own})
     long = sum(len(ids) > length for ids in tokenizer(texts, verbose=False).input_ids) if texts else 0
@@ -116,7 +118,7 @@ def note_long_captions(tokenizer: Any, captions: Iterable[tuple[str, ...]]) -> N
             f"{long} of {counted(len(texts), 'caption')} are longer than the {length - 2} tokens that the text "
             f"encoder reads; they are cut"
         )
-        warnings.warn(Note(message), stacklevel=3)
+        warnings.warn(LatentpipeWarning(message), stacklevel=3)
 
 
 def _latents(folder: Path, vae_folder: Path, size_px: int, work: Path, column: str | None) -> LatentCache:

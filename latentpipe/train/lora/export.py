@@ -16,7 +16,7 @@ from latentpipe.lora.state_dict.io import card, write_lora
 from latentpipe.train.config import Run, TrainLora
 from latentpipe.train.lora.data import LoraPictures
 from latentpipe.train.lora.parameters import NAME, Plan, base_hashes, refuse_changed_base
-from latentpipe.train.run_dir import begin, usable
+from latentpipe.train.run_dir import prepare_run_dir, usable
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import HASH_LENGTH, atomic_file, printable, read_header
 
@@ -24,8 +24,8 @@ CHAIN = ("unet", "text_encoder", "text_encoder_2", "vae")  # of a base, whose ha
 
 
 def begin_file(config: TrainLora) -> AbstractContextManager[Callable[[], None]]:
-    """As `begin`, for a run whose result is a file."""
-    return begin(config, usable_file(config))
+    """As `prepare_run_dir`, for a run whose result is a file."""
+    return prepare_run_dir(config, usable_file(config))
 
 
 def usable_file(config: TrainLora) -> Run:
@@ -51,7 +51,9 @@ def _is_lora(path: Path) -> bool:
     return bool(names) and all("lora" in name or "dora" in name or name.endswith(".alpha") for name in names)
 
 
-def finish(config: TrainLora, folder: Path, plan: Plan, pictures: LoraPictures, before: Mapping[str, str], steps: int) -> Path:
+def export_lora(
+    config: TrainLora, folder: Path, plan: Plan, pictures: LoraPictures, before: Mapping[str, str], steps: int
+) -> Path:
     """Prove that the base is what it was, then write the adapter with its card.
 
     before  the hashes of the touched components' weights before the run

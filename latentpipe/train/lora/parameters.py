@@ -15,11 +15,11 @@ from latentpipe.lora.injection import inject, layers_of, wrappers
 from latentpipe.lora.target_modules import PREFIX, TEXT, leaves, select, select_all
 from latentpipe.pipelines import families
 from latentpipe.train.config import AdapterShape, TrainLora
-from latentpipe.utils.errors import Note, UserError, counted
+from latentpipe.utils.errors import LatentpipeWarning, UserError, counted
 from latentpipe.utils.io import content_hash
 
 NAME = "train"  # of the adapter, while it trains
-FAMILIES = families.HOSTS[:2]  # whose denoisers train here: Stable Diffusion 1, 2 and XL
+FAMILIES = families.FAMILIES[:2]  # whose denoisers train here: Stable Diffusion 1, 2 and XL
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def choose(config: TrainLora, host: Any) -> Plan:
         )
     models = {name: components[name] for name in paths}
     plan = Plan(models, paths, _ranks(shape, models, paths))
-    if plan.denoises and (families.host_of(host) not in FAMILIES or type(host).__name__ != families.host_of(host).text):
+    if plan.denoises and (families.family_of(host) not in FAMILIES or type(host).__name__ != families.family_of(host).text):
         raise UserError(
             f"The model is a {type(host).__name__}; train-lora trains the denoisers and text encoders of "
             f"{' and '.join(family.text for family in FAMILIES)}, and the VAE's decoder (vae.decoder) of any model."
@@ -91,7 +91,7 @@ def _ranks(shape: AdapterShape, models: Mapping[str, nn.Module], paths: Mapping[
 
 
 def _note_large_ranks(shape: AdapterShape, plan: Plan) -> None:
-    """A Note on layers whose full rank is smaller than the adapter's."""
+    """A warning on layers whose full rank is smaller than the adapter's."""
     small: list[str] = []
     for name, model in plan.models.items():
         modules = leaves(model)
@@ -103,10 +103,10 @@ def _note_large_ranks(shape: AdapterShape, plan: Plan) -> None:
     if small:
         layers = counted(len(small), "layer")
         message = f"the rank is larger than the full rank of {layers}, such as {small[0]}: parameters without use"
-        warnings.warn(Note(message), stacklevel=4)
+        warnings.warn(LatentpipeWarning(message), stacklevel=4)
 
 
-def grow(config: TrainLora, plan: Plan) -> nn.ParameterDict:
+def inject_trainable(config: TrainLora, plan: Plan) -> nn.ParameterDict:
     """Put the new layers in; returns their parameters alone, which is what the optimizer and the checkpoints hold."""
     shape = config.adapter
     torch.manual_seed(config.run.seed)  # the same beginning, whatever was drawn before

@@ -22,7 +22,7 @@ class Prompts:
 
     def __init__(self, host: Any, trains: bool, size_px: int) -> None:
         self.host, self.trains, self.size_px = host, trains, size_px
-        self.large = families.host_of(host) is families.HOSTS[1]
+        self.large = families.family_of(host) is families.FAMILIES[1]
         self.kept: dict[str, tuple[torch.Tensor, ...]] = {}
 
     def __call__(self, prompts: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:

@@ -21,11 +21,11 @@ from latentpipe.train.config import TrainLora, config_from
 from latentpipe.train.denoiser import pick_captions
 from latentpipe.train.distributed import refuse_several
 from latentpipe.train.lora.data import LoraPictures, held_out, note_long_captions, open_pictures
-from latentpipe.train.lora.export import begin_file, finish, usable_file
+from latentpipe.train.lora.export import begin_file, export_lora, usable_file
 from latentpipe.train.lora.loss import Schedule, noised
-from latentpipe.train.lora.parameters import Plan, base_hashes, begin_from, choose, grow
+from latentpipe.train.lora.parameters import Plan, base_hashes, begin_from, choose, inject_trainable
 from latentpipe.train.lora.prompts import Prompts
-from latentpipe.train.progress import Progress
+from latentpipe.train.progress import TrainingLog
 from latentpipe.utils.errors import UserError, counted
 from latentpipe.utils.images import bytes_to_images, sheet, to_pixels
 from latentpipe.vae.stage import VAEStage
@@ -66,7 +66,7 @@ def _trained(config: TrainLora) -> Path:
         draws = config.run.sample_every_steps < config.optim.steps
         plain = training.draw() if draws else {}  # the base's own, before there is an adapter
         before = base_hashes(plan)
-        adapter = grow(config, plan)
+        adapter = inject_trainable(config, plan)
         if earlier is not None:
             begin_from(earlier, plan)
         layers = sum(map(len, plan.paths.values()))
@@ -74,7 +74,7 @@ def _trained(config: TrainLora) -> Path:
         what = f"{counted(layers, 'layer')} of {', '.join(plan.paths)}, with {counted(len(pictures.rows), 'picture')}"
         print(f"Training {count:,} parameters on {what}")
 
-        def sample(step: int, log: Progress) -> dict[str, float]:
+        def sample(step: int, log: TrainingLog) -> dict[str, float]:
             for name, drawn in training.draw().items():
                 pairs = [picture for pair in zip(plain[name], drawn, strict=True) for picture in pair]
                 labels = [label for text in training.prompts for label in (f"base: {text}", text)] if name == "samples" else None
@@ -82,7 +82,7 @@ def _trained(config: TrainLora) -> Path:
             return {}
 
         steps = loop.fit(adapter, config.optim, config.run, training.losses_of, sample, begun=record)
-        return finish(config, folder, plan, pictures, before, steps)
+        return export_lora(config, folder, plan, pictures, before, steps)
 
 
 class Training:

@@ -122,7 +122,7 @@ def last_layer(vae: Any) -> nn.Parameter:
     return trained[-1]
 
 
-class Critic:
+class DiscriminatorTrainer:
     """A discriminator with its own optimizer: it gives the VAE its adversarial term, and learns from what the VAE rebuilt.
 
     It computes in float32, outside of autocast. Nothing that it does leaves a gradient in the VAE, and its term leaves none here.

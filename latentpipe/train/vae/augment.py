@@ -12,7 +12,7 @@ from latentpipe.utils.images import bytes_to_images
 
 
 @dataclass(frozen=True)
-class Cut:
+class CropParams:
     """One square for all pictures of a step (None: whole), and which of them (B) are mirrored."""
 
     box: tuple[int, int, int] | None
@@ -32,7 +32,7 @@ class Cut:
         return images
 
 
-def draw_cut(batch: int, side: int, crops: Crops, generator: torch.Generator) -> Cut:
+def draw_crop(batch: int, side: int, crops: Crops, generator: torch.Generator) -> CropParams:
     """A random square of pictures of `side` pixels, and a random half of them to mirror."""
     box, size = None, crops.size_px
     inside = torch.rand((), generator=generator).item() >= crops.whole
@@ -45,4 +45,4 @@ def draw_cut(batch: int, side: int, crops: Crops, generator: torch.Generator) ->
         top, left = (int(torch.randint(0, side - cut + 1, (), generator=generator)) for _ in range(2))
         box = (top, left, cut)
     mirrored = torch.rand(batch, generator=generator) < 0.5 if crops.flip else torch.zeros(batch, dtype=torch.bool)
-    return Cut(box, mirrored, size)
+    return CropParams(box, mirrored, size)

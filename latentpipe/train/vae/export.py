@@ -28,7 +28,7 @@ MEASURED = 20_000  # pictures that the normalization is measured on, where there
 PREVIEWED = 512
 
 
-def finish(
+def export_vae(
     config: TrainVAE,
     stage: VAEStage,
     pictures: PictureStream,
@@ -151,4 +151,4 @@ def _posteriors(stage: VAEStage, pictures: PictureStream, size: int) -> Iterator
 
 
 def _trained(vae: Any) -> list[str]:
-    return sorted({trainable.stage_of(name) for name, parameter in vae.named_parameters() if parameter.requires_grad})
+    return sorted({trainable.block_of(name) for name, parameter in vae.named_parameters() if parameter.requires_grad})

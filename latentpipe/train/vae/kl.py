@@ -77,7 +77,7 @@ def per_pixel_value(channel_sum: torch.Tensor, positions: int, pixel_values: int
 
 
 @dataclass
-class Rate:
+class BetaController:
     """Holds the KL at a target by turning beta, as a thermostat does: one `update` for each step.
 
     ``beta <- beta exp(gain (rate - target) / target)``, then clamped to [low, high]. Multiplying by the exponential of the

@@ -9,7 +9,7 @@ import torch
 
 from latentpipe.train import loop
 from latentpipe.train.config import TrainVAE
-from latentpipe.train.distributed import Team
+from latentpipe.train.distributed import DistributedContext
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import atomic_file
 from latentpipe.utils.reading import parse_json, read_text
@@ -19,7 +19,7 @@ from latentpipe.vae.stage import VAEStage
 SHARE = 0.6  # of the free memory; the rest is for gradients, the optimizer and what other programs take
 
 
-def parts_that_fit(config: TrainVAE, stage: VAEStage, team: Team) -> int:
+def parts_that_fit(config: TrainVAE, stage: VAEStage, team: DistributedContext) -> int:
     """``optim.accumulate``; where it is "auto", the fewest equal parts of a step whose activations fit.
 
     The bytes that one picture keeps for the backward pass are counted (saved tensors), nothing is tried until it fails.

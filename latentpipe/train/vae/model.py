@@ -13,7 +13,7 @@ from latentpipe.checkpoints.registry import find_model
 from latentpipe.checkpoints.vae_io import load_vae, open_vae
 from latentpipe.train.config import TrainVAE, VAEShape
 from latentpipe.train.run_dir import refuse_other_shape
-from latentpipe.utils.errors import Note, UserError, counted
+from latentpipe.utils.errors import LatentpipeWarning, UserError, counted
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.memory import available
 from latentpipe.vae.stage import VAEStage
@@ -80,7 +80,8 @@ def with_new_head(vae: Any, channels: int) -> Any:
     new.load_state_dict({**fresh, **taken})
     begun = sorted(set(fresh) - set(taken))
     warnings.warn(
-        Note(f"a new head of {counted(channels, 'channel')}: {', '.join(begun) or 'nothing'} begins anew"), stacklevel=2
+        LatentpipeWarning(f"a new head of {counted(channels, 'channel')}: {', '.join(begun) or 'nothing'} begins anew"),
+        stacklevel=2,
     )
     return new
 

@@ -10,10 +10,10 @@ import torch
 from latentpipe.evaluate.health import watch
 from latentpipe.train import losses
 from latentpipe.train.config import TrainVAE, VAELoss
-from latentpipe.train.distributed import Team
+from latentpipe.train.distributed import DistributedContext
 from latentpipe.train.loop import Losses
-from latentpipe.train.vae.adversarial import Critic, adaptive_weight, last_layer
-from latentpipe.train.vae.kl import Rate, beta_at, kl_channels, per_pixel_value, with_free_bits
+from latentpipe.train.vae.adversarial import DiscriminatorTrainer, adaptive_weight, last_layer
+from latentpipe.train.vae.kl import BetaController, beta_at, kl_channels, per_pixel_value, with_free_bits
 from latentpipe.train.vae.perceptual import perceptual
 from latentpipe.train.vae.rate import RateModel
 from latentpipe.vae.latent_space import LatentSpace
@@ -30,20 +30,20 @@ class Objective:
     critic  the discriminator; None where the config gives its term no weight
     """
 
-    def __init__(self, config: TrainVAE, vae: Any, team: Team) -> None:
+    def __init__(self, config: TrainVAE, vae: Any, team: DistributedContext) -> None:
         self.loss, self.steps, self.vae, self.team = config.loss, config.optim.steps, vae, team
         self.downscale = LatentSpace.of(vae).downscale
         self.terms = picture_terms(config.loss, team.device)
-        self.rate = Rate(config.loss.target_bits, config.loss.kl) if config.loss.target_bits is not None else None
+        self.rate = BetaController(config.loss.target_bits, config.loss.kl) if config.loss.target_bits is not None else None
         self.bits = RateModel(LatentSpace.of(vae).channels, team.device) if config.loss.rate else None
         self.adversarial = config.adversarial
-        self.critic: Critic | None = None
+        self.critic: DiscriminatorTrainer | None = None
         if config.adversarial.weight:
             if config.adversarial.adaptive:
                 last_layer(vae)  # refused now where it does not train
             torch.manual_seed(config.run.seed)  # the same discriminator in every process, and after every resume
             shape = config.adversarial
-            self.critic = Critic(team.device, shape.width, shape.layers, shape.learning_rate, shape.lecam)
+            self.critic = DiscriminatorTrainer(team.device, shape.width, shape.layers, shape.learning_rate, shape.lecam)
         self.watched: list[dict[str, float]] = []  # the posteriors of the step's parts
 
     def beta(self, step: int) -> float:
@@ -155,7 +155,7 @@ class Objective:
 def picture_terms(loss: VAELoss, device: torch.device) -> dict[str, tuple[float, Term]]:
     """Weight and function of every term that compares two pictures and has a weight."""
     named: dict[str, Term] = {"l1": losses.l1, "l2": losses.l2, "charbonnier": losses.charbonnier}
-    named |= {"structure": losses.structure, "edges": losses.edges}
+    named |= {"structure": losses.ms_ssim_loss, "edges": losses.edges}
     found = {name: (getattr(loss, name), term) for name, term in named.items() if getattr(loss, name)}
     if loss.perceptual:
         distance = perceptual(loss.perceptual_net, loss.perceptual_weights, device)

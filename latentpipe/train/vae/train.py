@@ -13,21 +13,21 @@ import torch
 from latentpipe.data.image_folder import read_pictures
 from latentpipe.data.streaming import PictureStream
 from latentpipe.evaluate import health
-from latentpipe.evaluate.diagnosis import alarms
+from latentpipe.evaluate.diagnosis import diagnose
 from latentpipe.train import loop, picture_changes
 from latentpipe.train.config import TrainVAE, config_from
-from latentpipe.train.distributed import Team
-from latentpipe.train.progress import Progress
-from latentpipe.train.run_dir import begin, usable
+from latentpipe.train.distributed import DistributedContext
+from latentpipe.train.progress import TrainingLog
+from latentpipe.train.run_dir import prepare_run_dir, usable
 from latentpipe.train.vae import export, trainable
 from latentpipe.train.vae.adversarial import last_layer
-from latentpipe.train.vae.augment import draw_cut
+from latentpipe.train.vae.augment import draw_crop
 from latentpipe.train.vae.distillation import Lesson, taught_psnr
 from latentpipe.train.vae.equivariance import SCALES, Warp, draw_warp
 from latentpipe.train.vae.microbatch import parts_that_fit
 from latentpipe.train.vae.model import build_vae, open_teacher, training_space
 from latentpipe.train.vae.objective import Objective
-from latentpipe.utils.errors import Note, UserError
+from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.images import bytes_to_images, psnr, resized, sheet, to_bytes, to_pixels
 from latentpipe.utils.io import printable
 from latentpipe.vae.stage import VAEStage, sampled
@@ -49,7 +49,7 @@ def train_vae(config: TrainVAE | str | Path | Mapping[str, Any]) -> Path:
 
 
 def _trained(config: TrainVAE) -> Path:
-    team = Team()
+    team = DistributedContext()
     if team.is_first:
         usable(config.run)
     torch.manual_seed(config.run.seed)
@@ -58,7 +58,7 @@ def _trained(config: TrainVAE) -> Path:
     trainable.choose(vae, config.mode, config.parts)
     stage = VAEStage(vae, training_space(vae, config), tile=None)
     _check_size(config, stage)
-    with begin(config, config.run) if team.is_first else nullcontext(_nothing) as record:
+    with prepare_run_dir(config, config.run) if team.is_first else nullcontext(_nothing) as record:
         if team.is_first:
             print(trainable.table(vae))
         team.wait()
@@ -69,7 +69,9 @@ def _nothing() -> None:
     """What the processes beside the first one write."""
 
 
-def _train(config: TrainVAE, team: Team, stage: VAEStage, teacher: VAEStage | None, record: Callable[[], None]) -> Path:
+def _train(
+    config: TrainVAE, team: DistributedContext, stage: VAEStage, teacher: VAEStage | None, record: Callable[[], None]
+) -> Path:
     """The run itself, in folders that are its own; `record` is called once it has begun."""
     pictures = PictureStream(config.data.train, config.data.read_size_px, team.world)
     held = _validation(config)
@@ -83,7 +85,7 @@ def _train(config: TrainVAE, team: Team, stage: VAEStage, teacher: VAEStage | No
     training = Training(config, team, stage, teacher, pictures, objective, parts)
     watched = held if held is not None else export.first_pictures(pictures, config.crops.size_px, WATCHED)
 
-    def sample(step: int, log: Progress) -> dict[str, float]:
+    def sample(step: int, log: TrainingLog) -> dict[str, float]:
         stage.eval()
         found = _figures(config, stage, watched, held is not None, step, log)
         if teacher is not None and held is not None:
@@ -105,7 +107,7 @@ def _train(config: TrainVAE, team: Team, stage: VAEStage, teacher: VAEStage | No
     )
     stage.eval()
     if team.is_first:
-        export.finish(config, stage, pictures, held, steps, teacher)
+        export.export_vae(config, stage, pictures, held, steps, teacher)
     team.wait()
     return config.run.out
 
@@ -116,7 +118,7 @@ class Training:
     def __init__(
         self,
         config: TrainVAE,
-        team: Team,
+        team: DistributedContext,
         stage: VAEStage,
         teacher: VAEStage | None,
         pictures: PictureStream,
@@ -135,7 +137,7 @@ class Training:
         """The terms of each part of this process's share of the step; then the discriminator and the controller learn."""
         config, objective = self.config, self.objective
         chosen, following = (self._chosen(at) for at in (step, step + 1))
-        cut = draw_cut(len(chosen), config.data.read_size_px, config.crops, generator)
+        cut = draw_crop(len(chosen), config.data.read_size_px, config.crops, generator)
         warp = self._warp(generator, cut.size_px)
         c, side = self.stage.space.channels, cut.size_px // self.stage.space.downscale
         noise = self._noise((len(chosen), c, side, side), generator)
@@ -206,13 +208,15 @@ def reconstruct(stage: VAEStage, images: torch.Tensor, batch: int = 64) -> torch
     return torch.cat([stage.decode(stage.encode(part)).float().cpu() for part in images.split(batch)])
 
 
-def _figures(config: TrainVAE, stage: VAEStage, images: torch.Tensor, validates: bool, step: int, log: Progress) -> loop.Figures:
+def _figures(
+    config: TrainVAE, stage: VAEStage, images: torch.Tensor, validates: bool, step: int, log: TrainingLog
+) -> loop.Figures:
     """The sheet, the latents' health with its alarms, and the validation figure."""
     rebuilt = reconstruct(stage, images)
     pairs = zip(to_pixels(images[:16]), to_pixels(rebuilt[:16]), strict=True)
     log.sheet(step, "rebuilt", sheet([picture for pair in pairs for picture in pair], 8))
     found = health.measure(stage, images[:WATCHED].split(32))
-    for alarm in alarms(found, {f"loss.{name}": value for name, value in config.loss.model_dump().items()}):
+    for alarm in diagnose(found, {f"loss.{name}": value for name, value in config.loss.model_dump().items()}):
         log.warn(step, alarm)
     figures = {"health.active_share": found.active_share}
     # of the raw values, before any normalization is folded in
@@ -247,7 +251,7 @@ def _validation(config: TrainVAE) -> torch.Tensor | None:
         return None
     pictures = read_pictures(config.data.validation, config.data.read_size_px, VALIDATED)
     if len(pictures.names) + len(pictures.skipped) == VALIDATED:
-        warnings.warn(Note(f"{config.data.validation}: the first {VALIDATED:,} pictures are used"), stacklevel=2)
+        warnings.warn(LatentpipeWarning(f"{config.data.validation}: the first {VALIDATED:,} pictures are used"), stacklevel=2)
     if pictures.skipped:
-        warnings.warn(Note(f"{config.data.validation}: {pictures.report()}"), stacklevel=2)
+        warnings.warn(LatentpipeWarning(f"{config.data.validation}: {pictures.report()}"), stacklevel=2)
     return bytes_to_images(torch.from_numpy(resized(pictures.pixels, config.crops.size_px)).permute(0, 3, 1, 2))

@@ -31,7 +31,7 @@ MODES = {
 }
 
 
-def stage_of(name: str) -> str:
+def block_of(name: str) -> str:
     """The stage that a parameter belongs to: encoder.in, encoder.down.0, ..., encoder.head, decoder.head, ..., decoder.out."""
     for pattern, stage in STAGES:
         found = re.match(pattern, name)
@@ -46,7 +46,7 @@ def choose(vae: nn.Module, mode: str, parts: Sequence[str] = ()) -> None:
     UserError for a pattern that names nothing.
     """
     patterns = tuple(parts) or MODES[mode]
-    stages = {name: stage_of(name) for name, _ in vae.named_parameters()}
+    stages = {name: block_of(name) for name, _ in vae.named_parameters()}
     for pattern in patterns:
         if not any(_matches(pattern, name, stage) for name, stage in stages.items()):
             known = ", ".join(dict.fromkeys(stages.values()))
@@ -61,7 +61,7 @@ def _matches(pattern: str, name: str, stage: str) -> bool:
 
 def moves_the_latents(vae: nn.Module) -> bool:
     """Whether a parameter that decides the latents trains, so that the space becomes another one."""
-    return any(parameter.requires_grad for name, parameter in vae.named_parameters() if stage_of(name).startswith("encoder"))
+    return any(parameter.requires_grad for name, parameter in vae.named_parameters() if block_of(name).startswith("encoder"))
 
 
 def _place(stage: str) -> int:
@@ -74,7 +74,7 @@ def table(vae: Any) -> str:
     """Stages, their parameters, and which of them train."""
     counts: dict[str, list[int]] = {}
     for name, parameter in vae.named_parameters():
-        row = counts.setdefault(stage_of(name), [0, 0])
+        row = counts.setdefault(block_of(name), [0, 0])
         row[0] += parameter.numel()
         row[1] += parameter.numel() * parameter.requires_grad
     order = sorted(counts, key=_place)

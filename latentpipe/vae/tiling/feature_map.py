@@ -1,6 +1,6 @@
 """Feature maps that are computed a band of rows at a time, with the statistics of the whole map.
 
-A `Map` gives rows [a, b) on demand: from a tensor, or by computing them from the rows of another map. Convolutions ask
+A `LazyFeatureMap` gives rows [a, b) on demand: from a tensor, or by computing them from the rows of another map. Convolutions ask
 for the neighbouring rows that they need, and pad with zeros only at the true border; normalizations first stream over
 their whole input. So the band height never changes the result beyond rounding. Bands are channels_last: then a band is
 one piece of memory, and the CPU's convolutions need no copies of their input and output in another layout.
@@ -24,7 +24,7 @@ Rows = Callable[[int, int], torch.Tensor]
 
 
 @dataclass
-class Map:
+class LazyFeatureMap:
     """A feature map 1 C H W.
 
     rows    (a, b) -> 1 C (b - a) W, the rows [a, b)
@@ -107,7 +107,7 @@ def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
     return torch.empty((1, *shape), dtype=like.dtype, device=like.device, memory_format=CL)
 
 
-def bands(m: Map, rows: int) -> Iterator[tuple[int, int]]:
+def bands(m: LazyFeatureMap, rows: int) -> Iterator[tuple[int, int]]:
     """The bands of a map, top to bottom. Of a meta tensor only some: the others need the same memory."""
     cuts = [(a, min(a + rows, m.height)) for a in range(0, m.height, rows)]
     for cut in [*cuts[:3], cuts[-1]] if m.like.device.type == "meta" and len(cuts) > 4 else cuts:
@@ -115,19 +115,19 @@ def bands(m: Map, rows: int) -> Iterator[tuple[int, int]]:
         yield cut
 
 
-def source(tensor: torch.Tensor) -> Map:
+def source(tensor: torch.Tensor) -> LazyFeatureMap:
     """A tensor 1 C H W of somebody else: it is read and never written."""
     _, channels, height, width = tensor.shape
-    return Map(channels, height, width, lambda a, b: tensor[:, :, a:b].contiguous(memory_format=CL), tensor)
+    return LazyFeatureMap(channels, height, width, lambda a, b: tensor[:, :, a:b].contiguous(memory_format=CL), tensor)
 
 
-def stored(tensor: torch.Tensor, moments: Moments | None = None) -> Map:
+def stored(tensor: torch.Tensor, moments: Moments | None = None) -> LazyFeatureMap:
     """A tensor 1 C H W of our own, which may be written over."""
     _, channels, height, width = tensor.shape
-    return Map(channels, height, width, lambda a, b: tensor[:, :, a:b], tensor, 0, tensor, moments)
+    return LazyFeatureMap(channels, height, width, lambda a, b: tensor[:, :, a:b], tensor, 0, tensor, moments)
 
 
-def store(m: Map, rows: int, over: torch.Tensor | None = None, into: torch.Tensor | None = None) -> Map:
+def store(m: LazyFeatureMap, rows: int, over: torch.Tensor | None = None, into: torch.Tensor | None = None) -> LazyFeatureMap:
     """Compute a map band by band into a new tensor, `into` another one, or `over` the one that it is computed from.
 
     When it writes over its own source, a finished band waits until no later band reads the rows below it.
@@ -171,19 +171,19 @@ def remember(make: Rows, keep: int = 2) -> Rows:
     return rows
 
 
-def shared(m: Map) -> Map:
+def shared(m: LazyFeatureMap) -> LazyFeatureMap:
     """The same map, for several readers of about the same rows: the last band is kept. Ask for the larger band first."""
-    return Map(m.channels, m.height, m.width, remember(m.rows, -1), m.like, m.reach)
+    return LazyFeatureMap(m.channels, m.height, m.width, remember(m.rows, -1), m.like, m.reach)
 
 
-def padded(m: Map, a: int, b: int) -> torch.Tensor:
+def padded(m: LazyFeatureMap, a: int, b: int) -> torch.Tensor:
     """Rows [a, b) with zeros beyond the border."""
     top, bottom = max(0, -a), max(0, b - m.height)
     band = m.rows(a + top, b - bottom)
     return F.pad(band, (0, 0, top, bottom)) if top or bottom else band
 
 
-def conv(m: Map, module: nn.Conv2d, border: tuple[int, int, int, int] | None = None) -> Map:
+def conv(m: LazyFeatureMap, module: nn.Conv2d, border: tuple[int, int, int, int] | None = None) -> LazyFeatureMap:
     """A convolution; `border`: zeros at the left, right, top and bottom, else the module's own padding."""
     up, side = int(module.padding[0]), int(module.padding[1])
     left, right, top, bottom = border or (side, side, up, up)
@@ -199,10 +199,10 @@ def conv(m: Map, module: nn.Conv2d, border: tuple[int, int, int, int] | None = N
         return F.conv2d(band, weight, module.bias, module.stride, (0, left if even else 0), 1, module.groups)
 
     reach = m.reach + max(top, kernel - 1 - top)
-    return Map(module.out_channels, height, width, remember(make), m.like, reach)
+    return LazyFeatureMap(module.out_channels, height, width, remember(make), m.like, reach)
 
 
-def upsample_conv(m: Map, module: nn.Conv2d) -> Map:
+def upsample_conv(m: LazyFeatureMap, module: nn.Conv2d) -> LazyFeatureMap:
     """Nearest neighbour x2, then a 3x3 convolution, without the large map between them.
 
     Of the nine values under the kernel only four differ, so each of the four output parities is a 2x2 convolution of
@@ -230,10 +230,10 @@ def upsample_conv(m: Map, module: nn.Conv2d) -> Map:
                 grid[:, y, :, x] = part[0, :, :, x : x + width].permute(1, 2, 0)
         return out[:, :, a - 2 * low : b - 2 * low]
 
-    return Map(channels, 2 * m.height, 2 * width, remember(make), m.like, m.reach)
+    return LazyFeatureMap(channels, 2 * m.height, 2 * width, remember(make), m.like, m.reach)
 
 
-def norm(m: Map, module: nn.GroupNorm, act: Any, rows: int) -> Map:
+def norm(m: LazyFeatureMap, module: nn.GroupNorm, act: Any, rows: int) -> LazyFeatureMap:
     """A group normalization with the statistics of the whole map, then an activation (or None)."""
     if m.moments is None:
         m.moments = Moments()
@@ -247,7 +247,7 @@ def norm(m: Map, module: nn.GroupNorm, act: Any, rows: int) -> Map:
         fresh = torch.addcmul(shift, given, scale) if wide is given else wide.mul_(scale).add_(shift)
         return activate(fresh, act).to(given.dtype)
 
-    return Map(m.channels, m.height, m.width, make, m.like, m.reach)
+    return LazyFeatureMap(m.channels, m.height, m.width, make, m.like, m.reach)
 
 
 def activate(band: torch.Tensor, act: Any) -> torch.Tensor:
@@ -259,12 +259,14 @@ def activate(band: torch.Tensor, act: Any) -> torch.Tensor:
     return band if act is None else act(band)
 
 
-def point(m: Map, change: Callable[[torch.Tensor], torch.Tensor]) -> Map:
+def point(m: LazyFeatureMap, change: Callable[[torch.Tensor], torch.Tensor]) -> LazyFeatureMap:
     """A function of each value alone."""
-    return Map(m.channels, m.height, m.width, lambda a, b: change(m.rows(a, b)), m.like, m.reach)
+    return LazyFeatureMap(m.channels, m.height, m.width, lambda a, b: change(m.rows(a, b)), m.like, m.reach)
 
 
-def add(first: Map, second: Map, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Map:
+def add(
+    first: LazyFeatureMap, second: LazyFeatureMap, change: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> LazyFeatureMap:
     """The sum of two maps, then a function of each value. `second` is asked first."""
 
     def make(a: int, b: int) -> torch.Tensor:
@@ -272,4 +274,4 @@ def add(first: Map, second: Map, change: Callable[[torch.Tensor], torch.Tensor] 
         both = first.rows(a, b) + other
         return both if change is None else change(both)
 
-    return Map(second.channels, second.height, second.width, make, second.like, max(first.reach, second.reach))
+    return LazyFeatureMap(second.channels, second.height, second.width, make, second.like, max(first.reach, second.reach))

@@ -15,7 +15,19 @@ from torch import nn
 
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.system import release_freed_memory
-from latentpipe.vae.tiling.feature_map import Map, activate, add, bands, conv, norm, point, shared, source, store, upsample_conv
+from latentpipe.vae.tiling.feature_map import (
+    LazyFeatureMap,
+    activate,
+    add,
+    bands,
+    conv,
+    norm,
+    point,
+    shared,
+    source,
+    store,
+    upsample_conv,
+)
 from latentpipe.vae.tiling.support import is_tiny, is_tiny_block, reason_against
 
 RELU = nn.ReLU()
@@ -74,7 +86,7 @@ def _each(batch: torch.Tensor, rows: int, build: Any) -> torch.Tensor:
 # ---------------------------------------------------------------- KL autoencoders
 
 
-def _decoded(vae: Any, raw: torch.Tensor, rows: int) -> Map:
+def _decoded(vae: Any, raw: torch.Tensor, rows: int) -> LazyFeatureMap:
     m = source(raw)
     if vae.post_quant_conv is not None:
         m = conv(m, vae.post_quant_conv)
@@ -89,7 +101,7 @@ def _decoded(vae: Any, raw: torch.Tensor, rows: int) -> Map:
     return conv(norm(m, part.conv_norm_out, part.conv_act, rows), part.conv_out)
 
 
-def _encoded(vae: Any, images: torch.Tensor, rows: int) -> Map:
+def _encoded(vae: Any, images: torch.Tensor, rows: int) -> LazyFeatureMap:
     part = vae.encoder
     most = _floor(part, images.shape[-2] * images.shape[-1])
     m = conv(source(images), part.conv_in)
@@ -126,7 +138,7 @@ def _floor(part: Any, pixels: int) -> int:
     return most if upwards else max(most, middle * pixels)
 
 
-def _middle(m: Map, block: Any, rows: int, most: int) -> Map:
+def _middle(m: LazyFeatureMap, block: Any, rows: int, most: int) -> LazyFeatureMap:
     m = _resnet(m, block.resnets[0], rows, most)
     for attention, module in zip(block.attentions or [None] * len(block.resnets[1:]), block.resnets[1:], strict=True):
         if attention is not None:
@@ -135,7 +147,7 @@ def _middle(m: Map, block: Any, rows: int, most: int) -> Map:
     return m
 
 
-def _resnet(m: Map, block: Any, rows: int, most: int) -> Map:
+def _resnet(m: LazyFeatureMap, block: Any, rows: int, most: int) -> LazyFeatureMap:
     """A ResnetBlock2D. Its output takes the place of its input, or of the map between its two convolutions.
 
     Without a map between them the first convolution is computed twice (for the statistics, and for the output); so it is
@@ -152,7 +164,7 @@ def _resnet(m: Map, block: Any, rows: int, most: int) -> Map:
     return store(out, rows, over=m.tensor if fits else inner.tensor)
 
 
-def _attention(m: Map, module: Any, rows: int) -> Map:
+def _attention(m: LazyFeatureMap, module: Any, rows: int) -> LazyFeatureMap:
     """Self-attention over all positions of a stored map, a band of queries at a time; the result takes the map's place."""
     assert m.tensor is not None
     normal = norm(m, module.group_norm, None, rows)
@@ -183,16 +195,16 @@ def _attention(m: Map, module: Any, rows: int) -> Map:
 # ---------------------------------------------------------------- tiny autoencoders
 
 
-def _tiny_decoded(vae: Any, raw: torch.Tensor, rows: int) -> Map:
+def _tiny_decoded(vae: Any, raw: torch.Tensor, rows: int) -> LazyFeatureMap:
     m = point(source(raw), lambda band: torch.tanh(band / 3) * 3)
     return point(_sequence(m, vae.decoder.layers, rows), lambda band: band.mul(2).sub(1))
 
 
-def _tiny_encoded(vae: Any, images: torch.Tensor, rows: int) -> Map:
+def _tiny_encoded(vae: Any, images: torch.Tensor, rows: int) -> LazyFeatureMap:
     return _sequence(point(source(images), lambda band: band.add(1).div(2)), vae.encoder.layers, rows)
 
 
-def _sequence(m: Map, layers: Any, rows: int) -> Map:
+def _sequence(m: LazyFeatureMap, layers: Any, rows: int) -> LazyFeatureMap:
     """Layers one after another. A block that reads a stored map writes over it; one that reads a computed map stays computed."""
     deep = False  # whether the map is computed from a block
     pending = list(layers)
@@ -216,7 +228,7 @@ def _sequence(m: Map, layers: Any, rows: int) -> Map:
     return m
 
 
-def _tiny_block(m: Map, block: Any, rows: int) -> Map:
+def _tiny_block(m: LazyFeatureMap, block: Any, rows: int) -> LazyFeatureMap:
     pool = getattr(block, "pool", None)
     if pool is not None:
         m = shared(m)
