@@ -21,6 +21,7 @@ from latentpipe.cli import (
     explore,
     fit_adapter,
     generate,
+    hub,
     inspect,
     lora,
     train,
@@ -118,6 +119,8 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "anomaly": Verb(anomaly.anomaly, "opening the VAE {vae}"),
     },
     "Files": {
+        "pull": Verb(hub.pull, "asking the hub for {repository}"),
+        "import": Verb(hub.import_, "looking through {path}"),
         "ls": Verb(inspect.ls),
         "inspect": Verb(inspect.inspect),
         "compress": Verb(codec.compress, "opening the VAE {vae}"),
