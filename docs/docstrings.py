@@ -19,11 +19,11 @@ def arguments_of(thing: Any) -> set[str]:
 def to_fields(lines: list[str], arguments: set[str], public: set[str]) -> list[str]:
     """Rows of two columns become `:param:` where they name an argument, else an entry of a list; errors become `:raises:`."""
     out: list[str] = []
-    rows: list[tuple[str, str]] = []
+    rows: list[tuple[list[str], str]] = []
 
     def flush() -> None:
         if rows:
-            out.extend(["", *(f":{field}: {text}" for field, text in rows), ""])
+            out.extend(["", *(f":{field}: {text}" for fields, text in rows for field in fields), ""])
             rows.clear()
 
     for line in lines:
@@ -31,7 +31,7 @@ def to_fields(lines: list[str], arguments: set[str], public: set[str]) -> list[s
         if row and (rows or not out or not out[-1].strip() or all(name in arguments for name in row[1].split(", "))):
             for part in (line if ";  " in line else line + ";  ").split(";  "):
                 if found := PART.match(part.strip()):
-                    rows.extend((field, found[2]) for field in _fields(found[1], arguments))
+                    rows.append((_fields(found[1], arguments), found[2]))
                 elif part.strip() and rows:
                     rows[-1] = (rows[-1][0], f"{rows[-1][1]}; {part.strip()}")
         elif rows and line.startswith("    "):
