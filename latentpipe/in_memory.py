@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from latentpipe.files import content_hash
-from latentpipe.models import tokenizer_hash
+from latentpipe.model_files import tokenizer_hash
 from latentpipe.weights import refuse_wrapped
 
 

@@ -145,9 +145,10 @@ def pictures_of(folder: Path, side: int, most: int | None = None) -> Any:
 
 def _verdict_images(folder: Path, model: Path, vae: str) -> Any:
     """At most 32 pictures of a folder, at the side that the probes would have."""
+    from latentpipe.places import vae_of
     from latentpipe.verdict import probe_side
     from latentpipe.weights import declared_space, find_model
 
     return pictures_of(
-        folder, probe_side(*(declared_space(place).downscale for place in (model / "vae", find_model(vae, "vae")))), 32
+        folder, probe_side(*(declared_space(place).downscale for place in (vae_of(model), find_model(vae, "vae")))), 32
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from latentpipe.checkpoints.single_file.vae import with_family
 from latentpipe.errors import UserError
 from latentpipe.files import atomic_folder, content_hash
 from latentpipe.formats import opening as formats
@@ -42,8 +43,9 @@ def open_vae(
     The other arguments state what a file does not; left out, it is measured on probe images (a Note says so) or asked
     for (UserError). A factor that is given wins over the file's.
     """
+    given = Given(scaling_factor, shift_factor, downscale, norm_groups)
     with quiet():
-        found = formats.open_vae(Path(path), Given(scaling_factor, shift_factor, downscale, norm_groups))
+        found = formats.open_vae(Path(path), given if scaling_factor else with_family(Path(path), given))
     check_space(found.space.scale, found.space.shift, Path(path))
     check_network_config(found.config, Path(path))
     return found

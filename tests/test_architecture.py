@@ -19,7 +19,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 ORDER = [
     ["errors"], ["ending"], ["shortage"], ["yaml_loader"], ["reading"], ["apart"], ["version"], ["defaults"], ["places"],
     ["images"], ["probes"], ["latents"], ["ranges"], ["atomic"], ["files"], ["placed"], ["components"],
-    ["bands"], ["bandable"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["facade"], ["hosts"], ["weights"],
+    ["bands"], ["bandable"], ["tiles"], ["memory"], ["precision"], ["vae"], ["formats"], ["checkpoints"], ["facade"], ["hosts"], ["weights"],
     ["rescale"], ["fp16"],
     ["model_files"], ["models"], ["in_memory"], ["adapters"], ["verdict"], ["judge"], ["swap"], ["verdicts"], ["recipe"],
     ["sampling"], ["foreign"], ["metadata"], ["vocabulary"], ["emphasis"], ["denoise"], ["lora"], ["picture"], ["pipeline"],

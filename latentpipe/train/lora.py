@@ -16,7 +16,7 @@ from latentpipe.hosts import finish as finish_pictures
 from latentpipe.images import bytes_to_images, sheet, to_pixels
 from latentpipe.lora.files import read_lora
 from latentpipe.models import load_pipeline
-from latentpipe.places import find_lora
+from latentpipe.places import find_lora, vae_of
 from latentpipe.sampling import Settings, check_settings
 from latentpipe.train import loop, losses, roll
 from latentpipe.train.denoiser import pick_captions
@@ -165,7 +165,7 @@ def _check_points(host: Any, plan: Plan) -> None:
 
 def _pictures(config: TrainLora, host: Any, folder: Path, plan: Plan, size_px: int) -> tuple[LoraPictures, LoraPictures | None]:
     """The training pictures, and the prior's where there is one."""
-    held, vae, work = held_out(config.data.exclude), folder / "vae", config.run.work
+    held, vae, work = held_out(config.data.exclude), vae_of(folder), config.run.work
     data = config.data
     pictures = open_pictures(
         data.train,

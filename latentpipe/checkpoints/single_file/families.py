@@ -124,8 +124,7 @@ def depths(names: Collection[str]) -> tuple[tuple[tuple[int, ...], ...], int, tu
     for side in ("down", "up"):
         levels = 1 + max((level for which, level, _ in found if which == side), default=-1)
         sides[side] = tuple(
-            tuple(count for (which, at, index), count in sorted(found.items()) if (which, at) == (side, level) and index >= 0)
-            for level in range(levels)
+            tuple(count for (which, at, index), count in sorted(found.items()) if (which, at) == (side, level) and index >= 0) for level in range(levels)
         )
     middle = [int(match[1]) + 1 for name in names if (match := re.match(r"mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.", name))]
     return sides["down"], max(middle, default=0), sides["up"]
@@ -197,4 +196,3 @@ def _sd3(part: Part) -> list[str]:
             f"{positions} positions. Give its config folder with --config."
         )
     return [known]
-

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
-from latentpipe.checkpoints.single_file.gather import Opened
+from latentpipe.checkpoints.single_file.gather import Opened, Stated, open_file
 from latentpipe.checkpoints.single_file.opening import part_tensors
 from latentpipe.files import content_hash
 from latentpipe.latents import LatentSpace
@@ -31,8 +32,9 @@ class Hashes(Mapping[str, str]):
         return len(self._compute)
 
 
-def hashes(opened: Opened) -> Hashes:
-    """Hashes of what decides the pictures of an opened file: networks by their contents, tokenizers and the scheduler."""
+def file_hashes(path: Path, stated: Stated | None = None) -> Hashes:
+    """Hashes of what decides the pictures of a file: networks by their contents, tokenizers and the scheduler."""
+    opened = open_file(path, stated)
     jobs: dict[str, Callable[[], str]] = {name: lambda name=name: _network(opened, name) for name in opened.sources}  # type: ignore[misc]
     for name in sorted(opened.configs.index):
         if name.startswith("tokenizer") and opened.configs.index[name][0]:

@@ -96,9 +96,7 @@ def identify(path: Path, family: str | None = None, config: bool = False) -> Ide
     return _denoiser(path, role, found, header, family, config, base)
 
 
-def _denoiser(
-    path: Path, role: str, found: Contents, header: Header, family: str | None, config: bool, base: dict[str, Any]
-) -> Identity:
+def _denoiser(path: Path, role: str, found: Contents, header: Header, family: str | None, config: bool, base: dict[str, Any]) -> Identity:
     part = found.parts["denoiser"]
     try:
         taken = families.channels(part)

@@ -130,6 +130,6 @@ _OPEN_CLIP = {"positional_embedding", "token_embedding.weight", "ln_final.weight
 
 def from_folder(folder: Path) -> Tensors:
     """The tensors of a part in a diffusers folder: one file, shards with an index, or its fp16 variant."""
-    files = [path for path in sorted(folder.glob("*.safetensors"))]
+    files = sorted(folder.glob("*.safetensors"))
     plain = [path for path in files if "." not in path.stem] or files
     return {name: value for path in plain for name, value in read_tensors(path).items()}
