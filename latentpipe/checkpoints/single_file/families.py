@@ -47,7 +47,7 @@ FAMILIES = {
     )
 }
 # Transformer layers of the down, middle and up blocks, from above (the attention blocks of each level).
-DEPTHS = {
+DEPTHS: dict[tuple[tuple[tuple[int, ...], ...], int, tuple[tuple[int, ...], ...]], str] = {
     (((), (2, 2), (10, 10)), 10, ((10, 10, 10), (2, 2, 2), ())): "sdxl",
     (((), (2, 2), (4, 4)), 0, ((4, 4, 10), (2, 1, 1), ())): "ssd-1b",
     (((), (1, 1), (2, 2)), 0, ((2, 2, 2), (1, 1, 1), ())): "vega",

@@ -98,7 +98,7 @@ def _complete(found: Identity, configs: Configs, stated: Stated) -> Opened:
         else:
             missing.append(component)
     if missing:
-        raise UserError(_missing(found, configs, missing, pools, folders))
+        raise UserError(_missing(found, configs, [*sources], missing, pools, folders))
     return Opened(found, configs, sources, tuple(without))
 
 
@@ -125,13 +125,14 @@ def _width(part: Part) -> int:
     return next((shape[-1] for name, shape in part.shapes.items() if name.endswith("token_embedding.weight")), 0)
 
 
-def _missing(found: Identity, configs: Configs, missing: Sequence[str], pools: Sequence[Any], folders: Sequence[Path]) -> str:
-    there = ", ".join(component for component, source in configs.index.items() if isinstance(source, list) and component in
-                      configs.networks and component not in missing)  # fmt: skip
+def _missing(
+    found: Identity, configs: Configs, there: Sequence[str], missing: Sequence[str], pools: Sequence[Mapping[str, Part]], folders: Sequence[Path]
+) -> str:
+    """What is missing, and where it was looked for."""
     looked = [str(found.path), *(str(part.path) for pool in pools[1:] for part in list(pool.values())[:1])]
-    looked += [f"{folder}/{{{','.join(missing)}}}" for folder in folders]
+    looked += [f"{folder}/{name}" for folder in folders for name in missing]
     title = FAMILIES[found.family].title if found.family else configs.pipeline
     return (
-        f"{found.path} holds the {there or 'nothing'} of a {title} model; missing: {', '.join(missing)}. Looked for in "
+        f"{found.path} holds the {' and '.join(there) or 'nothing'} of a {title} model; missing: {', '.join(missing)}. Looked for in "
         f"{', '.join(looked)}. Name files or diffusers folders that hold them with --parts."
     )

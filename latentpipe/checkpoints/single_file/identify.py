@@ -99,10 +99,10 @@ def identify(path: Path, family: str | None = None, config: bool = False) -> Ide
 def _denoiser(path: Path, role: str, found: Contents, header: Header, family: str | None, config: bool, base: dict[str, Any]) -> Identity:
     part = found.parts["denoiser"]
     try:
-        taken = families.channels(part)
         known = [families.named(family).name] if family else []
         if not config:
             known = _settled(part, family)
+        taken = families.channels(part)
     except UserError as error:
         return Identity(path, role, found, why=str(error), **base)
     predicts = None

@@ -100,7 +100,7 @@ def _network(opened: Opened, component: str, tensors: dict[str, torch.Tensor], d
         return cls.from_config(dict(config))
 
     with telling(place, component), init_empty_weights(include_buffers=False):
-        model = built_within(build, sum(map(torch.numel, tensors.values())), len(tensors))
+        model = build() if opened.configs.folder is None else built_within(build, sum(map(torch.numel, tensors.values())), len(tensors))
     fill(model, tensors, dtype, f"{place}: its {component}")
     if hasattr(model, "tie_weights"):
         model.tie_weights()

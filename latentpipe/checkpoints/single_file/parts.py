@@ -148,9 +148,9 @@ def _part(slot: str, layout: str, path: Path, names: Mapping[str, str], header: 
     for own, full in names.items():
         if own.endswith((".scale_weight", ".weight_scale")):
             scales[own.rpartition(".")[0] + ".weight"] = full
-    own = {name: full for name, full in names.items() if not name.endswith(QUANTIZED)}
-    shapes = {name: header.shapes[full] for name, full in own.items()}
-    return Part(slot, layout, path, own, shapes, {name: header.dtypes[full] for name, full in own.items()}, scales)
+    kept = {name: full for name, full in names.items() if not name.endswith(QUANTIZED)}
+    shapes = {name: header.shapes[full] for name, full in kept.items()}
+    return Part(slot, layout, path, kept, shapes, {name: header.dtypes[full] for name, full in kept.items()}, scales)
 
 
 def _width_slot(names: Mapping[str, str], header: Header) -> str:

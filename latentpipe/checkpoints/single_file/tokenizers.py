@@ -16,7 +16,7 @@ def clip_vocabulary() -> dict[str, int]:
 
 
 @lru_cache(maxsize=1)
-def _clip() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _clip() -> tuple[dict[str, int], list[Any]]:
     lines = (DATA / "clip_merges.txt").read_text("utf-8").splitlines()[1:]
     merges = [(first, second) for first, second in (line.split() for line in lines)]
     symbols = _byte_symbols()
