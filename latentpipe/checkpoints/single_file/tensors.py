@@ -132,4 +132,5 @@ def from_folder(folder: Path) -> Tensors:
     """The tensors of a part in a diffusers folder: one file, shards with an index, or its fp16 variant."""
     files = sorted(folder.glob("*.safetensors"))
     plain = [path for path in files if "." not in path.stem] or files
-    return {name: value for path in plain for name, value in read_tensors(path).items()}
+    found = {name: value for path in plain for name, value in read_tensors(path).items()}
+    return _t5(found) if any(name.startswith("encoder.block.0.layer.0.") for name in found) else found
