@@ -17,6 +17,7 @@ from latentpipe.checkpoints.single_file.parts import Part
 from latentpipe.checkpoints.single_file.tensors import FP8, from_folder, read_part, usual_dtype
 from latentpipe.components import built_within, telling
 from latentpipe.errors import Note, UserError
+from latentpipe.precision import all_finite
 from latentpipe.ranges import check_schedule
 
 Tensors = Mapping[str, torch.Tensor]
@@ -141,8 +142,8 @@ def fill(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: tor
         cast[name] = value
         if value.is_floating_point() and value.dtype != to:
             cast[name] = value.to(to)
-            if not bool(torch.isfinite(cast[name]).all()):
-                why = "not finite" if value.dtype in FP8 or not bool(torch.isfinite(value).all()) else f"beyond {WORDS.get(to, to)}"
+            if not all_finite(cast[name]):
+                why = "not finite" if value.dtype in FP8 or not all_finite(value) else f"beyond {WORDS.get(to, to)}"
                 problems.append(f"{name} holds values that are {why}")
     if problems:
         raise UserError(_listed(what, type(model).__name__, problems))
