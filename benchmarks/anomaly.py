@@ -25,15 +25,17 @@ import torch
 from PIL import Image
 
 from latentpipe import VAEStage
-from latentpipe.evaluate.features import open_features
-from latentpipe.evaluate.posteriors import kl_values
-from latentpipe.explore import anomaly, defects, sets
-from latentpipe.explore.calibrate import auprc, auroc, with_interval
-from latentpipe.explore.given import read_given
-from latentpipe.explore.heat import page
-from latentpipe.images import to_arrays
-from latentpipe.latents import LatentSpace
-from latentpipe.weights import find_model, open_vae
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import open_vae
+from latentpipe.data import defects, image_set
+from latentpipe.data.given_pictures import read_given_pictures
+from latentpipe.evaluate.metrics.features import open_features
+from latentpipe.evaluate.metrics.posterior import kl_values
+from latentpipe.explore.anomaly import detector as anomaly
+from latentpipe.explore.anomaly.conformal import auprc, auroc, with_interval
+from latentpipe.explore.anomaly.heatmap import page
+from latentpipe.utils.images import to_arrays
+from latentpipe.vae.latent_space import LatentSpace
 
 SIZES = (2, 4, 8, 16, 32, 64)  # numbers in the latent
 MAIN, SEEDS, STEPS, BATCH = 8, 3, 100, 32
@@ -185,7 +187,7 @@ def embedded() -> VAEStage:
 
 def unseen() -> torch.Tensor:
     """Emoji that the VAE was not trained on: validation and held out."""
-    return torch.cat([sets.read_set(None, SIDE, None, split).images for split in ("validation", "held_out")])
+    return torch.cat([image_set.read_set(None, SIDE, None, split).images for split in ("validation", "held_out")])
 
 
 def halves(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,7 +235,7 @@ def artwork() -> dict[str, Any]:
     found: dict[str, Any] = {"normal": len(test), "false alarms, asked 0.05": float(calm.anomalous.mean())}
     print(f"normal: {len(test)} unseen Noto emoji; false alarms {calm.anomalous.mean():.3f} (asked: 0.05)")
     for name in ("crawl_tiles32", "twemoji72", "fluent3d"):
-        images = read_given([root / name], SIDE, True, 300).images
+        images = read_given_pictures([root / name], SIDE, True, 300).images
         result = detector.score(images)
         print(f"{name}: {len(images)} pictures, {result.anomalous.mean():.3f} flagged")
         rows = table(normal, {"all five": result.total} | result.parts | plain(images, known))

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from PIL import Image, features
 
-from latentpipe.errors import UserError
-from latentpipe.evaluate.similarity import ms_ssim, scales_of
-from latentpipe.explore.codec import bd, files
-from latentpipe.images import open_picture, psnr, to_bytes, to_images
+from latentpipe.evaluate.metrics.ssim import ms_ssim, scales_of
+from latentpipe.explore.codec import bd_rate
+from latentpipe.explore.codec import codec as files
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.images import open_picture, psnr, to_bytes, to_images
 
 HERE = Path(__file__).parent
 QUALITIES = {"JPEG": (5, 10, 20, 35, 50, 70, 85), "WebP": (0, 5, 10, 20, 35, 50, 70, 85), "AVIF": (5, 15, 30, 45, 60, 75)}
@@ -71,8 +72,8 @@ def difference(points: list, anchor: list, metric: str, n: int) -> dict[str, flo
     every = np.arange(n)
     own, other = curve(points, metric, every), curve(anchor, metric, every)
     try:
-        value = bd.bd_rate(*own, *other)
-        low, high = bd.common(own[1], other[1])
+        value = bd_rate.bd_rate(*own, *other)
+        low, high = bd_rate.common(own[1], other[1])
     except UserError as error:
         return str(error)
     random = np.random.default_rng(0)
@@ -80,7 +81,7 @@ def difference(points: list, anchor: list, metric: str, n: int) -> dict[str, flo
     for _ in range(RESAMPLES):
         rows = random.integers(0, n, n)
         try:
-            drawn.append(bd.bd_rate(*curve(points, metric, rows), *curve(anchor, metric, rows)))
+            drawn.append(bd_rate.bd_rate(*curve(points, metric, rows), *curve(anchor, metric, rows)))
         except UserError:
             continue
     lows, highs = np.quantile(drawn, (0.025, 0.975))
@@ -193,7 +194,7 @@ def draw(results: dict, out: Path) -> None:
             for kind, points in result["points"].items():
                 rates = np.array([8 * point["bytes"] / result["pixels"] for point in points])
                 values = np.array([point[metric] for point in points])
-                kept = bd.front(rates, values)
+                kept = bd_rate.front(rates, values)
                 axis.plot(rates[kept], values[kept], marker="o", markersize=3, linewidth=2 if kind == "lpz" else 1, label=kind)
             axis.set(xscale="log", xlabel="bits for each pixel, whole files", ylabel=label, title=f"{name}, n = {result['n']}")
             axis.set_xticks([0.25, 0.5, 1, 2], ["1/4", "1/2", "1", "2"])

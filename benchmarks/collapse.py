@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 
-from latentpipe.config import TrainVAE
-from latentpipe.data.folder import read_pictures
-from latentpipe.evaluate.alarms import alarms
-from latentpipe.evaluate.bootstrap import interval, paired
+from latentpipe.checkpoints.vae_io import load_vae
+from latentpipe.data.image_folder import read_pictures
+from latentpipe.evaluate.diagnosis import diagnose
 from latentpipe.evaluate.health import measure
-from latentpipe.images import psnr, to_bytes, to_images
-from latentpipe.train.vae import reconstruct, train_vae
-from latentpipe.vae import VAEStage
-from latentpipe.weights import load_vae
+from latentpipe.evaluate.statistics import interval, paired
+from latentpipe.train.config import TrainVAE
+from latentpipe.train.vae.train import reconstruct, train_vae
+from latentpipe.utils.images import psnr, to_bytes, to_images
+from latentpipe.vae.stage import VAEStage
 
 HERE = Path(__file__).parent / "collapse"
 BETA = 64.0
@@ -70,7 +70,7 @@ def run(data: Path, loss: dict, seed: int, steps: int) -> dict:
         "psnr_db": [values.mean().item(), low, high],
         "values": [round(value, 3) for value in values.tolist()],
         "n": len(images),
-        "alarms": alarms(health, {f"loss.{name}": value for name, value in config.loss.model_dump().items()}),
+        "alarms": diagnose(health, {f"loss.{name}": value for name, value in config.loss.model_dump().items()}),
         "curve": [[row["step"], row["health.active_share"]] for row in rows if "health.active_share" in row],
     }
 

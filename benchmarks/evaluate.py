@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from latentpipe.data.folder import read_pictures
-from latentpipe.evaluate.reconstruct import evaluate_vae
-from latentpipe.images import to_images, to_pixels
-from latentpipe.probes import probe_images
-from latentpipe.swap import stage_of
+from latentpipe.data.image_folder import read_pictures
+from latentpipe.evaluate.reconstruction import evaluate_vae
+from latentpipe.pipelines.swap import stage_of
+from latentpipe.utils.images import to_images, to_pixels
+from latentpipe.vae.probe_images import probe_images
 
 
 def plain(vae: object, folder: Path, size: int) -> dict[str, float]:

@@ -42,8 +42,8 @@ def main() -> None:
     from diffusers import StableDiffusionPipeline
 
     from latentpipe import LatentPipeline
-    from latentpipe.defaults import GUIDANCE, STEPS
-    from latentpipe.weights import find_model
+    from latentpipe.checkpoints.registry import find_model
+    from latentpipe.utils.defaults import GUIDANCE, STEPS
 
     pipe = LatentPipeline.from_pretrained()
     stock = StableDiffusionPipeline.from_pretrained(find_model("emoji"))

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from latentpipe import VAEStage
-from latentpipe.evaluate.features import open_features
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import load_vae, vae_hash
+from latentpipe.data.image_set import decode, encode, first, read_set
+from latentpipe.evaluate.metrics.features import open_features
 from latentpipe.explore import interpolate, smoothness, traverse
-from latentpipe.explore.sets import decode, encode, first, read_set
-from latentpipe.images import to_pixels
-from latentpipe.weights import find_model, load_vae, vae_hash
+from latentpipe.utils.images import to_pixels
 
 SIZE = 64
 FRAMES = 9

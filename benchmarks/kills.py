@@ -37,10 +37,10 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load as load_numpy
 
-from latentpipe import cli
-from latentpipe.atomic import LEFTOVER
+from latentpipe.cli import app
 from latentpipe.data import shapes
-from latentpipe.files import read_header
+from latentpipe.utils.atomic import LEFTOVER
+from latentpipe.utils.io import read_header
 
 OURS = (".lock",)  # stays in run.work
 TRAINERS = ("train-vae", "train-denoiser", "train-lora")
@@ -73,7 +73,7 @@ def fork(arguments: tuple[str, ...], log: Path) -> int:
     try:
         with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
             try:
-                status = cli.main(list(arguments))
+                status = app.main(list(arguments))
             except BaseException:
                 traceback.print_exc(file=file)
         log.with_suffix(".modules").write_text("\n".join(sys.modules))

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from latentpipe.evaluate.health import ACTIVE_VARIANCE
-from latentpipe.train.beta import kl_channels, with_free_bits
+from latentpipe.train.vae.kl import kl_channels, with_free_bits
 
 EIGENVALUES = (4.0, 2.0, 1.0, 0.5, 0.06, 0.03)
 NOISE = 0.1  # s^2

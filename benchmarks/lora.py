@@ -25,14 +25,13 @@ import numpy as np
 from PIL import Image
 
 from latentpipe import LatentPipeline
-from latentpipe.evaluate.bootstrap import interval
-from latentpipe.evaluate.prompts import wilson
-from latentpipe.images import flatten
-from latentpipe.lora.files import read_lora
-from latentpipe.lora.layer import Lora
+from latentpipe.evaluate.statistics import interval, wilson
+from latentpipe.lora.adapter import Lora
 from latentpipe.lora.merge import METHODS
-from latentpipe.lora.sites import select
-from latentpipe.sampling import Settings
+from latentpipe.lora.state_dict.io import read_lora
+from latentpipe.lora.target_modules import select
+from latentpipe.pipelines.sampling import Settings
+from latentpipe.utils.images import flatten
 
 STYLES = Path("data/styles")
 OUT = Path("benchmarks/lora")
@@ -264,7 +263,7 @@ def speed(path: Path, rounds: int = 12) -> dict[str, float]:
 
 def sheet_of(folder: Path, names: Sequence[str]) -> None:
     """Draw FOLDER/samples.png: a row for the base, each adapter and two together; five prompts of either unseen list."""
-    from latentpipe.images import sheet
+    from latentpipe.utils.images import sheet
 
     pipe = LatentPipeline.from_pretrained("emoji")
     prompts = [text for part in ("held_out", "unseen") for text in list(captions("flat", part).values())[:5]]
@@ -285,8 +284,8 @@ def sharp(path: Path) -> dict[str, Any]:
     """PSNR in dB of the mode on the validation emoji at 64 px (uint8), with and without the decoder's adapter, paired."""
     import torch
 
-    from latentpipe.data.folder import read_pictures
-    from latentpipe.images import bytes_to_images, psnr, to_bytes
+    from latentpipe.data.image_folder import read_pictures
+    from latentpipe.utils.images import bytes_to_images, psnr, to_bytes
 
     pipe = LatentPipeline.from_pretrained("emoji")
     pixels = torch.from_numpy(read_pictures(Path("data/emoji/validation"), 64).pixels).permute(0, 3, 1, 2)
@@ -314,10 +313,10 @@ def step_seconds(ranks: Sequence[int], rounds: int = 4) -> dict[int, float]:
 
     import torch
 
-    from latentpipe.config import Run
-    from latentpipe.lora.attach import inject
-    from latentpipe.lora.sites import select
+    from latentpipe.lora.injection import inject
+    from latentpipe.lora.target_modules import select
     from latentpipe.train import loop
+    from latentpipe.train.config import Run
 
     base = LatentPipeline.from_pretrained("emoji").host.unet
     models = {}

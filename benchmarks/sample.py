@@ -18,32 +18,34 @@ from typing import Any
 import torch
 
 from latentpipe import VAEStage
-from latentpipe.evaluate.features import Features, open_features
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import load_vae, vae_hash
+from latentpipe.data import image_set
 from latentpipe.evaluate.health import measure
-from latentpipe.explore import sample, sets
+from latentpipe.evaluate.metrics.features import Features, open_features
+from latentpipe.explore import sample
 from latentpipe.explore.prior import Prior, aggregate, normal
 from latentpipe.explore.traverse import page
-from latentpipe.images import to_pixels
-from latentpipe.weights import find_model, load_vae, vae_hash
+from latentpipe.utils.images import to_pixels
 
 SIZE = 64
 SHOWN = 10
 COMPONENTS = (1, 10)
 
 
-def mixed(pictures: sets.PictureSet) -> sets.PictureSet:
+def mixed(pictures: image_set.PictureSet) -> image_set.PictureSet:
     """The same pictures in a fixed random order."""
     order = torch.randperm(len(pictures.images), generator=torch.Generator().manual_seed(0)).tolist()
-    return sets.PictureSet(
+    return image_set.PictureSet(
         pictures.name, pictures.images[order], [pictures.captions[row] for row in order], [pictures.keys[row] for row in order]
     )
 
 
-def read(data: Path) -> tuple[sets.PictureSet, sets.PictureSet]:
+def read(data: Path) -> tuple[image_set.PictureSet, image_set.PictureSet]:
     """The training pictures, and those that nothing was trained on."""
-    train = mixed(sets.read_set(data / "train", SIZE))
-    parts = [sets.read_set(data / name, SIZE) for name in ("validation", "held_out")]
-    unseen = sets.PictureSet(
+    train = mixed(image_set.read_set(data / "train", SIZE))
+    parts = [image_set.read_set(data / name, SIZE) for name in ("validation", "held_out")]
+    unseen = image_set.PictureSet(
         "validation and held_out",
         torch.cat([part.images for part in parts]),
         [caption for part in parts for caption in part.captions],
@@ -52,15 +54,15 @@ def read(data: Path) -> tuple[sets.PictureSet, sets.PictureSet]:
     return train, mixed(unseen)
 
 
-def priors_of(stage: VAEStage, train: sets.PictureSet) -> dict[str, Prior]:
+def priors_of(stage: VAEStage, train: image_set.PictureSet) -> dict[str, Prior]:
     """N(0, I), and what is fitted to samples of the posteriors."""
-    latents = sets.encode(stage, train.images, generator=torch.Generator().manual_seed(0))
+    latents = image_set.encode(stage, train.images, generator=torch.Generator().manual_seed(0))
     found = [normal(stage.space.shape(1, SIZE, SIZE)[1:]), *(aggregate(latents, k) for k in COMPONENTS)]
     return {prior.name: prior for prior in found}
 
 
 def row_of(
-    stage: VAEStage, train: sets.PictureSet, unseen: sets.PictureSet, features: Features
+    stage: VAEStage, train: image_set.PictureSet, unseen: image_set.PictureSet, features: Features
 ) -> tuple[dict[str, Any], dict[str, Prior]]:
     """Distances to both sets, and the figures that say how near the posteriors are to N(0, I)."""
     priors = priors_of(stage, train)
@@ -78,10 +80,10 @@ def row_of(
     return row, priors
 
 
-def picture(stage: VAEStage, priors: dict[str, Prior], unseen: sets.PictureSet) -> Any:
+def picture(stage: VAEStage, priors: dict[str, Prior], unseen: image_set.PictureSet) -> Any:
     """Unseen pictures, their reconstructions, and the first draws of each prior."""
     real = unseen.images[SHOWN : 2 * SHOWN]  # the first ten hold a rude gesture
-    rows = {"unseen pictures": real, "rebuilt": sets.decode(stage, sets.encode(stage, real))}
+    rows = {"unseen pictures": real, "rebuilt": image_set.decode(stage, image_set.encode(stage, real))}
     rows |= {name: sample.draw(stage, prior, SHOWN) for name, prior in priors.items()}
     return page([to_pixels(images) for images in rows.values()], list(rows), [""] * SHOWN)
 

@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 
 from latentpipe import VAEStage
-from latentpipe.data.folder import read_pictures
-from latentpipe.evaluate.bootstrap import interval, paired
-from latentpipe.evaluate.distances import frechet_score, paired_frechet
-from latentpipe.evaluate.features import open_features
-from latentpipe.images import psnr, to_bytes, to_images
-from latentpipe.train.finish import resized
-from latentpipe.train.vae import reconstruct
-from latentpipe.weights import available, find_model, load_vae, shipped, vae_hash
+from latentpipe.checkpoints.registry import available, bundled_weights_dir, find_model
+from latentpipe.checkpoints.vae_io import load_vae, vae_hash
+from latentpipe.data.image_folder import read_pictures
+from latentpipe.evaluate.metrics.features import open_features
+from latentpipe.evaluate.metrics.frechet import frechet_score, paired_frechet
+from latentpipe.evaluate.statistics import interval, paired
+from latentpipe.train.vae.train import reconstruct
+from latentpipe.utils.images import psnr, resized, to_bytes, to_images
 
 SIZE = 64
 SAME_SPACE = ("emoji-decoder-ft", "emoji-tiny")
@@ -64,7 +64,7 @@ def main() -> None:
     given = arguments.parse_args()
     images = to_images(resized(read_pictures(given.data / "validation", 128).pixels, SIZE))
     features = open_features("emoji-words")
-    names = [name for name, path in available("vae").items() if path.is_relative_to(shipped())]
+    names = [name for name, path in available("vae").items() if path.is_relative_to(bundled_weights_dir())]
     stages = {name: VAEStage(load_vae(find_model(name, "vae"))) for name in names}
     truth, own = to_bytes(images), features(images)
     rebuilt = {name: reconstruct(stage, images) for name, stage in stages.items()}
@@ -90,7 +90,9 @@ def main() -> None:
             "decode_speed": {"1": one["emoji"] / one[name], "16": many["emoji"] / many[name]},
         }
     machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    (shipped() / "vae" / "results.json").write_text(json.dumps({"machine": machine, "vaes": results}, indent=1) + "\n")
+    (bundled_weights_dir() / "vae" / "results.json").write_text(
+        json.dumps({"machine": machine, "vaes": results}, indent=1) + "\n"
+    )
     print(table(results))
 
 

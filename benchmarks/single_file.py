@@ -69,7 +69,11 @@ def one(who: str, file: Path, dtype: str) -> None:
     from latentpipe.checkpoints.single_file import opening
 
     wanted = {"fp16": torch.float16, "fp32": torch.float32}[dtype]
-    hasattr(diffusers, "StableDiffusionPipeline"), hasattr(transformers, "CLIPTextModel"), hasattr(diffusers, "UNet2DConditionModel")
+    (
+        hasattr(diffusers, "StableDiffusionPipeline"),
+        hasattr(transformers, "CLIPTextModel"),
+        hasattr(diffusers, "UNet2DConditionModel"),
+    )
     before, most, start = private(), peak(), time.perf_counter()
     cpu = time.process_time()
     if who == "latentpipe":
@@ -79,7 +83,17 @@ def one(who: str, file: Path, dtype: str) -> None:
             str(file), config=str(file.with_suffix("")), local_files_only=True, torch_dtype=wanted, safety_checker=None
         )
     seconds, held = time.perf_counter() - start, private() - before
-    print(json.dumps({"seconds": seconds, "cpu": time.process_time() - cpu, "private": held, "peak": peak() - most, "dtype": str(pipe.unet.dtype)}))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "cpu": time.process_time() - cpu,
+                "private": held,
+                "peak": peak() - most,
+                "dtype": str(pipe.unet.dtype),
+            }
+        )
+    )
 
 
 def drawn(file: Path) -> None:
@@ -90,7 +104,9 @@ def drawn(file: Path) -> None:
     pipe = LatentPipeline.from_pretrained(file, device="cpu", dtype="bf16")
     opened = time.perf_counter() - start
     picture = pipe("a photo of a cat", seed=1, steps=2, size=(256, 256))[0]
-    print(json.dumps({"opened": opened, "drawn": time.perf_counter() - start - opened, "peak": peak(), "size": picture.image.size}))
+    print(
+        json.dumps({"opened": opened, "drawn": time.perf_counter() - start - opened, "peak": peak(), "size": picture.image.size})
+    )
 
 
 def main() -> None:
@@ -116,7 +132,9 @@ def main() -> None:
         for key in ("seconds", "cpu", "private", "peak"):
             middle = {who: sorted(row[key] for row in found)[times // 2] for who, found in rows.items()}
             ratio = middle["latentpipe"] / middle["diffusers"] if middle["diffusers"] else float("nan")
-            print(f"{dtype} {key}: latentpipe {middle['latentpipe']:.3f}, diffusers {middle['diffusers']:.3f} (ratio {ratio:.2f})")
+            print(
+                f"{dtype} {key}: latentpipe {middle['latentpipe']:.3f}, diffusers {middle['diffusers']:.3f} (ratio {ratio:.2f})"
+            )
     print("drawn:", run("drawn", str(file)))
 
 

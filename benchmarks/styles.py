@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from latentpipe.data.emoji import caption_of
-from latentpipe.evaluate.bank import open_bank
-from latentpipe.images import flatten
+from latentpipe.data.emoji_bank import open_bank
+from latentpipe.utils.images import flatten
 
 SIDE = 128
 HANDS = {"flat": ("twemoji72", 8), "solid": ("fluent3d", 0)}  # folder, and the margin in pixels that gives glyphs Noto's size

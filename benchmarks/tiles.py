@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from latentpipe import memory, tiles
-from latentpipe.latents import downscale_of
+from latentpipe.vae import memory
+from latentpipe.vae.latent_space import downscale_of
+from latentpipe.vae.tiling import tiled
 
 
 def load(folder: str | None) -> Any:
@@ -30,7 +31,7 @@ def load(folder: str | None) -> Any:
     from diffusers import AutoencoderKL
 
     if folder:
-        from latentpipe.weights import load_vae
+        from latentpipe.checkpoints.vae_io import load_vae
 
         return load_vae(Path(folder))
     torch.manual_seed(0)
@@ -63,7 +64,7 @@ def run_one(job: dict[str, Any]) -> None:
 
     def call(x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            made = getattr(tiles, direction)(vae, x, rows) if rows else getattr(vae, direction)(x)
+            made = getattr(tiled, direction)(vae, x, rows) if rows else getattr(vae, direction)(x)
         made = getattr(made, "sample", made) if direction == "decode" else made
         return made if isinstance(made, torch.Tensor) else made.latent_dist.mean if "latent_dist" in made else made.latents
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from latentpipe.config import Crops, Parts, PictureData, TrainVAE, VAERun, VAEShape, dump
+from latentpipe.train.config import Crops, Parts, PictureData, TrainVAE, VAERun, VAEShape, dump
 
 EVERY = 50  # steps between two samples
 SETTLED = 1000  # the step after which memory should not grow
@@ -66,20 +66,20 @@ def resident_mb() -> float:
 
 def watch(steps: int) -> tuple[list[int], list[float]]:
     """Steps, and the resident set in MB after each of them, of one training in this process."""
-    from latentpipe.train.progress import Progress
-    from latentpipe.train.vae import train_vae
+    from latentpipe.train.progress import TrainingLog
+    from latentpipe.train.vae.train import train_vae
 
     at: list[int] = []
     resident: list[float] = []
-    logged = Progress.step
+    logged = TrainingLog.step
 
-    def step(log: Progress, number: int, figures: dict[str, float]) -> None:
+    def step(log: TrainingLog, number: int, figures: dict[str, float]) -> None:
         logged(log, number, figures)
         if number % EVERY == 0:
             at.append(number)
             resident.append(resident_mb())
 
-    Progress.step = step  # type: ignore[method-assign]
+    TrainingLog.step = step  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as place, open(os.devnull, "w") as nowhere:
             work = Path(place)
@@ -87,7 +87,7 @@ def watch(steps: int) -> tuple[list[int], list[float]]:
             with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
                 train_vae(config)
     finally:
-        Progress.step = logged  # type: ignore[method-assign]
+        TrainingLog.step = logged  # type: ignore[method-assign]
     return at, resident
 
 

@@ -40,14 +40,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from latentpipe.config import TrainVAE, load
-from latentpipe.evaluate.lpips import LPIPS
-from latentpipe.images import bytes_to_images
-from latentpipe.train.adversarial import PatchDiscriminator, adaptive_weight, hinge_generator
-from latentpipe.train.build import new_vae
-from latentpipe.train.crops import draw_cut
+from latentpipe.evaluate.metrics.lpips import LPIPS
+from latentpipe.train.config import TrainVAE, load
 from latentpipe.train.loop import generator_for, has_bf16_units
-from latentpipe.train.vae import SHARES_EVERY, train_vae
+from latentpipe.train.vae.adversarial import PatchDiscriminator, adaptive_weight, hinge_generator
+from latentpipe.train.vae.augment import draw_crop
+from latentpipe.train.vae.model import new_vae
+from latentpipe.train.vae.train import SHARES_EVERY, train_vae
+from latentpipe.utils.images import bytes_to_images
 
 CONFIG = Path(__file__).parent.parent / "configs" / "emoji-vae.yaml"
 FILES = 64
@@ -79,7 +79,7 @@ def warped_steps(config: TrainVAE, steps: range) -> int:
     found = 0
     for step in steps:
         generator = generator_for(config.run.seed, step)
-        draw_cut(config.optim.batch_size, config.data.read_size_px, config.crops, generator)
+        draw_crop(config.optim.batch_size, config.data.read_size_px, config.crops, generator)
         found += torch.rand((), generator=generator).item() < config.loss.equivariance
     return found
 

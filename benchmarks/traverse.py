@@ -6,7 +6,7 @@
    the principal components of the pixels, the factors themselves and noise.
 3  Sheets: traverse-NAME.png, edit-NAME.png, factors-NAME.png.
 
-The VAEs of 2: python -m latentpipe.explore.factors data/factors, then
+The VAEs of 2: python -m latentpipe.data.factor_shapes data/factors, then
 latentpipe train-vae drawn-factors --loss.kl KL --run.out runs/factors-KL/vae --run.work runs/factors-KL
 """
 
@@ -23,10 +23,13 @@ import numpy as np
 import torch
 
 from latentpipe import VAEStage
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import load_vae, vae_hash
+from latentpipe.data import factor_shapes, image_set
 from latentpipe.evaluate.health import measure
-from latentpipe.explore import attributes, directions, disentangle, factors, sets, traverse
-from latentpipe.images import bytes_to_images, to_pixels
-from latentpipe.weights import find_model, load_vae, vae_hash
+from latentpipe.explore import attributes, directions, traverse
+from latentpipe.explore import disentanglement as disentangle
+from latentpipe.utils.images import bytes_to_images, to_pixels
 
 SIZE = 64
 KINDS = 60
@@ -36,7 +39,7 @@ SPLITS = 5  # of the pictures into a half to learn from and one to test on
 NOMINAL = (0, 4)  # shape, and hue, which goes round
 
 
-def edits(stage: VAEStage, everything: sets.PictureSet) -> tuple[dict[str, Any], Any]:
+def edits(stage: VAEStage, everything: image_set.PictureSet) -> tuple[dict[str, Any], Any]:
     """Light to dark, judged; and a page of the first emoji: before, rebuilt, either edit, the emoji's own dark picture."""
     pairs = attributes.pairs_of(everything.captions, "light", "dark")
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:KINDS].tolist()
@@ -44,11 +47,11 @@ def edits(stage: VAEStage, everything: sets.PictureSet) -> tuple[dict[str, Any],
     kind = [attributes.TONE.sub("", texts[0]) if texts else "" for texts in everything.captions]
     tested = {kind[source] for source, _ in pairs}
     known = [row for row in range(len(kind)) if kind[row] not in tested]
-    latents = sets.encode(stage, everything.images)
+    latents = image_set.encode(stage, everything.images)
     tones = attributes.labels([everything.captions[row] for row in known], "skin tone")
     sources, targets = ([pair[side] for pair in pairs] for side in (0, 1))
     images, goals = everything.images[sources], everything.images[targets]
-    rebuilt, ceiling = (sets.decode(stage, latents[rows]) for rows in (sources, targets))
+    rebuilt, ceiling = (image_set.decode(stage, latents[rows]) for rows in (sources, targets))
     wanted = [everything.captions[row][0] for row in targets]
     (one,) = directions.supervised(latents[known], {"skin tone": tones})
     ways = {"one direction": one, "local": attributes.local(latents[sources], latents[known], tones, "skin tone")}
@@ -71,12 +74,12 @@ def asdict_scores(judged: attributes.ToneEdit) -> dict[str, Any]:
     return {name: getattr(judged, name) for name in attributes.ToneEdit.__dataclass_fields__}
 
 
-def sheet(stage: VAEStage, everything: sets.PictureSet) -> Any:
+def sheet(stage: VAEStage, everything: image_set.PictureSet) -> Any:
     """The sheet of the verb, from a woman astronaut."""
-    latents = sets.encode(stage, everything.images[:1500])
+    latents = image_set.encode(stage, everything.images[:1500])
     found = traverse.ranked(stage, latents[:8], traverse.candidates(latents, everything.captions[:1500]))[:8]
     start = next(row for row, texts in enumerate(everything.captions) if any("woman astronaut" in text for text in texts))
-    return traverse.sheet(stage, sets.encode(stage, everything.images[start : start + 1]), [one for one, _ in found])
+    return traverse.sheet(stage, image_set.encode(stage, everything.images[start : start + 1]), [one for one, _ in found])
 
 
 def disentanglement(codes: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
@@ -92,8 +95,8 @@ def disentanglement(codes: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
 
 def factor_rows(folders: list[Path], out: Path) -> dict[str, Any]:
     """Every VAE on every drawn picture, and three codes to read the figures against."""
-    truth = factors.grid()
-    images = bytes_to_images(torch.from_numpy(factors.draw(truth, SIZE)).permute(0, 3, 1, 2))
+    truth = factor_shapes.grid()
+    images = bytes_to_images(torch.from_numpy(factor_shapes.draw(truth, SIZE)).permute(0, 3, 1, 2))
     small = torch.nn.functional.avg_pool2d(images, 4).flatten(1).double()
     axes, _ = directions.components(small)
     random = np.random.default_rng(0)
@@ -104,13 +107,13 @@ def factor_rows(folders: list[Path], out: Path) -> dict[str, Any]:
     }
     for folder in folders:
         stage = VAEStage(load_vae(folder))
-        codes = sets.encode(stage, images)
+        codes = image_set.encode(stage, images)
         name = folder.parent.name if folder.name == "vae" else folder.name
         health = measure(stage, images[::7].split(50))
         result[name] = disentanglement(codes.flatten(1).double().numpy(), truth)
         result[name] |= {"hash": vae_hash(folder), "active_share": health.active_share}
         result[name]["kl_bits_per_picture"] = None if health.kl_bits is None else sum(health.kl_bits)
-        start = sets.encode(stage, images[len(truth) // 2 : len(truth) // 2 + 1])
+        start = image_set.encode(stage, images[len(truth) // 2 : len(truth) // 2 + 1])
         ranked = [one for one, _ in traverse.ranked(stage, codes[::431], directions.channels(codes))]
         traverse.sheet(stage, start, ranked[:8]).quantize(256).save(out / f"{name}.png", optimize=True)
     return result
@@ -126,9 +129,9 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "traverse.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    parts = [sets.read_set(given.data / name, SIZE) for name in ("train", "validation", "held_out")] if given.vae else []
+    parts = [image_set.read_set(given.data / name, SIZE) for name in ("train", "validation", "held_out")] if given.vae else []
     for name in given.vae:
-        everything = sets.PictureSet(
+        everything = image_set.PictureSet(
             "emoji",
             torch.cat([part.images for part in parts]),
             [caption for part in parts for caption in part.captions],

@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from latentpipe.recipe import read
+from latentpipe.pipelines.metadata.recipe import read
 
 KINDS = ("wait", "stop", "cancel", "vanish", "reset", "deaf")
 WEIGHTS = (6, 3, 3, 3, 2, 1)

@@ -24,8 +24,8 @@ def hosts() -> dict[str, Any]:
     """Names and pipelines."""
     import tiny_hosts
 
-    from latentpipe.models import load_pipeline
-    from latentpipe.weights import find_model
+    from latentpipe.checkpoints.pipeline_io import load_pipeline
+    from latentpipe.checkpoints.registry import find_model
 
     return {
         "embedded model": load_pipeline(find_model("emoji")),
@@ -37,12 +37,13 @@ def hosts() -> dict[str, Any]:
 def vaes(files: Path, work: Path) -> dict[str, Any]:
     """Names and stages of the third-party VAEs, and of the embedded one."""
     from latentpipe import VAEStage
-    from latentpipe.formats.convert import convert
-    from latentpipe.formats.opening import Given
-    from latentpipe.weights import find_model, load_vae
+    from latentpipe.checkpoints.convert import convert
+    from latentpipe.checkpoints.registry import find_model
+    from latentpipe.checkpoints.vae_file import StatedConfig
+    from latentpipe.checkpoints.vae_io import load_vae
 
-    convert([files / "taef2_encoder.pth", files / "taef2_decoder.pth"], work / "taef2", None, Given(), None)
-    convert([files / "taesana_encoder.pth"], work / "taesana", None, Given(downscale=32), None)
+    convert([files / "taef2_encoder.pth", files / "taef2_decoder.pth"], work / "taef2", None, StatedConfig(), None)
+    convert([files / "taesana_encoder.pth"], work / "taesana", None, StatedConfig(downscale=32), None)
     return {
         "TAEF2 (FLUX.2, encoder and decoder)": VAEStage(load_vae(work / "taef2")),
         "TAESANA (DC-AE f32c32, encoder)": VAEStage(load_vae(work / "taesana")),

@@ -66,13 +66,13 @@ class Tally:
 
 
 def _vae_folder(at: Path) -> None:
-    from latentpipe.weights import save_vae
+    from latentpipe.checkpoints.vae_io import save_vae
 
     save_vae(tiny_vae(), at / "vae", {"data": "none"}, {"factors": [[0.1] * 3] * 4, "bias": [0.0] * 3})
 
 
 def _vae_file(at: Path) -> None:
-    from latentpipe.formats.convert import convert
+    from latentpipe.checkpoints.convert import convert
 
     _vae_folder(at)
     convert([at / "vae"], at / "v.safetensors")
@@ -91,7 +91,7 @@ def _tiny_file(at: Path) -> None:
 
 
 def _model(at: Path) -> None:
-    from latentpipe.data.cache import encode_folder
+    from latentpipe.data.latent_cache import encode_folder
     from latentpipe.train.denoiser import train_denoiser
 
     _vae_folder(at)
@@ -105,7 +105,7 @@ def _model(at: Path) -> None:
 
 def _open_model(at: Path) -> Any:
     from latentpipe import LatentPipeline
-    from latentpipe.models import describe
+    from latentpipe.checkpoints.pipeline_io import describe
 
     pipe = LatentPipeline.from_pretrained(at / "model", device="cpu")
     json.dumps(describe(at / "model"), ensure_ascii=False).encode()
@@ -113,8 +113,8 @@ def _open_model(at: Path) -> Any:
 
 
 def _open_vae(at: Path) -> Any:
-    from latentpipe.models import describe
-    from latentpipe.weights import load_vae, open_vae
+    from latentpipe.checkpoints.pipeline_io import describe
+    from latentpipe.checkpoints.vae_io import load_vae, open_vae
 
     path = next(at.iterdir())
     json.dumps(describe(path), ensure_ascii=False).encode()
@@ -123,16 +123,16 @@ def _open_vae(at: Path) -> Any:
 
 
 def _lora(at: Path, to: Any = "diffusers") -> None:
-    from latentpipe.lora.files import card, write_lora
-    from latentpipe.lora.layer import Layer, Lora
+    from latentpipe.lora.adapter import Lora, LoraLayer
+    from latentpipe.lora.state_dict.io import card, write_lora
 
-    def layer(seed: int, *shape: int) -> Layer:
+    def layer(seed: int, *shape: int) -> LoraLayer:
         draw = torch.Generator().manual_seed(seed)
         tensors = {
             "lora_A": torch.randn(2, 4, *shape, generator=draw),
             "lora_B": torch.randn(6, 2, *[1] * len(shape), generator=draw),
         }
-        return Layer("lora", tensors, 2, 3.0)
+        return LoraLayer("lora", tensors, 2, 3.0)
 
     block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     paths = {f"{block}.to_q": layer(0), f"{block}.to_v": layer(1), "conv_in": layer(2, 3, 3)}
@@ -142,8 +142,8 @@ def _lora(at: Path, to: Any = "diffusers") -> None:
 
 
 def _peft(at: Path) -> None:
-    from latentpipe.lora.file_config import ADAPTER_KEY, write_config
-    from latentpipe.lora.files import read_lora
+    from latentpipe.lora.state_dict.io import read_lora
+    from latentpipe.lora.state_dict.peft_config import ADAPTER_KEY, write_config
 
     _lora(at, "peft")
     lora = read_lora(at / "a.safetensors")
@@ -155,8 +155,8 @@ def _peft(at: Path) -> None:
 
 
 def _open_lora(at: Path) -> Any:
-    from latentpipe.lora.files import base_of, read_lora, trigger_words
-    from latentpipe.lora_verbs import facts, is_lora
+    from latentpipe.cli.lora import facts, is_lora
+    from latentpipe.lora.state_dict.io import base_of, read_lora, trigger_words
 
     path = at if (at / "adapter_config.json").exists() or (at / "adapter_model.safetensors").exists() else at / "a.safetensors"
     lora = read_lora(path, {"unet": ["conv_in"], "text_encoder": []})
@@ -167,21 +167,21 @@ def _open_lora(at: Path) -> Any:
 
 
 def _adapter(at: Path) -> None:
-    from latentpipe.adapters import Adapter, AdapterCard, save_adapter
+    from latentpipe.compatibility.latent_adapter import AdapterCard, LatentAdapter, save_adapter
 
     torch.manual_seed(0)
-    adapter = Adapter((4, 8), (4, 4), "convolution")
+    adapter = LatentAdapter((4, 8), (4, 4), "convolution")
     save_adapter(adapter, AdapterCard("ab" * 32, "cd" * 32, (4, 8), (4, 4), "convolution", {"r": 1.0}), at / "a.safetensors")
 
 
 def _open_adapter(at: Path) -> Any:
-    from latentpipe.adapters import open_adapter
+    from latentpipe.compatibility.latent_adapter import open_adapter
 
     return list(open_adapter(at / "a.safetensors", ["ab" * 32], ["cd" * 32]).state_dict().values())
 
 
 def _cache(at: Path) -> None:
-    from latentpipe.data.cache import encode_folder
+    from latentpipe.data.latent_cache import encode_folder
 
     _vae_folder(at)
     shutil.move(at / "vae", at.parent / f"{at.name}-vae")
@@ -190,16 +190,16 @@ def _cache(at: Path) -> None:
 
 
 def _open_cache(at: Path) -> Any:
-    from latentpipe.data.cache import open_cache
+    from latentpipe.data.latent_cache import open_cache
 
     cache = open_cache(at / "c.safetensors", at.parent / "sound-vae")
     return [cache.mean, cache.std, cache.size_px]
 
 
 def _codec(at: Path) -> Any:
-    from latentpipe.explore.codec.files import compress, open_codec
+    from latentpipe.explore.codec.codec import compress, open_codec
     from latentpipe.explore.codec.fit import integers, write
-    from latentpipe.train.rate import ContextModel
+    from latentpipe.vae.entropy_model import ContextModel
 
     _vae_folder(at)
     torch.manual_seed(0)
@@ -213,9 +213,9 @@ def _codec(at: Path) -> Any:
 
 
 def _open_codec(at: Path) -> Any:
-    from latentpipe.codec_verbs import facts, read
-    from latentpipe.explore.codec.context import read as read_weights
-    from latentpipe.explore.codec.files import decompress, open_codec
+    from latentpipe.cli.codec import facts, read
+    from latentpipe.explore.codec.codec import decompress, open_codec
+    from latentpipe.explore.codec.static_model import read as read_weights
 
     global _known_codec
     _known_codec = _known_codec or open_codec(at.parent / "sound-codec")
@@ -228,8 +228,8 @@ _known_codec: Any = None
 
 
 def _configs(at: Path) -> None:
-    from latentpipe.config import dump
-    from latentpipe.verbs import configs_folder
+    from latentpipe.cli.inspect import configs_folder
+    from latentpipe.train.config import dump
 
     for path in sorted(configs_folder().glob("*.yaml"))[:6]:
         shutil.copy(path, at)
@@ -237,7 +237,7 @@ def _configs(at: Path) -> None:
 
 
 def _open_configs(at: Path) -> Any:
-    from latentpipe.config import TrainDenoiser, TrainLora, TrainVAE, load
+    from latentpipe.train.config import TrainDenoiser, TrainLora, TrainVAE, load
 
     for path in sorted(at.iterdir()):
         text = path.read_text(errors="replace") if path.is_file() and path.stat().st_size < 10**6 else ""
@@ -264,13 +264,13 @@ def _yaml(at: Path) -> None:
 
 
 def _open_yaml(at: Path) -> Any:
-    from latentpipe.reading import read_yaml
+    from latentpipe.utils.reading import read_yaml
 
     str(read_yaml(at / "y.yaml"))[:1000]
 
 
 def _recipes(at: Path) -> None:
-    from latentpipe.recipe import Machine, Recipe, Source, save_png
+    from latentpipe.pipelines.metadata.recipe import Machine, Recipe, Source, save_png
 
     machine = Machine(device="cpu", dtype="float32", threads=1, processor="x", versions={"torch": "2"})
     recipe = Recipe(
@@ -293,9 +293,9 @@ def _recipes(at: Path) -> None:
 def _open_recipes(at: Path) -> Any:
     from dataclasses import asdict
 
-    from latentpipe.metadata import read_info
-    from latentpipe.recipe import read
-    from latentpipe.xyplot import is_grid
+    from latentpipe.engine.xy_grid.plot import is_grid
+    from latentpipe.pipelines.metadata.reader import read_info
+    from latentpipe.pipelines.metadata.recipe import read
 
     found = []
     for path in sorted(at.iterdir()):
@@ -329,8 +329,8 @@ def _pictures(at: Path) -> None:
 
 
 def _open_pictures(at: Path) -> Any:
-    from latentpipe.data.folder import read_pictures
-    from latentpipe.images import dropped, open_picture
+    from latentpipe.data.image_folder import read_pictures
+    from latentpipe.utils.images import dropped, open_picture
 
     read_pictures(at, 8)
     for path in sorted(at.iterdir()):
@@ -347,7 +347,7 @@ def _folder(at: Path) -> None:
 
 
 def _open_folder(at: Path) -> Any:
-    from latentpipe.data.folder import read_pictures
+    from latentpipe.data.image_folder import read_pictures
 
     return float(read_pictures(at / "pictures", 8).pixels.mean())
 

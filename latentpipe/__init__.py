@@ -14,38 +14,64 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentpipe.engine import Engine, Finished, Replay, StepDone, replay
-    from latentpipe.errors import UserError
-    from latentpipe.latents import LatentSpace
-    from latentpipe.pipeline import LatentPipeline, Picture
-    from latentpipe.recipe import Recipe
-    from latentpipe.sampling import Settings
-    from latentpipe.swap import check_swap, swap_vae
-    from latentpipe.train.adapter import fit_adapter
-    from latentpipe.vae import VAEStage
-    from latentpipe.verdict import Verdict
+    from latentpipe.checkpoints.registry import find_model
+    from latentpipe.checkpoints.vae_io import load_vae
+    from latentpipe.compatibility.measure import Verdict
+    from latentpipe.data.latent_cache import encode_folder
+    from latentpipe.engine.engine import Engine, Finished, Replay, StepDone, replay
+    from latentpipe.evaluate.compare_vaes import compare_vaes
+    from latentpipe.evaluate.comparison import Comparison
+    from latentpipe.evaluate.diagnosis import Diagnosis, diagnose_vae
+    from latentpipe.evaluate.reconstruction import evaluate_vae
+    from latentpipe.evaluate.results import Evaluation
+    from latentpipe.pipelines.latent_pipeline import LatentPipeline, Picture
+    from latentpipe.pipelines.metadata.recipe import Recipe
+    from latentpipe.pipelines.sampling import Settings
+    from latentpipe.pipelines.swap import check_swap, swap_vae
+    from latentpipe.train.denoiser import train_denoiser
+    from latentpipe.train.latent_adapter import fit_adapter
+    from latentpipe.train.lora.train import train_lora
+    from latentpipe.train.vae.train import train_vae
+    from latentpipe.utils.errors import UserError
+    from latentpipe.vae.latent_space import LatentSpace
+    from latentpipe.vae.stage import VAEStage
 
 _HOME = {
-    "Engine": "engine",
-    "Finished": "engine",
-    "LatentPipeline": "pipeline",
-    "LatentSpace": "latents",
-    "Picture": "pipeline",
-    "Recipe": "recipe",
-    "Replay": "engine",
-    "Settings": "sampling",
-    "StepDone": "engine",
-    "UserError": "errors",
-    "VAEStage": "vae",
-    "Verdict": "verdict",
-    "check_swap": "swap",
-    "fit_adapter": "train.adapter",
-    "replay": "engine",
-    "swap_vae": "swap",
+    "Comparison": "evaluate.comparison",
+    "Diagnosis": "evaluate.diagnosis",
+    "Engine": "engine.engine",
+    "Evaluation": "evaluate.results",
+    "Finished": "engine.engine",
+    "LatentPipeline": "pipelines.latent_pipeline",
+    "LatentSpace": "vae.latent_space",
+    "Picture": "pipelines.latent_pipeline",
+    "Recipe": "pipelines.metadata.recipe",
+    "Replay": "engine.engine",
+    "Settings": "pipelines.sampling",
+    "StepDone": "engine.engine",
+    "UserError": "utils.errors",
+    "VAEStage": "vae.stage",
+    "Verdict": "compatibility.measure",
+    "check_swap": "pipelines.swap",
+    "compare_vaes": "evaluate.compare_vaes",
+    "diagnose_vae": "evaluate.diagnosis",
+    "encode_folder": "data.latent_cache",
+    "evaluate_vae": "evaluate.reconstruction",
+    "find_model": "checkpoints.registry",
+    "fit_adapter": "train.latent_adapter",
+    "load_vae": "checkpoints.vae_io",
+    "replay": "engine.engine",
+    "swap_vae": "pipelines.swap",
+    "train_denoiser": "train.denoiser",
+    "train_lora": "train.lora.train",
+    "train_vae": "train.vae.train",
 }
 
 __all__ = [
+    "Comparison",
+    "Diagnosis",
     "Engine",
+    "Evaluation",
     "Finished",
     "LatentPipeline",
     "LatentSpace",
@@ -58,9 +84,18 @@ __all__ = [
     "VAEStage",
     "Verdict",
     "check_swap",
+    "compare_vaes",
+    "diagnose_vae",
+    "encode_folder",
+    "evaluate_vae",
+    "find_model",
     "fit_adapter",
+    "load_vae",
     "replay",
     "swap_vae",
+    "train_denoiser",
+    "train_lora",
+    "train_vae",
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from latentpipe.ending import interruptible, leave, say, status_of
+from latentpipe.utils.signals import interruptible, leave, say, status_of
 
 
 def main() -> NoReturn:
@@ -14,7 +14,7 @@ def main() -> NoReturn:
     """
     try:
         with interruptible():
-            from latentpipe.cli import main as run
+            from latentpipe.cli.app import main as run
 
             status = run()
     except KeyboardInterrupt as error:

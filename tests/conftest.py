@@ -85,7 +85,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny VAE folder, 4 channels at 1/2 size; not to be written to."""
-    from latentpipe.weights import save_vae
+    from latentpipe.checkpoints.vae_io import save_vae
 
     folder = tmp_path_factory.mktemp("vaes") / "tiny-vae"
     preview = {"factors": [[0.2, 0.0, 0.1], [0.0, 0.2, 0.0], [0.1, 0.0, 0.2], [0.0, 0.1, 0.0]], "bias": [0.1, 0.0, -0.1]}
@@ -96,7 +96,7 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cache_file(tmp_path_factory: pytest.TempPathFactory, pictures: Path, vae_folder: Path) -> Path:
     """The latents of `pictures` by `vae_folder` at 16 pixels; not to be written to."""
-    from latentpipe.data.cache import encode_folder
+    from latentpipe.data.latent_cache import encode_folder
 
     path = tmp_path_factory.mktemp("caches") / "latents.safetensors"
     encode_folder(pictures, vae_folder, path, 16)

@@ -62,7 +62,7 @@ def tiny_vae(seed: int = 0, **config: Any) -> Any:
 
 def vae_run(root: Path, pictures: Path, **run: Any) -> Any:
     """A TrainVAE config of four tiny steps, which writes below `root`."""
-    from latentpipe.config import TrainVAE
+    from latentpipe.train.config import TrainVAE
 
     optim = {"steps": 4, "batch_size": 4, "warmup_steps": 2, "ema_decay": 0.9} | run.pop("optim", {})
     data = {"train": pictures, "read_size_px": 24} | run.pop("data", {})
@@ -76,7 +76,7 @@ def vae_run(root: Path, pictures: Path, **run: Any) -> Any:
 
 def denoiser_run(root: Path, cache: Path, vae: Path, **run: Any) -> Any:
     """A TrainDenoiser config of two tiny steps, which writes below `root`."""
-    from latentpipe.config import TrainDenoiser
+    from latentpipe.train.config import TrainDenoiser
 
     optim = {"steps": 2, "batch_size": 4, "warmup_steps": 1, "ema_decay": 0.9} | run.pop("optim", {})
     unet = {"blocks": (32, 64), "attention": (False, True), "norm_groups": 16, "heads_dim": 32} | run.pop("unet", {})

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from latentpipe.cli import main
+from latentpipe.cli.app import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

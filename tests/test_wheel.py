@@ -44,7 +44,7 @@ def site(tmp_path_factory):
 
 def test_draws_from_any_folder(site, tmp_path):
     code = (
-        "import latentpipe.weights as w, latentpipe.places as v, latentpipe.cli as c;"
+        "import latentpipe.checkpoints.vae_io as w, latentpipe.checkpoints.registry as v, latentpipe.cli.app as c;"
         "print(w.shipped(), v.configs_folder());"
         "raise SystemExit(c.main(['generate', 'red apple', '--steps', '2', '--seed', '1']))"
     )
@@ -95,5 +95,11 @@ def test_types_are_found_in_an_editable_installation(tmp_path):
         assert archive.read(link).decode().strip() == str(tmp_path)
     paths = SearchPaths(python_path=(), mypy_path=(), package_path=(str(tmp_path),), typeshed_path=())
     found = FindModuleCache(paths, None, Options())
-    for module in ("latentpipe", "latentpipe.pipeline", "latentpipe.ui", "latentpipe.ui.show", "latentpipe.configs"):
+    for module in (
+        "latentpipe",
+        "latentpipe.pipelines.latent_pipeline",
+        "latentpipe.ui",
+        "latentpipe.ui.html",
+        "latentpipe.configs",
+    ):
         assert isinstance(found.find_module(module), str), module

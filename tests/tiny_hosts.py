@@ -244,7 +244,7 @@ def complete(name: str) -> Any:
     """A pipeline of a family with tokenizers and text encoders, ready to be saved."""
     from transformers import CLIPTokenizer, Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
 
-    from latentpipe.weights import find_model
+    from latentpipe.checkpoints.registry import find_model
 
     tokenizer = CLIPTokenizer.from_pretrained(find_model("emoji") / "tokenizer")
     pipe = BUILDERS[name]()
@@ -277,6 +277,6 @@ def complete(name: str) -> Any:
             head_dim=4, pad_token_id=0, eos_token_id=1, bos_token_id=1,
         )  # fmt: skip
         text = {"text_encoder": Gemma2Model(gemma).eval(), "tokenizer": words()}
-    from latentpipe import hosts
+    from latentpipe.pipelines import families
 
-    return hosts.rebuild(pipe, **parts | text)
+    return families.rebuild(pipe, **parts | text)

@@ -13,19 +13,20 @@ from typing import Any
 import gradio as gr
 
 from latentpipe import Finished
-from latentpipe.defaults import GUIDANCE, STEPS, STRENGTH
-from latentpipe.errors import UserError
-from latentpipe.jobs import Waiting
-from latentpipe.latents import LatentSpace
-from latentpipe.lora_verbs import facts
-from latentpipe.recipe import MAX_SEED
+from latentpipe.checkpoints.registry import available
+from latentpipe.checkpoints.vae_io import open_vae
+from latentpipe.cli.lora import facts
+from latentpipe.engine.jobs import Waiting
+from latentpipe.pipelines.metadata.recipe import MAX_SEED
 from latentpipe.ui import lab
 from latentpipe.ui import png_info as reading
 from latentpipe.ui.form import MAX_BATCH
-from latentpipe.ui.state import App, json_field, public, told
+from latentpipe.ui.state import App, json_field, public, toast_errors
 from latentpipe.ui.uploads import picture_input, picture_of
+from latentpipe.utils.defaults import GUIDANCE, STEPS, STRENGTH
+from latentpipe.utils.errors import UserError
+from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.version import VERSION
-from latentpipe.weights import available, open_vae
 
 DRAWING_S, WAITING_S = 1.0, 5.0  # an event costs gradio some ms, which the job on the device has to share
 LORAS = {
@@ -66,7 +67,7 @@ def _drawing(app: App) -> None:
 
         As txt2img; strength, over 0 to 1, says how far they may move from it.
         """
-        with told():
+        with toast_errors():
             settings = _settings(negative, steps, guidance, seed, n, width, height, scheduler, loras)
             settings |= {"image": picture_of(image), "strength": STRENGTH if strength is None else float(strength)}
         yield from _draw(app, request, prompt, model, vae, settings)
@@ -90,7 +91,7 @@ def _settings(
     negative: str, steps: float, guidance: float, seed: float, n: float, width: float, height: float, scheduler: str, loras: Any
 ) -> dict[str, Any]:
     """Arguments of `Engine.run`, within the limits of the interface."""
-    with told():
+    with toast_errors():
         numbers = {"steps": steps, "seed": seed, "n": n, "width": width, "height": height}
         for name, number in numbers.items():
             if number is None or not math.isfinite(number) or int(number) != number:
@@ -129,7 +130,7 @@ def _weights(loras: Any) -> dict[str, float]:
 def _draw(app: App, request: gr.Request, prompt: str, model: str, vae: str, settings: dict[str, Any]) -> Iterator[Any]:
     """Empty results now and then while it draws, so that a client that leaves is noticed; then the files and their recipes."""
     told_at = time.monotonic()
-    with told() as notes:
+    with toast_errors() as notes:
         for event in app.jobs.draw(request, lambda: app.pipe(model, vae), prompt or "", notes, previews=False, **settings):
             if isinstance(event, Finished):
                 recipes = [picture.recipe.model_dump(mode="json") for picture in event.pictures]
@@ -142,7 +143,7 @@ def _draw(app: App, request: gr.Request, prompt: str, model: str, vae: str, sett
 def _reading(app: App) -> None:
     def png_info(image: str | None) -> dict[str, Any]:
         """The settings inside a picture of latentpipe, A1111, ComfyUI, Fooocus, InvokeAI or NovelAI."""
-        with told():
+        with toast_errors():
             if image is None:
                 raise UserError("image is missing; give an uploaded file.")
             return reading.as_json(reading.info_of(image))
@@ -166,7 +167,7 @@ def _lists(app: App) -> None:
 
     def health() -> dict[str, Any]:
         """Whether the model is loaded, its name, how many jobs run or wait, and the version."""
-        from latentpipe.jobs import device
+        from latentpipe.engine.jobs import device
 
         state = "failed" if app.failure else "ready" if app.models.is_open(app.model) else "loading"
         return {"status": state, "model": app.model, "jobs": device.length, "version": VERSION}

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from latentpipe import UserError
-from latentpipe.ui import api, generate, grid, lab, playground, png_info, show
+from latentpipe.ui import api, generate, grid, html, lab, playground, png_info
 from latentpipe.ui.state import LIGHT, App, public
 from latentpipe.version import VERSION
 
@@ -23,7 +23,7 @@ def build(app: App) -> gr.Blocks:
     loading = _load_in_background(app)
     with gr.Blocks(title="latentpipe", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.HTML(HEAD, padding=False)
-        state = gr.HTML(show.light("wait", f"Loading the model '{app.model}' ..."), elem_id="lp-state", padding=False)
+        state = gr.HTML(html.light("wait", f"Loading the model '{app.model}' ..."), elem_id="lp-state", padding=False)
         with gr.Tabs(elem_id="lp-tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
                 drawing = generate.build(app, state)
@@ -42,7 +42,7 @@ def build(app: App) -> gr.Blocks:
 
         async def ready() -> AsyncIterator[str]:
             while loading.is_alive():
-                yield show.light("wait", f"Loading the model '{app.model}' ...")
+                yield html.light("wait", f"Loading the model '{app.model}' ...")
                 await asyncio.sleep(0.5)
             yield _state_of(app)
 
@@ -74,5 +74,5 @@ def _load_in_background(app: App) -> threading.Thread:
 def _state_of(app: App) -> str:
     """Ready, with the VAE in use; or why not."""
     if app.failure:
-        return show.light("red", app.failure, "Not loaded")
-    return show.light("green", generate.in_use(app.pipe()), "Ready")
+        return html.light("red", app.failure, "Not loaded")
+    return html.light("green", generate.in_use(app.pipe()), "Ready")

@@ -9,13 +9,13 @@ from typing import Any
 import gradio as gr
 
 from latentpipe import UserError
-from latentpipe.adapters import own_adapters
-from latentpipe.defaults import GUIDANCE, STEPS, STRENGTH
-from latentpipe.recipe import MAX_PROMPT, MAX_SEED
-from latentpipe.sampling import MAX_SIDE, SCHEDULERS
+from latentpipe.compatibility.latent_adapter import own_adapters
+from latentpipe.pipelines.metadata.recipe import MAX_PROMPT, MAX_SEED
+from latentpipe.pipelines.sampling import MAX_SIDE, SCHEDULERS
 from latentpipe.ui.state import BUILT_IN, App
 from latentpipe.ui.theme import RUN, STOP
 from latentpipe.ui.uploads import picture_input, picture_of
+from latentpipe.utils.defaults import GUIDANCE, STEPS, STRENGTH
 
 OWN = "the model's own"
 NO_ADAPTER = "none"

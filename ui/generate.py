@@ -12,15 +12,15 @@ from typing import Any
 import gradio as gr
 
 from latentpipe import Finished, StepDone
-from latentpipe.adapters import own_adapters
-from latentpipe.engine import Waiting
-from latentpipe.errors import counted
-from latentpipe.jobs import Done
-from latentpipe.recipe import MAX_SEED, read
-from latentpipe.ui import show
+from latentpipe.compatibility.latent_adapter import own_adapters
+from latentpipe.engine.engine import Waiting
+from latentpipe.engine.jobs import Done
+from latentpipe.pipelines.metadata.recipe import MAX_SEED, read
+from latentpipe.ui import html
 from latentpipe.ui.form import NO_ADAPTER, Form, Values, build_form, build_prompt
-from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, told, told_of, wire_stop
+from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, sentences_of, toast_errors, wire_stop
 from latentpipe.ui.theme import SAID, into_view
+from latentpipe.utils.errors import counted
 
 EMPTY = "No picture yet. Write a prompt, or choose an example, and press Generate."
 EXAMPLES = [
@@ -54,7 +54,7 @@ def build(app: App, state: gr.HTML) -> Generate:
             prompt, run, stop = build_prompt()
             gr.Examples([[text] for text in EXAMPLES], [prompt], label="Examples", api_visibility="private")
         with gr.Column():
-            status = gr.HTML(show.empty(EMPTY), elem_id="lp-status", elem_classes=SAID, padding=False)
+            status = gr.HTML(html.empty(EMPTY), elem_id="lp-status", elem_classes=SAID, padding=False)
             gallery = gr.Gallery(
                 label="Pictures", show_label=False, format="png", columns=2, height="auto", object_fit="contain", visible=False,
                 interactive=False, elem_id="lp-gallery", buttons=["download", "fullscreen"],
@@ -87,7 +87,7 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
     chosen, past, last_seed = kept
 
     def draw(values: Values, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        with told() as notes:
+        with toast_errors() as notes:
             prompt = values[form.prompt] or ""
             adapter = values[form.adapter]
 
@@ -100,15 +100,15 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
                     yield finished(event, values[past], notes)
                     notes.clear()  # they stand in the status
                 elif isinstance(event, Waiting):
-                    yield {status: show.waiting(event.ahead)}
+                    yield {status: html.waiting(event.ahead)}
                 elif (now := time.monotonic()) - shown_at >= YIELD_S or event.preview is not None:
                     shown_at = now
                     yield {status: steps_of(event), gallery: gr.update(visible=False)}
             return
-        yield {status: show.words("Stopped before it began.")}
+        yield {status: html.words("Stopped before it began.")}
 
     def steps_of(event: StepDone) -> str:
-        return show.progress(event.step, event.steps, "Drawing, step", event.eta_s, event.preview)
+        return html.progress(event.step, event.steps, "Drawing, step", event.eta_s, event.preview)
 
     def finished(event: Finished, earlier: list[Any], notes: list[str]) -> dict[Any, Any]:
         pictures = [(app.keep(picture), _caption(picture.recipe)) for picture in event.pictures]
@@ -119,10 +119,10 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
                 f"Stopped after {first.stopped_after} of {counted(first.steps, 'step')}; the unfinished picture "
                 f"is kept. Seed {first.seed}"
             )
-        text = f"{text}. {told_of([*notes, *event.pictures[0].notes])}".strip()
+        text = f"{text}. {sentences_of([*notes, *event.pictures[0].notes])}".strip()
         total = (pictures + earlier)[:HISTORY]
         return {
-            status: show.words(text),
+            status: html.words(text),
             gallery: gr.update(value=pictures, visible=True, columns=1 if len(pictures) == 1 else 2, selected_index=None),
             download: gr.update(value=pictures[0][0], interactive=True),
             history: total, past: total, chosen: pictures[0][0], last_seed: first.seed,
@@ -133,17 +133,17 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
     drawing = gr.on(
         [form.run.click, form.prompt.submit], draw, inputs, outputs, show_progress="hidden", trigger_mode="once", **HEAVY
     )
-    drawing.failure(lambda: show.words("Nothing was drawn."), None, [status], **LIGHT)
+    drawing.failure(lambda: html.words("Nothing was drawn."), None, [status], **LIGHT)
     wire_stop(app, form.stop)
 
 
 def _wire_form(app: App, form: Form, last_seed: gr.State, state: gr.HTML) -> None:
     def look(model: str, vae: str, adapter: str, request: gr.Request) -> Iterator[tuple[str, str, str]]:
-        with told():
+        with toast_errors():
             yield (
-                show.light("wait", "Measuring whether this VAE fits ..."),
+                html.light("wait", "Measuring whether this VAE fits ..."),
                 "",
-                show.light("wait", f"Looking at the VAE '{vae}' ..."),
+                html.light("wait", f"Looking at the VAE '{vae}' ..."),
             )
             for event in app.jobs.run(request, lambda report: verdict_of(app, model, vae, adapter)):
                 if isinstance(event, Done):
@@ -182,26 +182,26 @@ def _seed_again(seed: int) -> Any:
 
 
 def _not_usable() -> tuple[str, str, str]:
-    light = show.light("red", "it cannot be opened.", "Not usable")
-    return light, "", show.light("red", "the VAE that is chosen cannot be opened; choose another one.", "Not ready")
+    light = html.light("red", "it cannot be opened.", "Not usable")
+    return light, "", html.light("red", "the VAE that is chosen cannot be opened; choose another one.", "Not ready")
 
 
 def verdict_of(app: App, model: str, vae: str, adapter: str = NO_ADAPTER) -> tuple[str, str, str]:
     """As HTML: the light with its sentence, the line that says which VAE is in use, and the page's first line."""
     decoder = False
     if vae == BUILT_IN:
-        light = show.light("green", "the model's own VAE.", "Fits")
+        light = html.light("green", "the model's own VAE.", "Fits")
     elif adapter != NO_ADAPTER:
-        light = show.light("amber", f"decodes through the adapter '{adapter}'.", "Adapted")
+        light = html.light("amber", f"decodes through the adapter '{adapter}'.", "Adapted")
     else:
         verdict = app.models.verdict(app.named("models", model), app.named("vae", vae))
-        light = show.verdict(verdict)
+        light = html.verdict(verdict)
         decoder = not verdict.encodes
         if not verdict.fits:
             first = f"the VAE '{vae}' does not fit the model '{model}', and drawing with it is refused. Choose another one."
-            return light, show.words("This VAE is not in use: drawing with it is refused."), show.light("red", first, "Not ready")
+            return light, html.words("This VAE is not in use: drawing with it is refused."), html.light("red", first, "Not ready")
     words = in_use(app.pipe(model, vae, None if adapter == NO_ADAPTER else adapter), decoder)
-    return light, show.words(words), show.light("green", words, "Ready")
+    return light, html.words(words), html.light("green", words, "Ready")
 
 
 def in_use(pipe: Any, decoder: bool = False) -> str:
@@ -243,7 +243,7 @@ def _lora_rows_of(form: Form, path: str | None) -> list[Any]:
     if path is None:
         gr.Info(NOTHING)
         return skip
-    with told():
+    with toast_errors():
         every = read(Path(path)).loras
         loras = {name: weight for name, weight in every.items() if not isinstance(weight, dict)}
         if not every:

@@ -13,17 +13,18 @@ from typing import Any
 import gradio as gr
 
 from latentpipe import UserError
-from latentpipe.defaults import GUIDANCE, STEPS
-from latentpipe.jobs import Done, Progress, Report, Waiting
-from latentpipe.recipe import MAX_PROMPT, MAX_SEED
-from latentpipe.sampling import SCHEDULERS
-from latentpipe.ui import show
+from latentpipe.engine.jobs import Done, Progress, Waiting
+from latentpipe.engine.xy_grid.axes import MAX_CELLS, MAX_VAES, Axis, make_axis
+from latentpipe.engine.xy_grid.plot import Grid, plot, read_grid, redraw
+from latentpipe.pipelines.metadata.recipe import MAX_PROMPT, MAX_SEED
+from latentpipe.pipelines.sampling import SCHEDULERS
+from latentpipe.ui import html
 from latentpipe.ui.form import OWN, Values
-from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, told, wire_stop
+from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
 from latentpipe.ui.uploads import picture_input, picture_of
-from latentpipe.xyaxes import MAX_CELLS, MAX_VAES, Axis, make_axis
-from latentpipe.xyplot import Grid, plot, read_grid, redraw
+from latentpipe.utils.defaults import GUIDANCE, STEPS
+from latentpipe.utils.progress import ProgressCallback
 
 EMPTY = "No grid yet. Write a prompt, say what varies along X and Y, or choose an example below, and press Draw the grid."
 NONE = "nothing"
@@ -85,7 +86,7 @@ def build(app: App) -> None:
                 sheet_in = picture_input("A PNG that a grid was saved to", height=160, elem_id="lp-grid-again-image")
                 again = gr.Button("Draw it again", elem_id="lp-grid-again")
         with gr.Column(scale=6, min_width=320):
-            status = gr.HTML(show.empty(EMPTY), elem_id="lp-grid-status", elem_classes=SAID)
+            status = gr.HTML(html.empty(EMPTY), elem_id="lp-grid-status", elem_classes=SAID)
             sheet = gr.Image(
                 label="Grid", show_label=False, format="png", interactive=False, visible=False, elem_id="lp-grid-sheet",
                 buttons=["fullscreen"],
@@ -117,7 +118,7 @@ def _side(app: App, label: str, kind: str, kinds: list[str], letter: str) -> Sid
         )  # fmt: skip
 
     def turn(name: str) -> tuple[Any, Any]:
-        with told():
+        with toast_errors():
             value = _fitting(app) if name == "VAE" else VALUES.get(name, "")
             return gr.update(visible=name == "LoRA weight", choices=app.choices("lora")), gr.update(
                 value=value, info=HINTS.get(name, ""), interactive=name != NONE
@@ -162,26 +163,26 @@ def _wire_run(
     app: App, prompt: gr.Textbox, x: Side, y: Side, rest: dict[str, Any], shown: tuple[Any, ...], run: gr.Button
 ) -> None:
     def draw(values: Values, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        def work(report: Report) -> Grid:
+        def work(report: ProgressCallback) -> Grid:
             model = values[rest["model"]]
             _allow(app, app.pipe(model).native_size, settings["steps"], axes)
             return plot(lambda vae: app.pipe(model, vae), values[prompt] or "", *axes, report=report, **settings)
 
-        with told() as notes:
+        with toast_errors() as notes:
             axes = (x.axis(app, values), y.axis(app, values))
             if axes[0] is None:
                 raise UserError("Nothing varies along X; choose what does.")
             settings = settings_of(rest, values)
             yield from _watched(app, request, work, notes, shown)
             return
-        yield {shown[0]: show.empty(EMPTY)}
+        yield {shown[0]: html.empty(EMPTY)}
 
     fields = {prompt, x.kind, x.lora, x.text, y.kind, y.lora, y.text, *rest.values()}
     drawing = gr.on(
         [run.click, prompt.submit, x.text.submit, y.text.submit], draw, fields, list(shown), show_progress="hidden",
         trigger_mode="once", **HEAVY,
     )  # fmt: skip
-    drawing.failure(lambda: show.empty(EMPTY), None, [shown[0]], **LIGHT)
+    drawing.failure(lambda: html.empty(EMPTY), None, [shown[0]], **LIGHT)
 
 
 def settings_of(rest: dict[str, Any], values: Values) -> dict[str, Any]:
@@ -201,10 +202,10 @@ def settings_of(rest: dict[str, Any], values: Values) -> dict[str, Any]:
 
 def _wire_again(app: App, image: gr.Image, again: gr.Button, shown: tuple[Any, ...]) -> None:
     def draw(path: str | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        with told() as notes:
+        with toast_errors() as notes:
             before = picture_of(path)
 
-            def work(report: Report) -> Grid:
+            def work(report: ProgressCallback) -> Grid:
                 old = read_grid(Path(str(path)))
                 size = old.base.size or app.pipe(old.model).native_size
                 _allow(app, size, old.base.steps, (old.x, old.y))
@@ -213,15 +214,15 @@ def _wire_again(app: App, image: gr.Image, again: gr.Button, shown: tuple[Any, .
             def said(done: Done) -> str:
                 image = done.result.image
                 if image.size == before.size and image.tobytes() == before.tobytes():
-                    return show.light("green", "every pixel is that of the file.", "Identical")
-                return show.light("amber", "it was stopped, or drawn on another machine.", "Other pixels")
+                    return html.light("green", "every pixel is that of the file.", "Identical")
+                return html.light("amber", "it was stopped, or drawn on another machine.", "Other pixels")
 
             yield from _watched(app, request, work, notes, shown, said)
             return
-        yield {shown[0]: show.empty(EMPTY)}
+        yield {shown[0]: html.empty(EMPTY)}
 
     drawing = again.click(draw, [image], list(shown), show_progress="hidden", trigger_mode="once", **HEAVY)
-    drawing.failure(lambda: show.empty(EMPTY), None, [shown[0]], **LIGHT)
+    drawing.failure(lambda: html.empty(EMPTY), None, [shown[0]], **LIGHT)
 
 
 def _allow(app: App, size: tuple[int, int], steps: int, axes: tuple[Axis | None, ...]) -> None:
@@ -235,14 +236,14 @@ def _said(done: Done) -> str:
     grid = done.result
     drawn = len(grid.pictures) - grid.pictures.count(None)
     if drawn < len(grid.pictures):
-        return show.words(f"Stopped: {drawn} of {len(grid.pictures)} pictures are drawn and kept; the others are empty.")
-    return show.words(f"{drawn} picture{'s' * (drawn > 1)} in {done.seconds:.1f} s, seed {grid.recipe.base.seed}.")
+        return html.words(f"Stopped: {drawn} of {len(grid.pictures)} pictures are drawn and kept; the others are empty.")
+    return html.words(f"{drawn} picture{'s' * (drawn > 1)} in {done.seconds:.1f} s, seed {grid.recipe.base.seed}.")
 
 
 def _watched(
     app: App,
     request: gr.Request,
-    work: Callable[[Report], Grid],
+    work: Callable[[ProgressCallback], Grid],
     notes: list[str],
     shown: tuple[Any, ...],
     said: Callable[[Done], str] = _said,
@@ -251,9 +252,9 @@ def _watched(
     status, sheet, download, single = shown
     for event in app.jobs.run(request, work, notes):
         if isinstance(event, Waiting):
-            yield {status: show.waiting(event.ahead)}
+            yield {status: html.waiting(event.ahead)}
         elif isinstance(event, Progress):
-            yield {status: show.progress(event.done, event.total, f"Drawing, {event.what}, steps", event.eta_s)}
+            yield {status: html.progress(event.done, event.total, f"Drawing, {event.what}, steps", event.eta_s)}
         elif isinstance(event, Done):
             grid = event.result
             path = app.keep_file(grid.save(app.place("grid.png")), grid.recipe.base.prompt, grid.recipe.base.seed)

@@ -15,9 +15,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from latentpipe.ui.hosts import Names, name_of
+from latentpipe.ui.allowed_hosts import AllowedHosts, name_of
 from latentpipe.ui.listeners import Listeners
-from latentpipe.ui.login import Door
+from latentpipe.ui.login import LoginSessions
 from latentpipe.ui.quota import Window, uploads
 
 API = "/gradio_api/"
@@ -26,7 +26,7 @@ MAX_REQUEST = 500_000_000  # bytes of one upload of several files
 MAX_JSON = 1_000_000  # bytes of any other request
 
 
-class Guard:
+class RequestGuard:
     """The application inside, guarded.
 
     names      the hosts that are answered to
@@ -39,8 +39,8 @@ class Guard:
     def __init__(
         self,
         app: ASGIApp,
-        names: Names,
-        door: Door | None = None,
+        names: AllowedHosts,
+        door: LoginSessions | None = None,
         listeners: Listeners | None = None,
         session: Callable[[str], str | None] = lambda event: None,
         root: str = "",
@@ -95,7 +95,7 @@ class Guard:
             return _said(scope, "This request comes from another web page, and is refused. Open this server's own page.", 403)
         return None
 
-    async def _at_door(self, door: Door, request: Request) -> Response | None:
+    async def _at_door(self, door: LoginSessions, request: Request) -> Response | None:
         """The answer to somebody who has not logged in, logs in, or out; None for the others."""
         path = request.scope["path"].rstrip("/")
         if path == "/login" and request.method == "POST":

@@ -11,17 +11,18 @@ import gradio as gr
 from PIL import Image
 
 from latentpipe import UserError
-from latentpipe.errors import counted
-from latentpipe.fit import fit_and_save
-from latentpipe.images import fit_square, to_images
-from latentpipe.jobs import Done, Report
-from latentpipe.lab import MOST, Laboratory, compare_pictures, decode_same, example_pictures
-from latentpipe.recipe import save_png
-from latentpipe.ui import show
-from latentpipe.ui.lab_figures import as_json, comparison_sheet, figures, pictures_html, pictures_of, summary, words_of
-from latentpipe.ui.state import HEAVY, LIGHT, App, json_field, told, wire_stop
+from latentpipe.checkpoints.registry import available
+from latentpipe.cli.fit_adapter import fit_and_save
+from latentpipe.engine.jobs import Done
+from latentpipe.evaluate.vae_lab import MOST, Laboratory, compare_pictures, decode_same, example_pictures
+from latentpipe.pipelines.metadata.recipe import save_png
+from latentpipe.ui import html as show
+from latentpipe.ui.lab_view import as_json, comparison_sheet, figures, pictures_html, pictures_of, summary, words_of
+from latentpipe.ui.state import HEAVY, LIGHT, App, json_field, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
-from latentpipe.weights import available
+from latentpipe.utils.errors import counted
+from latentpipe.utils.images import fit_square, to_images
+from latentpipe.utils.progress import ProgressCallback
 
 EMPTY = "Drop pictures, or press 'Use example pictures', choose VAEs, and press Compare."
 SIDES = {"what suits all": 0, "64": 64, "128": 128, "256": 256, "512": 512}
@@ -111,12 +112,12 @@ class _Parts:
 
 def _wire_compare(app: App, run: gr.Button, parts: _Parts) -> None:
     def compare(files: list[str] | None, vaes: list[str], side: str, model: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        with told() as notes:
+        with toast_errors() as notes:
             given, names = pictures_of(files), [app.named("vae", name) for name in vaes or []]
             if len(names) < 2:
                 raise UserError("Choose two or more VAEs to compare.")
 
-            def work(report: Report) -> tuple[Laboratory, str]:
+            def work(report: ProgressCallback) -> tuple[Laboratory, str]:
                 lab = compare_pictures(given, names, SIDES[side] or None, report, app.models.stage)
                 return lab, _verdicts(app, model, names)
 
@@ -150,11 +151,11 @@ def _wire_compare(app: App, run: gr.Button, parts: _Parts) -> None:
 
 def _wire_decode(app: App, same: gr.Button, parts: _Parts) -> None:
     def decode(files: list[str] | None, vaes: list[str], side: str, model: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        with told() as notes:
+        with toast_errors() as notes:
             given, names = pictures_of(files), [app.named("vae", name) for name in vaes or []]
             source = _own_vae(app, model)
 
-            def work(report: Report) -> Any:
+            def work(report: ProgressCallback) -> Any:
                 return decode_same(given, source, names, SIDES[side] or None, report, app.models.stage)
 
             for event in app.jobs.run(request, work, notes):
@@ -195,11 +196,11 @@ def _own_vae(app: App, model: str) -> Path:
 
 def _wire_fit(app: App, fit: gr.Button, parts: _Parts, target: gr.Dropdown, ladder: gr.HTML) -> None:
     def run(files: list[str] | None, model: str, name: str | None, request: gr.Request) -> Iterator[str]:
-        with told() as notes:
+        with toast_errors() as notes:
             given = pictures_of(files)
             source, to = _own_vae(app, model), app.named("vae", name or "")
 
-            def work(report: Report) -> Any:
+            def work(report: ProgressCallback) -> Any:
                 images = to_images([fit_square(picture, ADAPTER_SIDE) for picture in given])
                 return fit_and_save(source, to, images, "pictures given in the VAE lab", report=report)
 
@@ -256,7 +257,7 @@ def add_endpoint(app: App) -> None:
 
         Returns the figures, and a PNG sheet of originals, reconstructions and differences. side 0: what suits all.
         """
-        with told() as notes:
+        with toast_errors() as notes:
             if not isinstance(vaes, list) or not vaes or not all(isinstance(name, str) for name in vaes):
                 raise UserError('vaes is no list of names; expected such as ["emoji", "emoji-tiny"].')
             names = [app.named("vae", name) for name in dict.fromkeys(vaes)]
@@ -264,7 +265,7 @@ def add_endpoint(app: App) -> None:
                 raise UserError(f"side is {side:g}; expected 1 to {MOST_SIDE} pixels, or 0 for what suits all.")
             given = pictures_of(pictures)
 
-            def work(report: Report) -> Laboratory:
+            def work(report: ProgressCallback) -> Laboratory:
                 return compare_pictures(given, names, int(side or 0) or None, report, app.models.stage)
 
             for event in app.jobs.run(request, work, notes):

@@ -35,7 +35,7 @@ label {{ margin-top: 1rem; }} input, button {{ padding: .6rem; margin-top: .3rem
 <button>Log in</button></form></main></body></html>"""
 
 
-class Door:
+class LoginSessions:
     """Who has logged in, by the token in their cookie.
 
     `root` is the path that a reverse proxy serves this at ("" for none).

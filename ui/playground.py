@@ -8,14 +8,15 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from latentpipe.explore import play
-from latentpipe.jobs import Done, Report, Waiting
-from latentpipe.recipe import MAX_SEED
-from latentpipe.ui import play_paths, show
-from latentpipe.ui.play_parts import Given, build_given, result, waiting
-from latentpipe.ui.state import HEAVY, LIGHT, App, told, wire_stop
+from latentpipe.engine.jobs import Done, Waiting
+from latentpipe.explore import playground
+from latentpipe.pipelines.metadata.recipe import MAX_SEED
+from latentpipe.ui import html, interpolate
+from latentpipe.ui.playground_inputs import PlaygroundInputs, build_inputs, result, waiting
+from latentpipe.ui.state import HEAVY, LIGHT, App, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
 from latentpipe.ui.uploads import picture_of
+from latentpipe.utils.progress import ProgressCallback
 
 EMPTY = "Drop a picture at the left, or choose a pair below it; then move a slider."
 NO_SHEET = "No sheet yet. Choose directions, then press Draw the sheet."
@@ -27,21 +28,21 @@ def build(app: App) -> None:
     """Lay the tab out and wire it; to be called inside a gr.Tab."""
     with gr.Row(elem_classes="lp-wide"):
         with gr.Column(scale=4, min_width=320):
-            given = build_given(app)
+            given = build_inputs(app)
         with gr.Column(scale=6, min_width=320), gr.Tabs(elem_id="lp-play-tabs"):
             with gr.Tab("Edit live", id="live"):
                 names = _live(app, given)
             with gr.Tab("Traverse", id="traverse"):
                 _traverse(app, given, names)
             with gr.Tab("Interpolate", id="between"):
-                play_paths.build(app, given)
+                interpolate.build(app, given)
 
 
 # --- edit live ------------------------------------------------------------------------------------------------
 
 
-def _live(app: App, given: Given) -> tuple[gr.Dropdown, gr.Dropdown]:
-    status = gr.HTML(show.empty(EMPTY), elem_id="lp-play-status", elem_classes=SAID)
+def _live(app: App, given: PlaygroundInputs) -> tuple[gr.Dropdown, gr.Dropdown]:
+    status = gr.HTML(html.empty(EMPTY), elem_id="lp-play-status", elem_classes=SAID)
     picture = gr.Image(
         label="Decoded", show_label=False, format="png", interactive=False, visible=False, height=260, elem_id="lp-play-live",
         elem_classes="lp-large", buttons=["download", "fullscreen"],
@@ -70,24 +71,24 @@ def _live(app: App, given: Given) -> tuple[gr.Dropdown, gr.Dropdown]:
         one: str, one_far: float, other: str, other_far: float, request: gr.Request,
     ) -> Iterator[tuple[Any, Any]]:  # fmt: skip
         if first is None:
-            yield show.empty(EMPTY), gr.update(visible=False)
+            yield html.empty(EMPTY), gr.update(visible=False)
             return
-        with told() as notes:
+        with toast_errors() as notes:
             moves = {NONE: 0.0, one: one_far} | {other: other_far + (one_far if one == other else 0.0)}
             del moves[NONE]
             mixed = share if second is not None else 0.0
-            edit = play.Edit(mixed, {name: far for name, far in moves.items() if far}, scale, noise, int(seed or 0))
+            edit = playground.Edit(mixed, {name: far for name, far in moves.items() if far}, scale, noise, int(seed or 0))
             pictures = picture_of(first), picture_of(second) if second is not None else None
 
-            def work(report: Report) -> Image.Image:
-                return play.edited(given.stage(app, vae), *pictures, edit)
+            def work(report: ProgressCallback) -> Image.Image:
+                return playground.edited(given.stage(app, vae), *pictures, edit)
 
             for event in app.jobs.run(request, work, notes):
                 if isinstance(event, Done):
                     words = _words(mixed, scale, noise, edit.moves or {})
-                    yield show.words(words), gr.update(value=event.result, visible=True, alt_text=words)
+                    yield html.words(words), gr.update(value=event.result, visible=True, alt_text=words)
                 elif isinstance(event, Waiting) and event.ahead:
-                    yield show.waiting(event.ahead), gr.skip()
+                    yield html.waiting(event.ahead), gr.skip()
 
     gr.on(
         [field.change for field in fields if field is not given.vae], live, fields, [status, picture], show_progress="hidden",
@@ -115,23 +116,25 @@ def _words(share: float, scale: float, noise: float, moves: Any) -> str:
     return f"The first picture, decoded from its latents{', with ' * bool(parts)}{', '.join(parts)}."
 
 
-def _wire_learn(app: App, given: Given, learn: gr.Button, learned: gr.HTML, names: tuple[gr.Dropdown, gr.Dropdown]) -> None:
+def _wire_learn(
+    app: App, given: PlaygroundInputs, learn: gr.Button, learned: gr.HTML, names: tuple[gr.Dropdown, gr.Dropdown]
+) -> None:
     def found(vae: str, request: gr.Request) -> Iterator[tuple[Any, Any, Any]]:
-        with told() as notes:
+        with toast_errors() as notes:
 
-            def work(report: Report) -> list[str]:
-                return play.directions(given.stage(app, vae), report)
+            def work(report: ProgressCallback) -> list[str]:
+                return playground.directions(given.stage(app, vae), report)
 
             for event in app.jobs.run(request, work, notes):
                 if isinstance(event, Done):
                     words = f"{len(event.result)} directions, those that change pictures most first. Choose some and move them."
                     first, second = [*event.result, NONE, NONE][:2]
                     choices = [NONE, *event.result]
-                    yield show.words(words), gr.update(choices=choices, value=first), gr.update(choices=choices, value=second)
+                    yield html.words(words), gr.update(choices=choices, value=first), gr.update(choices=choices, value=second)
                 else:
                     yield waiting(event), gr.skip(), gr.skip()
             return
-        yield show.words("No directions were found."), gr.skip(), gr.skip()
+        yield html.words("No directions were found."), gr.skip(), gr.skip()
 
     learn.click(found, [given.vae], [learned, *names], show_progress="hidden", trigger_mode="once", **HEAVY)
 
@@ -139,7 +142,7 @@ def _wire_learn(app: App, given: Given, learn: gr.Button, learned: gr.HTML, name
 # --- traverse -------------------------------------------------------------------------------------------------
 
 
-def _traverse(app: App, given: Given, names: tuple[gr.Dropdown, gr.Dropdown]) -> None:
+def _traverse(app: App, given: PlaygroundInputs, names: tuple[gr.Dropdown, gr.Dropdown]) -> None:
     gr.Markdown(
         f"A row for each of the {ROWS} directions that change pictures most, or the plane of the two chosen in *Edit live*."
     )
@@ -155,39 +158,39 @@ def _traverse(app: App, given: Given, names: tuple[gr.Dropdown, gr.Dropdown]) ->
     def draw(
         first: str | None, vae: str, what: str, count: float, most: float, one: str, other: str, request: gr.Request
     ) -> Iterator[tuple[Any, Any, Any]]:
-        with told() as notes:
+        with toast_errors() as notes:
             picture = picture_of(first)
 
-            def work(report: Report) -> Image.Image:
+            def work(report: ProgressCallback) -> Image.Image:
                 stage = given.stage(app, vae)
-                known = play.directions(stage, report)
+                known = playground.directions(stage, report)
                 if what == "Rows":
-                    return play.traversal(stage, picture, known[:ROWS], int(count), most, report)
+                    return playground.traversal(stage, picture, known[:ROWS], int(count), most, report)
                 pair = [one, other] if NONE not in (one, other) and one != other else known[:2]
-                return play.plane(stage, picture, (pair[0], pair[1]), int(count), most, report)
+                return playground.plane(stage, picture, (pair[0], pair[1]), int(count), most, report)
 
             alt = f"Sheet of the first picture moved along directions of {vae}, from -{most:g} to {most:g} standard deviations"
             yield from _watched(app, request, work, notes, alt)
             return
-        yield show.empty(NO_SHEET), gr.skip(), gr.skip()
+        yield html.empty(NO_SHEET), gr.skip(), gr.skip()
 
     drawing = run.click(
         draw, [given.first, given.vae, what, count, most, *names], list(shown), show_progress="hidden", trigger_mode="once",
         **HEAVY,
     )  # fmt: skip
-    drawing.failure(lambda: show.empty(NO_SHEET), None, [shown[0]], **LIGHT)
+    drawing.failure(lambda: html.empty(NO_SHEET), None, [shown[0]], **LIGHT)
     wire_stop(app, stop)
 
 
 def _watched(
-    app: App, request: gr.Request, work: Callable[[Report], Image.Image], notes: list[str], alt: str
+    app: App, request: gr.Request, work: Callable[[ProgressCallback], Image.Image], notes: list[str], alt: str
 ) -> Iterator[tuple[Any, Any, Any]]:
     """Progress, then the picture with its download."""
     for event in app.jobs.run(request, work, notes):
         if isinstance(event, Done):
             path = app.place("sheet.png")
             event.result.save(path)
-            done = show.words(f"Done in {event.seconds:.1f} s.")
+            done = html.words(f"Done in {event.seconds:.1f} s.")
             yield done, gr.update(value=str(path), visible=True, alt_text=alt), gr.update(value=str(path), interactive=True)
         else:
             yield waiting(event), gr.skip(), gr.skip()

@@ -10,15 +10,16 @@ from typing import Any
 import gradio as gr
 
 from latentpipe import replay
-from latentpipe.jobs import Done, Progress, Report, Waiting
-from latentpipe.metadata import Info, read_info
-from latentpipe.recipe import read
-from latentpipe.ui import show
+from latentpipe.engine.jobs import Done, Progress, Waiting
+from latentpipe.pipelines.metadata.reader import Info, read_info
+from latentpipe.pipelines.metadata.recipe import read
+from latentpipe.ui import html
 from latentpipe.ui.form import Form
-from latentpipe.ui.state import HEAVY, LIGHT, App, told, wire_stop
-from latentpipe.ui.taken import fields_of, taken_over
+from latentpipe.ui.restored_settings import fields_of, taken_over
+from latentpipe.ui.state import HEAVY, LIGHT, App, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
 from latentpipe.ui.uploads import check_picture, picture_input
+from latentpipe.utils.progress import ProgressCallback
 
 EMPTY = "Drop a picture of latentpipe, A1111, ComfyUI, Fooocus, InvokeAI or NovelAI: its settings appear here."
 
@@ -49,7 +50,7 @@ def build(app: App, form: Form, said: gr.HTML) -> PngInfo:
                 label="Drawn again", alt_text="the picture drawn again", format="png", interactive=False, visible=False,
                 height=260, elem_id="lp-replayed", buttons=["download", "fullscreen"],
             )  # fmt: skip
-            facts = gr.HTML(show.empty(EMPTY), elem_id="lp-facts")
+            facts = gr.HTML(html.empty(EMPTY), elem_id="lp-facts")
             raw = gr.Textbox(label="As it stands in the file", lines=4, max_lines=12, interactive=False, buttons=["copy"])
     image.change(lambda path: look(path), [image], [facts, raw, verdict, replayed], **LIGHT)
 
@@ -57,7 +58,7 @@ def build(app: App, form: Form, said: gr.HTML) -> PngInfo:
         yield from _replay(app, path, other, request)
 
     done = again.click(run, [image, source], [verdict, replayed], show_progress="hidden", trigger_mode="once", **HEAVY)
-    done.failure(lambda: show.words("It was not drawn again."), None, [verdict], **LIGHT)
+    done.failure(lambda: html.words("It was not drawn again."), None, [verdict], **LIGHT)
     wire_stop(app, stop)
     restored = restore.click(
         lambda path, model: taken_over(app, form, path, model), [image, form.model], [*fields_of(form), said], **LIGHT
@@ -75,12 +76,12 @@ def look(path: str | None) -> tuple[str, str, str, Any]:
     """The settings as a table, and the text as it stands in the file."""
     hidden = gr.update(value=None, visible=False)
     if path is None:
-        return show.empty(EMPTY), "", "", hidden
+        return html.empty(EMPTY), "", "", hidden
     try:
-        with told():
+        with toast_errors():
             info = info_of(path)
     except gr.Error as error:  # a line that stays, in place of a toast that goes
-        return show.light("red", str(error.message), "Not read"), "", "", hidden
+        return html.light("red", str(error.message), "Not read"), "", "", hidden
     else:
         rows = [("Written by", info.source), ("Prompt", info.prompt), ("Negative prompt", info.negative or "-")]
         rows += [(name.replace("_", " ").capitalize(), _words(value)) for name, value in info.settings.items()]
@@ -90,7 +91,7 @@ def look(path: str | None) -> tuple[str, str, str, Any]:
         rows += [("Note", sentence) for sentence in info.changed]
         if info.recipe is not None:
             rows += [(f"Hash of {part}", digest[:16]) for part, digest in info.recipe.hashes.items()]
-        return show.table("Settings of this picture", ["Setting", "Value"], rows), info.raw, "", hidden
+        return html.table("Settings of this picture", ["Setting", "Value"], rows), info.raw, "", hidden
 
 
 def as_json(info: Info) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def _words(value: Any) -> str:
 def _replay(app: App, path: str | None, source: str | None, request: gr.Request) -> Iterator[tuple[Any, Any]]:
     """Draw the picture again and say how far it is from the old one."""
     hidden = gr.update(visible=False)
-    with told() as notes:
+    with toast_errors() as notes:
         if path is None:
             gr.Info("Drop a picture first.")
             return
@@ -116,7 +117,7 @@ def _replay(app: App, path: str | None, source: str | None, request: gr.Request)
                 check_picture(each)
         other = Path(source) if source else None
 
-        def work(report: Report) -> Any:
+        def work(report: ProgressCallback) -> Any:
             old = read(Path(path))
             app.jobs.allow(old.width, old.height, old.steps, old.batch_size)
             return replay(Path(path), source=other, report=report, device=app.models.device)
@@ -125,17 +126,17 @@ def _replay(app: App, path: str | None, source: str | None, request: gr.Request)
             if isinstance(event, Done):
                 yield _verdict(event.result), gr.update(value=app.keep(event.result.picture), visible=True)
             elif isinstance(event, Progress):
-                yield show.progress(event.done, event.total, "Drawing again, step", event.eta_s), hidden
+                yield html.progress(event.done, event.total, "Drawing again, step", event.eta_s), hidden
             elif isinstance(event, Waiting):
-                yield show.waiting(event.ahead), hidden
+                yield html.waiting(event.ahead), hidden
         return
     yield "", hidden
 
 
 def _verdict(result: Any) -> str:
     if result.difference == 0:
-        return show.light("green", "every pixel is the same.", "Identical")
+        return html.light("green", "every pixel is the same.", "Identical")
     cause = "; ".join(result.causes) or "no cause found: same machine, versions and threads"
-    return show.light(
+    return html.light(
         "amber", f"largest difference {result.difference} of 255 grey levels. What has changed: {cause}.", "Differs"
     )

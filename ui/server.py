@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from latentpipe import UserError
-from latentpipe.ending import signals_to
-from latentpipe.files import home
+from latentpipe.checkpoints.registry import bundled_weights_dir, find_model
 from latentpipe.ui import app as pages
 from latentpipe.ui import serving, sessions, theme
-from latentpipe.ui.guard import MAX_FILE, Guard
-from latentpipe.ui.hosts import Names, is_loopback, names_for
+from latentpipe.ui.allowed_hosts import AllowedHosts, is_loopback, names_for
+from latentpipe.ui.guard import MAX_FILE, RequestGuard
 from latentpipe.ui.listeners import Listeners
-from latentpipe.ui.login import LOGIN, Door, login_of
+from latentpipe.ui.login import LOGIN, LoginSessions, login_of
 from latentpipe.ui.state import MAX_WORK, App, Jobs, collect_notes
-from latentpipe.weights import find_model, shipped
+from latentpipe.utils.io import home
+from latentpipe.utils.signals import signals_to
 
 THREADS = 128  # a job that waits in the line holds one
 SWITCH_S = 5e-4  # Python's 5 ms, waited for by each small operation of a denoiser while the server is busy, make its steps slow
@@ -63,6 +64,7 @@ def serve(
     if not max_work > 0:
         raise UserError(f"--max-work is {max_work:g}; expected more than 0 (millions of pixels x steps x pictures).")
     find_model(model)  # a wrong name is said now
+    _refuse_hidden(Path(get_upload_folder()))
     sockets = serving.sockets_for(host, port)
     collect_notes()
     sys.setswitchinterval(SWITCH_S)
@@ -72,10 +74,10 @@ def serve(
     sessions.lighten(page)
     page.max_threads = page._queue.max_thread_count = THREADS
     page.state_session_capacity = sessions.MOST
-    names = Names(names_for([host], allow_host), allow_host)
-    door = Door(login, root_path) if login is not None else None
+    names = AllowedHosts(names_for([host], allow_host), allow_host)
+    door = LoginSessions(login, root_path) if login is not None else None
     inside = serving.mounted(page, **_options(root_path, mcp))
-    guard = Guard(inside, names, door, listeners, _session_of(page), root_path)
+    guard = RequestGuard(inside, names, door, listeners, _session_of(page), root_path)
     running = serving.Running(guard, sockets, behind_proxy=bool(root_path or allow_host))
     served = Served(page, serving.address_of(host, sockets[0].getsockname()[1]), state, running)
     print(f"latentpipe is at {served.address}  (Ctrl-C ends it)", flush=True)
@@ -119,9 +121,25 @@ class Served:
 def _options(root_path: str, mcp: bool) -> dict[str, Any]:
     return {
         "root_path": root_path, "show_error": False, "max_file_size": MAX_FILE, "allowed_paths": [],
-        "blocked_paths": [str(shipped()), str(home())], "enable_monitoring": False, "ssr_mode": False, "run_history": False,
+        "blocked_paths": [str(folder) for folder in _hidden()],
+        "enable_monitoring": False, "ssr_mode": False, "run_history": False,
         "mcp_server": mcp, "footer_links": ["api", "settings"], "theme": theme.theme(), "css": theme.CSS, "head": theme.KEYS,
     }  # fmt: skip
+
+
+def _hidden() -> tuple[Path, Path]:
+    """Folders that no address leads into: the shipped weights, and the user's own."""
+    return bundled_weights_dir(), home()
+
+
+def _refuse_hidden(shown: Path) -> None:
+    """gradio shows nothing from below a folder that it hides: every picture would be an error."""
+    for folder in _hidden():
+        if shown.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"Pictures for the browser would go to {shown}, inside of {folder}, which the page never serves from; "
+                "let GRADIO_TEMP_DIR (or TMPDIR) name a folder outside of it, or LATENTPIPE_HOME another one."
+            )
 
 
 def _session_of(page: gr.Blocks) -> Any:

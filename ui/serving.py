@@ -18,8 +18,8 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp
 
 from latentpipe import UserError
-from latentpipe.ui import shapes
-from latentpipe.ui.hosts import EVERY
+from latentpipe.ui import request_checks
+from latentpipe.ui.allowed_hosts import EVERY
 
 PORTS = range(7860, 7960)
 START_S, END_S = 60.0, 5.0
@@ -107,8 +107,8 @@ def mounted(page: gr.Blocks, **options: Any) -> FastAPI:
     page.has_launched = True  # until then gradio 6.31 takes any file of this machine for an uploaded one
     inside = next(route.app for route in app.routes if isinstance(route, Mount))
     page.app = page.server_app = inside  # type: ignore[assignment]
-    shapes.check_arguments(page)
-    shapes.answer_in_words(inside)  # type: ignore[arg-type]
+    request_checks.check_arguments(page)
+    request_checks.answer_in_words(inside)  # type: ignore[arg-type]
     return app
 
 

@@ -20,19 +20,23 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from latentpipe import Engine, Finished, LatentPipeline, Picture, StepDone, UserError
-from latentpipe.defaults import STEPS
-from latentpipe.errors import Note
-from latentpipe.files import atomic_file
-from latentpipe.generate import free_path
-from latentpipe.jobs import Cancelled, Done, Progress, Report, Waiting, device, run_job
-from latentpipe.model_cache import ModelCache
-from latentpipe.shortage import is_shortage, sentence
+from latentpipe.checkpoints.registry import available
+from latentpipe.cli.generate import free_path
+from latentpipe.engine.jobs import Cancelled, Done, Progress, Waiting, device, run_job
+from latentpipe.engine.pipeline_cache import PipelineCache
 from latentpipe.ui.listeners import Listeners
 from latentpipe.ui.wording import in_words_of_the_page
-from latentpipe.weights import available
+from latentpipe.utils.defaults import STEPS
+from latentpipe.utils.errors import LatentpipeWarning
+from latentpipe.utils.io import atomic_file
+from latentpipe.utils.out_of_memory import is_shortage, sentence
+from latentpipe.utils.progress import ProgressCallback
 
 BUILT_IN = "Built-in"
-HEAVY: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}  # `latentpipe.jobs.Line` keeps the order
+HEAVY: dict[str, Any] = {
+    "concurrency_limit": None,
+    "api_visibility": "private",
+}  # `latentpipe.engine.jobs.JobQueue` keeps the order
 LIGHT: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 """Of handlers that answer at once. They too go through gradio's queue, each with a place of its own, for `gr.Info` reaches the
 page as an event of that queue alone: with ``queue=False`` it is printed on the server (gradio 6.31, `helpers.log_message`)."""
@@ -63,13 +67,13 @@ class Jobs:
             )
 
     def run(
-        self, request: gr.Request, work: Callable[[Report], Any], notes: list[str] | None = None
+        self, request: gr.Request, work: Callable[[ProgressCallback], Any], notes: list[str] | None = None
     ) -> Iterator[Waiting | Progress | Done]:
-        """Events of `latentpipe.jobs.run_job` for this visitor: `Waiting` ..., `Progress` ..., `Done` with `.result`.
+        """Events of `latentpipe.engine.jobs.run_job` for this visitor: `Waiting` ..., `Progress` ..., `Done` with `.result`.
 
         The first one is ``Waiting(0)``, at once.
 
-        notes  of `told()`: where the job's notes go
+        notes  of `toast_errors()`: where the job's notes go
         """
         with self._token(request) as token:
             yield Waiting(0)  # so that a click is seen at once, and Stop has something to stop from here on
@@ -167,7 +171,7 @@ class App:
 
     model: str = "emoji"
     out: Path | None = None
-    models: ModelCache = field(default_factory=ModelCache)
+    models: PipelineCache = field(default_factory=PipelineCache)
     jobs: Jobs = field(default_factory=Jobs)
     failure: str = ""
     """Why the model could not be loaded."""
@@ -232,7 +236,7 @@ def wire_stop(app: App, button: gr.Button) -> None:
     """Let a button stop its visitor's jobs."""
 
     def halt(request: gr.Request) -> None:
-        gr.Info("Stopping after this step ..." if app.jobs.stop(request) else "Nothing is running.", duration=4)
+        gr.Info("Stopping ..." if app.jobs.stop(request) else "Nothing is running.", duration=4)
 
     button.click(halt, None, None, **LIGHT)
 
@@ -243,7 +247,7 @@ def public(error: UserError | str) -> str:
 
 
 @contextmanager
-def told() -> Iterator[list[str]]:
+def toast_errors() -> Iterator[list[str]]:
     """What goes wrong inside becomes a toast with its sentence; yields the list that the notes of a job go into.
 
     Notes are shown as one toast when the block ends well.
@@ -252,7 +256,7 @@ def told() -> Iterator[list[str]]:
     try:
         yield notes
         if notes:  # one toast: several would fill a phone's screen
-            gr.Info(told_of(notes), duration=12)
+            gr.Info(sentences_of(notes), duration=12)
     except Cancelled:
         gr.Info("Stopped.")
     except UserError as error:
@@ -269,22 +273,22 @@ def told() -> Iterator[list[str]]:
         ) from None
 
 
-def told_of(notes: Iterable[str]) -> str:
+def sentences_of(notes: Iterable[str]) -> str:
     """Notes as sentences, each once."""
     said = dict.fromkeys(public(note) for note in notes)
     return " ".join(f"{note[:1].upper()}{note[1:].rstrip('.')}." for note in said)
 
 
 def collect_notes() -> None:
-    """Notes (`latentpipe.errors.Note`) go to the job that they belong to, in place of stderr."""
+    """Notes (`latentpipe.utils.errors.LatentpipeWarning`) go to the job that they belong to, in place of stderr."""
     before = warnings.showwarning
 
     def show(message: Any, category: type[Warning], *rest: Any, **named: Any) -> None:
         notes = _notes.get()
-        if issubclass(category, Note) and notes is not None:
+        if issubclass(category, LatentpipeWarning) and notes is not None:
             notes.append(str(message))
         else:
             before(message, category, *rest, **named)
 
-    warnings.simplefilter("always", Note)
+    warnings.simplefilter("always", LatentpipeWarning)
     warnings.showwarning = show

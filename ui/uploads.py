@@ -10,8 +10,8 @@ import gradio as gr
 from PIL import Image
 
 from latentpipe import UserError
-from latentpipe.images import open_picture, picture_file
 from latentpipe.ui.state import LIGHT
+from latentpipe.utils.images import open_picture, picture_file
 
 MAX_PIXELS = 4096 * 4096
 

@@ -6,10 +6,10 @@ import re
 
 from gradio.utils import get_upload_folder
 
-from latentpipe.files import home
-from latentpipe.judge import FIT
-from latentpipe.lora.report import PARTLY
-from latentpipe.weights import shipped
+from latentpipe.checkpoints.registry import bundled_weights_dir
+from latentpipe.compatibility.verdict import FIT
+from latentpipe.lora.matching import PARTLY
+from latentpipe.utils.io import home
 
 INSTEAD = {
     "Put its file into $LATENTPIPE_HOME/lora, or give it with --lora.": (
@@ -44,7 +44,7 @@ def in_words_of_the_page(sentence: str) -> str:
     sentence = sentence.split("\nmeasured on")[0]
     for typed, place in INSTEAD.items():
         sentence = sentence.replace(typed, place)
-    for folder in (str(get_upload_folder()), str(home()), str(shipped())):
+    for folder in (str(get_upload_folder()), str(home()), str(bundled_weights_dir())):
         sentence = re.sub(rf"{re.escape(folder)}/(?:[\w.-]+/)*", "", sentence)
     sentence = _ASIDE.sub("", _PATH.sub("", sentence))
     lines = [line for line in sentence.replace("\nnext: ", "\nNext: ").split("\n") if line.strip()]

@@ -1,1 +1,1 @@
-"""Files of other people's models."""
+"""Any model file in and out: layouts, names, hashes, checks."""

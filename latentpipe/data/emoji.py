@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
-from latentpipe.errors import Note, UserError
-from latentpipe.files import atomic_folder, read_json
-from latentpipe.images import WHITE
+from latentpipe.utils.errors import LatentpipeWarning, UserError
+from latentpipe.utils.images import WHITE
+from latentpipe.utils.io import atomic_folder, read_json
 
 FONT_SIZE = 109  # the one size of the font's bitmaps: 136 x 128
 FONTS = (
@@ -207,7 +207,9 @@ def write_folders(out: Path, size: int, font_path: Path | None = None) -> dict[s
         raise UserError(f"{out} is not empty; give a new folder with --out, or delete it first.")
     split = read_split()
     if file_hash(find_font(font_path)) != split["font_sha256"]:
-        warnings.warn("this is another version of the font than the one that the split was made with", Note, stacklevel=2)
+        warnings.warn(
+            "this is another version of the font than the one that the split was made with", LatentpipeWarning, stacklevel=2
+        )
     emojis = render_all(font_path)
     counts: dict[str, int] = {}
     for name in SPLITS:

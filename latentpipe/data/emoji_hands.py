@@ -33,9 +33,9 @@ from latentpipe.data.emoji_sets import (
     read_hand,
     read_names,
 )
-from latentpipe.errors import UserError
-from latentpipe.files import atomic_folder
-from latentpipe.reading import read_json
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import atomic_folder
+from latentpipe.utils.reading import read_json
 
 CELLS_FILE = Path(__file__).with_name("emoji_cells.json")
 FOLDERS = ("train", "validation", "held_out", "cells", "unseen")

@@ -14,9 +14,9 @@ from typing import Any
 
 from PIL import Image
 
-from latentpipe.errors import UserError
-from latentpipe.images import WHITE, flatten, picture_of
-from latentpipe.reading import parse_json
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.images import WHITE, flatten, picture_of
+from latentpipe.utils.reading import parse_json
 
 TONE_MARKS = frozenset(f"1f3f{digit}" for digit in "bcdef")
 MOST_MEMBER = 2**26  # bytes of a file in a package

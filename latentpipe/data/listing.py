@@ -8,8 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from latentpipe.errors import UserError
-from latentpipe.reading import parse_json, read_text
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.reading import parse_json, read_text
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 METADATA = ("metadata.jsonl", "metadata.csv")

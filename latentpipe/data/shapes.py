@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from latentpipe.atomic import atomic_if_new
-from latentpipe.errors import counted
+from latentpipe.utils.atomic import atomic_if_new
+from latentpipe.utils.errors import counted
 
 COLOURS = {
     "red": (214, 48, 49),

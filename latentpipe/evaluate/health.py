@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentpipe.errors import UserError, counted
-from latentpipe.evaluate import posteriors
-from latentpipe.evaluate.detail import Patches, high_energy
-from latentpipe.evaluate.posteriors import NATS
-from latentpipe.images import psnr, to_bytes
-from latentpipe.vae import VAEStage
+from latentpipe.evaluate.metrics import posterior
+from latentpipe.evaluate.metrics.posterior import NATS
+from latentpipe.evaluate.metrics.spectrum import Patches, high_energy
+from latentpipe.utils.errors import UserError, counted
+from latentpipe.utils.images import psnr, to_bytes
+from latentpipe.vae.stage import VAEStage
 
 ACTIVE_VARIANCE = 0.01  # of a posterior mean: Burda et al., arXiv:1509.00519, section 5.3
 SIGMA_EDGES = tuple(10 ** (exponent / 4) for exponent in range(-16, 5))  # 1e-4 .. 10; the outer bins are open
@@ -132,7 +132,7 @@ def _shares(histogram: tuple[float, ...] | None) -> str | None:
 def measure(stage: VAEStage, batches: Iterable[torch.Tensor], seed: int = 0) -> Health:
     """The health of a VAE on images (each B 3 H W, [-1, 1]); UserError where there are none. `seed` is that of the samples."""
     generator = torch.Generator().manual_seed(seed)
-    moments, seen = posteriors.Moments(), _Seen(stage, generator)
+    moments, seen = posterior.Moments(), _Seen(stage, generator)
     for images in batches:
         mean, std = (value.float().cpu() for value in stage.raw_posterior(images))
         moments.add(mean, std)
@@ -140,7 +140,7 @@ def measure(stage: VAEStage, batches: Iterable[torch.Tensor], seed: int = 0) -> 
     if not seen.n:
         raise UserError("There is no picture to measure the VAE on; expected at least one batch of images, B 3 H W.")
     found = moments.result()
-    gap = posteriors.gaussian_gap(found["mean"], found["std"]) / NATS
+    gap = posterior.gaussian_gap(found["mean"], found["std"]) / NATS
     aggregate: dict[str, Any] = {name: tuple(values.tolist()) for name, values in found.items()}
     return Health(
         n=seen.n,
@@ -182,7 +182,7 @@ class _Seen:
         self.n += len(images)
 
     def _add_posterior(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        self.kl += posteriors.kl_values(mean, 2 * std.log()).double().sum((0, 2, 3))
+        self.kl += posterior.kl_values(mean, 2 * std.log()).double().sum((0, 2, 3))
         self.sigma += std.double().sum((0, 2, 3))
         self.values += std[:, 0].numel()
         inside = std.clamp(SIGMA_EDGES[0] * 1.0001, SIGMA_EDGES[-1] * 0.9999)
@@ -223,9 +223,9 @@ class _Seen:
             return {}
         mean, std = (torch.cat(parts) for parts in zip(*self.kept, strict=True))  # N C P
         n, c, positions = mean.shape
-        information = posteriors.mutual_information(mean.flatten(1), std.flatten(1), self.generator)
+        information = posterior.mutual_information(mean.flatten(1), std.flatten(1), self.generator)
         information = information.view(c, positions).mean(1)
-        kl = posteriors.kl_values(mean, 2 * std.log()).double().mean((0, 2))
+        kl = posterior.kl_values(mean, 2 * std.log()).double().mean((0, 2))
         return {
             "kl_bits": tuple((self.kl / self.values / NATS).tolist()),
             "sigma": tuple((self.sigma / self.values).tolist()),
@@ -264,7 +264,7 @@ def watch(mean: torch.Tensor, logvar: torch.Tensor) -> dict[str, float]:
     mean, logvar = mean.float(), logvar.float()
     variance = mean.transpose(0, 1).flatten(1).var(1, correction=0)
     return {
-        "kl_bits_per_latent": posteriors.kl_values(mean, logvar).mean().item() / NATS,
+        "kl_bits_per_latent": posterior.kl_values(mean, logvar).mean().item() / NATS,
         "active_share": (variance > ACTIVE_VARIANCE).float().mean().item(),
         "sigma_mean": (logvar / 2).exp().mean().item(),
     }

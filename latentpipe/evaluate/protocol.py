@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from latentpipe.errors import UserError
+from latentpipe.utils.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ class Protocol:
     rounding   reconstructions to uint8, after a clamp to [-1, 1]: nearest ``floor(127.5 x + 128)``,
                or truncate ``floor(127.5 x + 127.5)``, which darkens by half a grey level
     resize     a key of RESIZES
-    size_px    side of the pictures; None: chosen from the folder (`pictures.plan`)
+    size_px    side of the pictures; None: chosen from the folder (`preprocessing.plan`)
     enlarge    enlarge smaller pictures, as scripts with a fixed resize do; False: they are skipped and named
     ssim_on    bytes: uint8, range 255; floats: clamped to [-1, 1] and never rounded, range 2
                (not the same figure: SSIM compares means as ratios)

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from latentpipe.evaluate.bootstrap import interval
+from latentpipe.evaluate.statistics import interval
 
 Better = Literal["higher", "lower", "neither"]
 

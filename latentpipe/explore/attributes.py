@@ -9,14 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from latentpipe.errors import UserError, counted
-from latentpipe.evaluate.bank import open_bank, small
-from latentpipe.evaluate.latent import decibels
+from latentpipe.data.emoji_bank import open_bank, small
+from latentpipe.data.image_set import decode, encode
+from latentpipe.evaluate.metrics.latents import decibels
 from latentpipe.evaluate.results import Score
-from latentpipe.explore.directions import Direction, Report, supervised
-from latentpipe.explore.sets import decode, encode
-from latentpipe.images import to_bytes, to_pixels
-from latentpipe.vae import VAEStage
+from latentpipe.explore.directions import Direction, supervised
+from latentpipe.utils.errors import UserError, counted
+from latentpipe.utils.images import to_bytes, to_pixels
+from latentpipe.utils.progress import ProgressCallback
+from latentpipe.vae.stage import VAEStage
 
 LEAST = 5  # pictures of either kind that a direction is learnt from
 TONES = ("light", "medium light", "medium", "medium dark", "dark")
@@ -68,7 +69,7 @@ def edit(
     images: torch.Tensor,
     direction: Direction | Sequence[Direction],
     strength: float = 1.0,
-    report: Report = None,
+    report: ProgressCallback | None = None,
 ) -> torch.Tensor:
     """Encode, move, decode: images N 3 H W with the attribute of labelled directions (`directions.supervised`) changed.
 

@@ -2,21 +2,20 @@
 
 Every direction is scaled so that 1 is one standard deviation of the latents along it; amounts are in those units.
 
-latents  N C h w, normalized: the modes of N pictures' posteriors (`sets.encode`)
+latents  N C h w, normalized: the modes of N pictures' posteriors (`image_set.encode`)
 report   called with (done, total, what) as the work goes on
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from latentpipe.errors import UserError
-
-Report = Callable[[int, int, str], None] | None
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.progress import ProgressCallback
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Direction:
     gap: float = 0.0
 
 
-def channels(latents: torch.Tensor, report: Report = None) -> list[Direction]:
+def channels(latents: torch.Tensor, report: ProgressCallback | None = None) -> list[Direction]:
     """One direction for each channel, at every position alike; a channel that never varies is left out.
 
     Spatial latents: the spread is that of the channel's mean over a picture. UserError below 2 pictures.
@@ -56,7 +55,7 @@ def channels(latents: torch.Tensor, report: Report = None) -> list[Direction]:
     return found
 
 
-def principal(latents: torch.Tensor, k: int = 8, report: Report = None) -> list[Direction]:
+def principal(latents: torch.Tensor, k: int = 8, report: ProgressCallback | None = None) -> list[Direction]:
     """The first `k` principal components, by falling variance (Pearson 1901); fewer where the latents span no more.
 
     A component's sign is such that its largest value is positive. UserError: fewer than 2 pictures, k below 1, or latents
@@ -79,7 +78,7 @@ def principal(latents: torch.Tensor, k: int = 8, report: Report = None) -> list[
 
 
 def supervised(
-    latents: torch.Tensor, labels: Mapping[str, Sequence[float] | np.ndarray], report: Report = None
+    latents: torch.Tensor, labels: Mapping[str, Sequence[float] | np.ndarray], report: ProgressCallback | None = None
 ) -> list[Direction]:
     """One direction for each label: that of the covariance of latents and label, towards the higher label.
 
@@ -145,6 +144,6 @@ def _checked(latents: torch.Tensor) -> torch.Tensor:
     return latents.detach().cpu().double()
 
 
-def _tell(report: Report, done: int, total: int, what: str) -> None:
+def _tell(report: ProgressCallback | None, done: int, total: int, what: str) -> None:
     if report is not None:
         report(done, total, what)

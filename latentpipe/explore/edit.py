@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from latentpipe.errors import Note, UserError
-from latentpipe.evaluate.latent import slerp
+from latentpipe.data.image_set import decode, encode
+from latentpipe.evaluate.metrics.latents import slerp
 from latentpipe.explore import traverse
-from latentpipe.explore.directions import Direction, Report
-from latentpipe.explore.sets import decode, encode
-from latentpipe.images import flatten, picture_file, to_images, to_pixels
-from latentpipe.vae import VAEStage
+from latentpipe.explore.directions import Direction
+from latentpipe.utils.errors import LatentpipeWarning, UserError
+from latentpipe.utils.images import flatten, picture_file, to_images, to_pixels
+from latentpipe.utils.progress import ProgressCallback
+from latentpipe.vae.stage import VAEStage
 
 MAX_SEED = 2**32 - 1
 ONE_COLOUR, TWO_TONE = 16, 0.9  # grey levels that strokes of one colour differ by; share of a mask that is black or white
@@ -74,7 +75,7 @@ def edited(
     change: Callable[[torch.Tensor], torch.Tensor],
     mask: Image.Image | None = None,
     feather: int | None = None,
-    report: Report = None,
+    report: ProgressCallback | None = None,
 ) -> Image.Image:
     """A picture of any size whose latents (1 C h w) went through `change`, everywhere or where a mask is white.
 
@@ -144,7 +145,7 @@ def hole_of(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Where a picture of `size` is edited ("L", 0 or 255): white in the mask, from grey level 128 on.
 
     A mask with transparent parts is one of two things. A layer of strokes, black and white or of one colour: where it is
-    opaque, and white if any of it is. Or a picture with a hole: where it is transparent, which a Note says.
+    opaque, and white if any of it is. Or a picture with a hole: where it is transparent, which a warning says.
     UserError: another size, or nothing white.
     """
     upright = _layer(mask) or flatten(mask, (0, 0, 0)).convert("L")
@@ -171,7 +172,7 @@ def _layer(mask: Image.Image) -> Image.Image | None:
         return Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8))
     if ((levels <= 32).all(1) | (levels >= 223).all(1)).mean() >= TWO_TONE:
         return None
-    warnings.warn(Note("the mask is a picture with a transparent part, which is taken as the hole"), stacklevel=4)
+    warnings.warn(LatentpipeWarning("the mask is a picture with a transparent part, which is taken as the hole"), stacklevel=4)
     return clear
 
 

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from PIL import Image
 
-from latentpipe import emphasis
-from latentpipe.defaults import GUIDANCE, STEPS
-from latentpipe.denoise import host_for, is_classic, redraws, size_unit
-from latentpipe.errors import Note, UserError
-from latentpipe.explore.directions import Report
+from latentpipe.data.image_set import encode
 from latentpipe.explore.edit import canvas, composite, feathered, hole_of, latent_share, sized
-from latentpipe.explore.sets import encode
-from latentpipe.hosts import finish
-from latentpipe.images import to_images, to_pixels
-from latentpipe.lora.prompt import note_negative, partial_tags, split_tags
-from latentpipe.pipeline import LatentPipeline
-from latentpipe.sampling import Guide, Settings, Step, check_settings
-from latentpipe.weights import quiet
+from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags
+from latentpipe.pipelines import prompt_weighting
+from latentpipe.pipelines.denoise import host_for, is_classic, redraws, size_unit
+from latentpipe.pipelines.families import finish
+from latentpipe.pipelines.latent_pipeline import LatentPipeline
+from latentpipe.pipelines.sampling import GuidanceCallback, Settings, Step, check_settings
+from latentpipe.utils.defaults import GUIDANCE, STEPS
+from latentpipe.utils.errors import LatentpipeWarning, UserError
+from latentpipe.utils.images import to_images, to_pixels
+from latentpipe.utils.logging import quiet
+from latentpipe.utils.progress import ProgressCallback
 
 LONGEST = 8  # sides at most so many times as long as the denoiser was trained at
 
@@ -42,7 +42,7 @@ def inpaint(
     strength: float = 1.0,
     feather: int | None = None,
     negative: str = "",
-    report: Report = None,
+    report: ProgressCallback | None = None,
 ) -> Image.Image:
     """A picture of any size, redrawn where a mask of its size is white; RGB, or RGBA for a picture with transparency.
 
@@ -53,7 +53,7 @@ def inpaint(
     After each step the latents outside the mask are replaced by the picture's, noised to that step (RePaint, Lugmayr et al.,
     arXiv:2201.09865, equation 8, without resampling; with the same noise at every step, as diffusers does). Pixels outside the
     feathered mask are the picture's own bytes. A UNet that takes mask and masked picture draws by them as diffusers does. The
-    denoiser sees the picture at about the area it was trained at; a larger one gets its new part enlarged, which a Note says.
+    denoiser sees the picture at about the area it was trained at; a larger one gets its new part enlarged, which a warning says.
     UserError: families other than Stable Diffusion 1/2, settings out of range, and as for `edit.canvas` and `edit.hole_of`.
     """
     if not is_classic(pipe.host):
@@ -83,12 +83,12 @@ def inpaint(
 
 
 def _note(pipe: LatentPipeline, prompt: str, negative: str, drawn: tuple[int, int], size: tuple[int, int]) -> None:
-    """A Note on a part that is enlarged, and on words that are not read."""
+    """A warning on a part that is enlarged, and on words that are not read."""
     if drawn[0] < size[0] or drawn[1] < size[1]:
         message = f"the new part is drawn at {drawn[0]} x {drawn[1]} pixels and enlarged to {size[0]} x {size[1]}"
-        warnings.warn(Note(message), stacklevel=3)
+        warnings.warn(LatentpipeWarning(message), stacklevel=3)
     if cut := pipe.cut_words(prompt):
-        warnings.warn(Note(f"the prompt is longer than what the text encoder reads; cut: '{cut}'"), stacklevel=3)
+        warnings.warn(LatentpipeWarning(f"the prompt is longer than what the text encoder reads; cut: '{cut}'"), stacklevel=3)
     note_negative(negative)
 
 
@@ -106,7 +106,9 @@ def draw_size(pipe: LatentPipeline, size: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
-def _by_mask(pipe: LatentPipeline, hole: Image.Image, prompt: str, seed: int, settings: Settings, report: Report) -> torch.Tensor:
+def _by_mask(
+    pipe: LatentPipeline, hole: Image.Image, prompt: str, seed: int, settings: Settings, report: ProgressCallback | None
+) -> torch.Tensor:
     """Latents (1 C h w) by a UNet that was trained to redraw the white part of `hole`, as diffusers' own pipeline asks it."""
     from diffusers import StableDiffusionInpaintPipeline
 
@@ -120,17 +122,17 @@ def _by_mask(pipe: LatentPipeline, hole: Image.Image, prompt: str, seed: int, se
     ).images  # fmt: skip
 
 
-def _guide(twin: Any, prompt: str, settings: Settings, report: Report) -> Guide:
+def _guide(twin: Any, prompt: str, settings: Settings, report: ProgressCallback | None) -> GuidanceCallback:
     """What steers each step of a pipeline by a prompt and tells how far it is."""
     with quiet():
-        positive, none = emphasis.encode(twin, [prompt], settings.guidance > 1, settings.negative)
+        positive, none = prompt_weighting.encode(twin, [prompt], settings.guidance > 1, settings.negative)
     total = settings.steps_to_run
 
     def watch(step: Step) -> None:
         if report is not None:
             report(step.step, total, "draw")
 
-    return Guide(settings, positive, none, total, watch)
+    return GuidanceCallback(settings, positive, none, total, watch)
 
 
 def _denoised(
@@ -140,7 +142,7 @@ def _denoised(
     prompt: str,
     seed: int,
     settings: Settings,
-    report: Report,
+    report: ProgressCallback | None,
 ) -> torch.Tensor:
     """Latents (1 C h w) drawn where `free` (1 1 h w) is above 0; elsewhere they are `known`, exactly."""
     twin = host_for(pipe.host, pipe.stage, settings)

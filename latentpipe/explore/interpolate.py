@@ -10,19 +10,20 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from latentpipe import emphasis
-from latentpipe.defaults import GUIDANCE, STEPS
-from latentpipe.denoise import host_for, is_classic
-from latentpipe.errors import UserError
-from latentpipe.evaluate.latent import slerp
-from latentpipe.explore.directions import Report, components
-from latentpipe.explore.sets import decode, encode, read_set, side_for
-from latentpipe.images import fit_square, to_images, to_pixels
-from latentpipe.lora.prompt import refuse_tags
-from latentpipe.pipeline import LatentPipeline
-from latentpipe.sampling import Guide, Settings, Step
-from latentpipe.vae import VAEStage
-from latentpipe.weights import quiet
+from latentpipe.data.image_set import decode, encode, read_set, side_for
+from latentpipe.evaluate.metrics.latents import slerp
+from latentpipe.explore.directions import components
+from latentpipe.lora.prompt_tags import refuse_tags
+from latentpipe.pipelines import prompt_weighting
+from latentpipe.pipelines.denoise import host_for, is_classic
+from latentpipe.pipelines.latent_pipeline import LatentPipeline
+from latentpipe.pipelines.sampling import GuidanceCallback, Settings, Step
+from latentpipe.utils.defaults import GUIDANCE, STEPS
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.images import fit_square, to_images, to_pixels
+from latentpipe.utils.logging import quiet
+from latentpipe.utils.progress import ProgressCallback
+from latentpipe.vae.stage import VAEStage
 
 LINES = ("slerp", "lerp")  # they need nothing but the ends
 WAYS = (*LINES, "density")
@@ -76,7 +77,7 @@ def path(
     n: int = 9,
     way: str = "slerp",
     bank: torch.Tensor | Density | None = None,
-    report: Report = None,
+    report: ProgressCallback | None = None,
 ) -> torch.Tensor:
     """Latents n C h w from the first to the second (1 C h w each); the ends are these themselves, to the bit.
 
@@ -96,7 +97,9 @@ def path(
     return torch.cat([mixed(first, second, index / (n - 1), way) for index in range(n)])
 
 
-def dense(first: torch.Tensor, second: torch.Tensor, n: int, known: Density, report: Report = None) -> torch.Tensor:
+def dense(
+    first: torch.Tensor, second: torch.Tensor, n: int, known: Density, report: ProgressCallback | None = None
+) -> torch.Tensor:
     """A line of n latents (ends 1 C h w) pulled towards where latents are dense: a geodesic under a density-based metric.
 
     Lengths count more where the density p is low, sum of ``cost(p) |step|^2`` is made least from the straight line on (Bousquet,
@@ -144,14 +147,14 @@ def between_pictures(
     second: Image.Image,
     n: int = 9,
     way: str = "slerp",
-    report: Report = None,
+    report: ProgressCallback | None = None,
     bank: torch.Tensor | Density | None = None,
     size_px: int | None = None,
 ) -> list[Image.Image]:
     """`n` pictures from the first to the second (their centred squares), decoded along a `path` between their latents.
 
     bank     for way density; None: the latents of BANK emoji
-    size_px  side; None: that of `sets.side_for`
+    size_px  side; None: that of `image_set.side_for`
     """
     ends = latents_of(stage, first, size_px), latents_of(stage, second, size_px)
     if way == "density" and bank is None:
@@ -168,7 +171,7 @@ def between_prompts(
     way: str = "slerp",
     seed: int = 0,
     steps: int = STEPS,
-    report: Report = None,
+    report: ProgressCallback | None = None,
     guidance: float = GUIDANCE,
 ) -> list[Image.Image]:
     """`n` pictures from one prompt to the other: the text embeddings are mixed, the noise is that of `seed` throughout.
@@ -189,7 +192,7 @@ def between_prompts(
     pipe.loras.check_free()
     twin = host_for(pipe.host, pipe.stage, settings)
     with quiet():
-        texts, none = emphasis.encode(twin, [first, second], guidance > 1, "")
+        texts, none = prompt_weighting.encode(twin, [first, second], guidance > 1, "")
     found = []
     for index in range(n):
 
@@ -198,7 +201,7 @@ def between_prompts(
                 report(before + step.step, n * steps, "draw")
 
         words = mixed(texts[:1], texts[1:], index / (n - 1), way)
-        guide = Guide(settings, words, None if none is None else none[:1], steps, watch)
+        guide = GuidanceCallback(settings, words, None if none is None else none[:1], steps, watch)
         found.append(
             twin(
                 **guide.start(), callback_on_step_end=guide, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
@@ -210,7 +213,7 @@ def between_prompts(
 
 
 def latents_of(stage: VAEStage, picture: Image.Image, size_px: int | None = None) -> torch.Tensor:
-    """The latents (1 C h w, on the CPU) of a picture's centred square, at `size_px` or the side of `sets.side_for`."""
+    """The latents (1 C h w, on the CPU) of a picture's centred square, at `size_px` or the side of `image_set.side_for`."""
     return encode(stage, to_images(fit_square(picture, side_for(stage.space.downscale, size_px))))
 
 

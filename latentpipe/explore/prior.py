@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from latentpipe.errors import UserError
-from latentpipe.explore.directions import Report, components
+from latentpipe.explore.directions import components
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.progress import ProgressCallback
 
 KEPT = 32  # principal components that the mixture is fitted in
 FLOOR = 1e-3  # added to its variances, of 1 in all
@@ -55,7 +56,7 @@ def normal(shape: tuple[int, int, int]) -> Prior:
     return Prior("N(0, I)", lambda generator: torch.randn(shape, generator=generator))
 
 
-def aggregate(latents: torch.Tensor, k: int = 10, seed: int = 0, report: Report = None) -> Prior:
+def aggregate(latents: torch.Tensor, k: int = 10, seed: int = 0, report: ProgressCallback | None = None) -> Prior:
     """The distribution of given latents (N C h w, samples of the posteriors): a mixture of `k` Gaussians.
 
     It is fitted in the first 32 principal components; the others are independent and normal with their variance. With k = 1 it
@@ -85,7 +86,7 @@ def aggregate(latents: torch.Tensor, k: int = 10, seed: int = 0, report: Report 
     return Prior(f"mixture of {k} Gaussians" if k > 1 else "Gaussian of the pictures", draw)
 
 
-def fit_mixture(rows: torch.Tensor, k: int, seed: int = 0, report: Report = None) -> Mixture:
+def fit_mixture(rows: torch.Tensor, k: int, seed: int = 0, report: ProgressCallback | None = None) -> Mixture:
     """Expectation maximization (Dempster, Laird and Rubin 1977) with full covariances on rows N D, from a seeded start.
 
     The start puts each row to the nearest of `k` rows that lie far apart (k-means++, Arthur and Vassilvitskii 2007). It ends

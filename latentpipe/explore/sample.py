@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentpipe.errors import UserError
-from latentpipe.evaluate.distances import frechet, frechet_score, resamples
-from latentpipe.evaluate.features import Features, metric_names, open_features
+from latentpipe.data.image_set import PictureSet, decode, encode, first, read_set
+from latentpipe.evaluate.metrics.features import Features, metric_names, open_features
+from latentpipe.evaluate.metrics.frechet import frechet, frechet_score, resamples
 from latentpipe.evaluate.results import Score
-from latentpipe.explore.directions import Report
 from latentpipe.explore.prior import Prior, aggregate, normal
-from latentpipe.explore.sets import PictureSet, decode, encode, first, read_set
-from latentpipe.images import bytes_to_images, sheet, to_bytes, to_pixels
-from latentpipe.vae import VAEStage
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.images import bytes_to_images, sheet, to_bytes, to_pixels
+from latentpipe.utils.progress import ProgressCallback
+from latentpipe.vae.stage import VAEStage
 
 REBUILT, OTHERS = "reconstructions", "other real pictures"
 
@@ -52,7 +52,7 @@ def sample(
     folder: Path | None = None,
     measured: int = 0,
     features: str = "emoji-words",
-    report: Report = None,
+    report: ProgressCallback | None = None,
 ) -> Samples:
     """Draw `n` pictures of `size_px` from N(0, I), or from a mixture that is fitted to the latents of real pictures.
 
@@ -74,7 +74,7 @@ def sample(
     return Samples(page, source.name, figures(scores, some, size_px, network))
 
 
-def draw(stage: VAEStage, prior: Prior, n: int, seed: int = 0, report: Report = None) -> torch.Tensor:
+def draw(stage: VAEStage, prior: Prior, n: int, seed: int = 0, report: ProgressCallback | None = None) -> torch.Tensor:
     """`n` pictures of a prior's latents: images n 3 H W on the CPU; picture i depends on ``seed + i`` alone."""
     return decode(stage, prior.sample(n, seed), report)
 
@@ -82,7 +82,7 @@ def draw(stage: VAEStage, prior: Prior, n: int, seed: int = 0, report: Report = 
 def frechet_between(real: np.ndarray, drawn: np.ndarray, seed: int = 0) -> Score:
     """The Frechet distance of two independent sets of features (N D, M D) with its 95 % bootstrap interval over both.
 
-    `distances.frechet`; each resample draws from either set, and the resamples' mean is moved onto the value, because a
+    `frechet.frechet`; each resample draws from either set, and the resamples' mean is moved onto the value, because a
     resample holds fewer different pictures and a Frechet distance grows as they get fewer.
     """
     value = frechet(real, drawn)
@@ -104,7 +104,7 @@ def distances(
     features: Features,
     others: torch.Tensor | None = None,
     seed: int = 0,
-    report: Report = None,
+    report: ProgressCallback | None = None,
 ) -> dict[str, Score]:
     """The Frechet distance to `real` of as many draws from each prior, and two rows to read it against.
 

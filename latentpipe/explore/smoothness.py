@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentpipe.errors import UserError
-from latentpipe.evaluate.bootstrap import interval, paired
-from latentpipe.evaluate.distances import frechet, paired_frechet
-from latentpipe.evaluate.features import Features
+from latentpipe.evaluate.metrics.features import Features
+from latentpipe.evaluate.metrics.frechet import frechet, paired_frechet
+from latentpipe.evaluate.statistics import interval, paired
+from latentpipe.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,24 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from latentpipe.errors import UserError
+from latentpipe.data.image_set import decode
 from latentpipe.explore.attributes import NAMES, labels
-from latentpipe.explore.directions import Direction, Report, channels, principal, supervised
-from latentpipe.explore.sets import decode
-from latentpipe.images import to_bytes, to_pixels, wrap
-from latentpipe.vae import VAEStage
+from latentpipe.explore.directions import Direction, channels, principal, supervised
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.images import to_bytes, to_pixels, wrap
+from latentpipe.utils.progress import ProgressCallback
+from latentpipe.vae.stage import VAEStage
 
 AMOUNTS = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 LABEL_PX = 112
 
 
 def walk(
-    stage: VAEStage, latents: torch.Tensor, direction: Direction, amounts: Sequence[float] = AMOUNTS, report: Report = None
+    stage: VAEStage,
+    latents: torch.Tensor,
+    direction: Direction,
+    amounts: Sequence[float] = AMOUNTS,
+    report: ProgressCallback | None = None,
 ) -> torch.Tensor:
     """The pictures along a direction: images (one for each amount, 3 H W, on the CPU).
 
@@ -37,7 +42,7 @@ def sheet(
     latents: torch.Tensor,
     directions: Sequence[Direction],
     amounts: Sequence[float] = AMOUNTS,
-    report: Report = None,
+    report: ProgressCallback | None = None,
 ) -> Image.Image:
     """A page: one row for each direction, one column for each amount; arguments as for `walk`."""
     batch = torch.cat([moved(latents, direction, amounts) for direction in directions])
@@ -55,7 +60,10 @@ def beginning(captions: Sequence[Sequence[str]], attributes: Sequence[str] = ())
 
 
 def candidates(
-    latents: torch.Tensor, captions: Sequence[Sequence[str]], attributes: Sequence[str] = (), report: Report = None
+    latents: torch.Tensor,
+    captions: Sequence[Sequence[str]],
+    attributes: Sequence[str] = (),
+    report: ProgressCallback | None = None,
 ) -> list[Direction]:
     """The directions to rank for these pictures: channels, the first 16 principal components, and what their captions tell.
 
@@ -72,7 +80,11 @@ def candidates(
 
 
 def changes(
-    stage: VAEStage, latents: torch.Tensor, directions: Sequence[Direction], amount: float = 2.0, report: Report = None
+    stage: VAEStage,
+    latents: torch.Tensor,
+    directions: Sequence[Direction],
+    amount: float = 2.0,
+    report: ProgressCallback | None = None,
 ) -> list[float]:
     """How much each direction changes the decoded picture: grey levels, RMS between `-amount` and `+amount`, mean over pictures.
 
@@ -90,7 +102,11 @@ def changes(
 
 
 def ranked(
-    stage: VAEStage, latents: torch.Tensor, directions: Sequence[Direction], amount: float = 2.0, report: Report = None
+    stage: VAEStage,
+    latents: torch.Tensor,
+    directions: Sequence[Direction],
+    amount: float = 2.0,
+    report: ProgressCallback | None = None,
 ) -> list[tuple[Direction, float]]:
     """Directions with their `changes`, those that change the picture most first; arguments as for `changes`."""
     pairs = zip(directions, changes(stage, latents, directions, amount, report), strict=True)

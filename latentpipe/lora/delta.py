@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentpipe.lora.attach import KEY, filled
-from latentpipe.lora.layer import Layer
+from latentpipe.lora.adapter import LoraLayer
+from latentpipe.lora.injection import KEY, filled
 
 
 @torch.no_grad()
-def delta(layer: Layer, base: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+def delta(layer: LoraLayer, base: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
     """The change of a module's weight, in fp32: a tensor of the shape of `base` (out in, or out in kh kw).
 
     weight  the adapter's: w below
@@ -37,7 +37,7 @@ def delta(layer: Layer, base: torch.Tensor, weight: float = 1.0) -> torch.Tensor
     return tensors["lora_magnitude_vector"].to(base.device, torch.float32).reshape(rows) * full / length - base.float()
 
 
-def _by_peft(layer: Layer, base: torch.Tensor) -> torch.Tensor:
+def _by_peft(layer: LoraLayer, base: torch.Tensor) -> torch.Tensor:
     """LoHa or LoKr, on an empty module of the weight's shape."""
     out, rest = base.shape[0], base.shape[1:]
     square = base.ndim == 4
@@ -46,7 +46,7 @@ def _by_peft(layer: Layer, base: torch.Tensor) -> torch.Tensor:
     return wrapper.get_delta_weight(KEY).reshape(base.shape).float()
 
 
-def delta_shape(layer: Layer) -> tuple[int, int]:
+def delta_shape(layer: LoraLayer) -> tuple[int, int]:
     """Rows and columns of the change: output channels, and input channels times kernel positions."""
     tensors = layer.tensors
     if layer.kind == "lora":

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import torch
 
-from latentpipe.errors import Note, UserError, counted
-from latentpipe.files import read_json
-from latentpipe.latents import LatentSpace
+from latentpipe.checkpoints.pipeline_io import hashes, networks, part_tensors
+from latentpipe.checkpoints.registry import find_model, name_of
+from latentpipe.checkpoints.vae_io import open_vae, vae_hash
+from latentpipe.lora.adapter import COMPONENTS, Lora, LoraLayer
 from latentpipe.lora.factor import plain_layer
-from latentpipe.lora.file_card import BASE
-from latentpipe.lora.layer import COMPONENTS, Layer, Lora
-from latentpipe.lora.sites import PREFIX
-from latentpipe.models import hashes, networks, part_tensors
-from latentpipe.reading import parse_object
-from latentpipe.weights import find_model, name_of, open_vae, vae_hash
+from latentpipe.lora.metadata import BASE
+from latentpipe.lora.target_modules import PREFIX
+from latentpipe.utils.errors import LatentpipeWarning, UserError, counted
+from latentpipe.utils.io import read_json
+from latentpipe.utils.reading import parse_object
+from latentpipe.vae.latent_space import LatentSpace
 
 EXTRACTED_KEY = "latentpipe.extracted"  # in the metadata: what an adapter holds of the difference
 SHOWN = 4
@@ -71,7 +72,7 @@ def extract(
     base_hash  content hash of the component before, for the metadata
 
     Every linear and convolution weight that differs is factored (`factored`); `Explained` is in the metadata as JSON, and a
-    Note names what differs and cannot be carried. Weights of two dtypes are compared in the coarser one. UserError where
+    A warning names what differs and cannot be carried. Weights of two dtypes are compared in the coarser one. UserError where
     nothing that can be carried differs, names or shapes are not the same, values are not finite, or the rank is none.
     """
     _check_rank(rank)
@@ -86,11 +87,11 @@ def extract_models(before: str | Path, after: str | Path, rank: int | float) -> 
     """As `extract`, over all components of two pipelines, or of two VAEs; each is a name, a folder or a VAE's file.
 
     Where one of them is a VAE, the other's VAE is compared with it. The metadata has the hashes of the base that was `before`.
-    A Note names parts that differ and are no networks (tokenizer, scheduler, the VAE's normalization).
+    A warning names parts that differ and are no networks (tokenizer, scheduler, the VAE's normalization).
     """
     _check_rank(rank)
     first, second = _places(before, after)
-    parts: dict[str, dict[str, Layer]] = {}
+    parts: dict[str, dict[str, LoraLayer]] = {}
     told: dict[str, Explained] = {}
     base: dict[str, str] = {}
     others: list[str] = []
@@ -134,11 +135,11 @@ def _difference(
     after: Mapping[str, torch.Tensor],
     rank: int | float,
     paths: Collection[str] | None,
-) -> tuple[dict[str, Layer], Explained]:
+) -> tuple[dict[str, LoraLayer], Explained]:
     """The layers of one component's difference, and how much of it they hold."""
     old, new = (_named(component, tensors) for tensors in (before, after))
     _check_same(component, old, new)
-    layers: dict[str, Layer] = {}
+    layers: dict[str, LoraLayer] = {}
     left_out: list[str] = []
     held = whole = left = 0.0
     for key, value in old.items():
@@ -196,7 +197,7 @@ def _change(place: str, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor | 
 
 
 def _note(told: Mapping[str, Explained], others: Collection[str] = ()) -> None:
-    """A Note on what differs and is not in the adapter."""
+    """A warning on what differs and is not in the adapter."""
     named = [f"{component}.{key}" for component, said in told.items() for key in said.left_out]
     named = [*others, *named]
     if named:
@@ -205,7 +206,7 @@ def _note(told: Mapping[str, Explained], others: Collection[str] = ()) -> None:
         weight = f" (up to {worst:.1%} of the norm of a component's difference)" if worst else ""
         warnings.warn(
             f"these differ too and cannot be carried by a LoRA, so they are left out: {', '.join(named[:SHOWN])}{more}{weight}.",
-            Note,
+            LatentpipeWarning,
             stacklevel=3,
         )
 
@@ -217,7 +218,7 @@ def _nothing(told: Mapping[str, Explained]) -> str:
 
 
 def _lora(
-    parts: dict[str, dict[str, Layer]], told: Mapping[str, Explained], base: Mapping[str, str], rank: int | float, name: str
+    parts: dict[str, dict[str, LoraLayer]], told: Mapping[str, Explained], base: Mapping[str, str], rank: int | float, name: str
 ) -> Lora:
     said = {"rank": rank, "components": {component: asdict(value) for component, value in told.items()}}
     ordered = {component: parts[component] for component in COMPONENTS if component in parts} or parts

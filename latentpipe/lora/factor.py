@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from latentpipe.errors import Note, UserError
+from latentpipe.lora.adapter import Lora, LoraLayer
 from latentpipe.lora.delta import delta, delta_shape
-from latentpipe.lora.layer import Layer, Lora
+from latentpipe.utils.errors import LatentpipeWarning, UserError
 
 NOISE = 1e-6  # singular values below this share of the largest are rounding
-EXACT = 1e-5  # a relative error below this is not worth a Note
+EXACT = 1e-5  # a relative error below this is not worth a warning
 
 
 @torch.no_grad()
@@ -39,13 +39,13 @@ def factored(matrix: torch.Tensor, rank: int | float | None = None) -> tuple[tor
     return left[:, :count] * root, root[:, None] * right[:count], float(energy[:count].sum() / total)
 
 
-def plain_layer(change: torch.Tensor, rank: int | float | None = None) -> tuple[Layer, float]:
+def plain_layer(change: torch.Tensor, rank: int | float | None = None) -> tuple[LoraLayer, float]:
     """A change of a weight (out in, or out in kh kw) as a plain LoRA layer with alpha = rank, and the share of energy held."""
     up, down, share = factored(change.flatten(1), rank)
     count = down.shape[0]
     if change.ndim == 4:
         up, down = up[:, :, None, None], down.reshape(count, *change.shape[1:])
-    return Layer("lora", {"lora_A": down.contiguous(), "lora_B": up.contiguous()}, count, float(count)), share
+    return LoraLayer("lora", {"lora_A": down.contiguous(), "lora_B": up.contiguous()}, count, float(count)), share
 
 
 @torch.no_grad()
@@ -55,13 +55,13 @@ def as_plain(lora: Lora, rank: int | None = None) -> Lora:
     rank  the most that a layer may have; a plain layer above it is reduced too. None: as many as the layer needs to be
           exact, which for LoHa is up to r squared and for LoKr up to the whole matrix.
 
-    Where the rank does not suffice, the best factors of that rank are kept and a Note gives the relative error over all
+    Where the rank does not suffice, the best factors of that rank are kept and a warning gives the relative error over all
     layers. A convolution's A comes out flattened (r, in kh kw) where its file does not tell the kernel. UserError for
     DoRA, whose change depends on the base's weights, and for a rank below 1.
     """
     if rank is not None and rank < 1:
         raise UserError(f"The rank is {rank}; expected 1 or more.")
-    parts: dict[str, dict[str, Layer]] = {}
+    parts: dict[str, dict[str, LoraLayer]] = {}
     lost = whole = 0.0
     for component, path, layer in lora.layers():
         if layer.dora:
@@ -80,13 +80,13 @@ def as_plain(lora: Lora, rank: int | None = None) -> Lora:
         warnings.warn(
             f"LoRA '{lora.name}' as plain LoRA of rank {rank} is not exact: its change of the weights differs by {error:.2%} "
             "(relative, over the layers that were converted); a higher rank comes nearer.",
-            Note,
+            LatentpipeWarning,
             stacklevel=2,
         )
     return replace(lora, parts=parts)
 
 
-def _change(layer: Layer) -> torch.Tensor:
+def _change(layer: LoraLayer) -> torch.Tensor:
     """The change at weight 1, in fp32: out in, or out in kh kw where the layer tells its kernel."""
     rows, columns = delta_shape(layer)
     tensors = layer.tensors

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from latentpipe.defaults import LORA_LIMIT as LIMIT
-from latentpipe.errors import UserError
-from latentpipe.lora.file_card import BASE, WORDS, base_of, trigger_words
-from latentpipe.lora.layer import Layer, Lora
+from latentpipe.lora.adapter import Lora, LoraLayer
+from latentpipe.lora.metadata import BASE, WORDS, base_of, trigger_words
+from latentpipe.utils.defaults import LORA_LIMIT as LIMIT
+from latentpipe.utils.errors import UserError
 
 SAME_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # they merge A and B apart
 BY_SVD = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")  # they merge the product B A
@@ -57,9 +57,9 @@ def merge(
     _check(loras, weights, method, density, rank, sign)
     base = _common_base(loras)
     _check_plain(loras)
-    parts: dict[str, dict[str, Layer]] = {}
+    parts: dict[str, dict[str, LoraLayer]] = {}
     for component, path in sorted({(component, path) for lora in loras for component, path, _ in lora.layers()}):
-        held: list[tuple[str, Layer, float]] = []
+        held: list[tuple[str, LoraLayer, float]] = []
         for lora, weight in zip(loras, weights, strict=True):
             layer = lora.parts.get(component, {}).get(path)
             factor = weight_at(weight, component, path)
@@ -171,8 +171,8 @@ def _common_base(loras: Sequence[Lora]) -> dict[str, str]:
 
 @torch.no_grad()
 def _merged(
-    place: str, held: list[tuple[str, Layer, float]], method: str, density: float, rank: int | None, seed: int, sign: str
-) -> Layer:
+    place: str, held: list[tuple[str, LoraLayer, float]], method: str, density: float, rank: int | None, seed: int, sign: str
+) -> LoraLayer:
     """The merged layer of one module; `held` has name, layer and weight of each adapter that changes it.
 
     A convolution is merged as the linear layer over its unfolded patches, which is the same: peft's own way through
@@ -203,7 +203,7 @@ def _merged(
     own = down.shape[0]
     down = down.reshape(own, *shape)
     up = up[:, :, None, None] if square else up
-    return Layer("lora", {"lora_A": down.contiguous(), "lora_B": up.contiguous()}, own, float(own))
+    return LoraLayer("lora", {"lora_A": down.contiguous(), "lora_B": up.contiguous()}, own, float(own))
 
 
 def _narrowed(pairs: list[Factors]) -> tuple[list[Factors], Factors]:
@@ -216,7 +216,7 @@ def _narrowed(pairs: list[Factors]) -> tuple[list[Factors], Factors]:
     return [(down @ inside, outside.T @ up) for down, up in pairs], (inside, outside)
 
 
-def _shape(place: str, held: list[tuple[str, Layer, float]]) -> tuple[tuple[int, ...], bool]:
+def _shape(place: str, held: list[tuple[str, LoraLayer, float]]) -> tuple[tuple[int, ...], bool]:
     """Shape of A behind its rank, and whether it is a convolution's; UserError where the adapters differ in it."""
     shapes = {name: (layer.tensors["lora_B"].shape[0], tuple(layer.tensors["lora_A"].shape[1:])) for name, layer, _ in held}
     first = next((name for name, (_, rest) in shapes.items() if len(rest) == 3), next(iter(shapes)))

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from latentpipe.atomic import atomic_folder, discard
-from latentpipe.errors import UserError
-from latentpipe.files import read_tensors
-from latentpipe.reading import parse_object, read_text
+from latentpipe.utils.atomic import atomic_folder, discard
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import read_tensors
+from latentpipe.utils.reading import parse_object, read_text
 
 
 def save(work: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int = 2) -> Path:

@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from latentpipe.components import built_to_train
-from latentpipe.config import Diffusion, TrainDenoiser, UNetShape
-from latentpipe.data.cache import LatentCache, open_cache
-from latentpipe.errors import UserError, counted
-from latentpipe.files import atomic_file
-from latentpipe.images import sheet
-from latentpipe.memory import available
-from latentpipe.models import load_pipeline, save_pipeline
-from latentpipe.pipeline import LatentPipeline
-from latentpipe.train import loop, roll
+from latentpipe.checkpoints.components import built_to_train
+from latentpipe.checkpoints.pipeline_io import load_pipeline, save_pipeline
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import load_vae
+from latentpipe.data.latent_cache import LatentCache, open_cache
+from latentpipe.pipelines.latent_pipeline import LatentPipeline
+from latentpipe.pipelines.vocabulary import listed
+from latentpipe.train import loop, picture_changes
+from latentpipe.train.config import Diffusion, TrainDenoiser, UNetShape, config_from
+from latentpipe.train.distributed import refuse_several
 from latentpipe.train.losses import l2, velocity_target
-from latentpipe.train.order import weighted_indices
-from latentpipe.train.progress import Progress
-from latentpipe.train.start import begin, refuse_other_shape, usable
-from latentpipe.train.team import refuse_several
-from latentpipe.train.text import build_text_encoder, token_ids, train_tokenizer, with_vocabulary
-from latentpipe.vocabulary import listed
-from latentpipe.weights import find_model, load_vae, quiet
+from latentpipe.train.progress import TrainingLog
+from latentpipe.train.run_dir import prepare_run_dir, refuse_other_shape, usable
+from latentpipe.train.text_encoder import build_text_encoder, token_ids, train_tokenizer, with_vocabulary
+from latentpipe.train.weighted_order import weighted_indices
+from latentpipe.utils.errors import UserError, counted
+from latentpipe.utils.images import sheet
+from latentpipe.utils.io import atomic_file
+from latentpipe.utils.logging import quiet
+from latentpipe.vae.memory import available
 
 SCORED = 8  # batches that two averages are compared on
 
 
-def train_denoiser(config: TrainDenoiser) -> Path:
-    """Run `latentpipe train-denoiser`: returns the folder of a complete StableDiffusionPipeline (fp16 safetensors)."""
+def train_denoiser(config: TrainDenoiser | str | Path | Mapping[str, Any]) -> Path:
+    """Run `latentpipe train-denoiser`: returns the folder of a complete StableDiffusionPipeline (fp16 safetensors).
+
+    config  a `TrainDenoiser`, the path of its YAML file, or a mapping with its keys; UserError lists every problem of it
+    """
+    return _trained(config_from(config, TrainDenoiser))
+
+
+def _trained(config: TrainDenoiser) -> Path:
     refuse_several("train-denoiser")
     usable(config.run)
     torch.manual_seed(config.run.seed)
@@ -52,8 +62,8 @@ def train_denoiser(config: TrainDenoiser) -> Path:
     scheduler = build_scheduler(config.diffusion)
     alpha_bar = training_alphas(scheduler)
     names = [" | ".join(texts) for texts in cache.captions]  # a cache keeps no file names
-    with begin(config, config.run) as begun:
-        record = roll.follow(config.run, config.data.cache, names, begun)
+    with prepare_run_dir(config, config.run) as begun:
+        record = picture_changes.follow(config.run, config.data.cache, names, begun)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
         print(f"Training on {len(captioned)} captioned pictures of {config.data.cache}")
@@ -81,7 +91,7 @@ def train_denoiser(config: TrainDenoiser) -> Path:
 
         prompts = list(config.sample_prompts) or [cache.captions[index][0] for index in captioned[:8]]
 
-        def sample(step: int, log: Progress) -> dict[str, float]:
+        def sample(step: int, log: TrainingLog) -> dict[str, float]:
             pipe = LatentPipeline(_pipeline(vae, text_encoder, tokenizer, unet, scheduler))
             both.eval()
             pictures = [pipe(prompt, seed=index)[0].image for index, prompt in enumerate(prompts)]

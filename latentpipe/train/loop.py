@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from latentpipe.config import Optimization, Run
-from latentpipe.errors import UserError, counted
-from latentpipe.train.guard import TRIES
-from latentpipe.train.progress import Progress
+from latentpipe.train.config import Optimization, Run
+from latentpipe.train.distributed import DistributedContext
+from latentpipe.train.progress import TrainingLog
+from latentpipe.train.spike_guard import TRIES
 from latentpipe.train.state import State, Stateful
-from latentpipe.train.team import Team
+from latentpipe.utils.errors import UserError, counted
 
 Losses = dict[str, torch.Tensor]
 Figures = dict[str, float]
@@ -96,8 +96,8 @@ def fit(
     optim: Optimization,
     run: Run,
     losses_of: Callable[[int, torch.Generator], Batches],
-    sample: Callable[[int, Progress], Figures],
-    team: Team | None = None,
+    sample: Callable[[int, TrainingLog], Figures],
+    team: DistributedContext | None = None,
     extras: tuple[Stateful, ...] = (),
     parts: int = 1,
     patience: int = 0,
@@ -124,7 +124,7 @@ def fit(
     begun()
     origin = _clones(state) if done == 0 else None
     told = team is None or team.is_first
-    log = Progress(run.work / "log.jsonl", optim.steps, done, run.tensorboard, told)
+    log = TrainingLog(run.work / "log.jsonl", optim.steps, done, run.tensorboard, told)
 
     def save(step: int) -> None:
         log.flush()
@@ -189,7 +189,7 @@ def _step(
     losses_of: Callable[[int, torch.Generator], Batches],
     step: int,
     parts: int,
-    team: Team | None,
+    team: DistributedContext | None,
 ) -> Figures | None:
     """One update; what to log, or None where it was not taken: the loss jumped or is not finite."""
     for group in state.optimizer.param_groups:
@@ -244,7 +244,7 @@ def _clones(state: State) -> Snapshot:
     return {name: value.detach().clone() for name, value in tensors.items()}, figures
 
 
-def _roll_back(state: State, run: Run, step: int, origin: Snapshot | None, log: Progress) -> int:
+def _roll_back(state: State, run: Run, step: int, origin: Snapshot | None, log: TrainingLog) -> int:
     """To the last checkpoint (the beginning where there is none); returns its step."""
     detours = state.guard.detours + 1
     if detours > TRIES:
@@ -265,7 +265,7 @@ def _roll_back(state: State, run: Run, step: int, origin: Snapshot | None, log: 
     return done
 
 
-def _latest(came: list[int], team: Team | None) -> int:
+def _latest(came: list[int], team: DistributedContext | None) -> int:
     """The signal that has come to any process, 0 for none: all must leave the loop at the same step."""
     mine = came[-1] if came else 0
     if team is None or team.world == 1:

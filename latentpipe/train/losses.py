@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from latentpipe.evaluate.similarity import ms_ssim
+from latentpipe.evaluate.metrics.ssim import ms_ssim
 
 
 def l1(images: torch.Tensor, rebuilt: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ def edges(images: torch.Tensor, rebuilt: torch.Tensor) -> torch.Tensor:
     return torch.stack([difference.abs().mean() for difference in apart]).mean()
 
 
-def structure(images: torch.Tensor, rebuilt: torch.Tensor) -> torch.Tensor:
+def ms_ssim_loss(images: torch.Tensor, rebuilt: torch.Tensor) -> torch.Tensor:
     """``1 - MS-SSIM``, mean over pictures; 0 where equal, at most 1 (Wang, Simoncelli and Bovik, Asilomar 2003, equation 7).
 
     Five scales for sides of 176 pixels and more, three (MS-SSIM-3) from 44, below as many as fit: two from 22, one (SSIM) from

@@ -13,12 +13,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from latentpipe.errors import UserError
-from latentpipe.files import atomic_file
-from latentpipe.reading import parse_json
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import atomic_file
+from latentpipe.utils.reading import parse_json
 
 
-class Progress:
+class TrainingLog:
     """A progress bar with ETA on stderr, and one JSON line for every step in log.jsonl; `told` False: neither."""
 
     def __init__(self, path: Path, steps: int, first: int, tensorboard: bool = False, told: bool = True) -> None:

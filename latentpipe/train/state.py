@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from latentpipe.config import Optimization, Run
-from latentpipe.errors import UserError
-from latentpipe.files import atomic_file, read_tensors
 from latentpipe.train import checkpoint
-from latentpipe.train.guard import Guard
+from latentpipe.train.config import Optimization, Run
+from latentpipe.train.spike_guard import SpikeGuard
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import atomic_file, read_tensors
 
 BEST_FILE = "best.safetensors"
 Result = TypeVar("Result")
@@ -49,7 +49,7 @@ class State:
     ema: EMAModel
     scaler: torch.amp.GradScaler
     extras: tuple[Stateful, ...] = ()
-    guard: Guard = field(default_factory=Guard)
+    guard: SpikeGuard = field(default_factory=SpikeGuard)
     best: float | None = None
     misses: int = 0
     validated: int = 0

@@ -11,10 +11,10 @@ import pytest
 from helpers import draw_shape
 
 from latentpipe import UserError
-from latentpipe.data.cache import encode_folder
-from latentpipe.data.folder import read_index, read_pictures
-from latentpipe.data.stream import PictureStream
-from latentpipe.errors import Note
+from latentpipe.data.image_folder import read_index, read_pictures
+from latentpipe.data.latent_cache import encode_folder
+from latentpipe.data.streaming import PictureStream
+from latentpipe.utils.errors import LatentpipeWarning
 
 
 def draw(*paths: Path) -> None:
@@ -34,7 +34,7 @@ def rows(folder: Path, key: str, n: int = 3) -> None:
 def found(folder: Path, **named: Any) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """Names and captions of the index, and the notes."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", Note)
+        warnings.simplefilter("always", LatentpipeWarning)
         items = read_index(folder, **named)
     return {item.path.relative_to(folder).as_posix(): item.captions for item in items}, [str(note.message) for note in caught]
 
@@ -121,9 +121,9 @@ def test_case_25a_another_column_is_named_and_can_be_asked_for(tmp_path: Path) -
 
 
 def test_case_25a_the_column_reaches_both_verbs_that_train_on_captions(tmp_path: Path, vae_folder: Path) -> None:
-    from latentpipe.config import TrainLora
-    from latentpipe.train.lora_data import open_pictures
-    from latentpipe.verbs import encode
+    from latentpipe.cli.data import encode
+    from latentpipe.train.config import TrainLora
+    from latentpipe.train.lora.data import open_pictures
 
     rows(tmp_path / "set", "beschreibung")
     encode(tmp_path / "set", str(vae_folder), 16, tmp_path / "c.safetensors", caption_column="beschreibung")

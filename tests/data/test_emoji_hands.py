@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentpipe import UserError, cli
+from latentpipe import UserError
+from latentpipe.cli import app
 from latentpipe.data import emoji_hands as hands
 from latentpipe.data import emoji_sets as sets
 from latentpipe.data.emoji import Emoji, read_split
@@ -308,6 +309,6 @@ def test_a_broken_drawing_is_left_out(tmp_path: Path) -> None:
 
 
 def test_the_verb_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["emoji", "--hands", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert app.main(["emoji", "--hands", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "npm pack @iconify-json/twemoji@" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from latentpipe import UserError
-from latentpipe.data.folder import read_index, read_pictures
-from latentpipe.recipe import read
+from latentpipe.data.image_folder import read_index, read_pictures
+from latentpipe.pipelines.metadata.recipe import read
 
 
 def test_photographs_of_every_kind_are_read(assets: Path) -> None:

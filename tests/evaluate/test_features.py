@@ -13,17 +13,17 @@ from helpers import some_images, write_pictures
 from safetensors.torch import save_file
 from scipy.ndimage import gaussian_filter
 
-from latentpipe.errors import UserError
-from latentpipe.evaluate import inception, words
-from latentpipe.evaluate.bank import open_bank
-from latentpipe.evaluate.distances import frechet, kernel_score
-from latentpipe.evaluate.features import Features, SqueezeNet10, metric_names, open_features
-from latentpipe.evaluate.inception import Inception
-from latentpipe.evaluate.word_network import WordNetwork
-from latentpipe.files import content_hash, read_tensors
-from latentpipe.weights import shipped
+from latentpipe.checkpoints.registry import bundled_weights_dir
+from latentpipe.data.emoji_bank import open_bank
+from latentpipe.evaluate.metrics import inception, train_emoji_words
+from latentpipe.evaluate.metrics.emoji_words import WordNetwork
+from latentpipe.evaluate.metrics.features import Features, SqueezeNet10, metric_names, open_features
+from latentpipe.evaluate.metrics.frechet import frechet, kernel_score
+from latentpipe.evaluate.metrics.inception import Inception
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import content_hash, read_tensors
 
-WORDS = shipped() / "features" / "emoji-words"
+WORDS = bundled_weights_dir() / "features" / "emoji-words"
 
 
 def randomized(network: torch.nn.Module) -> torch.nn.Module:
@@ -247,37 +247,37 @@ def test_emoji_words_knows_its_words_on_the_bank() -> None:
     bank = open_bank()
     rows = bank.rows_of("validation")
     images = torch.from_numpy(bank.pixels[rows].reshape(-1, 32, 32, 3) / 127.5 - 1).permute(0, 3, 1, 2)
-    truth = words.labels([bank.captions[row] for row in rows], card["words"])
+    truth = train_emoji_words.labels([bank.captions[row] for row in rows], card["words"])
     known = truth.any(1)
     smooth = F.interpolate(images[known], (64, 64), mode="bicubic").clamp(-1, 1)
     with torch.no_grad():
-        found = words.score(network(smooth), truth[known])
+        found = train_emoji_words.score(network(smooth), truth[known])
     assert found["words"] > card["validation"]["most_frequent_words"]["words"] + 0.1
 
 
 def test_the_score_counts_ranked_words() -> None:
     truth = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 0]])
     logits = torch.tensor([[5.0, 1, 3, 0], [3, 2, 1, 0]])
-    assert words.score(logits, truth) == {"top_word": 0.5, "words": 0.25}
+    assert train_emoji_words.score(logits, truth) == {"top_word": 0.5, "words": 0.25}
 
 
 @pytest.mark.slow
 def test_words_are_trained_into_a_folder_that_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words, "LEAST", 3)
-    monkeypatch.setattr(words, "BATCH", 16)
+    monkeypatch.setattr(train_emoji_words, "LEAST", 3)
+    monkeypatch.setattr(train_emoji_words, "BATCH", 16)
     for split in ("train", "validation"):
         write_pictures(tmp_path / split)
-    card = words.train_words(tmp_path, tmp_path / "out", steps=40)
+    card = train_emoji_words.train_words(tmp_path, tmp_path / "out", steps=40)
     assert sorted(card["words"]) == ["bar", "blue", "circle", "green", "red", "square", "yellow"]
     assert card["validation"]["pictures"] == 12
     assert card["validation"]["network"]["words"] > card["validation"]["most_frequent_words"]["words"]
     features = open_features("emoji-words", tmp_path / "out" / "model.safetensors")
     assert features.hash == card["content_hash"]
-    again = words.train_words(tmp_path, tmp_path / "again", steps=40)
+    again = train_emoji_words.train_words(tmp_path, tmp_path / "again", steps=40)
     assert again["content_hash"] == card["content_hash"]
-    monkeypatch.setattr(words, "LEAST", 50)
+    monkeypatch.setattr(train_emoji_words, "LEAST", 50)
     with pytest.raises(UserError, match="50 pictures"):
-        words.train_words(tmp_path, tmp_path / "never")
+        train_emoji_words.train_words(tmp_path, tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
 

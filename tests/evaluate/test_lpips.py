@@ -16,8 +16,8 @@ from torch import nn
 from torchmetrics.functional.image import dists as their_dists
 from torchmetrics.functional.image import lpips as their_lpips
 
-from latentpipe.errors import UserError
-from latentpipe.evaluate.lpips import DISTS, LPIPS, TAPS, open_dists, open_lpips
+from latentpipe.evaluate.metrics.lpips import DISTS, LPIPS, TAPS, open_dists, open_lpips
+from latentpipe.utils.errors import UserError
 
 NETS = tuple(TAPS)
 PARAMETERS = {"alex": 2_469_696, "vgg": 14_714_688, "squeeze": 722_496}  # of torchvision's `features`

@@ -11,9 +11,9 @@ from helpers import some_images
 from PIL import Image
 
 from latentpipe import LatentSpace, UserError
-from latentpipe.evaluate import pictures
+from latentpipe.evaluate import preprocessing
+from latentpipe.evaluate.accumulator import Accumulator, MetricNetworks
 from latentpipe.evaluate.protocol import PROTOCOLS, Protocol, find_protocol, round_images
-from latentpipe.evaluate.tally import Tally, Tools
 
 DEFAULT = PROTOCOLS["latentpipe"]
 
@@ -88,20 +88,20 @@ def test_the_tensor_resize_is_the_triangle_filter_without_rounding(size: tuple[i
         for band in np.asarray(picture, np.float32).transpose(2, 0, 1).copy()
     ]
     wanted = np.stack(channels)[:, top : top + 32, left : left + 32] / 127.5 - 1
-    found = pictures.tensor_square(torch.from_numpy(np.asarray(picture, np.float32).transpose(2, 0, 1) / 127.5 - 1), 32)
+    found = preprocessing.tensor_square(torch.from_numpy(np.asarray(picture, np.float32).transpose(2, 0, 1) / 127.5 - 1), 32)
     assert np.abs(found.numpy() - wanted).max() < 1e-4
 
 
 def test_the_adm_crop_halves_by_boxes_then_is_bicubic() -> None:
     picture = noise(100, 70)
     by_hand = picture.resize((50, 35), Image.Resampling.BOX).resize((46, 32), Image.Resampling.BICUBIC).crop((7, 0, 39, 32))
-    assert pictures.adm_square(picture, 32).tobytes() == by_hand.tobytes()
+    assert preprocessing.adm_square(picture, 32).tobytes() == by_hand.tobytes()
 
 
 def test_the_default_resize_is_lanczos_of_the_centre_square(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "set", (90, 60))
-    plan = pictures.plan(folder, Protocol("test", size_px=32), 2)
-    [(names, images)] = pictures.read(plan, plan.names, 4)
+    plan = preprocessing.plan(folder, Protocol("test", size_px=32), 2)
+    [(names, images)] = preprocessing.read(plan, plan.names, 4)
     # a box and no crop: the filter sees what lies beside the square
     by_hand = noise(90, 60).resize((32, 32), Image.Resampling.LANCZOS, box=(15, 0, 75, 60))
     assert names == ["00.png"]
@@ -112,8 +112,8 @@ def test_the_protocols_feed_in_different_pixels(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "set", (600, 520))
     seen = set()
     for name in PROTOCOLS:
-        plan = pictures.plan(folder, find_protocol(name, size_px=64), 8)
-        [(_, images)] = pictures.read(plan, plan.names, 1)
+        plan = preprocessing.plan(folder, find_protocol(name, size_px=64), 8)
+        [(_, images)] = preprocessing.read(plan, plan.names, 1)
         seen.add(images.numpy().tobytes())
     assert len(seen) == 3  # the COCO cards' filter is not known, so it is the default's
 
@@ -131,42 +131,42 @@ def test_the_protocols_feed_in_different_pixels(tmp_path: Path) -> None:
 def test_the_size_follows_from_the_folder(
     tmp_path: Path, sizes: list[tuple[int, int]], downscale: int, size: tuple[int, int], words: str
 ) -> None:
-    plan = pictures.plan(folder_of(tmp_path / "set", *sizes), DEFAULT, downscale)
+    plan = preprocessing.plan(folder_of(tmp_path / "set", *sizes), DEFAULT, downscale)
     assert (plan.height, plan.width) == size
     assert words in plan.how
     assert len(plan.names) + len(plan.skipped) == len(sizes)
-    for _, images in pictures.read(plan, plan.names, 1):
+    for _, images in preprocessing.read(plan, plan.names, 1):
         assert images.shape == (1, 3, *size)
 
 
 def test_pictures_of_one_size_are_cropped_and_never_filtered(tmp_path: Path) -> None:
-    plan = pictures.plan(folder_of(tmp_path / "set", (35, 50)), DEFAULT, 8)
-    [(_, images)] = pictures.read(plan, plan.names, 1)
+    plan = preprocessing.plan(folder_of(tmp_path / "set", (35, 50)), DEFAULT, 8)
+    [(_, images)] = preprocessing.read(plan, plan.names, 1)
     wanted = np.asarray(noise(35, 50))[1:49, 1:33]
     assert np.array_equal(round_images(images, "nearest")[0].permute(1, 2, 0).numpy(), wanted)
 
 
 def test_small_pictures_are_skipped_by_name_or_enlarged_where_the_protocol_does(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "set", (40, 20), (64, 64))
-    ours = pictures.plan(folder, find_protocol("latentpipe", size_px=32), 8)
+    ours = preprocessing.plan(folder, find_protocol("latentpipe", size_px=32), 8)
     assert ours.names == ["01.png"]
     assert ours.skipped == {"00.png": "40 x 20 is smaller than 32 x 32"}
-    assert pictures.plan(folder, find_protocol("lightningdit", size_px=32), 8).names == ["00.png", "01.png"]
+    assert preprocessing.plan(folder, find_protocol("lightningdit", size_px=32), 8).names == ["00.png", "01.png"]
 
 
 def test_sizes_that_cannot_be_are_refused(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "set", (40, 20))
     for size, message in ((30, "Give --size 32"), (0, "multiples of 8"), (-8, "multiples of 8"), (64, "Give --size 16 or less")):
         with pytest.raises(UserError, match=message):
-            pictures.plan(folder, find_protocol("latentpipe", size_px=size), 8)
+            preprocessing.plan(folder, find_protocol("latentpipe", size_px=size), 8)
     with pytest.raises(UserError, match="at least 1 picture"):
-        pictures.plan(folder, DEFAULT, 8, most=0)
+        preprocessing.plan(folder, DEFAULT, 8, most=0)
     with pytest.raises(UserError, match="at least 64 x 64"):
-        pictures.plan(folder, DEFAULT, 64)
+        preprocessing.plan(folder, DEFAULT, 64)
     with pytest.raises(UserError, match="the least that this VAE takes"):
-        pictures.plan(folder_of(tmp_path / "two", (1, 1), (3, 2)), DEFAULT, 8)
+        preprocessing.plan(folder_of(tmp_path / "two", (1, 1), (3, 2)), DEFAULT, 8)
     with pytest.raises(UserError, match="This VAE needs at least 64 x 64"):
-        pictures.plan(folder, find_protocol("latentpipe", size_px=64), 64)
+        preprocessing.plan(folder, find_protocol("latentpipe", size_px=64), 64)
 
 
 def test_ssim_is_computed_where_each_protocol_does() -> None:
@@ -181,8 +181,8 @@ def test_ssim_is_computed_where_each_protocol_does() -> None:
     }
     found = {}
     for name, protocol in PROTOCOLS.items():
-        tally = Tally(LatentSpace(3, 1, (1.0,) * 3, (0.0,) * 3))
-        tally.add(list("abcd"), images, rebuilt, protocol, Tools(ssim=True))
+        tally = Accumulator(LatentSpace(3, 1, (1.0,) * 3, (0.0,) * 3))
+        tally.add(list("abcd"), images, rebuilt, protocol, MetricNetworks(ssim=True))
         found[name] = float(np.mean(tally.values["SSIM"]))
         if name in wanted:
             data_range, *pair = wanted[name]
@@ -195,9 +195,9 @@ def test_ssim_is_computed_where_each_protocol_does() -> None:
 def test_white_noise_has_a_flat_spectrum_and_a_wave_a_peak() -> None:
     random = np.random.default_rng(0)
     grey = torch.from_numpy(random.integers(0, 256, (40, 1, 64, 64), dtype=np.uint8)).expand(-1, 3, -1, -1)
-    power = pictures.radial_spectrum(grey).mean(0)
+    power = preprocessing.radial_spectrum(grey).mean(0)
     assert power.shape == (32,)
     assert power[3:] == pytest.approx(np.full(29, (256**2 - 1) / 12), rel=0.1)
     wave = 127.5 + 100 * np.cos(2 * np.pi * 10 * np.arange(64) / 64)
     one = torch.from_numpy(np.tile(wave.round().astype(np.uint8), (1, 3, 64, 1)))
-    assert pictures.radial_spectrum(one)[0].argmax() == 10
+    assert preprocessing.radial_spectrum(one)[0].argmax() == 10

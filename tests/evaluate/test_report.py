@@ -18,14 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from latentpipe.compare_verb import compare as compare_verb
-from latentpipe.errors import UserError
-from latentpipe.evaluate.axes import Axis, log_ticks, ticks
-from latentpipe.evaluate.charts import Interval, Series, bars, forest, lines, marker, scatter
-from latentpipe.evaluate.compare import Comparison, compare
-from latentpipe.evaluate.crops import SIDE, Strip, choose, strip
-from latentpipe.evaluate.report import page, write_report
+from latentpipe.cli.evaluate import compare as compare_verb
+from latentpipe.evaluate.comparison import Comparison, compare
+from latentpipe.evaluate.report.axes import Axis, log_ticks, ticks
+from latentpipe.evaluate.report.crops import SIDE, Strip, choose, strip
+from latentpipe.evaluate.report.html import page, write_report
+from latentpipe.evaluate.report.svg import Interval, Series, bars, forest, lines, marker, scatter
 from latentpipe.evaluate.results import Evaluation, Score
+from latentpipe.utils.errors import UserError
 
 N = 16
 EVIL = '<script>alert("x")</script>&.png'
@@ -320,7 +320,7 @@ def test_a_place_that_is_no_page_is_refused_before_anything_is_measured(out: str
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders: six pictures of 48 pixels; a VAE of random weights and one at 1/4 size."""
-    from latentpipe.weights import save_vae
+    from latentpipe.checkpoints.vae_io import save_vae
 
     root = tmp_path_factory.mktemp("compare")
     (root / "set").mkdir()
@@ -355,11 +355,13 @@ def test_the_verb_measures_compares_and_writes_the_page(
 
 @pytest.mark.numeric
 def test_the_crops_are_the_reconstructions_that_were_measured(three: tuple[Path, Path]) -> None:
-    from latentpipe.evaluate.side_by_side import compare_vaes
-    from latentpipe.images import psnr
+    from latentpipe.evaluate.compare_vaes import compare_with_crops
+    from latentpipe.evaluate.protocol import find_protocol
+    from latentpipe.utils.images import psnr
 
     root, images = three
-    found, strips = compare_vaes([root / "first" / "vae", root / "second"], images, cost=False, most=3)
+    vaes, protocol = [root / "first" / "vae", root / "second"], find_protocol("latentpipe")
+    found, strips = compare_with_crops(vaes, images, protocol, 3, "emoji-words", False, "cpu")
     for one in strips:
         shown = [np.asarray(Image.open(io.BytesIO(tile.png))) for tile in (one.original, *one.rebuilt)]
         place = found.evaluations[0].names.index(one.picture)

@@ -16,12 +16,15 @@ from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from latentpipe import cli
-from latentpipe.errors import UserError
-from latentpipe.explore import anomaly, calibrate, defects, heat, sets
-from latentpipe.explore.given import read_given
-from latentpipe.vae import VAEStage
-from latentpipe.weights import find_model, open_vae
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import open_vae
+from latentpipe.cli import app
+from latentpipe.data import defects, image_set
+from latentpipe.data.given_pictures import read_given_pictures
+from latentpipe.explore.anomaly import conformal, heatmap
+from latentpipe.explore.anomaly import detector as anomaly
+from latentpipe.utils.errors import UserError
+from latentpipe.vae.stage import VAEStage
 
 scores = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=30)  # few values: many ties
 
@@ -36,7 +39,7 @@ def stage() -> VAEStage:
 @pytest.fixture(scope="module")
 def emoji() -> torch.Tensor:
     """Unseen emoji at 32 pixels."""
-    return sets.read_set(None, 32, 100, "validation").images
+    return image_set.read_set(None, 32, 100, "validation").images
 
 
 @pytest.fixture(scope="module")
@@ -48,22 +51,22 @@ def detector(stage: VAEStage, emoji: torch.Tensor) -> anomaly.Detector:
 @given(scores, scores)
 def test_areas_are_those_of_scikit_learn_with_ties(normal: list[float], anomalous: list[float]) -> None:
     truth, values = [0] * len(normal) + [1] * len(anomalous), normal + anomalous
-    assert calibrate.auroc(normal, anomalous) == pytest.approx(roc_auc_score(truth, values))
-    assert calibrate.auprc(normal, anomalous) == pytest.approx(average_precision_score(truth, values))
+    assert conformal.auroc(normal, anomalous) == pytest.approx(roc_auc_score(truth, values))
+    assert conformal.auprc(normal, anomalous) == pytest.approx(average_precision_score(truth, values))
 
 
 @given(scores, scores)
 def test_auroc_turns_with_its_sides_and_knows_only_the_order(normal: list[float], anomalous: list[float]) -> None:
-    value = calibrate.auroc(normal, anomalous)
-    assert calibrate.auroc(anomalous, normal) == pytest.approx(1 - value)
-    assert calibrate.auroc(np.exp(normal), np.exp(anomalous)) == pytest.approx(value)
+    value = conformal.auroc(normal, anomalous)
+    assert conformal.auroc(anomalous, normal) == pytest.approx(1 - value)
+    assert conformal.auroc(np.exp(normal), np.exp(anomalous)) == pytest.approx(value)
 
 
 def test_the_interval_of_an_auroc_holds_the_true_one() -> None:
     held = 0
     for seed in range(60):
         random = np.random.default_rng(seed)
-        score = calibrate.with_interval(calibrate.auroc, random.normal(0, 1, 60), random.normal(1, 1, 60), seed, 200)
+        score = conformal.with_interval(conformal.auroc, random.normal(0, 1, 60), random.normal(1, 1, 60), seed, 200)
         held += score.low <= 0.7602 <= score.high  # Phi(1 / sqrt 2)
     assert held >= 51  # of 60; a 95 % interval fails this once in a thousand
 
@@ -72,7 +75,7 @@ def test_the_interval_of_an_auroc_holds_the_true_one() -> None:
 def test_the_binomial_interval_is_that_of_scipy(n: int, data: st.DataObject) -> None:
     hits = data.draw(st.integers(0, n))
     wanted = binomtest(hits, n).proportion_ci(0.95, method="exact")
-    assert calibrate.binomial_interval(hits, n) == pytest.approx((wanted.low, wanted.high), abs=1e-9)
+    assert conformal.binomial_interval(hits, n) == pytest.approx((wanted.low, wanted.high), abs=1e-9)
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])
@@ -80,7 +83,7 @@ def test_the_threshold_keeps_its_promise_and_wastes_little(rate: float) -> None:
     random, n, alarms = np.random.default_rng(0), 119, []
     for _ in range(3000):
         drawn = random.gumbel(size=n + 1)
-        alarms.append(drawn[-1] > calibrate.threshold(drawn[:-1], rate))
+        alarms.append(drawn[-1] > conformal.threshold(drawn[:-1], rate))
     exact = 1 - np.ceil((n + 1) * (1 - rate) - 1e-9) / (n + 1)  # for continuous scores
     assert exact - 1e-9 <= rate < exact + 1 / (n + 1) + 1e-9
     assert abs(np.mean(alarms) - exact) < 4 * (exact / 3000) ** 0.5
@@ -88,13 +91,13 @@ def test_the_threshold_keeps_its_promise_and_wastes_little(rate: float) -> None:
 
 @given(scores, st.floats(0.05, 0.9), st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=5))
 def test_an_alarm_is_a_small_p_value(known: list[float], rate: float, new: list[float]) -> None:
-    p = calibrate.p_values(known, new)
+    p = conformal.p_values(known, new)
     assert ((p > 0) & (p <= 1)).all()
     if rate * (len(known) + 1) < 1:
         with pytest.raises(UserError, match="cannot promise"):
-            calibrate.threshold(known, rate)
+            conformal.threshold(known, rate)
     else:
-        limit = calibrate.threshold(known, rate)
+        limit = conformal.threshold(known, rate)
         assert (p[np.array(new) > limit] <= rate + 1e-9).all()
         assert (p[np.array(new) <= limit] > rate - 1e-9).all()
 
@@ -102,29 +105,29 @@ def test_an_alarm_is_a_small_p_value(known: list[float], rate: float, new: list[
 @pytest.mark.parametrize("bad", [[], [float("nan")], [[1.0]]])
 def test_scores_that_are_none_are_refused(bad: list) -> None:
     with pytest.raises(UserError, match="scores"):
-        calibrate.auroc(bad, [1.0])
+        conformal.auroc(bad, [1.0])
     for rate in (0.0, 1.0, float("nan")):
         with pytest.raises(UserError, match="between 0 and 1"):
-            calibrate.threshold([1.0], rate)
+            conformal.threshold([1.0], rate)
 
 
 def test_the_error_map_keeps_the_mean_of_flat_errors_and_peaks_where_the_error_is() -> None:
     images, rebuilt = torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 32, 32)
     rebuilt[0] += 0.5
     rebuilt[1, :, 20, 7] = 1.0
-    maps = heat.error_map(images, rebuilt)
+    maps = heatmap.error_map(images, rebuilt)
     assert torch.allclose(maps[0], torch.full((32, 32), 0.25), atol=1e-6)
     assert int(maps[1].argmax()) == 20 * 32 + 7
     assert float(maps[1].sum()) == pytest.approx(1.0, abs=1e-4)
 
 
 def test_heat_colours_run_from_dark_to_bright_and_the_page_holds_all(emoji: torch.Tensor) -> None:
-    ramp = heat.colours(np.linspace(-1, 2, 50)).astype(int)
+    ramp = heatmap.colours(np.linspace(-1, 2, 50)).astype(int)
     assert (np.diff(ramp.sum(-1)) >= 0).all()
-    assert tuple(ramp[0]) == heat.STOPS[0]
-    assert tuple(ramp[-1]) == heat.STOPS[-1]
-    page = heat.page(emoji[:5], torch.rand(5, 32, 32) * 5, ["a name"] * 5)
-    assert page.width == 3 * (2 * heat.SHOWN_PX + 2 + 8) + 8
+    assert tuple(ramp[0]) == heatmap.STOPS[0]
+    assert tuple(ramp[-1]) == heatmap.STOPS[-1]
+    page = heatmap.page(emoji[:5], torch.rand(5, 32, 32) * 5, ["a name"] * 5)
+    assert page.width == 3 * (2 * heatmap.SHOWN_PX + 2 + 8) + 8
 
 
 @pytest.mark.parametrize("kind", defects.KINDS)
@@ -144,9 +147,9 @@ def test_a_defect_changes_its_mask_alone_and_is_the_same_again(kind: str, emoji:
 def test_the_heat_of_a_planted_scratch_lies_on_it(detector: anomaly.Detector, emoji: torch.Tensor) -> None:
     images, masks = defects.plant(emoji[60:90], "scratch")
     maps = detector.heat(images)
-    assert calibrate.auroc(maps[~masks].numpy(), maps[masks].numpy()) > 0.9
+    assert conformal.auroc(maps[~masks].numpy(), maps[masks].numpy()) > 0.9
     plain = detector.score(emoji[60:90]).parts["local"]
-    assert calibrate.auroc(plain, detector.score(images).parts["local"]) > 0.6
+    assert conformal.auroc(plain, detector.score(images).parts["local"]) > 0.6
 
 
 def test_noise_is_an_anomaly_and_scores_are_of_each_picture_alone(detector: anomaly.Detector, emoji: torch.Tensor) -> None:
@@ -211,10 +214,10 @@ def test_calibration_refuses_too_few_and_reports_its_progress(stage: VAEStage, e
 def test_the_bank_is_read_as_it_was_made(tmp_path: Path) -> None:
     picture = draw_shape("red", "circle", 128)
     picture.save(tmp_path / "a.png")
-    image = read_given([tmp_path / "a.png"], 32, True).images
+    image = read_given_pictures([tmp_path / "a.png"], 32, True).images
     boxes = np.asarray(picture, np.float32).reshape(32, 4, 32, 4, 3).mean((1, 3)) / 127.5 - 1
     assert np.allclose(image[0].permute(1, 2, 0), boxes, atol=1e-5)
-    assert read_given([tmp_path], 64, True).images.shape == (1, 3, 64, 64)
+    assert read_given_pictures([tmp_path], 64, True).images.shape == (1, 3, 64, 64)
 
 
 @pytest.mark.slow
@@ -229,7 +232,7 @@ def test_the_verb_names_broken_files_and_writes_sheet_table_and_detector(
     Image.new("I;16", (7, 90), 30000).save("new/grey.png")
     Path("new/broken.png").write_bytes(b"no picture")
     arguments = ["anomaly", "new", "--normal", "known", "--false-alarms", "0.3", "--csv", "a.csv", "--save", "d.json"]
-    assert cli.main(arguments) == 0
+    assert app.main(arguments) == 0
     shown = capsys.readouterr()
     assert "broken.png was skipped" in shown.err
     assert shown.out.strip().endswith("anomaly.png")
@@ -241,7 +244,7 @@ def test_the_verb_names_broken_files_and_writes_sheet_table_and_detector(
     assert totals == sorted(totals, reverse=True)
     with Image.open("anomaly.png") as page:
         assert page.size[0] > 700
-    assert cli.main(["anomaly", "new/noise.png", "--detector", "d.json", "--json"]) == 0
+    assert app.main(["anomaly", "new/noise.png", "--detector", "d.json", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["flagged"] == 1
     assert facts["pictures"][0]["score"] == pytest.approx(float(rows["noise.png"][1]), abs=1e-3)
@@ -266,6 +269,6 @@ def test_the_verb_refuses_what_it_cannot_do(
         ([str(pictures), "--detector", "d.json", "--size", "32"], "leave out"),
         ([str(pictures), "--detector", "d.json"], "no anomaly detector"),
     ):
-        assert cli.main(["anomaly", *arguments]) == 2, arguments
+        assert app.main(["anomaly", *arguments]) == 2, arguments
         assert message in capsys.readouterr().err, arguments
         assert not Path("anomaly.png").exists()

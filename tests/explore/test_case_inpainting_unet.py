@@ -14,10 +14,10 @@ from helpers import edit_json
 from PIL import Image
 
 from latentpipe import LatentPipeline, UserError
-from latentpipe.cli import main
+from latentpipe.checkpoints.pipeline_io import load_pipeline
+from latentpipe.cli.app import main
 from latentpipe.explore.inpaint import inpaint
-from latentpipe.models import load_pipeline
-from latentpipe.weights import quiet
+from latentpipe.utils.logging import quiet
 
 SIDE = 16
 
@@ -109,13 +109,13 @@ def test_case_05_the_other_verbs_say_what_the_model_is_for(
 
 
 def test_case_05_an_adapter_goes_on_and_moves_the_part(folder: Path) -> None:
-    from latentpipe.lora.layer import Layer, Lora
+    from latentpipe.lora.adapter import Lora, LoraLayer
 
     pipe = LatentPipeline.from_pretrained(folder, device="cpu")
     picture, mask = scene()
     plain = inpaint(pipe, picture, mask, "red", steps=2)
     factors = {"lora_A": torch.full((1, 9, 3, 3), 0.3), "lora_B": torch.linspace(-1, 1, 32).view(32, 1, 1, 1)}
-    report = pipe.attach_lora(Lora({"unet": {"conv_in": Layer("lora", factors, 1, 1.0)}}, "one"))
+    report = pipe.attach_lora(Lora({"unet": {"conv_in": LoraLayer("lora", factors, 1, 1.0)}}, "one"))
     assert report.parts["unet"].moved
     assert inpaint(pipe, picture, mask, "red", steps=2).tobytes() != plain.tobytes()
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentpipe.errors import Note
 from latentpipe.explore.edit import hole_of, open_mask
+from latentpipe.utils.errors import LatentpipeWarning
 
 SIZE = (64, 64)
 BOX = (24, 24, 40, 40)
@@ -55,7 +55,7 @@ MASKS = {
 def test_case_47_every_kind_of_mask_is_the_same_hole(tmp_path: Path, name: str) -> None:
     MASKS[name].save(tmp_path / "mask.png")
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", Note)
+        warnings.simplefilter("always", LatentpipeWarning)
         found = hole_of(open_mask(tmp_path / "mask.png"), SIZE)
     assert found.tobytes() == HOLE.tobytes()
     assert ["taken as the hole" in str(note.message) for note in caught] == ([True] if "hole" in name else [])
@@ -74,7 +74,7 @@ def test_case_47_sixteen_bits_and_a_turned_mask_are_read(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["white strokes", "a hole"])
 def test_case_47_the_verbs_redraw_that_hole_alone(model_folder: Path, vae_folder: Path, tmp_path: Path, name: str) -> None:
-    from latentpipe.cli import main
+    from latentpipe.cli.app import main
 
     photo().save(tmp_path / "photo.png")
     MASKS[name].save(tmp_path / "mask.png")

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latentpipe import UserError
-from latentpipe.cli import main
-from latentpipe.explore.codec import context, files, fit, tables, waves
-from latentpipe.explore.codec.adaptive import Adaptive
-from latentpipe.explore.codec.bd import bd_rate, front
+from latentpipe.checkpoints.vae_io import save_vae
+from latentpipe.cli.app import main
+from latentpipe.explore.codec import codec as files
+from latentpipe.explore.codec import fit, frequency_tables, static_model, wavefront
+from latentpipe.explore.codec.adaptive_model import Adaptive
+from latentpipe.explore.codec.bd_rate import bd_rate, front
 from latentpipe.explore.codec.container import Container, pack, unpack
-from latentpipe.train.rate import ContextModel
-from latentpipe.weights import save_vae
+from latentpipe.vae.entropy_model import ContextModel
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -34,7 +35,7 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray((waves_ + random.normal(0, 4, waves_.shape)).clip(0, 255).astype(np.uint8))
 
 
-def learnt(channels: int, seed: int = 0) -> context.Weights:
+def learnt(channels: int, seed: int = 0) -> static_model.Weights:
     """Integer weights of a context model that is not trivial."""
     torch.manual_seed(seed)
     net = ContextModel(channels, hidden=16, groups=min(4, channels))
@@ -59,22 +60,22 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_counts_are_those_of_a_logistic_distribution() -> None:
-    found = tables.counts().astype(np.int64)
-    assert (found.sum(-1) == tables.TOTAL).all()
+    found = frequency_tables.counts().astype(np.int64)
+    assert (found.sum(-1) == frequency_tables.TOTAL).all()
     assert found.min() >= 1
     edges = np.arange(-31.5, 31.5)
     for fraction in (0, 3, 7):
-        for scale in (4, tables.ONE, 35):
-            width = 2 ** ((scale - tables.ONE) / 4)
+        for scale in (4, frequency_tables.ONE, 35):
+            width = 2 ** ((scale - frequency_tables.ONE) / 4)
             below = 1 / (1 + np.exp(-(edges - fraction / 8) / width))
             wanted = np.diff(np.concatenate([[0], below, [1]]))
-            assert np.abs(found[fraction, scale] / tables.TOTAL - wanted).max() < 1.2e-3
+            assert np.abs(found[fraction, scale] / frequency_tables.TOTAL - wanted).max() < 1.2e-3
 
 
 @pytest.mark.numeric
 def test_counts_are_the_same_everywhere() -> None:
     # a file that was written once must open for ever: this hash belongs to version 1 of the container
-    assert zlib.crc32(tables.counts().astype("<u2").tobytes()) == COUNTS_CRC
+    assert zlib.crc32(frequency_tables.counts().astype("<u2").tobytes()) == COUNTS_CRC
 
 
 @given(h=st.integers(1, 9), w=st.integers(1, 9), c=st.integers(1, 6), spread=st.sampled_from([0.0, 0.3, 2.0, 40.0, 3e4]),
@@ -85,11 +86,11 @@ def test_latents_come_back_exactly(h: int, w: int, c: int, spread: float, seed: 
     latents = np.rint(np.random.default_rng(seed).laplace(0, spread, (c, h, w))).astype(np.int64)
     weights = learnt(c)
 
-    def model() -> waves.Model:
-        return Adaptive(c, h, w) if adapts else context.Context(weights, seed - 50)
+    def model() -> wavefront.Model:
+        return Adaptive(c, h, w) if adapts else static_model.Context(weights, seed - 50)
 
-    data = waves.encode(latents, model())
-    assert np.array_equal(waves.decode(data, (c, h, w), model()), latents)
+    data = wavefront.encode(latents, model())
+    assert np.array_equal(wavefront.decode(data, (c, h, w), model()), latents)
 
 
 def test_the_length_is_what_the_counts_say() -> None:
@@ -99,15 +100,15 @@ def test_the_length_is_what_the_counts_say() -> None:
     def cost(mean: np.ndarray, scale: np.ndarray, values: np.ndarray | None) -> np.ndarray:
         nonlocal spent
         assert values is not None
-        away = values - (mean >> 3) + tables.CENTRE
-        symbols = away.clip(0, tables.SYMBOLS - 1)
-        spent += tables.cost()[mean % 8, scale, symbols].sum()
-        outermost = (symbols == 0) | (symbols == tables.SYMBOLS - 1)
+        away = values - (mean >> 3) + frequency_tables.CENTRE
+        symbols = away.clip(0, frequency_tables.SYMBOLS - 1)
+        spent += frequency_tables.cost()[mean % 8, scale, symbols].sum()
+        outermost = (symbols == 0) | (symbols == frequency_tables.SYMBOLS - 1)
         spent += sum(2 * int(further + 1).bit_length() - 1 for further in np.abs(away - symbols)[outermost])  # Elias' gamma code
         return values
 
-    waves.walk((4, 12, 12), context.Context(weights, 0), cost, latents)
-    assert 8 * len(waves.encode(latents, context.Context(weights, 0))) == pytest.approx(spent, abs=10)
+    wavefront.walk((4, 12, 12), static_model.Context(weights, 0), cost, latents)
+    assert 8 * len(wavefront.encode(latents, static_model.Context(weights, 0))) == pytest.approx(spent, abs=10)
 
 
 @pytest.mark.numeric
@@ -126,13 +127,13 @@ def test_the_integer_model_is_the_network_that_was_learnt() -> None:
         found.append(np.stack([means / 8, scales]))
         return values
 
-    waves.walk((8, 6, 7), context.Context(fit.integers(net, 1.0), 8), note, latents[0].numpy().astype(np.int64))
+    wavefront.walk((8, 6, 7), static_model.Context(fit.integers(net, 1.0), 8), note, latents[0].numpy().astype(np.int64))
     wanted, at = [], 0
-    for rows, columns in waves.waves(6, 7):
+    for rows, columns in wavefront.waves(6, 7):
         for group in range(4):
             part = slice(2 * group, 2 * group + 2)
-            scale = 4 * log_scale[0, part, rows, columns].T / np.log(2) + tables.ONE
-            wanted.append(np.stack([mean[0, part, rows, columns].T, scale.clamp(0, tables.SCALES - 1)]))
+            scale = 4 * log_scale[0, part, rows, columns].T / np.log(2) + frequency_tables.ONE
+            wanted.append(np.stack([mean[0, part, rows, columns].T, scale.clamp(0, frequency_tables.SCALES - 1)]))
             at += 1
     for one, other in zip(found, wanted, strict=True):
         assert np.abs(one[0] - other[0]).max() < 0.08  # an eighth, rounded
@@ -146,8 +147,8 @@ def test_learning_makes_files_smaller_than_adapting() -> None:
     sets = [torch.cat([base, 2 * base + 0.2 * torch.randn(64, 1, 8, 8, generator=random)], 1).half()]
     weights = fit.integers(fit.learn(sets, 0.25, 150), 0.25)
     latents = files.steps(sets[0][0].double().numpy(), -32)
-    small = len(waves.encode(latents, context.Context(weights, -32)))
-    assert small < 0.9 * len(waves.encode(latents, Adaptive(2, 8, 8)))
+    small = len(wavefront.encode(latents, static_model.Context(weights, -32)))
+    assert small < 0.9 * len(wavefront.encode(latents, Adaptive(2, 8, 8)))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (33, 7), (1, 1), (50, 131)])
@@ -155,7 +156,7 @@ def test_learning_makes_files_smaller_than_adapting() -> None:
 @pytest.mark.numeric
 def test_any_size_comes_back_as_the_decoder_shows_it(folder: Path, size: tuple[int, int], adapts: bool) -> None:
     if adapts:
-        (folder / context.FILE).unlink()
+        (folder / static_model.FILE).unlink()
     codec = files.open_codec(folder)
     picture = photo(*size)
     data = files.compress(picture, codec, 0.5)
@@ -163,7 +164,7 @@ def test_any_size_comes_back_as_the_decoder_shows_it(folder: Path, size: tuple[i
     assert back.size == size
     latents = files.rounded(picture, codec, -16)
     content = unpack(data, "it")
-    assert np.array_equal(waves.decode(content.latents, latents.shape, codec.model(latents.shape, -16)), latents)  # type: ignore[arg-type]
+    assert np.array_equal(wavefront.decode(content.latents, latents.shape, codec.model(latents.shape, -16)), latents)  # type: ignore[arg-type]
     assert np.array_equal(np.asarray(back), np.asarray(files.rebuilt(latents, codec, -16, *size)))
 
 
@@ -201,7 +202,7 @@ def test_damaged_files_are_refused_in_a_sentence(folder: Path) -> None:
 def test_files_that_lie_with_a_right_checksum_end_in_a_sentence_or_a_picture(folder: Path) -> None:
     for adapts in (False, True):
         if adapts:
-            (folder / context.FILE).unlink()
+            (folder / static_model.FILE).unlink()
         codec = files.open_codec(folder)
         content = unpack(files.compress(photo(24, 16), codec), "it")
         random = np.random.default_rng(0)
@@ -283,7 +284,7 @@ def test_the_verbs(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) 
 def test_fit_codec_writes_what_compress_reads(tmp_path: Path, pictures: Path, capsys: Any) -> None:
     save_vae(tiny_vae(), tmp_path / "vae", {})
     assert main(["fit-codec", str(tmp_path / "vae"), str(pictures), "--size", "16", "--steps", "3", "--step", "0.5"]) in (0, None)
-    assert str(tmp_path / "vae" / context.FILE) in capsys.readouterr().out
+    assert str(tmp_path / "vae" / static_model.FILE) in capsys.readouterr().out
     codec = files.open_codec(tmp_path / "vae")
     assert codec.weights is not None
     assert codec.step == 0.5

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latentpipe import UserError, VAEStage
-from latentpipe.cli import main
+from latentpipe.cli.app import main
+from latentpipe.data.image_set import decode, encode
 from latentpipe.explore import edit
 from latentpipe.explore.directions import Direction
-from latentpipe.explore.sets import decode, encode
-from latentpipe.images import to_images, to_pixels
-from latentpipe.recipe import text_in
+from latentpipe.pipelines.metadata.recipe import text_in
+from latentpipe.utils.images import to_images, to_pixels
 
 RED = draw_shape("red", "circle", 32)
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latentpipe import LatentPipeline, UserError
-from latentpipe.cli import main
-from latentpipe.errors import Note
+from latentpipe.cli.app import main
+from latentpipe.data.image_set import encode
 from latentpipe.explore import edit, inpaint
-from latentpipe.explore.sets import encode
-from latentpipe.images import to_images
-from latentpipe.recipe import text_in
-from latentpipe.sampling import Settings
+from latentpipe.pipelines.metadata.recipe import text_in
+from latentpipe.pipelines.sampling import Settings
+from latentpipe.utils.errors import LatentpipeWarning
+from latentpipe.utils.images import to_images
 
 RED = draw_shape("red", "circle", 16)
 
@@ -32,7 +32,7 @@ def hole(size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
 
 
 def draw(pipe: LatentPipeline, picture: Image.Image, mask: Image.Image, **options: Any) -> Image.Image:
-    with pytest.warns(Note) if picture.size != (16, 16) else _nothing():
+    with pytest.warns(LatentpipeWarning) if picture.size != (16, 16) else _nothing():
         return inpaint.inpaint(pipe, picture, mask, "blue bar", steps=2, **options)
 
 
@@ -51,7 +51,7 @@ def _nothing() -> Any:
     strength=st.sampled_from([1.0, 0.5]),
     feather=st.sampled_from([None, 0, 2]),
 )
-@pytest.mark.filterwarnings("ignore::latentpipe.errors.Note")
+@pytest.mark.filterwarnings("ignore::latentpipe.utils.errors.LatentpipeWarning")
 @pytest.mark.slow
 def test_bytes_outside_the_mask_stay(
     pipe: LatentPipeline, width: int, height: int, mode: str, seed: int, strength: float, feather: int | None
@@ -118,7 +118,7 @@ def test_large_pictures_are_drawn_small(pipe: LatentPipeline) -> None:
     assert inpaint.draw_size(pipe, (16, 16)) == (16, 16)
     assert inpaint.draw_size(pipe, (160, 40)) == (32, 8)
     assert max(inpaint.draw_size(pipe, (100_000, 1))) <= 8 * 16
-    with pytest.warns(Note, match="enlarged to 64 x 64"):
+    with pytest.warns(LatentpipeWarning, match="enlarged to 64 x 64"):
         inpaint.inpaint(pipe, RED.resize((64, 64)), hole((64, 64), (16, 16, 32, 32)), "blue", steps=1)
 
 

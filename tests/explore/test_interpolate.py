@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latentpipe import LatentPipeline, UserError, VAEStage
-from latentpipe.cli import main
+from latentpipe.cli.app import main
+from latentpipe.data.image_set import encode
 from latentpipe.explore import interpolate, smoothness
-from latentpipe.explore.sets import encode
-from latentpipe.images import to_images
+from latentpipe.utils.images import to_images
 
 RED, BLUE = draw_shape("red", "circle", 64), draw_shape("blue", "square", 64)
 

@@ -13,13 +13,14 @@ from helpers import tiny_vae
 from PIL import Image
 from sklearn.mixture import GaussianMixture
 
-from latentpipe import cli
-from latentpipe.errors import UserError
-from latentpipe.evaluate.distances import frechet
-from latentpipe.evaluate.features import open_features
-from latentpipe.explore import sample, sets
+from latentpipe.cli import app
+from latentpipe.data import image_set
+from latentpipe.evaluate.metrics.features import open_features
+from latentpipe.evaluate.metrics.frechet import frechet
+from latentpipe.explore import sample
 from latentpipe.explore.prior import KEPT, aggregate, fit_mixture, normal
-from latentpipe.vae import VAEStage
+from latentpipe.utils.errors import UserError
+from latentpipe.vae.stage import VAEStage
 
 
 def cloud(n: int = 600, size: int = 6, seed: int = 0) -> torch.Tensor:
@@ -116,9 +117,9 @@ def stage() -> VAEStage:
 
 
 def test_distances_name_the_prior_other_pictures_and_reconstructions() -> None:
-    real = sets.read_set(None, 32, 24, "validation")
+    real = image_set.read_set(None, 32, 24, "validation")
     found = sample.distances(
-        stage(), {"N(0, I)": normal((4, 16, 16))}, sets.first(real, 12), open_features("emoji-words"), real.images[12:]
+        stage(), {"N(0, I)": normal((4, 16, 16))}, image_set.first(real, 12), open_features("emoji-words"), real.images[12:]
     )
     assert list(found) == ["N(0, I)", sample.OTHERS, sample.REBUILT]
     assert {score.n for score in found.values()} == {12}
@@ -126,7 +127,7 @@ def test_distances_name_the_prior_other_pictures_and_reconstructions() -> None:
         assert score.low <= score.value <= score.high
     assert found[sample.OTHERS].value < found["N(0, I)"].value
     with pytest.raises(UserError, match="2 pictures"):
-        sample.distances(stage(), {}, sets.first(real, 1), open_features("emoji-words"))
+        sample.distances(stage(), {}, image_set.first(real, 1), open_features("emoji-words"))
 
 
 def test_several_positions_are_noted_and_one_is_not() -> None:
@@ -150,7 +151,7 @@ def tiny(vae_folder: Path, own_home: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_verb_writes_a_sheet_and_prints_its_path(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["sample", "--vae", tiny, "--n", "3", "--size", "32", "--measured", "6"]) == 0
+    assert app.main(["sample", "--vae", tiny, "--n", "3", "--size", "32", "--measured", "6"]) == 0
     told = capsys.readouterr()
     lines = told.out.splitlines()
     assert lines[-1] == "samples.png"
@@ -169,14 +170,14 @@ def test_the_verb_on_a_folder_as_json_with_a_mixture(
         for path in pictures.glob("*.png"):
             shutil.copy(path, many / f"{index}-{path.name}")
     arguments = ["--vae", tiny, "--n", "2", "--size", "32", "--measured", "8", "--prior", "gmm", "--images", str(many), "--json"]
-    assert cli.main(["sample", *arguments, "--out", "a.png"]) == 0
+    assert app.main(["sample", *arguments, "--out", "a.png"]) == 0
     told = capsys.readouterr()
     found = json.loads(told.out)
     assert found["prior"] == "mixture of 10 Gaussians"
     assert found["set"] == "many"
     assert set(found["distances"]) == {found["prior"], sample.OTHERS, sample.REBUILT}
     assert "positions" not in told.err
-    assert cli.main(["sample", *arguments[:-1], "--out", "b.png"]) == 0
+    assert app.main(["sample", *arguments[:-1], "--out", "b.png"]) == 0
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
@@ -192,6 +193,6 @@ def test_the_verb_on_a_folder_as_json_with_a_mixture(
 ])  # fmt: skip
 def test_mistakes_are_one_sentence(tiny: str, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--vae", tiny, *arguments] if "--vae" not in arguments else arguments
-    assert cli.main(["sample", *given]) == 2
+    assert app.main(["sample", *given]) == 2
     assert words in capsys.readouterr().err
     assert not Path("samples.png").exists()

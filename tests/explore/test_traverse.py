@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from latentpipe import cli
-from latentpipe.errors import UserError
-from latentpipe.evaluate.bank import open_bank
-from latentpipe.explore import attributes, directions, sets, traverse
+from latentpipe.cli import app
+from latentpipe.data import image_set
+from latentpipe.data.emoji_bank import open_bank
+from latentpipe.explore import attributes, directions, traverse
 from latentpipe.explore.directions import Direction
-from latentpipe.images import to_bytes
-from latentpipe.latents import LatentSpace
-from latentpipe.vae import VAEStage
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.images import to_bytes
+from latentpipe.vae.latent_space import LatentSpace
+from latentpipe.vae.stage import VAEStage
 
 
 def correlated(n: int = 400, shape: tuple[int, int, int] = (3, 2, 2)) -> torch.Tensor:
@@ -130,7 +131,7 @@ def test_labels_that_teach_nothing_are_refused(label: np.ndarray, words: str) ->
 def test_work_is_reported_to_its_end() -> None:
     seen: list[tuple[int, int, str]] = []
     one = stage()
-    latents = sets.encode(one, some_images(6), lambda *told: seen.append(told))
+    latents = image_set.encode(one, some_images(6), lambda *told: seen.append(told))
     found = directions.principal(latents, 3, lambda *told: seen.append(told))
     traverse.changes(one, latents[:2], found, report=lambda *told: seen.append(told))
     ends = [told for told, after in zip(seen, [*seen[1:], (0, 0, "end")], strict=True) if told[2] != after[2]]
@@ -141,7 +142,7 @@ def test_work_is_reported_to_its_end() -> None:
 
 def test_a_walk_passes_through_the_picture_itself() -> None:
     one, images = stage(), some_images(8)
-    latents = sets.encode(one, images)
+    latents = image_set.encode(one, images)
     (found,) = directions.principal(latents, 1)
     walked = traverse.walk(one, latents[3], found, [-1, 0, 2.5])
     assert walked.shape == (3, 3, 16, 16)
@@ -179,7 +180,7 @@ def test_change_is_in_grey_levels_and_ranks() -> None:
 
 def test_the_sheet_holds_every_picture_in_its_place() -> None:
     one = stage()
-    latents = sets.encode(one, some_images(8))
+    latents = image_set.encode(one, some_images(8))
     found = directions.principal(latents, 2)
     page = traverse.sheet(one, latents[0], found, [-2, 0, 2])
     assert page.size == (traverse.LABEL_PX + 3 * 19, 18 + 2 * 19)
@@ -222,7 +223,7 @@ def test_every_named_attribute_is_in_the_bank() -> None:
 
 def test_an_edit_moves_by_the_gap_and_back() -> None:
     one, images = stage(), some_images(12)
-    latents = sets.encode(one, images)
+    latents = image_set.encode(one, images)
     (found,) = directions.supervised(latents, {"half": np.arange(12) % 2})
     edited = attributes.edit(one, images[:3], found, 1.0)
     with torch.no_grad():
@@ -246,7 +247,7 @@ def test_local_directions_come_from_the_neighbours() -> None:
 
 
 def test_a_perfect_edit_is_judged_perfect_and_none_as_none() -> None:
-    real = sets.read_set(None, 64)
+    real = image_set.read_set(None, 64)
     pairs = attributes.pairs_of(real.captions, "light", "dark")[:12]
     for source, target in pairs:
         assert real.captions[source][0].replace("light", "dark") == real.captions[target][0]
@@ -266,16 +267,16 @@ def test_a_perfect_edit_is_judged_perfect_and_none_as_none() -> None:
     ("downscale", "size", "wanted"), [(4, None, 64), (64, None, 64), (128, None, 128), (24, None, 72), (8, 40, 40)]
 )
 def test_the_side_is_one_that_the_vae_takes(downscale: int, size: int | None, wanted: int) -> None:
-    assert sets.side_for(downscale, size) == wanted
+    assert image_set.side_for(downscale, size) == wanted
 
 
 def test_another_side_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match="Give --size 96"):
-        sets.side_for(32, 100)
+        image_set.side_for(32, 100)
 
 
 def test_the_bank_is_read_by_split_in_a_fixed_order() -> None:
-    every, held = sets.read_set(None, 32), sets.read_set(None, 32, split="held_out")
+    every, held = image_set.read_set(None, 32), image_set.read_set(None, 32, split="held_out")
     assert len(every.images) == len(open_bank().captions) == len(set(every.keys))
     place = every.keys.index(held.keys[0])
     assert torch.equal(every.images[place], held.images[0])
@@ -284,7 +285,7 @@ def test_the_bank_is_read_by_split_in_a_fixed_order() -> None:
         == open_bank().pixels[open_bank().keys.index(held.keys[0])].tolist()
     )
     with pytest.raises(UserError, match="no split"):
-        sets.read_set(None, 32, split="tests")
+        image_set.read_set(None, 32, split="tests")
 
 
 @pytest.fixture
@@ -296,7 +297,7 @@ def tiny(vae_folder: Path, own_home: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_verb_ranks_and_writes_a_sheet(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["traverse", "--vae", tiny, "--size", "16", "--most", "300", "--rows", "4"]) == 0
+    assert app.main(["traverse", "--vae", tiny, "--size", "16", "--most", "300", "--rows", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "traverse.png"
     assert lines[0] == "directions of tiny-kl, from 300 pictures of emoji bank, 16 px"
@@ -320,7 +321,7 @@ def test_the_verb_on_a_picture_and_a_folder_with_an_attribute(
     (many / "metadata.jsonl").write_text("\n".join(lines))
     picture = next(pictures.glob("*.png"))
     arguments = ["--vae", tiny, "--size", "16", "--images", str(many), "--attribute", "red", "circle", "--json"]
-    assert cli.main(["traverse", str(picture), *arguments]) == 0
+    assert app.main(["traverse", str(picture), *arguments]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {row["name"] for row in found["directions"]} == {"red", "circle"}
     assert found["n"] == 60
@@ -338,6 +339,6 @@ def test_the_verb_on_a_picture_and_a_folder_with_an_attribute(
 def test_mistakes_are_one_sentence(tiny: str, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     rest = ["--vae", tiny] + (["--size", "16"] if "--size" not in arguments else [])
     rest += ["--most", "30"] if "--most" not in arguments else []
-    assert cli.main(["traverse", *arguments, *rest]) == 2
+    assert app.main(["traverse", *arguments, *rest]) == 2
     assert words in capsys.readouterr().err
     assert not Path("traverse.png").exists()

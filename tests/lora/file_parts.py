@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from latentpipe.lora.layer import Layer, Lora
+from latentpipe.lora.adapter import Lora, LoraLayer
 
 LINEARS = {
     "unet": [
@@ -30,28 +30,28 @@ def values(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def linear(rank: int = 2, alpha: float = 3.0, out: int = 6, into: int = 4, seed: int = 0, **more: Any) -> Layer:
+def linear(rank: int = 2, alpha: float = 3.0, out: int = 6, into: int = 4, seed: int = 0, **more: Any) -> LoraLayer:
     """LoRA of a linear layer."""
-    return Layer(
+    return LoraLayer(
         "lora", {"lora_A": values(rank, into, seed=seed), "lora_B": values(out, rank, seed=seed + 1)}, rank, alpha, **more
     )
 
 
-def conv(rank: int = 2, alpha: float = 3.0, out: int = 6, into: int = 4, side: int = 3, seed: int = 0) -> Layer:
+def conv(rank: int = 2, alpha: float = 3.0, out: int = 6, into: int = 4, side: int = 3, seed: int = 0) -> LoraLayer:
     """LoRA of a convolution."""
     down, up = values(rank, into, side, side, seed=seed), values(out, rank, 1, 1, seed=seed + 1)
-    return Layer("lora", {"lora_A": down, "lora_B": up}, rank, alpha)
+    return LoraLayer("lora", {"lora_A": down, "lora_B": up}, rank, alpha)
 
 
-def dora(layer: Layer) -> Layer:
+def dora(layer: LoraLayer) -> LoraLayer:
     """The same with magnitudes in peft's shape."""
     out = layer.tensors["lora_B"].shape[0]
     lengths = values(out, seed=9).abs() + 0.1
     shaped = lengths.reshape(1, -1, 1, 1) if layer.tensors["lora_A"].ndim == 4 else lengths
-    return Layer("lora", {**layer.tensors, "lora_magnitude_vector": shaped}, layer.rank, layer.alpha, layer.rslora)
+    return LoraLayer("lora", {**layer.tensors, "lora_magnitude_vector": shaped}, layer.rank, layer.alpha, layer.rslora)
 
 
-def loha(rank: int, alpha: float, out: int, into: int, seed: int, core: bool = False) -> Layer:
+def loha(rank: int, alpha: float, out: int, into: int, seed: int, core: bool = False) -> LoraLayer:
     """LoHa of a linear layer, or with a core of a 3x3 convolution."""
     tensors = {}
     for n in (1, 2):
@@ -59,10 +59,10 @@ def loha(rank: int, alpha: float, out: int, into: int, seed: int, core: bool = F
         tensors[f"hada_w{n}_b"] = values(rank, into, seed=seed + n + 2)
         if core:
             tensors[f"hada_t{n}"] = values(rank, rank, 3, 3, seed=seed + n + 4)
-    return Layer("loha", tensors, rank, alpha)
+    return LoraLayer("loha", tensors, rank, alpha)
 
 
-def lokr(rank: int, alpha: float, whole: tuple[bool, bool], seed: int, core: bool = False) -> Layer:
+def lokr(rank: int, alpha: float, whole: tuple[bool, bool], seed: int, core: bool = False) -> LoraLayer:
     """LoKr of a weight of 2 x 3 blocks of 4 x 5, each factor whole or in two."""
     tensors = {}
     if whole[0]:
@@ -76,11 +76,11 @@ def lokr(rank: int, alpha: float, whole: tuple[bool, bool], seed: int, core: boo
         tensors["lokr_t2"] = values(rank, rank, 3, 3, seed=seed + 4)
     else:
         tensors |= {"lokr_w2_a": values(4, rank, seed=seed + 2), "lokr_w2_b": values(rank, 5, seed=seed + 3)}
-    return Layer("lokr", tensors, rank, alpha)
+    return LoraLayer("lokr", tensors, rank, alpha)
 
 
 @st.composite
-def layers(draw: Any, square: bool) -> Layer:
+def layers(draw: Any, square: bool) -> LoraLayer:
     """A layer of any kind, of a convolution or of a linear layer."""
     rank, seed = draw(st.integers(1, 4)), draw(st.integers(0, 99))
     alpha = draw(
@@ -93,16 +93,16 @@ def layers(draw: Any, square: bool) -> Layer:
     if kind == "lokr":
         return lokr(rank, alpha, (draw(st.booleans()), draw(st.booleans())), seed, core=square)
     made = conv(rank, alpha, out, into, draw(st.sampled_from([1, 3])), seed) if square else linear(rank, alpha, out, into, seed)
-    made = Layer("lora", made.tensors, rank, alpha, draw(st.booleans()))
+    made = LoraLayer("lora", made.tensors, rank, alpha, draw(st.booleans()))
     made = dora(made) if kind == "dora" else made
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-    return Layer("lora", {name: value.to(dtype) for name, value in made.tensors.items()}, rank, alpha, made.rslora)
+    return LoraLayer("lora", {name: value.to(dtype) for name, value in made.tensors.items()}, rank, alpha, made.rslora)
 
 
 @st.composite
 def loras(draw: Any) -> Lora:
     """An adapter of one to three components."""
-    parts: dict[str, dict[str, Layer]] = {}
+    parts: dict[str, dict[str, LoraLayer]] = {}
     for component in sorted(draw(st.sets(st.sampled_from(sorted(LINEARS)), min_size=1, max_size=3))):
         if component == "transformer" and "unet" in parts:
             continue

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentpipe.lora.layer import Layer, Lora
-from latentpipe.lora.sites import leaves, select_all
+from latentpipe.lora.adapter import Lora, LoraLayer
+from latentpipe.lora.target_modules import leaves, select_all
 
 
 def layer_for(
     weight: torch.Tensor, rank: int, seed: int, alpha: float | None = None, scale: float = 0.1, dora: bool = False
-) -> Layer:
+) -> LoraLayer:
     """A random LoRA (or DoRA) layer for a weight."""
     generator = torch.Generator().manual_seed(seed)
     ones = (1,) * (weight.ndim - 2)
@@ -25,14 +25,14 @@ def layer_for(
     if dora:
         length = weight.flatten(1).norm(dim=1) * (1 + 0.1 * torch.rand(len(weight), generator=generator))
         tensors["lora_magnitude_vector"] = length[None, :, None, None] if weight.ndim == 4 else length
-    return Layer("lora", tensors, rank, float(rank if alpha is None else alpha))
+    return LoraLayer("lora", tensors, rank, float(rank if alpha is None else alpha))
 
 
 def random_lora(
     components: dict[str, nn.Module], sites: Sequence[str] = ("unet.all", "text"), name: str = "a", rank: int = 2, **how: Any
 ) -> Lora:
     """A random adapter on these sites."""
-    parts: dict[str, dict[str, Layer]] = {}
+    parts: dict[str, dict[str, LoraLayer]] = {}
     seed = sum(map(ord, name))
     for component, paths in select_all(components, sites).items():
         modules = leaves(components[component])

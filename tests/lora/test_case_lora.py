@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from latentpipe import Engine, Finished, LatentPipeline, UserError
-from latentpipe.cli import main
-from latentpipe.errors import Note
+from latentpipe.cli.app import main
 from latentpipe.explore.inpaint import inpaint
 from latentpipe.explore.interpolate import between_prompts
-from latentpipe.lora.files import read_lora
-from latentpipe.lora.prompt import split_tags
-from latentpipe.metadata import TAG
+from latentpipe.lora.prompt_tags import split_tags
+from latentpipe.lora.state_dict.io import read_lora
+from latentpipe.pipelines.metadata.reader import TAG
+from latentpipe.utils.errors import LatentpipeWarning
 
 Tensors = dict[str, torch.Tensor]
 LDM = {  # of a UNet with two levels of one layer
@@ -106,12 +106,12 @@ def test_case_16_a_bundled_embedding_is_one_note_and_the_adapter_draws(
 ) -> None:
     bundle = {f"bundle_emb.my thing.{end}": torch.randn(1, 8)}
     path = put(own_home, "bundled", named(pipe, kohya) | bundle)
-    with pytest.warns(Note, match=r"textual inversion \('my thing'\), which is not loaded") as notes:
+    with pytest.warns(LatentpipeWarning, match=r"textual inversion \('my thing'\), which is not loaded") as notes:
         picture = drawn(pipe, "red circle <lora:bundled:0.7>")
     assert len([note for note in notes if "bundled" in str(note.message)]) == 1
     assert np.array_equal(picture, reference)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Note)
+        warnings.simplefilter("ignore", LatentpipeWarning)
         report = pipe.attach_lora(path)
         pipe.detach_lora()
     assert report.left_out == ("the textual inversion 'my thing'",)
@@ -127,18 +127,18 @@ def test_case_16_partial_can_be_asked_for_everywhere(
     for call in (lambda: drawn(pipe, "red circle <lora:odd:0.7>"), lambda: pipe.set_lora({"odd": 0.7})):
         with pytest.raises(UserError, match=r"fits in part only"):
             call()
-    with pytest.warns(Note, match="taken in part; left out: unet has no layer nowhere"):
+    with pytest.warns(LatentpipeWarning, match="taken in part; left out: unet has no layer nowhere"):
         picture = drawn(pipe, "red circle <lora:odd:0.7:partial>")  # in a tag
     assert np.array_equal(picture, reference)
     with pytest.raises(UserError, match=r"fits in part only"):
         drawn(pipe, "red circle <lora:odd:0.7>")  # once allowed is not always allowed
-    with pytest.warns(Note, match="taken in part"):
+    with pytest.warns(LatentpipeWarning, match="taken in part"):
         pipe.set_lora({"odd": 0.7}, partial=True)  # in Python
     assert np.array_equal(drawn(pipe, "red circle"), reference)
     pipe.detach_lora()
     for prompt, loras in (("red circle <lora:odd:0.7>", {}), ("red circle", {"odd": 0.7})):  # as the page and the API do
         settings = {"seed": 1, "steps": 2, "loras": loras}
-        with pytest.warns(Note, match="taken in part"):
+        with pytest.warns(LatentpipeWarning, match="taken in part"):
             *_, last = Engine(pipe).run(prompt, lora_partial=True, **settings)
         assert isinstance(last, Finished)
         assert np.array_equal(np.asarray(last.pictures[0].image), reference)
@@ -212,7 +212,7 @@ def test_case_11_tags_elsewhere_are_followed_or_refused(pipe: LatentPipeline, re
     assert with_tag.tobytes() != inpaint(pipe, canvas, hole, "red circle", steps=2).tobytes()
     with pytest.raises(UserError, match=r"a path between prompts takes no LoRA"):
         between_prompts(pipe, "red <lora:plain:1>", "blue", 2, steps=1)
-    with pytest.warns(Note, match="negative prompt"):
+    with pytest.warns(LatentpipeWarning, match="negative prompt"):
         pipe("x", steps=1, negative="<lora:plain:1>")
 
 
@@ -256,7 +256,7 @@ def test_case_36_a_lora_in_a_subfolder_is_found_by_its_stem_and_by_its_path(
 
 
 def test_case_36_models_and_vaes_in_subfolders_are_found_too(model_folder: Path, vae_folder: Path, own_home: Path) -> None:
-    from latentpipe.weights import available, find_model, name_of
+    from latentpipe.checkpoints.registry import available, find_model, name_of
 
     shutil.copytree(model_folder, own_home / "models" / "mine" / "tiny")
     shutil.copytree(vae_folder, own_home / "vae" / "set" / "soft")

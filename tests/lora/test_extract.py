@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny_hosts import clip, unet
 
-from latentpipe.errors import Note, UserError
-from latentpipe.files import content_hash, read_tensors
+from latentpipe.checkpoints.pipeline_io import hashes
+from latentpipe.lora.adapter import Lora
 from latentpipe.lora.delta import delta
 from latentpipe.lora.extract import EXTRACTED_KEY, Explained, explained, extract, extract_models
-from latentpipe.lora.files import base_of, read_lora, write_lora
-from latentpipe.lora.layer import Lora
-from latentpipe.lora.sites import leaves
-from latentpipe.models import hashes
+from latentpipe.lora.state_dict.io import base_of, read_lora, write_lora
+from latentpipe.lora.target_modules import leaves
+from latentpipe.utils.errors import LatentpipeWarning, UserError
+from latentpipe.utils.io import content_hash, read_tensors
 
 Tensors = dict[str, torch.Tensor]
 
@@ -92,11 +92,11 @@ def test_a_share_of_energy_chooses_each_layers_rank(states: Tensors) -> None:
 
 
 def test_biases_and_norms_are_named(states: Tensors) -> None:
-    """A Note, and their share of the whole difference."""
+    """A warning, and their share of the whole difference."""
     after = moved(states, 1, (LINEAR,))
     after["conv_in.bias"] = states["conv_in.bias"] + 1
     after["conv_norm_out.weight"] = states["conv_norm_out.weight"] * 2
-    with pytest.warns(Note, match=r"unet\.conv_in\.bias, unet\.conv_norm_out\.weight"):
+    with pytest.warns(LatentpipeWarning, match=r"unet\.conv_in\.bias, unet\.conv_norm_out\.weight"):
         lora = extract(states, after, "unet", 4)
     said = explained(lora)["unet"]
     assert set(said.left_out) == {"conv_in.bias", "conv_norm_out.weight"}
@@ -112,7 +112,7 @@ def test_embedding_tables_are_left_out_and_prefixes_do_not_matter() -> None:
     prefixed = {f"text_model.{name}": value for name, value in before.items()} | {
         "text_model.embeddings.position_ids": torch.arange(4)
     }
-    with pytest.warns(Note, match="token_embedding"):
+    with pytest.warns(LatentpipeWarning, match="token_embedding"):
         lora = extract(prefixed, after, "text_encoder", 2)
     assert list(lora.parts["text_encoder"]) == [layer.removesuffix(".weight")]
 
@@ -122,7 +122,7 @@ def test_the_guess_of_layers_agrees_with_real_networks() -> None:
     for component, model in (("unet", unet(4, 8)), ("text_encoder", clip(True)), ("vae", tiny_vae(mid_block_add_attention=True))):
         before = dict(model.state_dict())
         after = {name: value + 0.01 if value.is_floating_point() else value for name, value in before.items()}
-        with pytest.warns(Note):
+        with pytest.warns(LatentpipeWarning):
             lora = extract(before, after, component, 1)
         assert set(lora.parts[component]) == set(leaves(model)), component
 
@@ -130,7 +130,7 @@ def test_the_guess_of_layers_agrees_with_real_networks() -> None:
 def test_paths_narrow_it(states: Tensors) -> None:
     """Only the modules that an adapter can go on."""
     after = moved(states, 1, (CONV, LINEAR))
-    with pytest.warns(Note, match=r"conv_in\.weight"):
+    with pytest.warns(LatentpipeWarning, match=r"conv_in\.weight"):
         lora = extract(states, after, "unet", 1, paths=[LINEAR.removesuffix(".weight")])
     assert len(lora.parts["unet"]) == 1
 
@@ -163,7 +163,10 @@ def test_checkpoints_that_do_not_compare(states: Tensors) -> None:
     with pytest.raises(UserError, match=r"unet\.conv_in\.weight holds values that are not finite"):
         extract(states, {**states, CONV: states[CONV] * float("nan")}, "unet", 1)
     biased = {**states, "conv_in.bias": states["conv_in.bias"] + 1}
-    with pytest.warns(Note, match="conv_in.bias"), pytest.raises(UserError, match="No weight of a linear or convolution"):
+    with (
+        pytest.warns(LatentpipeWarning, match="conv_in.bias"),
+        pytest.raises(UserError, match="No weight of a linear or convolution"),
+    ):
         extract(states, biased, "unet", 1)
 
 
@@ -196,7 +199,7 @@ def test_two_pipelines(model_folder: Path, model_copy: Path) -> None:
     change_file(model_copy / "unet" / "diffusion_pytorch_model.safetensors", 2)
     change_file(model_copy / "text_encoder" / "model.safetensors", 1)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Note)
+        warnings.simplefilter("error", LatentpipeWarning)
         lora = extract_models(model_folder, model_copy, 3)
     assert set(lora.parts) == {"unet", "text_encoder"}
     assert not any(path.startswith("text_model.") for path in lora.parts["text_encoder"])
@@ -207,20 +210,20 @@ def test_two_pipelines(model_folder: Path, model_copy: Path) -> None:
         assert said.left_out == ()
     assert lora.name == "model-copy"
     edit_json(model_copy / "scheduler" / "scheduler_config.json", beta_end=0.03)
-    with pytest.warns(Note, match="the scheduler"):
+    with pytest.warns(LatentpipeWarning, match="the scheduler"):
         extract_models(model_folder, model_copy, 3)
 
 
 def test_the_extracted_adapter_makes_the_changed_model(model_folder: Path, model_copy: Path) -> None:
     """Fused onto the model before, it gives the weights of the model after."""
-    from latentpipe.lora.mixer import Mixer
-    from latentpipe.models import load_pipeline
+    from latentpipe.checkpoints.pipeline_io import load_pipeline
+    from latentpipe.lora.fusion import LoraFuser
 
     change_file(model_copy / "unet" / "diffusion_pytorch_model.safetensors", 2)
     lora = extract_models(model_folder, model_copy, 2)
     before, after = load_pipeline(model_folder).unet, load_pipeline(model_copy).unet
     wanted = after.state_dict()
-    mixer = Mixer({"unet": before})
+    mixer = LoraFuser({"unet": before})
     mixer.load(lora)
     mixer.set({lora.name: 1.0})
     for name, value in before.state_dict().items():
@@ -237,7 +240,7 @@ def test_two_vaes_and_a_model_beside_a_vae(model_folder: Path, vae_copy: Path) -
         assert list(lora.parts["vae"]) == ["decoder.conv_in"]
         assert base_of(lora) == {"vae": hashes(model_folder)["vae"]}
     edit_json(vae_copy / "config.json", scaling_factor=0.5)
-    with pytest.warns(Note, match="the VAE's normalization"):
+    with pytest.warns(LatentpipeWarning, match="the VAE's normalization"):
         extract_models(model_folder, vae_copy, 4)
 
 

@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from latentpipe.errors import UserError
-from latentpipe.files import read_header, read_tensors
-from latentpipe.lora.ancestral import ATTENTION, CLIP, SD_BLOCKS
-from latentpipe.lora.files import read_lora, write_lora
-from latentpipe.lora.layer import Layer, Lora
-from latentpipe.lora.names import Names, flat, from_ldm, in_file, kohya_stem, unflat
+from latentpipe.lora.adapter import Lora, LoraLayer
+from latentpipe.lora.state_dict.cloneofsimo import ATTENTION, CLIP, SD_BLOCKS
+from latentpipe.lora.state_dict.io import read_lora, write_lora
+from latentpipe.lora.state_dict.keys import KeyResolver, flat, from_ldm, in_file, kohya_stem, unflat
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import read_header, read_tensors
 
-pytestmark = pytest.mark.filterwarnings("ignore::latentpipe.errors.Note")
+pytestmark = pytest.mark.filterwarnings("ignore::latentpipe.utils.errors.LatentpipeWarning")
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -47,12 +47,12 @@ def test_every_module_of_every_host_has_a_name_that_comes_back(pipes: dict[str, 
             paths = linears(model)
             stems = {kohya_stem(component, path, True): path for path in paths}
             assert len(stems) == len(paths)
-            for names in (Names(stems), Names(stems, {component: list(paths)})):
+            for names in (KeyResolver(stems), KeyResolver(stems, {component: list(paths)})):
                 for stem, path in stems.items():
                     assert names.resolve(stem) == (component, path)
                     checked += 1
             dotted = {f"{component}.{in_file(component, path)}": path for path in paths}
-            names = Names(dotted)
+            names = KeyResolver(dotted)
             assert {stem: names.resolve(stem) for stem in dotted} == {stem: (component, path) for stem, path in dotted.items()}
     assert checked > 1000
 
@@ -91,14 +91,14 @@ def test_the_blocks_of_the_first_unet_code(name: str) -> None:
 def test_the_base_tells_how_many_layers_a_block_has() -> None:
     base = {"unet": ["down_blocks.0.resnets.0.conv1", "down_blocks.1.attentions.0.proj_in"]}
     stem = "lora_unet_input_blocks_3_1_proj_in"
-    assert Names([stem], base).resolve(stem) == ("unet", "down_blocks.1.attentions.0.proj_in")
-    assert Names([stem]).resolve(stem) == ("unet", "down_blocks.0.attentions.2.proj_in")
+    assert KeyResolver([stem], base).resolve(stem) == ("unet", "down_blocks.1.attentions.0.proj_in")
+    assert KeyResolver([stem]).resolve(stem) == ("unet", "down_blocks.0.attentions.2.proj_in")
 
 
 @pytest.mark.parametrize("prefix", ["lora_unet", "lora_transformer", "lycoris"])
 def test_a_transformer_by_each_of_its_prefixes(prefix: str) -> None:
     stems = [f"{prefix}_transformer_blocks_0_attn_to_q", f"{prefix}_proj_out", "lora_te1_text_model_encoder_layers_0_mlp_fc1"]
-    names = Names(stems)
+    names = KeyResolver(stems)
     assert [names.resolve(stem) for stem in stems] == [
         ("transformer", "transformer_blocks.0.attn.to_q"),
         ("transformer", "proj_out"),
@@ -107,7 +107,7 @@ def test_a_transformer_by_each_of_its_prefixes(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("made", [linear(), conv(), conv(side=1)])
-def test_doras_magnitudes_change_their_shape_only(made: Layer, tmp_path: Path) -> None:
+def test_doras_magnitudes_change_their_shape_only(made: LoraLayer, tmp_path: Path) -> None:
     lora = Lora({"unet": {"conv_in": dora(made)}})
     write_lora(lora, tmp_path / "a.safetensors", "kohya")
     scale = read_tensors(tmp_path / "a.safetensors")["lora_unet_conv_in.dora_scale"]
@@ -148,9 +148,9 @@ def test_whole_lokr_factors_keep_their_scale_for_programs_that_know_none(tmp_pat
 # --- the oracles ---------------------------------------------------------------------------------------------
 
 
-def some_layers(model: nn.Module, pattern: str, seed: int, mixed: bool = True, with_dora: bool = False) -> dict[str, Layer]:
+def some_layers(model: nn.Module, pattern: str, seed: int, mixed: bool = True, with_dora: bool = False) -> dict[str, LoraLayer]:
     """LoRA, also of mixed ranks and alphas, on the modules whose path ends so."""
-    made: dict[str, Layer] = {}
+    made: dict[str, LoraLayer] = {}
     for index, (path, module) in enumerate(linears(model).items()):
         if not path.endswith(tuple(pattern.split())):
             continue
@@ -158,13 +158,13 @@ def some_layers(model: nn.Module, pattern: str, seed: int, mixed: bool = True, w
         rank, alpha = (3, 1.5) if mixed and index % 3 == 0 else (2, 3.0)
         down = 0.5 * values(rank, *weight.shape[1:], seed=seed + index)
         up = 0.5 * values(weight.shape[0], rank, *[1] * (weight.ndim - 2), seed=seed + index + 1)
-        made[path] = Layer("lora", {"lora_A": down, "lora_B": up}, rank, alpha)
+        made[path] = LoraLayer("lora", {"lora_A": down, "lora_B": up}, rank, alpha)
         made[path] = dora(made[path]) if with_dora else made[path]
     assert made
     return made
 
 
-def merge(model: nn.Module, layers: Mapping[str, Layer]) -> None:
+def merge(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
     """The layers' change, written into the weights by the papers' formulas."""
     modules = linears(model)
     with torch.no_grad():
@@ -227,7 +227,7 @@ def test_diffusers_makes_the_same_of_a_lokr(tmp_path: Path) -> None:
     layers = {}
     for path, rank in ranks.items():
         own = {name.rpartition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{path}.")}
-        layers[path] = Layer("lokr", own, rank, 5.0)
+        layers[path] = LoraLayer("lokr", own, rank, 5.0)
     write_lora(Lora({"unet": layers}), tmp_path / "a.safetensors")
     oracle.load_lora_adapter(tmp_path, prefix="unet", weight_name="a.safetensors")
     merge(ours, layers)

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from latentpipe.errors import Note, UserError
+from latentpipe.lora.adapter import Lora, LoraLayer
 from latentpipe.lora.factor import as_plain, factored
-from latentpipe.lora.layer import Layer, Lora
 from latentpipe.lora.merge import BY_SVD, MERGED_KEY, METHODS, SAME_RANK, merge, weight_at
+from latentpipe.utils.errors import LatentpipeWarning, UserError
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "linear": (12, 10),
@@ -29,12 +29,12 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 
 
-def layer(shape: Sequence[int], rank: int, seed: int, alpha: float | None = None, rslora: bool = False) -> Layer:
+def layer(shape: Sequence[int], rank: int, seed: int, alpha: float | None = None, rslora: bool = False) -> LoraLayer:
     """Random factors for a weight of a shape."""
     random = torch.Generator().manual_seed(seed)
     up = torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=random)
     down = torch.randn(rank, *shape[1:], generator=random)
-    return Layer("lora", {"lora_A": down, "lora_B": up}, rank, rank if alpha is None else alpha, rslora)
+    return LoraLayer("lora", {"lora_A": down, "lora_B": up}, rank, rank if alpha is None else alpha, rslora)
 
 
 def adapter(
@@ -302,7 +302,7 @@ def test_fp16_sources_are_merged_in_fp32() -> None:
     assert far(change(merged, "linear"), sums(half, [0.3, 0.7], "linear")) < 1e-5
 
 
-def halved(one: Layer) -> Layer:
+def halved(one: LoraLayer) -> LoraLayer:
     """The layer in fp16."""
     return replace(one, tensors={name: value.half() for name, value in one.tensors.items()})
 
@@ -381,11 +381,11 @@ def test_values_that_overflow_are_told() -> None:
         merge([Lora({"unet": {"linear": huge}}, "a")], [10])
 
 
-def kinds() -> dict[str, tuple[Layer, torch.Tensor]]:
+def kinds() -> dict[str, tuple[LoraLayer, torch.Tensor]]:
     """Layers of the other kinds from peft itself, on a weight of 12 x 10 and one of 8 x 6 x 3 x 3, and peft's change of it."""
     from peft import LoHaConfig, LoHaModel, LoKrConfig, LoKrModel
 
-    found: dict[str, tuple[Layer, torch.Tensor]] = {}
+    found: dict[str, tuple[LoraLayer, torch.Tensor]] = {}
     for kind, config, model in (("loha", LoHaConfig, LoHaModel), ("lokr", LoKrConfig, LoKrModel)):
         for effective in (False, True):
             host = Host()
@@ -399,7 +399,7 @@ def kinds() -> dict[str, tuple[Layer, torch.Tensor]]:
                     for name in wrapper.adapter_layer_names
                     if "x" in getattr(wrapper, name)
                 }
-                one = Layer(kind, tensors, 2, 3.0)  # type: ignore[arg-type]
+                one = LoraLayer(kind, tensors, 2, 3.0)  # type: ignore[arg-type]
                 found[f"{kind}.{path}.{effective}"] = (one, wrapper.get_delta_weight("x").detach().flatten(1))
     return found
 
@@ -427,7 +427,7 @@ def test_a_small_rank_is_the_best_and_its_error_is_told() -> None:
     one, wanted = kinds()["loha.linear.False"]
     values = torch.linalg.svdvals(wanted)
     error = float(values[2:].norm() / values.norm())
-    with pytest.warns(Note, match=f"of rank 2 is not exact.*{error:.2%}"):
+    with pytest.warns(LatentpipeWarning, match=f"of rank 2 is not exact.*{error:.2%}"):
         plain = as_plain(Lora({"unet": {"linear": one}}, "odd"), rank=2)
     assert plain.parts["unet"]["linear"].rank == 2
     assert far(change(plain, "linear"), wanted) == pytest.approx(error, rel=1e-3)
@@ -437,7 +437,7 @@ def test_plain_layers_pass_through_and_dora_is_refused() -> None:
     """The same objects; a DoRA needs its base."""
     lora = adapter("a", 1)
     assert as_plain(lora).parts["unet"]["conv"] is lora.parts["unet"]["conv"]
-    with pytest.warns(Note, match="rank 1"):
+    with pytest.warns(LatentpipeWarning, match="rank 1"):
         assert {one.rank for _, _, one in as_plain(lora, 1).layers()} == {1}
     one = layer(SHAPES["linear"], 2, 1)
     dora = replace(one, tensors={**one.tensors, "lora_magnitude_vector": torch.ones(12)})

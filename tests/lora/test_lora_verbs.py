@@ -15,12 +15,12 @@ import torch
 import tyro
 from safetensors.torch import load_file, save_file
 
-from latentpipe import lora_verbs
-from latentpipe.errors import Note, UserError
-from latentpipe.files import file_hash, read_tensors
-from latentpipe.lora.files import card, read_lora, write_lora
-from latentpipe.lora.layer import Layer, Lora
+from latentpipe.cli import lora as lora_verbs
+from latentpipe.lora.adapter import Lora, LoraLayer
 from latentpipe.lora.merge import METHODS
+from latentpipe.lora.state_dict.io import card, read_lora, write_lora
+from latentpipe.utils.errors import LatentpipeWarning, UserError
+from latentpipe.utils.io import file_hash, read_tensors
 
 
 def call(function: Callable[..., None], *arguments: Any) -> None:
@@ -28,11 +28,11 @@ def call(function: Callable[..., None], *arguments: Any) -> None:
     tyro.cli(function, args=[str(argument) for argument in arguments])
 
 
-def layer(out: int, inputs: int, rank: int, seed: int, alpha: float | None = None) -> Layer:
+def layer(out: int, inputs: int, rank: int, seed: int, alpha: float | None = None) -> LoraLayer:
     """A random plain layer."""
     random = torch.Generator().manual_seed(seed)
     tensors = {"lora_A": torch.randn(rank, inputs, generator=random), "lora_B": torch.randn(out, rank, generator=random)}
-    return Layer("lora", tensors, rank, alpha or rank)
+    return LoraLayer("lora", tensors, rank, alpha or rank)
 
 
 UNET = "mid_block.attentions.0.transformer_blocks.0.attn1.to_"
@@ -172,18 +172,18 @@ def test_convert_reads_pickles_and_casts(file: Path, tmp_path: Path) -> None:
 
 
 def test_convert_to_plain(tmp_path: Path) -> None:
-    """LoHa becomes plain LoRA of rank up to r squared, or of --rank with a Note."""
+    """LoHa becomes plain LoRA of rank up to r squared, or of --rank with a warning."""
     random = torch.Generator().manual_seed(1)
     names = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8)}
     tensors = {name: torch.randn(shape, generator=random) for name, shape in names.items()}
-    odd = Lora({"unet": {f"{UNET}q": Layer("loha", tensors, 2, 2.0)}}, "odd")
+    odd = Lora({"unet": {f"{UNET}q": LoraLayer("loha", tensors, 2, 2.0)}}, "odd")
     write_lora(odd, tmp_path / "odd.safetensors", "kohya")
     call(lora_verbs.lora_convert, tmp_path / "odd.safetensors", "--out", tmp_path / "plain.safetensors", "--plain")
     plain = read_lora(tmp_path / "plain.safetensors").parts["unet"][f"{UNET}q"]
     assert (plain.kind, plain.rank) == ("lora", 4)
     wanted = (tensors["hada_w1_a"] @ tensors["hada_w1_b"]) * (tensors["hada_w2_a"] @ tensors["hada_w2_b"])
     assert torch.allclose(plain.tensors["lora_B"] @ plain.tensors["lora_A"] * plain.scale, wanted, atol=1e-5)
-    with pytest.warns(Note, match="rank 1 is not exact"):
+    with pytest.warns(LatentpipeWarning, match="rank 1 is not exact"):
         call(lora_verbs.lora_convert, tmp_path / "odd.safetensors", "--out", tmp_path / "one.safetensors", "--plain", "--rank", 1)
     with pytest.raises(UserError, match="belongs to --plain"):
         call(lora_verbs.lora_convert, tmp_path / "odd.safetensors", "--out", tmp_path / "x.safetensors", "--rank", 1)
@@ -192,7 +192,7 @@ def test_convert_to_plain(tmp_path: Path) -> None:
 def test_convert_names_keys_that_it_does_not_write(file: Path, tmp_path: Path) -> None:
     """Nothing is dropped in silence."""
     save_file({**load_file(file), "embedding.vectors": torch.ones(2)}, tmp_path / "more.safetensors")
-    with pytest.warns(Note, match=r"not written: embedding\.vectors"):
+    with pytest.warns(LatentpipeWarning, match=r"not written: embedding\.vectors"):
         call(lora_verbs.lora_convert, tmp_path / "more.safetensors", "--out", tmp_path / "x.safetensors")
 
 
@@ -321,10 +321,10 @@ def test_an_out_that_is_taken_or_misnamed_is_refused_first(file: Path, tmp_path:
 
 def test_the_verbs_need_no_torch_to_be_listed() -> None:
     """--help answers at once."""
-    code = "import sys, latentpipe.lora_verbs; assert 'torch' not in sys.modules and 'tyro' not in sys.modules"
+    code = "import sys, latentpipe.cli.lora; assert 'torch' not in sys.modules and 'tyro' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     code = (
-        "import sys, tyro\nfrom latentpipe import lora_verbs\n"
+        "import sys, tyro\nfrom latentpipe.cli import lora as lora_verbs\n"
         "try:\n tyro.cli(lora_verbs.lora_merge, args=['--help'])\nexcept SystemExit as end:\n assert not end.code\n"
         "assert 'torch' not in sys.modules"
     )

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from latentpipe import LatentPipeline
-from latentpipe.lora.files import base_of, read_lora
-from latentpipe.models import hashes
-from latentpipe.weights import available, find_model, shipped
+from latentpipe.checkpoints.pipeline_io import hashes
+from latentpipe.checkpoints.registry import available, bundled_weights_dir, find_model
+from latentpipe.lora.state_dict.io import base_of, read_lora
 
-FILES = sorted((shipped() / "lora").glob("*.safetensors"))
-README = (shipped() / "lora" / "README.md").read_text()
+FILES = sorted((bundled_weights_dir() / "lora").glob("*.safetensors"))
+README = (bundled_weights_dir() / "lora" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

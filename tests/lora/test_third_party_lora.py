@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from latentpipe.files import read_header
-from latentpipe.lora.files import read_lora, write_lora
-from latentpipe.lora.layer import Layer
+from latentpipe.lora.adapter import LoraLayer
+from latentpipe.lora.state_dict.io import read_lora, write_lora
+from latentpipe.utils.io import read_header
 
-pytestmark = [pytest.mark.filterwarnings("ignore::latentpipe.errors.Note"), pytest.mark.slow]
+pytestmark = [pytest.mark.filterwarnings("ignore::latentpipe.utils.errors.LatentpipeWarning"), pytest.mark.slow]
 DTYPES = {"torch.float16": torch.float16, "torch.bfloat16": torch.bfloat16, "torch.float32": torch.float32}
 Shapes = dict[str, tuple[int, ...]]
 
@@ -65,13 +65,13 @@ def clip(width: int, layers: int, projection: bool = False) -> Shapes:
         return shapes((CLIPTextModelWithProjection if projection else CLIPTextModel)(config))
 
 
-def fits(layer: Layer, shape: tuple[int, ...] | None) -> bool:
+def fits(layer: LoraLayer, shape: tuple[int, ...] | None) -> bool:
     """Whether a layer's factors make a weight of this shape."""
     down, up = layer.tensors["lora_A"], layer.tensors["lora_B"]
     return shape is not None and up.shape[0] == shape[0] and down[0].shape.numel() == torch.Size(shape[1:]).numel()
 
 
-def matched(part: dict[str, Layer] | Any, model: Shapes) -> int:
+def matched(part: dict[str, LoraLayer] | Any, model: Shapes) -> int:
     return sum(fits(layer, model.get(path)) for path, layer in part.items())
 
 

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from latentpipe import VAEStage
-from latentpipe.errors import UserError
 from latentpipe.train import checkpoint
-from latentpipe.train.adversarial import (
+from latentpipe.train.vae.adversarial import (
     Anchors,
-    Critic,
+    DiscriminatorTrainer,
     PatchDiscriminator,
     adaptive_weight,
     hinge_discriminator,
@@ -25,11 +24,12 @@ from latentpipe.train.adversarial import (
     last_layer,
     lecam,
 )
+from latentpipe.utils.errors import UserError
 
 
-def critic(seed: int = 0, **settings: Any) -> Critic:
+def critic(seed: int = 0, **settings: Any) -> DiscriminatorTrainer:
     torch.manual_seed(seed)
-    return Critic(**({"width": 8, "layers": 1, "learning_rate": 1e-2, "lecam_weight": 0.1} | settings))
+    return DiscriminatorTrainer(**({"width": 8, "layers": 1, "learning_rate": 1e-2, "lecam_weight": 0.1} | settings))
 
 
 def logits(seed: int, n: int = 4) -> torch.Tensor:
@@ -230,7 +230,7 @@ def test_it_learns_to_tell_blurred_from_sharp() -> None:
     assert its.generator_term(blurred) > its.generator_term(images)
 
 
-def steps(its: Critic, first: int, last: int) -> None:
+def steps(its: DiscriminatorTrainer, first: int, last: int) -> None:
     for step in range(first, last):
         its.update(some_images(2, seed=step), some_images(2, seed=1000 + step))
 

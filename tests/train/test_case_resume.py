@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 from helpers import denoiser_run, draw_shape, vae_run, write_pictures
 
-from latentpipe.config import TrainLora, TrainVAE
-from latentpipe.data.cache import encode_folder
-from latentpipe.errors import Note
+from latentpipe.data.latent_cache import encode_folder
+from latentpipe.train.config import TrainLora, TrainVAE
 from latentpipe.train.denoiser import train_denoiser
-from latentpipe.train.lora import train_lora
-from latentpipe.train.vae import train_vae
+from latentpipe.train.lora.train import train_lora
+from latentpipe.train.vae.train import train_vae
+from latentpipe.utils.errors import LatentpipeWarning
 
 
 def resumed(folder: Path, config: TrainVAE) -> list[str]:
     """What a run says when it goes on."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", Note)
+        warnings.simplefilter("always", LatentpipeWarning)
         train_vae(config)
     return [str(note.message) for note in caught if str(folder) in str(note.message)]
 
@@ -58,8 +58,8 @@ def test_case_41_the_denoiser_and_the_adapter_say_it_too(tmp_path: Path, vae_fol
     with open(folder / "metadata.jsonl", "a") as file:
         file.write('{"file_name": "new.png", "text": "red bar"}\n')
     encode_folder(folder, vae_folder, cache, 16)
-    with pytest.warns(Note, match=r"cache\.safetensors: 1 picture is new and 0 gone"):
+    with pytest.warns(LatentpipeWarning, match=r"cache\.safetensors: 1 picture is new and 0 gone"):
         train_denoiser(denoiser_run(tmp_path, cache, vae_folder, resume=True, optim={"steps": 2}))
     lora["run"]["resume"], lora["optim"]["steps"] = True, 2  # type: ignore[index]
-    with pytest.warns(Note, match="set: 1 picture is new and 0 gone"):
+    with pytest.warns(LatentpipeWarning, match="set: 1 picture is new and 0 gone"):
         train_lora(TrainLora.model_validate(lora))

@@ -17,10 +17,10 @@ import pytest
 from helpers import vae_run, write_pictures
 
 from latentpipe import UserError
-from latentpipe.config import dump
-from latentpipe.data.folder import read_index
-from latentpipe.train import checkpoint, start
-from latentpipe.train import vae as training
+from latentpipe.data.image_folder import read_index
+from latentpipe.train import checkpoint, run_dir
+from latentpipe.train.config import dump
+from latentpipe.train.vae import train as training
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "kills.py"
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kill -9")
@@ -79,7 +79,7 @@ def test_what_is_half_written_is_found_by_the_script(tmp_path: Path) -> None:
 
 
 def _hold(work: str, ready: Any) -> None:
-    with start.alone(Path(work)):
+    with run_dir.alone(Path(work)):
         ready.set()
         time.sleep(60)
 
@@ -105,9 +105,9 @@ def test_a_second_training_in_a_folder_is_refused_until_the_first_is_gone(tmp_pa
 
 def test_a_lock_is_given_back_when_a_run_fails(tmp_path: Path) -> None:
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="x"), start.alone(tmp_path):
+        with pytest.raises(RuntimeError, match="x"), run_dir.alone(tmp_path):
             raise RuntimeError("x")
-    with start.alone(tmp_path), pytest.raises(UserError, match="Another training"), start.alone(tmp_path):
+    with run_dir.alone(tmp_path), pytest.raises(UserError, match="Another training"), run_dir.alone(tmp_path):
         pass
 
 
@@ -116,7 +116,7 @@ def test_a_killed_runs_leftovers_are_no_earlier_run(tmp_path: Path, pictures: Pa
     if not pid:
         os._exit(0)
     os.waitpid(pid, 0)
-    from latentpipe import atomic
+    from latentpipe.utils import atomic
 
     folder = tmp_path / "work" / "checkpoints"
     left = folder / f".step-00000002.{atomic._host()}-{pid}-0123abcd.part"

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from latentpipe import UserError
-from latentpipe.config import Optimization, Run, TrainVAE
-from latentpipe.errors import Note
-from latentpipe.train import checkpoint, loop, order, progress, start
+from latentpipe.train import checkpoint, loop, progress, run_dir, weighted_order
+from latentpipe.train.config import Optimization, Run, TrainVAE
+from latentpipe.utils.errors import LatentpipeWarning
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 1000), st.integers(1, 4))
@@ -79,7 +79,7 @@ def test_a_constant_rate_does_not_depend_on_the_length() -> None:
 def test_each_sample_comes_as_often_as_its_weight_says(weights: list[float], batch_size: int, seed: int) -> None:
     size = math.ceil(sum(weights) / max(weights))  # of an epoch
     steps = math.ceil(size / batch_size)
-    stream = torch.cat([order.weighted_indices(tuple(weights), batch_size, seed, step) for step in range(steps)])
+    stream = torch.cat([weighted_order.weighted_indices(tuple(weights), batch_size, seed, step) for step in range(steps)])
     counts = torch.bincount(stream[:size], minlength=len(weights))
     for weight, count in zip(weights, counts.tolist(), strict=True):
         wanted = weight * size / sum(weights)
@@ -88,12 +88,12 @@ def test_each_sample_comes_as_often_as_its_weight_says(weights: list[float], bat
 
 def test_light_samples_take_turns_over_the_epochs() -> None:
     weights = (1.0,) * 5 + (0.25,) * 20  # ten to an epoch
-    epochs = [order.weighted_indices(weights, 10, 3, epoch).tolist() for epoch in range(400)]
+    epochs = [weighted_order.weighted_indices(weights, 10, 3, epoch).tolist() for epoch in range(400)]
     counts = torch.bincount(torch.tensor(epochs).flatten(), minlength=25).float() / 400
     assert torch.equal(counts[:5], torch.ones(5))
     assert ((counts[5:] - 0.25).abs() < 0.1).all()
     assert epochs[0] != epochs[1]
-    assert epochs[0] == order.weighted_indices(weights, 10, 3, 0).tolist()
+    assert epochs[0] == weighted_order.weighted_indices(weights, 10, 3, 0).tolist()
 
 
 def test_the_cosine_is_torchs_own() -> None:
@@ -178,7 +178,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, stop
 @pytest.mark.parametrize("place", ["log", "sample", "save"])
 def test_an_interrupt_after_the_update_is_resumed_exactly(tmp_path: Path, place: str) -> None:
     whole = fit(tmp_path / "a")
-    original = {"log": progress.Progress.step, "save": checkpoint.save}
+    original = {"log": progress.TrainingLog.step, "save": checkpoint.save}
 
     def in_log(self: Any, step: int, figures: dict[str, float]) -> None:
         if step == 4:
@@ -198,7 +198,7 @@ def test_an_interrupt_after_the_update_is_resumed_exactly(tmp_path: Path, place:
 
     patch = pytest.MonkeyPatch()
     if place == "log":
-        patch.setattr(progress.Progress, "step", in_log)
+        patch.setattr(progress.TrainingLog, "step", in_log)
     if place == "save":
         patch.setattr(checkpoint, "save", in_save)
     with pytest.raises(KeyboardInterrupt):
@@ -406,12 +406,12 @@ def config_of(tmp_path: Path, **run: Any) -> TrainVAE:
 
 def begin(config: TrainVAE) -> None:
     """Begin and end a run that trains nothing."""
-    with start.begin(config, config.run) as record:
+    with run_dir.prepare_run_dir(config, config.run) as record:
         record()
 
 
 def test_begin_writes_the_resolved_config(tmp_path: Path) -> None:
-    from latentpipe.config import load
+    from latentpipe.train.config import load
 
     config = config_of(tmp_path)
     begin(config)
@@ -422,7 +422,7 @@ def test_going_on_with_another_config_is_said(tmp_path: Path) -> None:
     first = config_of(tmp_path)
     begin(first)
     again = config_of(tmp_path, resume=True, seed=9)
-    with pytest.warns(Note, match=r"run\.seed 0 -> 9"):
+    with pytest.warns(LatentpipeWarning, match=r"run\.seed 0 -> 9"):
         begin(again)
     same_again = config_of(tmp_path, resume=True, seed=9)
     with warnings.catch_warnings():

@@ -16,10 +16,10 @@ from scipy.fft import dctn
 from torch.distributions import Normal, kl_divergence
 
 from latentpipe import VAEStage
-from latentpipe.errors import UserError
-from latentpipe.evaluate.similarity import ms_ssim
+from latentpipe.evaluate.metrics.ssim import ms_ssim
 from latentpipe.train import losses
-from latentpipe.train.beta import kl_channels, per_pixel_value
+from latentpipe.train.vae.kl import kl_channels, per_pixel_value
+from latentpipe.utils.errors import UserError
 
 
 def kl_of(posterior: Any, pixel_values: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ ON_PICTURES = {
     "l2": losses.l2,
     "charbonnier": losses.charbonnier,
     "edges": losses.edges,
-    "structure": losses.structure,
+    "structure": losses.ms_ssim_loss,
 }
 
 
@@ -119,12 +119,12 @@ def test_edges_compare_differences_along_both_axes() -> None:
 def test_structure_is_zero_at_equality_with_a_finite_gradient_and_grows_with_the_error() -> None:
     images = some_images(2, side=64, seed=5)
     rebuilt = images.clone().requires_grad_()
-    losses.structure(images, rebuilt).backward()
-    assert losses.structure(images, images).item() == pytest.approx(0, abs=1e-5)
+    losses.ms_ssim_loss(images, rebuilt).backward()
+    assert losses.ms_ssim_loss(images, images).item() == pytest.approx(0, abs=1e-5)
     assert rebuilt.grad is not None
     assert rebuilt.grad.isfinite().all()
     noise = some_images(2, side=64, seed=6)
-    errors = [losses.structure(images, images + size * noise).item() for size in (0.1, 0.3, 1.0)]
+    errors = [losses.ms_ssim_loss(images, images + size * noise).item() for size in (0.1, 0.3, 1.0)]
     assert 0 < errors[0] < errors[1] < errors[2] <= 1
 
 
@@ -133,24 +133,24 @@ def test_structure_has_the_scales_that_fit(side: int, scales: int) -> None:
     images, rebuilt = some_images(1, side=side, seed=1), some_images(1, side=side, seed=2)
     rebuilt = 0.7 * images + 0.3 * rebuilt
     expected = 1 - ms_ssim(images, rebuilt, 2.0, scales).item()
-    assert losses.structure(images, rebuilt).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.ms_ssim_loss(images, rebuilt).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_structure_refuses_pictures_without_a_window() -> None:
     with pytest.raises(UserError, match="11 pixels"):
-        losses.structure(some_images(1, side=10), some_images(1, side=10))
+        losses.ms_ssim_loss(some_images(1, side=10), some_images(1, side=10))
 
 
 def test_the_gradient_of_structure_equals_finite_differences() -> None:
     images = some_images(1, side=12, seed=1).double()
     rebuilt = (0.7 * images + 0.3 * some_images(1, side=12, seed=2)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda values: losses.structure(images, values), rebuilt)
+    assert torch.autograd.gradcheck(lambda values: losses.ms_ssim_loss(images, values), rebuilt)
 
 
 def test_the_gradient_of_structure_is_finite_where_the_structures_oppose() -> None:
     images = some_images(2, side=64, seed=5)
     rebuilt = (-images).requires_grad_()
-    losses.structure(images, rebuilt).backward()
+    losses.ms_ssim_loss(images, rebuilt).backward()
     assert rebuilt.grad is not None
     assert rebuilt.grad.isfinite().all()
 
@@ -216,7 +216,7 @@ def test_the_velocity_gives_clean_and_noise_back(a: float, seed: int) -> None:
 
 
 def test_the_velocity_is_the_schedulers() -> None:
-    from latentpipe.config import Diffusion
+    from latentpipe.train.config import Diffusion
     from latentpipe.train.denoiser import build_scheduler
 
     diffusers_own = __import__("diffusers").DDPMScheduler.from_config(build_scheduler(Diffusion()).config)
@@ -242,7 +242,7 @@ def reached(module: Any) -> set[bool]:
 
 def like_structure(images: torch.Tensor, rebuilt: torch.Tensor) -> torch.Tensor:
     """The term where the structures agree: an untrained VAE's may oppose the pictures', which has no gradient."""
-    return losses.structure(images, images + 0.5 * rebuilt)
+    return losses.ms_ssim_loss(images, images + 0.5 * rebuilt)
 
 
 @pytest.mark.parametrize("term", [losses.l1, losses.l2, losses.charbonnier, like_structure])
@@ -273,7 +273,7 @@ def test_a_latent_term_trains_the_encoder_only(trained: Any, name: str) -> None:
 
 
 def test_the_warped_term_trains_encoder_and_decoder() -> None:
-    from latentpipe.train.warp import Warp
+    from latentpipe.train.vae.equivariance import Warp
 
     vae, images, warp = tiny_vae(), some_images(), Warp(mirror=True, turns=1, to=4, of=8)
     rebuilt, _ = VAEStage(vae)(images, warp=warp)

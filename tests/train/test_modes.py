@@ -13,18 +13,19 @@ from diffusers import DDIMScheduler
 from helpers import some_images, tiny_vae, vae_run
 
 from latentpipe import UserError, VAEStage
-from latentpipe.config import Predicted, TrainVAE
-from latentpipe.errors import Note
-from latentpipe.models import load_pipeline
-from latentpipe.train import freeze
-from latentpipe.train import vae as training
-from latentpipe.train.build import build_vae, new_vae, with_new_head
-from latentpipe.train.objective import Objective
-from latentpipe.train.predicted import Predictor
-from latentpipe.train.taught import Draw, Lesson, as_taught
-from latentpipe.train.team import Team
-from latentpipe.train.text import token_ids
-from latentpipe.weights import VAE_FILE, load_vae, save_vae, vae_hash
+from latentpipe.checkpoints.pipeline_io import load_pipeline
+from latentpipe.checkpoints.tensor_source import VAE_FILE
+from latentpipe.checkpoints.vae_io import load_vae, save_vae, vae_hash
+from latentpipe.train.config import Predicted, TrainVAE
+from latentpipe.train.distributed import DistributedContext
+from latentpipe.train.text_encoder import token_ids
+from latentpipe.train.vae import train as training
+from latentpipe.train.vae import trainable
+from latentpipe.train.vae.denoiser_outputs import Predictor
+from latentpipe.train.vae.distillation import Draw, Lesson, as_taught
+from latentpipe.train.vae.model import build_vae, new_vae, with_new_head
+from latentpipe.train.vae.objective import Objective
+from latentpipe.utils.errors import LatentpipeWarning
 
 EVERY_TERM = {
     "l1": 1.0, "l2": 1.0, "charbonnier": 1.0, "structure": 1.0, "perceptual": 1.0, "kl": 0.5, "spectrum": 1.0, "scale": 1.0,
@@ -69,12 +70,12 @@ def test_every_term_reaches_exactly_the_parameters_of_the_mode(
     config = config_of(tmp_path, pictures, source, loss=EVERY_TERM, adversarial={"weight": 1.0, "width": 8, "adaptive": adaptive},
                        **changes)  # fmt: skip
     vae = build_vae(config, None)
-    freeze.choose(vae, config.mode, config.parts)
+    trainable.choose(vae, config.mode, config.parts)
     with torch.no_grad():  # the scale term acts beyond a limit
         vae.quant_conv.weight *= 30
     names = {name for name, _ in vae.named_parameters() if not name.startswith(frozen)}
     assert names == {name for name, parameter in vae.named_parameters() if parameter.requires_grad}
-    objective, images = Objective(config, vae, Team()), some_images(4, 48)
+    objective, images = Objective(config, vae, DistributedContext()), some_images(4, 48)
     noise = torch.randn(4, 4, 24, 24)
     rebuilt, posterior = VAEStage(vae)(images, noise=noise)
     terms = objective(images, rebuilt, posterior, 0, False, None)
@@ -104,7 +105,7 @@ def _reached(term: torch.Tensor, vae: Any) -> set[str]:
 def test_the_discriminators_step_leaves_the_vae_untouched(tmp_path: Path, pictures: Path) -> None:
     config = config_of(tmp_path, pictures, loss=EVERY_TERM, adversarial={"weight": 1.0, "width": 8})
     vae = build_vae(config, None)
-    objective, images = Objective(config, vae, Team()), some_images(4, 48)
+    objective, images = Objective(config, vae, DistributedContext()), some_images(4, 48)
     rebuilt, posterior = VAEStage(vae)(images)
     torch.stack(list(objective(images, rebuilt, posterior, 0, False, None).values())).sum().backward()
     weights = {name: value.clone() for name, value in vae.state_dict().items()}
@@ -120,7 +121,7 @@ def test_the_discriminators_step_leaves_the_vae_untouched(tmp_path: Path, pictur
 def test_the_discriminator_waits_and_sits_out_warped_steps(tmp_path: Path, pictures: Path) -> None:
     config = config_of(tmp_path, pictures, loss=EVERY_TERM, adversarial={"weight": 1.0, "width": 8, "start_step": 3})
     vae = build_vae(config, None)
-    objective, images = Objective(config, vae, Team()), some_images(2, 48)
+    objective, images = Objective(config, vae, DistributedContext()), some_images(2, 48)
     rebuilt, posterior = VAEStage(vae)(images)
     assert "adversarial" not in objective(images, rebuilt, posterior, 2, False, None)
     assert "adversarial" in objective(images, rebuilt, posterior, 3, False, None)
@@ -164,7 +165,7 @@ def test_a_moved_encoder_says_which_denoisers_no_longer_fit(
 
 def test_a_new_head_takes_over_every_tensor_whose_shape_stays(tmp_path: Path, pictures: Path, source: Path) -> None:
     old = load_vae(source)
-    with pytest.warns(Note, match="new head of 6 channels"):
+    with pytest.warns(LatentpipeWarning, match="new head of 6 channels"):
         new = with_new_head(old, 6)
     assert new.config.latent_channels == 6
     for name, value in old.state_dict().items():
@@ -173,7 +174,7 @@ def test_a_new_head_takes_over_every_tensor_whose_shape_stays(tmp_path: Path, pi
         if not fresh:
             assert torch.equal(new.state_dict()[name], value), name
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Note)
+        warnings.simplefilter("ignore", LatentpipeWarning)
         training.train_vae(config_of(tmp_path, pictures, source, mode="encoder-head", new_channels=6))
     stage = VAEStage(load_vae(tmp_path / "vae"))
     assert stage.space.channels == 6
@@ -293,7 +294,9 @@ def test_the_teacher_stays_and_the_decoder_learns_from_its_latents(tmp_path: Pat
     vae = build_vae(config, training.open_teacher(config))
     images = some_images(4, 48)
     rebuilt, raw = VAEStage(vae)(images, given=torch.randn(4, 4, 24, 24))
-    terms = Objective(config, vae, Team())(images, rebuilt, raw, 0, False, (torch.randn(4, 4, 24, 24), torch.zeros(1)))
+    terms = Objective(config, vae, DistributedContext())(
+        images, rebuilt, raw, 0, False, (torch.randn(4, 4, 24, 24), torch.zeros(1))
+    )
     assert set(terms) == {"l1", "l2", "latent"}
     halves = {half: {name for name, _ in vae.named_parameters() if name.startswith(half)} for half in ("encoder", "decoder")}
     assert _reached(terms["latent"], vae) == halves["encoder"]
@@ -340,8 +343,8 @@ def test_configs_that_contradict_themselves_are_refused(tmp_path: Path, pictures
 
 def test_the_table_counts_every_parameter() -> None:
     vae = tiny_vae()
-    freeze.choose(vae, "decoder")
-    lines = freeze.table(vae).splitlines()
+    trainable.choose(vae, "decoder")
+    lines = trainable.table(vae).splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == [
         "encoder.in", "encoder.down.0", "encoder.down.1", "encoder.mid", "encoder.head",
         "decoder.head", "decoder.mid", "decoder.up.0", "decoder.up.1", "decoder.out",
@@ -353,14 +356,14 @@ def test_the_table_counts_every_parameter() -> None:
 
 
 def test_the_stages_of_other_autoencoders_have_names() -> None:
-    from latentpipe.config import VAEShape
+    from latentpipe.train.config import VAEShape
 
     tiny = new_vae(VAEShape(kind="tiny", blocks=(8, 8)), 16)
-    assert {freeze.stage_of(name).split(".")[0] for name, _ in tiny.named_parameters()} == {"encoder", "decoder"}
-    freeze.choose(tiny, "decoder")
+    assert {trainable.block_of(name).split(".")[0] for name, _ in tiny.named_parameters()} == {"encoder", "decoder"}
+    trainable.choose(tiny, "decoder")
     assert not any(parameter.requires_grad for parameter in tiny.encoder.parameters())
     assert all(parameter.requires_grad for parameter in tiny.decoder.parameters())
-    assert not freeze.moves_the_latents(tiny)
+    assert not trainable.moves_the_latents(tiny)
 
 
 def test_a_student_that_declares_a_factor_learns_the_latents_in_its_own_units(tmp_path: Path, pictures: Path) -> None:
@@ -370,7 +373,7 @@ def test_a_student_that_declares_a_factor_learns_the_latents_in_its_own_units(tm
     teacher = training.open_teacher(config)
     vae = build_vae(config, teacher)
     stage = VAEStage(vae, training.training_space(vae, config))
-    step = training.Training(config, Team(), stage, teacher, None, Objective(config, vae, Team()), 1)  # type: ignore[arg-type]
+    step = training.Training(config, DistributedContext(), stage, teacher, None, Objective(config, vae, DistributedContext()), 1)  # type: ignore[arg-type]
     images = some_images(2, 48)
     with torch.no_grad():
         mean, std = step.lesson.target(images)  # type: ignore[union-attr]

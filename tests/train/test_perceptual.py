@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from scipy import ndimage
 from skimage import data
 
-from latentpipe.errors import UserError
-from latentpipe.evaluate.lpips import DISTS, LPIPS
-from latentpipe.images import to_images
-from latentpipe.train.perceptual import CONSTANTS, NEIGHBOURS, nlpd, perceptual
+from latentpipe.evaluate.metrics.lpips import DISTS, LPIPS
+from latentpipe.train.vae.perceptual import CONSTANTS, NEIGHBOURS, nlpd, perceptual
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.images import to_images
 
 
 def photograph(side: int = 128) -> Image.Image:

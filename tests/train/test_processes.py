@@ -12,8 +12,8 @@ import pytest
 import torch
 from helpers import vae_run
 
-from latentpipe.config import dump
 from latentpipe.train import checkpoint
+from latentpipe.train.config import dump
 
 pytestmark = pytest.mark.slow
 
@@ -69,9 +69,9 @@ def test_two_processes_are_one(tmp_path: Path, pictures: Path, case: str) -> Non
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from latentpipe import UserError
-    from latentpipe.train.team import Team
+    from latentpipe.train.distributed import DistributedContext
 
-    team = Team()
+    team = DistributedContext()
     assert [(part.start, part.stop) for part in team.shares(8, 2)] == [(0, 4), (4, 8)]
     monkeypatch.setattr(team, "world", 3)
     with pytest.raises(UserError, match="multiple of 6"):
@@ -82,7 +82,7 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_the_denoiser_refuses_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     from latentpipe import UserError
-    from latentpipe.train.team import refuse_several
+    from latentpipe.train.distributed import refuse_several
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one process"):

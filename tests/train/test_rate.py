@@ -10,12 +10,13 @@ import pytest
 import torch
 from helpers import tiny_vae, vae_run
 
-from latentpipe.config import TrainVAE
-from latentpipe.train import vae as training
-from latentpipe.train.finish import keep_steps
-from latentpipe.train.rate import ContextModel, RateModel, bits, group_of
-from latentpipe.vae import sampled
-from latentpipe.weights import load_vae
+from latentpipe.checkpoints.vae_io import load_vae
+from latentpipe.train.config import TrainVAE
+from latentpipe.train.vae import train as training
+from latentpipe.train.vae.export import keep_steps
+from latentpipe.train.vae.rate import RateModel
+from latentpipe.vae.entropy_model import ContextModel, bits, group_of
+from latentpipe.vae.stage import sampled
 
 
 @pytest.mark.parametrize(("mean", "scale"), [(0.3, 1.0), (-7.8, 0.2), (2.0, 4.0)])

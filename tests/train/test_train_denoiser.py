@@ -16,11 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from latentpipe import LatentPipeline, UserError
-from latentpipe.config import Diffusion, TrainDenoiser, UNetShape
-from latentpipe.data.cache import LatentCache, encode_folder
-from latentpipe.models import PARTS, hashes, load_pipeline
+from latentpipe.checkpoints.pipeline_io import PARTS, hashes, load_pipeline
+from latentpipe.checkpoints.vae_io import vae_hash
+from latentpipe.data.latent_cache import LatentCache, encode_folder
 from latentpipe.train import denoiser
-from latentpipe.weights import vae_hash
+from latentpipe.train.config import Diffusion, TrainDenoiser, UNetShape
 
 pytestmark = pytest.mark.slow
 
@@ -201,7 +201,7 @@ def test_a_vae_that_diffusers_saved_can_be_trained_on(tmp_path: Path, pictures: 
 
 
 def test_a_model_beside_another_vae_is_refused(model_copy: Path, tmp_path: Path) -> None:
-    from latentpipe.weights import save_vae
+    from latentpipe.checkpoints.vae_io import save_vae
 
     shutil.rmtree(model_copy / "vae")
     save_vae(tiny_vae(77), model_copy / "vae", {})

@@ -13,17 +13,17 @@ from helpers import edit_json, grey_levels, write_pictures
 from safetensors.torch import load_file, save_file
 
 from latentpipe import LatentPipeline, UserError
-from latentpipe.config import TrainLora, load
-from latentpipe.data.cache import default_path, encode_folder
-from latentpipe.errors import Note
-from latentpipe.files import content_hash, read_header, read_tensors
-from latentpipe.lora.attach import attach, wrappers
-from latentpipe.lora.files import base_of, read_lora, trigger_words
-from latentpipe.lora.layer import Lora
-from latentpipe.models import hashes, load_pipeline
-from latentpipe.places import configs_folder
-from latentpipe.train import lora as verb
-from latentpipe.train import lora_parts
+from latentpipe.checkpoints.pipeline_io import hashes, load_pipeline
+from latentpipe.checkpoints.registry import configs_folder
+from latentpipe.data.latent_cache import default_path, encode_folder
+from latentpipe.lora.adapter import Lora
+from latentpipe.lora.injection import attach, wrappers
+from latentpipe.lora.state_dict.io import base_of, read_lora, trigger_words
+from latentpipe.train.config import TrainLora, load
+from latentpipe.train.lora import parameters as lora_parts
+from latentpipe.train.lora import train as verb
+from latentpipe.utils.errors import LatentpipeWarning
+from latentpipe.utils.io import content_hash, read_header, read_tensors
 
 EVERYWHERE = ("unet.attention", "text", "vae.decoder")
 
@@ -238,7 +238,7 @@ def prepared(root: Path, model: Path, pictures: Path, **more: Any) -> tuple[verb
     plan = lora_parts.choose(config, host)
     own, prior = verb._pictures(config, host, model, plan, 16)
     training = verb.Training(config, host, plan, own, prior)
-    adapter = lora_parts.grow(config, plan)
+    adapter = lora_parts.inject_trainable(config, plan)
     with torch.no_grad():
         for name, parameter in adapter.items():
             if "lora_B" in name:
@@ -310,7 +310,7 @@ def test_the_bases_hash_does_not_see_the_adapter(tmp_path: Path, model_folder: P
     plan = lora_parts.choose(config, host)
     plain = {name: content_hash(model.state_dict()) for name, model in plan.models.items()}
     assert lora_parts.base_hashes(plan) == plain
-    adapter = lora_parts.grow(config, plan)
+    adapter = lora_parts.inject_trainable(config, plan)
     with torch.no_grad():
         for parameter in adapter.values():
             parameter.add_(1.0)
@@ -322,7 +322,7 @@ def test_the_same_seed_begins_the_same(tmp_path: Path, model_folder: Path, drawn
     for _ in range(2):
         torch.rand(5)
         config = lora_run(tmp_path, model_folder, drawn)
-        adapter = lora_parts.grow(config, lora_parts.choose(config, load_pipeline(model_folder)))
+        adapter = lora_parts.inject_trainable(config, lora_parts.choose(config, load_pipeline(model_folder)))
         begun.append(content_hash(dict(adapter.items())))
     assert begun[0] == begun[1]
 
@@ -371,7 +371,7 @@ def test_other_families_train_their_decoder_alone(tmp_path: Path, drawn: Path) -
 
 def test_a_large_rank_is_noted(tmp_path: Path, model_folder: Path, drawn: Path) -> None:
     config = lora_run(tmp_path, model_folder, drawn, adapter={"sites": (r"unet\.conv_out",), "rank": 5})
-    with pytest.warns(Note, match=r"larger than the full rank of 1 layer, such as unet.conv_out \(4\)"):
+    with pytest.warns(LatentpipeWarning, match=r"larger than the full rank of 1 layer, such as unet.conv_out \(4\)"):
         lora_parts.choose(config, load_pipeline(model_folder))
 
 

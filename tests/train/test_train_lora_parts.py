@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentpipe import UserError
-from latentpipe.config import Diffusion, LoraLoss
 from latentpipe.data.emoji import held_out_captions
-from latentpipe.errors import Note
-from latentpipe.train import lora_data
+from latentpipe.train.config import Diffusion, LoraLoss
 from latentpipe.train.denoiser import build_scheduler
-from latentpipe.train.lora_data import held_out, open_pictures, plain
-from latentpipe.train.lora_loss import Schedule, noised, snr_weights
-from latentpipe.train.lora_text import Prompts
+from latentpipe.train.lora import data
+from latentpipe.train.lora.data import held_out, open_pictures, plain
+from latentpipe.train.lora.loss import Schedule, noised, snr_weights
+from latentpipe.train.lora.prompts import Prompts
+from latentpipe.utils.errors import LatentpipeWarning
 
 # --- the loss -----------------------------------------------------------------------------------------------
 
@@ -117,7 +117,7 @@ def test_held_out_captions_are_left_out_however_they_are_written(tmp_path: Path,
     assert "man dark skin tone" in held_out_captions()
     forms = ["man dark skin tone", "Man: Dark Skin Tone", "man, dark-skin-tone", "dark skin tone man"]
     folder = folder_of(tmp_path / "a", [*([text] for text in forms), ["a cat"], ["a man", forms[0]], ["man medium skin tone"]])
-    with pytest.warns(Note, match="5 of 7 pictures left out"):
+    with pytest.warns(LatentpipeWarning, match="5 of 7 pictures left out"):
         found = open_pictures(folder, vae_folder, 16, tmp_path / "work", held_out=held_out(None))
     assert found.left_out == 5
     assert found.rows.tolist() == [4, 6]
@@ -134,7 +134,7 @@ def test_every_held_out_caption_is_found() -> None:
 def test_a_persons_own_list_is_left_out_too(tmp_path: Path, vae_folder: Path) -> None:
     (tmp_path / "list.txt").write_text("A Cat\n\n")
     folder = folder_of(tmp_path / "a", [["a cat"], ["a dog"]])
-    with pytest.warns(Note, match="1 of 2 pictures left out"):
+    with pytest.warns(LatentpipeWarning, match="1 of 2 pictures left out"):
         found = open_pictures(folder, vae_folder, 16, tmp_path / "work", held_out=held_out(tmp_path / "list.txt"))
     assert found.rows.tolist() == [1]
 
@@ -145,14 +145,14 @@ def test_pictures_that_nothing_is_left_of_are_refused(tmp_path: Path, vae_folder
         open_pictures(bare, vae_folder, 16, tmp_path / "work", held_out=frozenset())
     assert len(open_pictures(bare, vae_folder, 16, tmp_path / "work", held_out=frozenset(), captioned=False).rows) == 2
     held = folder_of(tmp_path / "b", [["man dark skin tone"]])
-    with pytest.warns(Note), pytest.raises(UserError, match="they are held out"):
+    with pytest.warns(LatentpipeWarning), pytest.raises(UserError, match="they are held out"):
         open_pictures(held, vae_folder, 16, tmp_path / "work", held_out=held_out(None))
 
 
 def test_pixels_and_latents_are_of_the_same_pictures(tmp_path: Path, vae_folder: Path) -> None:
-    from latentpipe.images import bytes_to_images
-    from latentpipe.vae import VAEStage
-    from latentpipe.weights import load_vae
+    from latentpipe.checkpoints.vae_io import load_vae
+    from latentpipe.utils.images import bytes_to_images
+    from latentpipe.vae.stage import VAEStage
 
     folder = write_pictures(tmp_path / "a")
     (folder / "red-square.png").write_bytes(b"no picture")
@@ -168,13 +168,13 @@ def test_latents_are_encoded_once_and_again_when_the_folder_changes(
 ) -> None:
     folder = folder_of(tmp_path / "a", [["a cat"], ["a dog"]])
     made: list[Path] = []
-    original = lora_data.encode_folder
+    original = data.encode_folder
 
     def counted(one: Path, vae: Path, out: Path, size: int, **named: Any) -> Any:
         made.append(out)
         return original(one, vae, out, size, **named)
 
-    monkeypatch.setattr(lora_data, "encode_folder", counted)
+    monkeypatch.setattr(data, "encode_folder", counted)
 
     def read() -> Any:
         return open_pictures(folder, vae_folder, 16, tmp_path / "work", held_out=frozenset())
@@ -194,7 +194,7 @@ def test_latents_are_encoded_once_and_again_when_the_folder_changes(
 
 
 def test_a_cache_that_encode_put_into_the_folder_serves(tmp_path: Path, vae_folder: Path) -> None:
-    from latentpipe.data.cache import default_path, encode_folder
+    from latentpipe.data.latent_cache import default_path, encode_folder
 
     folder = folder_of(tmp_path / "a", [["a cat"]])
     encode_folder(folder, vae_folder, default_path(folder, vae_folder, 16), 16)
@@ -233,8 +233,8 @@ def test_stable_diffusion_xl_gets_sizes_and_zeros_for_no_prompt() -> None:
 
 def test_long_captions_are_noted(pipe: Any) -> None:
     tokenizer = pipe.host.tokenizer
-    with pytest.warns(Note, match="1 of 2 captions are longer than the 14 tokens"):
-        lora_data.note_long_captions(tokenizer, [("red circle",), ("red circle " * 40,)])
+    with pytest.warns(LatentpipeWarning, match="1 of 2 captions are longer than the 14 tokens"):
+        data.note_long_captions(tokenizer, [("red circle",), ("red circle " * 40,)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lora_data.note_long_captions(tokenizer, [("red circle",), ()])
+        data.note_long_captions(tokenizer, [("red circle",), ()])

@@ -12,13 +12,14 @@ import torch
 from helpers import some_images, tiny_vae, vae_run, write_pictures
 
 from latentpipe import LatentSpace, UserError, VAEStage
-from latentpipe.config import Crops
-from latentpipe.data.folder import read_pictures
-from latentpipe.images import bytes_to_images, psnr, to_bytes, to_images
-from latentpipe.train import finish, loop, losses
-from latentpipe.train import vae as training
-from latentpipe.train.crops import draw_cut
-from latentpipe.weights import VAE_FILE, load_vae, save_vae, vae_hash
+from latentpipe.checkpoints.tensor_source import VAE_FILE
+from latentpipe.checkpoints.vae_io import load_vae, save_vae, vae_hash
+from latentpipe.data.image_folder import read_pictures
+from latentpipe.train import loop, losses
+from latentpipe.train.config import Crops
+from latentpipe.train.vae import train as training
+from latentpipe.train.vae.augment import draw_crop
+from latentpipe.utils.images import bytes_to_images, psnr, resized, to_bytes, to_images
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_the_saved_latents_have_mean_0_and_std_1(trained: Path, pictures: Path) 
     stage = VAEStage(load_vae(trained / "vae"))
     assert stage.space == LatentSpace(4, 2, (1.0,) * 4, (0.0,) * 4)
     read = read_pictures(pictures, 24)
-    pixels = torch.from_numpy(finish.resized(read.pixels, 16)).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(resized(read.pixels, 16)).permute(0, 3, 1, 2)
     with torch.no_grad():
         measured = LatentSpace.measure([stage.raw_posterior(bytes_to_images(pixels))], 2)
     assert measured.space.shift == pytest.approx([0] * 4, abs=2e-2)  # fp16 weights
@@ -96,7 +97,7 @@ def test_the_card_says_what_was_measured_on_what_was_saved(trained: Path, pictur
     assert len(card["latent_mean_standard_error"]) == 4
     assert card["validation"]["n"] == 12
     stage = VAEStage(load_vae(trained / "vae"))
-    images = to_images(finish.resized(read_pictures(pictures, 24).pixels, 16))
+    images = to_images(resized(read_pictures(pictures, 24).pixels, 16))
     with torch.no_grad():
         values = psnr(to_bytes(images), to_bytes(stage.decode(stage.encode(images))))
     assert card["validation"]["psnr_db"] == pytest.approx(values.mean().item(), abs=0.01)
@@ -117,7 +118,7 @@ def test_the_preview_map_is_the_least_squares_one(trained: Path, pictures: Path)
     found = json.loads((trained / "vae" / "latent_rgb.json").read_text())
     factors, bias = np.array(found["factors"]), np.array(found["bias"])
     stage = VAEStage(load_vae(trained / "vae"))
-    images = to_images(finish.resized(read_pictures(pictures, 24).pixels, 16))
+    images = to_images(resized(read_pictures(pictures, 24).pixels, 16))
     with torch.no_grad():
         values = stage.encode(images).permute(0, 2, 3, 1).reshape(-1, 4).double().numpy()
     colours = torch.nn.functional.avg_pool2d(images, 2).permute(0, 2, 3, 1).reshape(-1, 3).double().numpy()
@@ -186,7 +187,7 @@ def test_a_warm_start_of_another_shape_is_refused(tmp_path: Path, pictures: Path
 
 def crop(pixels: torch.Tensor, crops: Crops, generator: torch.Generator) -> torch.Tensor:
     """The drawn cut of a batch."""
-    return draw_cut(len(pixels), pixels.shape[-1], crops, generator).apply(pixels)
+    return draw_crop(len(pixels), pixels.shape[-1], crops, generator).apply(pixels)
 
 
 def numbered(n: int = 6, side: int = 24) -> torch.Tensor:

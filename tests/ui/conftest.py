@@ -14,7 +14,7 @@ from served import CHROMIUM, FLAGS, opened, start
 @pytest.fixture(scope="session")
 def ui_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder with one more VAE, of another shape than the embedded model's."""
-    from latentpipe.weights import save_vae
+    from latentpipe.checkpoints.vae_io import save_vae
 
     home = tmp_path_factory.mktemp("ui-home")
     save_vae(tiny_vae(), home / "vae" / "odd", {})

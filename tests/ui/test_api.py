@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import threading
 import time
@@ -17,7 +18,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image, PngImagePlugin
 
-from latentpipe.recipe import read
+from latentpipe.pipelines.metadata.recipe import read
 
 pytestmark = pytest.mark.slow
 
@@ -209,13 +210,13 @@ def fetch(url: str) -> int:
 
 
 def test_nothing_but_shown_files_can_be_fetched(address: str, ui_home: Path, client: Client) -> None:
-    from latentpipe.weights import shipped
+    from latentpipe.checkpoints.registry import bundled_weights_dir
 
     client.predict(prompt="red apple", seed=1, steps=2, api_name="/txt2img")
     kept = next((ui_home / "kept").rglob("*.png"))
     secret = [
         "/etc/passwd", "../../../../etc/passwd", "....//....//etc/passwd", "%2e%2e/%2e%2e/etc/passwd", "\\etc\\passwd",
-        str(shipped() / "emoji" / "unet" / "diffusion_pytorch_model.safetensors"),
+        str(bundled_weights_dir() / "emoji" / "unet" / "diffusion_pytorch_model.safetensors"),
         str(ui_home / "vae" / "odd" / "config.json"), str(ui_home / "server.log"), str(kept),
     ]  # fmt: skip
     for path in secret:
@@ -272,3 +273,10 @@ def test_ten_clients_at_once_get_their_own_pictures(address: str) -> None:
     assert wrong == []
     assert len(drawn) >= 10
     assert Client(address, verbose=False).predict(api_name="/health")["jobs"] == 0
+
+
+def test_the_example_of_a_client(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = Path(__file__).parents[2] / "examples" / "page_client.py"
+    runpy.run_path(str(script))["main"](address, str(tmp_path))
+    assert "ready" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*.png"))) == 2

@@ -203,7 +203,7 @@ def test_a_grid_is_drawn_and_is_one_picture_with_its_recipe(page: Any) -> None:
     page.wait_for_selector("#lp-grid-sheet img")
     with page.expect_download() as download:
         page.click("#lp-grid-download")
-    from latentpipe.xyplot import read_grid
+    from latentpipe.engine.xy_grid.plot import read_grid
 
     assert read_grid(Path(download.value.path())) is not None
     assert page.locator("#lp-grid-sheet img").first.get_attribute("alt")

@@ -12,11 +12,11 @@ import gradio as gr
 import pytest
 from PIL import Image
 
-from latentpipe import recipe
-from latentpipe.model_cache import ModelCache
+from latentpipe.engine.pipeline_cache import PipelineCache
+from latentpipe.engine.xy_grid.plot import read_grid
+from latentpipe.pipelines.metadata import recipe
 from latentpipe.ui import grid
 from latentpipe.ui.state import App
-from latentpipe.xyplot import read_grid
 
 VISITOR = SimpleNamespace(session_hash="one")
 
@@ -24,7 +24,7 @@ VISITOR = SimpleNamespace(session_hash="one")
 @pytest.fixture
 def app(installed: str, tmp_path: Path) -> Iterator[App]:
     """An interface that offers the tiny model and keeps its pictures."""
-    app = App(model=installed, out=tmp_path / "out", models=ModelCache(device="cpu"))
+    app = App(model=installed, out=tmp_path / "out", models=PipelineCache(device="cpu"))
     yield app
     app.close()
 

@@ -12,22 +12,22 @@ import pytest
 from helpers import draw_shape
 from PIL import Image
 
-from latentpipe.explore import play
-from latentpipe.model_cache import ModelCache
-from latentpipe.ui import play_parts, playground
+from latentpipe.engine.pipeline_cache import PipelineCache
+from latentpipe.explore import playground as play
+from latentpipe.ui import playground, playground_inputs
 from latentpipe.ui.state import App
 
 VISITOR = SimpleNamespace(session_hash="one")
 
 
 @pytest.fixture(scope="module")
-def models(model_folder: Path) -> ModelCache:
+def models(model_folder: Path) -> PipelineCache:
     """Open models for all tests here: what is learned of them is kept."""
-    return ModelCache(device="cpu")
+    return PipelineCache(device="cpu")
 
 
 @pytest.fixture
-def app(installed: str, models: ModelCache, monkeypatch: pytest.MonkeyPatch) -> Iterator[App]:
+def app(installed: str, models: PipelineCache, monkeypatch: pytest.MonkeyPatch) -> Iterator[App]:
     monkeypatch.setattr(play, "PICTURES", 20)
     app = App(model=installed, models=models)
     yield app
@@ -190,8 +190,8 @@ def test_stop_ends_ones_own_job_only(app: App, page: Any, paths: tuple[str, str]
 
 
 def test_examples_are_pictures_of_the_bank(app: App) -> None:
-    for pair in play_parts.PAIRS:
-        for path, caption in zip(play_parts._pair(app, pair), pair, strict=True):
+    for pair in playground_inputs.PAIRS:
+        for path, caption in zip(playground_inputs._pair(app, pair), pair, strict=True):
             with Image.open(path) as picture:
                 assert same(picture, play.bank_picture(caption))
 
@@ -199,7 +199,7 @@ def test_examples_are_pictures_of_the_bank(app: App) -> None:
 def test_another_vae_may_be_one_that_fits_no_model(app: App, page: Any, paths: tuple[str, str], own_home: Path) -> None:
     from helpers import tiny_vae
 
-    from latentpipe.weights import save_vae
+    from latentpipe.checkpoints.vae_io import save_vae
 
     save_vae(tiny_vae(seed=9), own_home / "vae" / "alien", {"data": "none"})
     *_, last = call(page, "lp-play-share", "change", first=paths[0], vae="alien")

@@ -22,22 +22,22 @@ from served import free_port
 
 from latentpipe import UserError
 from latentpipe.ui import serving
-from latentpipe.ui.guard import Guard
-from latentpipe.ui.hosts import Names, names_for
-from latentpipe.ui.login import Door
-from latentpipe.ui.state import LIGHT, Jobs, told, wire_stop
+from latentpipe.ui.allowed_hosts import AllowedHosts, names_for
+from latentpipe.ui.guard import RequestGuard
+from latentpipe.ui.login import LoginSessions
+from latentpipe.ui.state import LIGHT, Jobs, toast_errors, wire_stop
 
 
 class Server:
     """A page with a button that only says something, and an endpoint with a field of each kind."""
 
-    def __init__(self, door: Door | None = None, root: str = "", allowed: tuple[str, ...] = ()) -> None:
+    def __init__(self, door: LoginSessions | None = None, root: str = "", allowed: tuple[str, ...] = ()) -> None:
         with gr.Blocks(analytics_enabled=False) as self.page:
             wire_stop(SimpleNamespace(jobs=Jobs()), gr.Button())  # type: ignore[arg-type]
             self.saying = next(iter(self.page.fns))
 
             def fails() -> None:
-                with told():
+                with toast_errors():
                     raise UserError("This picture has no settings inside.")
 
             gr.Button().click(fails, None, None, **LIGHT)
@@ -55,7 +55,7 @@ class Server:
             self.page, root_path=root, show_error=False, ssr_mode=False, run_history=False, enable_monitoring=False,
             mcp_server=False, max_file_size=1000,
         )  # fmt: skip
-        guard = Guard(self.inside, Names(names_for(["127.0.0.1"], allowed), allowed), door, root=root)
+        guard = RequestGuard(self.inside, AllowedHosts(names_for(["127.0.0.1"], allowed), allowed), door, root=root)
         (bound,) = serving.sockets_for("127.0.0.1", free_port())
         self.address = serving.address_of("127.0.0.1", bound.getsockname()[1])
         self.running = serving.Running(guard, [bound], behind_proxy=bool(root))
@@ -74,7 +74,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def closed() -> Iterator[Server]:
     """A server with a login."""
-    found = Server(Door(lambda user, password: (user, password) == ("anna", "secret")))
+    found = Server(LoginSessions(lambda user, password: (user, password) == ("anna", "secret")))
     yield found
     found.close()
 
@@ -209,7 +209,7 @@ class Proxy(BaseHTTPRequestHandler):
 
 
 def test_behind_a_reverse_proxy_at_a_sub_path() -> None:
-    server = Server(Door(lambda user, password: password == "secret", "/draw"), root="/draw", allowed=("draw.example",))
+    server = Server(LoginSessions(lambda user, password: password == "secret", "/draw"), root="/draw", allowed=("draw.example",))
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (Proxy,), {"upstream": server.address}))
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     outside = f"http://127.0.0.1:{proxy.server_address[1]}/draw"

@@ -17,12 +17,13 @@ import pytest
 gr = pytest.importorskip("gradio")
 
 from latentpipe import UserError  # noqa: E402
-from latentpipe.adapters import own_adapter  # noqa: E402
-from latentpipe.errors import Note  # noqa: E402
-from latentpipe.jobs import Cancelled, Done, Progress, Report, Waiting  # noqa: E402
-from latentpipe.places import named_lora  # noqa: E402
+from latentpipe.checkpoints.registry import named_lora  # noqa: E402
+from latentpipe.compatibility.latent_adapter import own_adapter  # noqa: E402
+from latentpipe.engine.jobs import Cancelled, Done, Progress, Waiting  # noqa: E402
 from latentpipe.ui import listeners  # noqa: E402
-from latentpipe.ui.state import App, Jobs, collect_notes, public, told  # noqa: E402
+from latentpipe.ui.state import App, Jobs, collect_notes, public, toast_errors  # noqa: E402
+from latentpipe.utils.errors import LatentpipeWarning  # noqa: E402
+from latentpipe.utils.progress import ProgressCallback  # noqa: E402
 
 PATIENCE_S = 30
 PATHS = [
@@ -100,7 +101,7 @@ def test_an_adapter_needs_its_vae(app: App) -> None:
 
 
 def test_a_users_mistake_is_its_sentence(toasts: list[str]) -> None:
-    with pytest.raises(gr.Error) as caught, told():
+    with pytest.raises(gr.Error) as caught, toast_errors():
         raise UserError("It does not fit: other space.\nmeasured on 64 pictures: R^2 0.1")
     assert caught.value.message == "It does not fit: other space."
     assert caught.value.print_exception is False
@@ -108,13 +109,13 @@ def test_a_users_mistake_is_its_sentence(toasts: list[str]) -> None:
 
 
 def test_a_stop_is_no_error(toasts: list[str]) -> None:
-    with told():
+    with toast_errors():
         raise Cancelled("stopped")
     assert toasts == ["Stopped."]
 
 
 def test_a_defect_keeps_its_details_to_the_server(toasts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(gr.Error) as caught, told():
+    with pytest.raises(gr.Error) as caught, toast_errors():
         raise RuntimeError("/home/someone/secret.txt: password 1234")
     assert caught.value.message == "This failed inside (RuntimeError); the window that runs the server has the details."
     assert caught.value.__cause__ is None
@@ -124,12 +125,12 @@ def test_a_defect_keeps_its_details_to_the_server(toasts: list[str], capsys: pyt
 
 def test_toasts_and_closed_readers_pass(toasts: list[str]) -> None:
     mine = gr.Error("mine")
-    with pytest.raises(gr.Error) as caught, told():
+    with pytest.raises(gr.Error) as caught, toast_errors():
         raise mine
     assert caught.value is mine
 
     def reader() -> Iterator[int]:
-        with told():
+        with toast_errors():
             yield 1
 
     events = reader()
@@ -139,10 +140,10 @@ def test_toasts_and_closed_readers_pass(toasts: list[str]) -> None:
 
 
 def test_notes_are_shown_once_when_all_went_well(toasts: list[str]) -> None:
-    with told() as notes:
+    with toast_errors() as notes:
         notes += ["one", "two", "one"]
     assert toasts == ["One. Two."]
-    with pytest.raises(gr.Error), told() as notes:  # noqa: PT012
+    with pytest.raises(gr.Error), toast_errors() as notes:  # noqa: PT012
         notes.append("three")
         raise UserError("no")
     assert toasts == ["One. Two."]
@@ -158,7 +159,7 @@ def test_notes_reach_their_own_visitor(collected: None) -> None:
         def work(report: Any) -> str:
             for step in range(20):
                 report(step, 20, "step")
-                warnings.warn(f"{name} {step}", Note, stacklevel=1)
+                warnings.warn(f"{name} {step}", LatentpipeWarning, stacklevel=1)
             return name
 
         *_, last = jobs.run(visitor(name), work, notes[name])
@@ -178,7 +179,7 @@ def test_other_warnings_are_no_notes(collected: None, capsys: pytest.CaptureFixt
 
     def work(_: Any) -> None:
         warnings.showwarning("of a library", DeprecationWarning, "file.py", 1, sys.stderr)
-        warnings.warn("ours", Note, stacklevel=1)
+        warnings.warn("ours", LatentpipeWarning, stacklevel=1)
 
     *_, last = Jobs().run(visitor("anna"), work, notes)
     assert isinstance(last, Done)
@@ -260,7 +261,7 @@ def test_a_job_whose_events_nobody_reads_gives_up_its_place(monkeypatch: pytest.
     known = listeners.Listeners()
     jobs = Jobs(listeners=known)
 
-    def work(report: Report) -> str:
+    def work(report: ProgressCallback) -> str:
         for step in range(1, 2000):
             report(step, 2000, "step")
             time.sleep(0.005)

@@ -16,10 +16,10 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from latentpipe.ui import listeners, quota
-from latentpipe.ui.guard import MAX_JSON, MAX_REQUEST, Guard
-from latentpipe.ui.hosts import Names, name_of, names_for
+from latentpipe.ui.allowed_hosts import AllowedHosts, name_of, names_for
+from latentpipe.ui.guard import MAX_JSON, MAX_REQUEST, RequestGuard
 from latentpipe.ui.listeners import Listeners
-from latentpipe.ui.login import Door
+from latentpipe.ui.login import LoginSessions
 from latentpipe.ui.quota import Window
 
 HERE = "http://127.0.0.1:7860"
@@ -34,7 +34,7 @@ async def answer(request: Request) -> JSONResponse:
 def served(**options: Any) -> Callable[..., TestClient]:
     """A client of a guarded application that answers everything; `client(address)`, sharing one guard."""
     app = Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST", "OPTIONS"])])
-    guard = Guard(app, options.pop("names", Names(names_for(["127.0.0.1"]))), **options)
+    guard = RequestGuard(app, options.pop("names", AllowedHosts(names_for(["127.0.0.1"]))), **options)
 
     def client(address: str = "192.0.2.1", base: str = HERE) -> TestClient:
         return TestClient(guard, base_url=base, client=(address, 50000), follow_redirects=False)
@@ -55,7 +55,7 @@ def test_the_name_in_a_host_header(header: str, name: str) -> None:
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1:7860", "[::1]:1", "draw.example:443", "DRAW.example"])
 def test_known_hosts_are_answered(host: str) -> None:
-    client = served(names=Names(names_for(["127.0.0.1"], ["draw.example"]), ["draw.example"]))()
+    client = served(names=AllowedHosts(names_for(["127.0.0.1"], ["draw.example"]), ["draw.example"]))()
     assert client.get("/", headers={"Host": host}).status_code == 200
 
 
@@ -73,7 +73,7 @@ def test_no_other_host_is(host: str) -> None:
 
 
 def test_an_address_of_this_machine_is_a_host_where_it_listens_there() -> None:
-    client = served(names=Names(names_for(["0.0.0.0"])))
+    client = served(names=AllowedHosts(names_for(["0.0.0.0"])))
     assert client(base="http://192.0.2.9:7860").get("/").status_code == 200  # TestClient takes this for the server's address
     assert client(base="http://192.0.2.9:7860").get("/", headers={"Host": "192.0.2.10"}).status_code == 403
 
@@ -94,7 +94,7 @@ def test_an_address_of_this_machine_is_a_host_where_it_listens_there() -> None:
     ],
 )
 def test_other_pages_send_nothing(headers: dict[str, str], status: int) -> None:
-    client = served(names=Names(names_for(["127.0.0.1"], ["draw.example"]), ["draw.example"]))()
+    client = served(names=AllowedHosts(names_for(["127.0.0.1"], ["draw.example"]), ["draw.example"]))()
     answers = [
         client.post(UPLOAD, headers=headers, files={"files": b"x"}),
         client.post("/gradio_api/queue/join", headers=headers, json={"data": []}),
@@ -116,8 +116,8 @@ def test_other_pages_link_here_but_read_nothing() -> None:
     assert client.get("/logout", headers=link).status_code == 403
 
 
-def door(root: str = "") -> Door:
-    return Door(lambda user, password: (user, password) == ("anna", "secret"), root)
+def door(root: str = "") -> LoginSessions:
+    return LoginSessions(lambda user, password: (user, password) == ("anna", "secret"), root)
 
 
 def test_without_a_login_there_is_the_login_alone() -> None:
@@ -249,7 +249,9 @@ def test_who_reads_events_is_noted_until_they_leave() -> None:
 
     app = Starlette(routes=[Route("/{path:path}", stream)])
     session = {"event": "visitor"}.get
-    client = TestClient(Guard(app, Names(names_for(["127.0.0.1"])), listeners=known, session=session), base_url=HERE)
+    client = TestClient(
+        RequestGuard(app, AllowedHosts(names_for(["127.0.0.1"])), listeners=known, session=session), base_url=HERE
+    )
     for path in ("/gradio_api/queue/data?session_hash=visitor", "/gradio_api/call/txt2img/event", "/gradio_api/call/v2/x/event"):
         assert client.get(path).status_code == 200
         assert seen.pop() is False

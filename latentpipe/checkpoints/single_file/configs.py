@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentpipe.checkpoints.components import check_config
+from latentpipe.checkpoints.config_ranges import check_network_config, check_scheduler_config
 from latentpipe.checkpoints.single_file.families import FAMILIES, channels, depths
 from latentpipe.checkpoints.single_file.identify import Identity
 from latentpipe.checkpoints.single_file.parts import Part
 from latentpipe.checkpoints.single_file.tokenizers import DATA
 from latentpipe.checkpoints.single_file.unet import diffusers_names
-from latentpipe.components import check_config
-from latentpipe.errors import UserError
-from latentpipe.ranges import check_network_config, check_scheduler_config
-from latentpipe.reading import read_json
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.reading import read_json
 
 # Which text encoders a pipeline's components are, by what its class name begins with; the first that fits.
 SLOTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -68,7 +68,9 @@ def shipped(found: Identity) -> Configs:
     index = stored["index"] | {"_class_name": family.pipelines[channels(denoiser)]}
     networks = {name: config for name, config in stored.items() if name not in (*PASSIVE, "index")}
     name = "unet" if "unet" in networks else "transformer"
-    networks[name] |= {"ldm": _unet, "diffusers-unet": _unet, "bfl": _flux, "diffusers-flux": _flux}.get(denoiser.layout, _sd3)(denoiser)
+    networks[name] |= {"ldm": _unet, "diffusers-unet": _unet, "bfl": _flux, "diffusers-flux": _flux}.get(denoiser.layout, _sd3)(
+        denoiser
+    )
     if found.family == "sd2" and found.prediction.kind == "v_prediction":
         networks[name] |= {"sample_size": 96, "upcast_attention": True}
     scheduler = found.prediction.scheduler(stored["scheduler"])
@@ -104,7 +106,11 @@ def _unet(part: Part) -> dict[str, Any]:
     """Input channels and depths of a UNet's transformers."""
     config: dict[str, Any] = {"in_channels": channels(part)}
     down, middle, up = depths(diffusers_names(part))
-    if not any(part.shapes[name][1:] == (2816,) for name in ("label_emb.0.0.weight", "add_embedding.linear_1.weight") if name in part.shapes):
+    if not any(
+        part.shapes[name][1:] == (2816,)
+        for name in ("label_emb.0.0.weight", "add_embedding.linear_1.weight")
+        if name in part.shapes
+    ):
         return config  # every level that attends does so once, or as the family's config says
     layers = [_depth(level) for level in down]
     mirrored = [_depth(level) for level in up]
@@ -139,8 +145,14 @@ def _sd3(part: Part) -> dict[str, Any]:
     hidden = part.shape("x_embedder.proj.weight" if ldm else "pos_embed.proj.weight")[0]
     positions = part.shape("pos_embed" if ldm else "pos_embed.pos_embed")[1]
     blocks = {int(name.split(".")[1]) for name in part.shapes if re.match(r"(joint|transformer)_blocks\.\d+\.", name)}
-    dual = {int(name.split(".")[1]) for name in part.shapes if re.match(r"(joint|transformer)_blocks\.\d+\.(x_block\.)?attn2\.", name)}
-    config: dict[str, Any] = {"num_layers": max(blocks) + 1, "num_attention_heads": hidden // 64, "caption_projection_dim": hidden}
+    dual = {
+        int(name.split(".")[1]) for name in part.shapes if re.match(r"(joint|transformer)_blocks\.\d+\.(x_block\.)?attn2\.", name)
+    }
+    config: dict[str, Any] = {
+        "num_layers": max(blocks) + 1,
+        "num_attention_heads": hidden // 64,
+        "caption_projection_dim": hidden,
+    }
     config |= {"pos_embed_max_size": round(positions**0.5), "dual_attention_layers": sorted(dual)}
     normed = any(re.search(r"\.(ln_q|norm_q)\.", name) for name in part.shapes)
     return config | {"qk_norm": "rms_norm" if normed else None}

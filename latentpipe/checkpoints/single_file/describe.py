@@ -10,7 +10,7 @@ from latentpipe.checkpoints.single_file.families import FAMILIES
 from latentpipe.checkpoints.single_file.gather import Stated, open_file
 from latentpipe.checkpoints.single_file.identify import identify
 from latentpipe.checkpoints.single_file.parts import Part
-from latentpipe.errors import UserError
+from latentpipe.utils.errors import UserError
 
 
 def describe_file(path: Path, stated: Stated | None = None) -> dict[str, Any] | None:
@@ -35,7 +35,9 @@ def describe_file(path: Path, stated: Stated | None = None) -> dict[str, Any] | 
     sources = {name: str(source.path if isinstance(source, Part) else source) for name, source in opened.sources.items()}
     return facts | {
         "opens_as": opened.configs.pipeline,
-        "configs": str(opened.configs.folder or f"shipped ({FAMILIES[found.family].configs})" if found.family else opened.configs.folder),
+        "configs": str(
+            opened.configs.folder or f"shipped ({FAMILIES[found.family].configs})" if found.family else opened.configs.folder
+        ),
         "scheduler": opened.configs.scheduler["_class_name"],
         "components": sources,
         **({"without": list(opened.without)} if opened.without else {}),

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from latentpipe.checkpoints.single_file.parts import Part
-from latentpipe.errors import UserError, near
+from latentpipe.utils.errors import UserError, near
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,10 @@ OTHERS = (
     (r"control_model\.|controlnet_cond_embedding\.|input_hint_block\.|(.*\.)?controlnet_blocks\.", "a ControlNet"),
     (r"image_proj\.|ip_adapter\.", "an IP-Adapter"),
     (r"pretransform\.|conditioner\.conditioners\.|model\.model\.(to_timestep|transformer)\.", "an audio model (Stable Audio)"),
-    (r"encodec|quantizer\.(vq|quantizers)|(model\.)?encoder\.conv1\.|spec_enc\.|(.*\.)?enc_p\.|generator\.ups\.", "an audio model"),
+    (
+        r"encodec|quantizer\.(vq|quantizers)|(model\.)?encoder\.conv1\.|spec_enc\.|(.*\.)?enc_p\.|generator\.ups\.",
+        "an audio model",
+    ),
     (r"(model\.)?(language_model\.)?(model\.)?layers\.\d+\.(self_attn|mlp|input_layernorm)\.|lm_head\.", "a language model"),
     (r"(transformer\.)?h\.\d+\.(attn|mlp|ln_1)\.|transformer\.h\.|gpt_neox\.|(bert|roberta)\.", "a language model"),
     (r"(.*\.)?(body|RRDB_trunk)\.\d+\.(rdb|RDB)|params(_ema)?$|conv_first\.|model\.\d+\.sub\.", "an upscaler"),
@@ -124,9 +127,12 @@ def depths(names: Collection[str]) -> tuple[tuple[tuple[int, ...], ...], int, tu
     for side in ("down", "up"):
         levels = 1 + max((level for which, level, _ in found if which == side), default=-1)
         sides[side] = tuple(
-            tuple(count for (which, at, index), count in sorted(found.items()) if (which, at) == (side, level) and index >= 0) for level in range(levels)
+            tuple(count for (which, at, index), count in sorted(found.items()) if (which, at) == (side, level) and index >= 0)
+            for level in range(levels)
         )
-    middle = [int(match[1]) + 1 for name in names if (match := re.match(r"mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.", name))]
+    middle = [
+        int(match[1]) + 1 for name in names if (match := re.match(r"mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.", name))
+    ]
     return sides["down"], max(middle, default=0), sides["up"]
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentpipe.checkpoints.single_file.gather import Stated
-from latentpipe.errors import UserError
-from latentpipe.files import read_header
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import read_header
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,9 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 def check_folder(folder: Path, dtype: torch.dtype | None, stated: Stated | None) -> torch.dtype:
     """The dtype to open a diffusers folder in (None: as it is stored); UserError for what only a single file can be told."""
     if stated not in (None, Stated()):
-        raise UserError(f"{folder} is a diffusers folder, which says itself what it is; leave family, prediction, config and parts out.")
+        raise UserError(
+            f"{folder} is a diffusers folder, which says itself what it is; leave family, prediction, config and parts out."
+        )
     refuse_pickles(folder)
     return dtype or stored_dtype(folder)
 

@@ -13,7 +13,7 @@ from latentpipe.checkpoints.single_file.configs import PASSIVE, Configs
 from latentpipe.checkpoints.single_file.families import FAMILIES
 from latentpipe.checkpoints.single_file.identify import Identity, identify
 from latentpipe.checkpoints.single_file.parts import Part
-from latentpipe.errors import UserError
+from latentpipe.utils.errors import UserError
 
 OPTIONAL = {("StableDiffusion3", "text_encoder_3")}  # diffusers draws without
 
@@ -62,7 +62,9 @@ def open_file(path: Path, stated: Stated | None = None) -> Opened:
     if stated.prediction is not None:
         found = replace(found, prediction=prediction.stated(stated.prediction))
         if found.family and FAMILIES[found.family].configs in ("sd3", "flux"):
-            raise UserError(f"{path} is a model of {FAMILIES[found.family].title}, which matches flows; leave the prediction out.")
+            raise UserError(
+                f"{path} is a model of {FAMILIES[found.family].title}, which matches flows; leave the prediction out."
+            )
     configs = config_sets.from_folder(stated.config, found) if stated.config is not None else config_sets.shipped(found)
     return _complete(found, configs, stated)
 
@@ -126,13 +128,18 @@ def _width(part: Part) -> int:
 
 
 def _missing(
-    found: Identity, configs: Configs, there: Sequence[str], missing: Sequence[str], pools: Sequence[Mapping[str, Part]], folders: Sequence[Path]
+    found: Identity,
+    configs: Configs,
+    there: Sequence[str],
+    missing: Sequence[str],
+    pools: Sequence[Mapping[str, Part]],
+    folders: Sequence[Path],
 ) -> str:
     """What is missing, and where it was looked for."""
     looked = [str(found.path), *(str(part.path) for pool in pools[1:] for part in list(pool.values())[:1])]
     looked += [f"{folder}/{name}" for folder in folders for name in missing]
     title = FAMILIES[found.family].title if found.family else configs.pipeline
     return (
-        f"{found.path} holds the {' and '.join(there) or 'nothing'} of a {title} model; missing: {', '.join(missing)}. Looked for in "
-        f"{', '.join(looked)}. Name files or diffusers folders that hold them with --parts."
+        f"{found.path} holds the {' and '.join(there) or 'nothing'} of a {title} model; missing: {', '.join(missing)}. "
+        f"Looked for in {', '.join(looked)}. Name files or diffusers folders that hold them with --parts."
     )

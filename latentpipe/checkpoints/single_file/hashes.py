@@ -9,8 +9,8 @@ from pathlib import Path
 
 from latentpipe.checkpoints.single_file.gather import Opened, Stated, open_file
 from latentpipe.checkpoints.single_file.opening import part_tensors
-from latentpipe.files import content_hash
-from latentpipe.latents import LatentSpace
+from latentpipe.utils.io import content_hash
+from latentpipe.vae.latent_space import LatentSpace
 
 
 class Hashes(Mapping[str, str]):

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentpipe.checkpoints.identify import looks_like
 from latentpipe.checkpoints.single_file import families
 from latentpipe.checkpoints.single_file.parts import WORDS, Contents, Part, contents, is_adapter, is_embedding
 from latentpipe.checkpoints.single_file.prediction import Prediction, predicted
 from latentpipe.checkpoints.single_file.refusals import check_kind
-from latentpipe.errors import UserError, counted
-from latentpipe.files import Header, read_header
-from latentpipe.formats.looks import looks_like
+from latentpipe.utils.errors import UserError, counted
+from latentpipe.utils.io import Header, read_header
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 FP8 = {"F8_E4M3": "fp8 (e4m3)", "F8_E5M2": "fp8 (e5m2)"}
@@ -56,7 +56,11 @@ class Identity:
             "family": self.family,
             **({"readings": list(self.readings)} if len(self.readings) > 1 else {}),
             "channels": self.channels,
-            **({"prediction": predicts.kind, "zero_terminal_snr": predicts.zero, "known_from": predicts.source} if predicts else {}),
+            **(
+                {"prediction": predicts.kind, "zero_terminal_snr": predicts.zero, "known_from": predicts.source}
+                if predicts
+                else {}
+            ),
             "parts": {WORDS.get(slot, slot): counted(len(part.names), "tensor") for slot, part in self.parts.items()},
             "dtype": self.dtype,
             "quantization": self.quantization or None,
@@ -81,7 +85,9 @@ def identify(path: Path, family: str | None = None, config: bool = False) -> Ide
     dtype, quantized, wrong = _numbers(header)
     base: dict[str, Any] = {"metadata": header.metadata, "dtype": dtype, "quantization": quantized}
     if is_adapter(header.shapes):
-        return Identity(path, "lora", found, why=f"{path} holds a LoRA (or a network with one attached), not a whole model.", **base)
+        return Identity(
+            path, "lora", found, why=f"{path} holds a LoRA (or a network with one attached), not a whole model.", **base
+        )
     if is_embedding(header.shapes):
         return Identity(path, "embedding", found, why=f"{path} holds a textual inversion embedding, not a model.", **base)
     role = _role(found)
@@ -96,7 +102,9 @@ def identify(path: Path, family: str | None = None, config: bool = False) -> Ide
     return _denoiser(path, role, found, header, family, config, base)
 
 
-def _denoiser(path: Path, role: str, found: Contents, header: Header, family: str | None, config: bool, base: dict[str, Any]) -> Identity:
+def _denoiser(
+    path: Path, role: str, found: Contents, header: Header, family: str | None, config: bool, base: dict[str, Any]
+) -> Identity:
     part = found.parts["denoiser"]
     try:
         known = [families.named(family).name] if family else []
@@ -157,13 +165,25 @@ def _numbers(header: Header) -> tuple[str, str, str]:
     bits = next((word for name in names for word in ("nf4", "fp4") if f"bitsandbytes__{word}" in name), "")
     if bits or any(name.endswith((".absmax", ".quant_map")) for name in names):
         bits = bits or "4 bits"
-        return dtype, bits, f"its weights are quantized by bitsandbytes ({bits}), which is not read; give it in fp16, bf16 or fp8."
+        return (
+            dtype,
+            bits,
+            f"its weights are quantized by bitsandbytes ({bits}), which is not read; give it in fp16, bf16 or fp8.",
+        )
     fp8 = next((word for kind, word in FP8.items() if kind in kinds), "")
     scaled = any(name.endswith((".scale_weight", ".weight_scale")) for name in names)
     if any(name.endswith((".weight_scale_2", ".qweight", ".qzeros", ".g_idx")) for name in names):
-        return dtype, "quantized", "its weights are quantized in blocks (nvfp4, mxfp8, GPTQ or AWQ), which is not read; give fp16, bf16 or fp8."
+        return (
+            dtype,
+            "quantized",
+            "its weights are quantized in blocks (nvfp4, mxfp8, GPTQ or AWQ), which is not read; give fp16, bf16 or fp8.",
+        )
     strange = [kind for kind in kinds if kind not in FLOATS and kind not in FP8]
-    wrong = [name for name, shape in names.items() if len(shape) > 1 and header.dtypes[name] in strange and not name.endswith("position_ids")]
+    wrong = [
+        name
+        for name, shape in names.items()
+        if len(shape) > 1 and header.dtypes[name] in strange and not name.endswith("position_ids")
+    ]
     if wrong:
         return dtype, "quantized", f"{wrong[0]} is stored as {header.dtypes[wrong[0]]}; expected floats of 8 to 64 bits."
     return dtype, f"scaled {fp8}" if fp8 and scaled else fp8, ""

@@ -1,4 +1,4 @@
-"""A single file as a diffusers pipeline: each part built empty, filled strictly, mapped at its own dtype where that is asked for."""
+"""A single file as a diffusers pipeline: parts built empty and filled strictly, mapped at their own dtype where asked for."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
+from latentpipe.checkpoints.components import built_within, telling
+from latentpipe.checkpoints.config_ranges import check_schedule
 from latentpipe.checkpoints.single_file import tokenizers
 from latentpipe.checkpoints.single_file.gather import Opened, Stated, open_file
 from latentpipe.checkpoints.single_file.parts import Part
 from latentpipe.checkpoints.single_file.tensors import FP8, from_folder, read_part, usual_dtype
-from latentpipe.components import built_within, telling
-from latentpipe.errors import Note, UserError
-from latentpipe.precision import all_finite
-from latentpipe.ranges import check_schedule
+from latentpipe.utils.errors import LatentpipeWarning, UserError
+from latentpipe.vae.precision import all_finite
 
 Tensors = Mapping[str, torch.Tensor]
 LARGE = 2**30  # bytes of a conversion that are told first
@@ -72,7 +72,7 @@ def part_tensors(opened: Opened, component: str) -> dict[str, torch.Tensor]:
 
 
 def _tell(opened: Opened, read: Mapping[str, Tensors], dtype: torch.dtype | None) -> None:
-    """A Note on how much memory a conversion of large weights takes."""
+    """A warning on how much memory a conversion of large weights takes."""
     if dtype is None:
         return
     values = [value for tensors in read.values() for value in tensors.values() if value.is_floating_point()]
@@ -81,7 +81,7 @@ def _tell(opened: Opened, read: Mapping[str, Tensors], dtype: torch.dtype | None
         warnings.warn(
             f"{opened.path.name}: its weights become {WORDS.get(dtype, dtype)}, which takes {need / 2**30:.1f} GiB of memory; "
             "with dtype 'auto' they stay as they are stored, mapped to the file",
-            Note,
+            LatentpipeWarning,
             stacklevel=4,
         )
 
@@ -101,7 +101,11 @@ def _network(opened: Opened, component: str, tensors: dict[str, torch.Tensor], d
         return cls.from_config(dict(config))
 
     with telling(place, component), init_empty_weights(include_buffers=False):
-        model = build() if opened.configs.folder is None else built_within(build, sum(map(torch.numel, tensors.values())), len(tensors))
+        model = (
+            build()
+            if opened.configs.folder is None
+            else built_within(build, sum(map(torch.numel, tensors.values())), len(tensors))
+        )
     fill(model, tensors, dtype, f"{place}: its {component}")
     if hasattr(model, "tie_weights"):
         model.tie_weights()

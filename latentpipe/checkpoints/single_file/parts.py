@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentpipe.errors import UserError
-from latentpipe.files import Header
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import Header
 
 # Prefix and slot; longer ones first. LDM's, sgm's (SDXL) and ComfyUI's.
 PREFIXES = (

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from latentpipe.checkpoints.single_file.parts import Contents, Part
-from latentpipe.errors import UserError
-from latentpipe.files import read_tensors
-from latentpipe.reading import read_yaml
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import read_tensors
+from latentpipe.utils.reading import read_yaml
 
 KINDS = {"epsilon": ("epsilon", False), "v": ("v_prediction", False), "v-zsnr": ("v_prediction", True)}
 SD2_MARK = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
@@ -47,7 +47,9 @@ class Prediction:
 def stated(name: str) -> Prediction:
     """The prediction that a person states; UserError lists what there is."""
     if name not in KINDS:
-        raise UserError(f"prediction is '{name}'; expected one of {', '.join(KINDS)} (zsnr: zero terminal signal-to-noise ratio).")
+        raise UserError(
+            f"prediction is '{name}'; expected one of {', '.join(KINDS)} (zsnr: zero terminal signal-to-noise ratio)."
+        )
     return Prediction(*KINDS[name], "stated")
 
 
@@ -65,7 +67,9 @@ def _marked(path: Path, found: Contents) -> Prediction | None:
     edm = sorted(name for name in found.markers if name.startswith("edm_"))
     if edm:
         what = "Playground 2.5" if "edm_mean" in edm else "CosXL"
-        raise UserError(f"{path}: its key {edm[0]} says that it predicts in the EDM frame (as {what}), which is not drawn with here.")
+        raise UserError(
+            f"{path}: its key {edm[0]} says that it predicts in the EDM frame (as {what}), which is not drawn with here."
+        )
     if "v_pred" in found.markers or "ztsnr" in found.markers:
         keys = " and ".join(sorted(found.markers & {"v_pred", "ztsnr"}))
         kind = "v_prediction" if "v_pred" in found.markers else "epsilon"

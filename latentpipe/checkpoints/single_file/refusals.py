@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latentpipe.errors import UserError
-from latentpipe.files import is_safetensors
-from latentpipe.reading import file_size
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import is_safetensors
+from latentpipe.utils.reading import file_size
 
 HEAD = 512  # bytes that are looked at
 
@@ -22,7 +22,9 @@ def check_kind(path: Path) -> None:
         head = file.read(HEAD)
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        raise UserError(f"{path} is a git LFS pointer of {size} bytes and not the model; run 'git lfs pull', or download the file.")
+        raise UserError(
+            f"{path} is a git LFS pointer of {size} bytes and not the model; run 'git lfs pull', or download the file."
+        )
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise UserError(f"{path} is a web page and no model; the download gave an error or a login page. Fetch it again.")
     if start.startswith((b"{", b"access", b"invalid", b"entry", b"repository")) and size < 2**16:
@@ -34,7 +36,9 @@ def check_kind(path: Path) -> None:
             f"{path} is a pickle (or an archive of one), which can run code when it is opened; turn it into safetensors once: "
             f"latentpipe convert {path} --out FILE.safetensors."
         )
-    raise UserError(f"{path} is not a safetensors file ({size:,} bytes, which begin with {_shown(head)}); fetch or export it again.")
+    raise UserError(
+        f"{path} is not a safetensors file ({size:,} bytes, which begin with {_shown(head)}); fetch or export it again."
+    )
 
 
 def _shown(head: bytes) -> str:

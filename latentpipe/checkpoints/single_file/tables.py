@@ -1,4 +1,4 @@
-"""Names of FLUX's and Stable Diffusion 3's transformers: their authors' -> diffusers'; stacked weights become views, not copies."""
+"""Names of FLUX's and Stable Diffusion 3's transformers: their authors' -> diffusers'; stacked weights become views."""
 
 from __future__ import annotations
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from latentpipe.checkpoints import ldm_keys as kl
 from latentpipe.checkpoints.single_file import tables
 from latentpipe.checkpoints.single_file.parts import Part
 from latentpipe.checkpoints.single_file.unet import diffusers_names
-from latentpipe.errors import UserError
-from latentpipe.files import read_tensors
-from latentpipe.formats import kl
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import read_tensors
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 Tensors = dict[str, torch.Tensor]
@@ -72,7 +72,9 @@ def _stored(part: Part) -> Tensors:
 def _scaled(weight: torch.Tensor, scale: torch.Tensor, what: str) -> torch.Tensor:
     """An fp8 weight times its scale (one, or one for each row), in bf16."""
     if scale.numel() not in (1, weight.shape[0]) or not torch.isfinite(scale.float()).all():
-        raise UserError(f"{what} has {scale.numel()} values; expected one finite number, or one for each of {weight.shape[0]} rows.")
+        raise UserError(
+            f"{what} has {scale.numel()} values; expected one finite number, or one for each of {weight.shape[0]} rows."
+        )
     factor = scale.float().reshape(-1, *[1] * (weight.ndim - 1)) if scale.numel() > 1 else scale.float().reshape(())
     return (weight.float() * factor).to(torch.bfloat16)
 

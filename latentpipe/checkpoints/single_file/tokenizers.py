@@ -40,8 +40,12 @@ def shipped(config: Mapping[str, Any]) -> Any:
     if config["_class_name"] == "CLIPTokenizer":
         vocabulary, merges = _clip()
         ends = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-        return transformers.CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=length, pad_token=config["pad_token"], **ends)
+        return transformers.CLIPTokenizer(
+            vocab=dict(vocabulary), merges=list(merges), model_max_length=length, pad_token=config["pad_token"], **ends
+        )
     from tokenizers import Tokenizer
 
     ends = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(DATA / "t5_tokenizer.json")), model_max_length=length, **ends)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_file(str(DATA / "t5_tokenizer.json")), model_max_length=length, **ends
+    )

@@ -8,14 +8,14 @@ from pathlib import Path
 from latentpipe.checkpoints.single_file.families import FAMILIES
 from latentpipe.checkpoints.single_file.identify import identify
 from latentpipe.checkpoints.single_file.tokenizers import DATA
-from latentpipe.errors import UserError
-from latentpipe.files import is_safetensors
-from latentpipe.formats.opening import Given
-from latentpipe.formats.source import CONFIG_KEY
-from latentpipe.reading import read_json
+from latentpipe.checkpoints.tensor_source import CONFIG_KEY
+from latentpipe.checkpoints.vae_file import StatedConfig
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import is_safetensors
+from latentpipe.utils.reading import read_json
 
 
-def with_family(path: Path, given: Given) -> Given:
+def with_family(path: Path, given: StatedConfig) -> StatedConfig:
     """What is given of a VAE, with the factor, shift and groups of the family where the file holds a whole model."""
     if not path.is_file() or not is_safetensors(path):
         return given

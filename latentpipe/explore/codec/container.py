@@ -16,7 +16,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 
-from latentpipe.errors import UserError
+from latentpipe.utils.errors import UserError
 
 MAGIC, VERSION = b"LPZ", 1
 IDENTITY = 4

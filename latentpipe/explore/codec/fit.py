@@ -9,15 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latentpipe.data.folder import read_pictures
-from latentpipe.errors import UserError
-from latentpipe.explore.codec.context import FILE, HIDDEN, OCTAVE, WEIGHT, Weights
-from latentpipe.explore.codec.waves import NEAR, REACH
-from latentpipe.files import atomic_file
-from latentpipe.images import bytes_to_images
-from latentpipe.train.finish import resized
-from latentpipe.train.rate import GROUPS, ContextModel, bits, group_of
-from latentpipe.vae import VAEStage
+from latentpipe.data.image_folder import read_pictures
+from latentpipe.explore.codec.static_model import FILE, HIDDEN, OCTAVE, WEIGHT, Weights
+from latentpipe.explore.codec.wavefront import NEAR, REACH
+from latentpipe.utils.errors import UserError
+from latentpipe.utils.images import bytes_to_images, resized
+from latentpipe.utils.io import atomic_file
+from latentpipe.vae.entropy_model import GROUPS, ContextModel, bits, group_of
+from latentpipe.vae.stage import VAEStage
 
 OCTAVES = (-1.25, 1.5)  # step sizes that are learnt, around the usual one, as powers of two
 BATCH = 64

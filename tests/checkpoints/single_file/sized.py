@@ -12,10 +12,25 @@ import written
 from accelerate import init_empty_weights
 
 BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1, "I64": 8}
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
 CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
-CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280}
-SD = {"down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3}
+CLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+SD = {
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
 XL: dict[str, Any] = {
     "block_out_channels": (320, 640, 1280),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -62,13 +77,20 @@ def network(name: str, channels: int = 4) -> Any:
             return diffusers.UNet2DConditionModel(in_channels=channels, out_channels=4, **UNETS[name])
         if name.startswith("flux"):
             out = None if channels == 64 else 64
-            return diffusers.FluxTransformer2DModel(in_channels=channels, out_channels=out, guidance_embeds=name != "flux-schnell")
+            return diffusers.FluxTransformer2DModel(
+                in_channels=channels, out_channels=out, guidance_embeds=name != "flux-schnell"
+            )
         large = name == "sd3.5-large"
         shape: dict[str, Any] = {"num_layers": 38 if large else 24, "num_attention_heads": 38 if large else 24}
-        shape |= {"caption_projection_dim": 64 * shape["num_layers"], "pos_embed_max_size": 384 if name == "sd3.5-medium" else 192}
+        shape |= {
+            "caption_projection_dim": 64 * shape["num_layers"],
+            "pos_embed_max_size": 384 if name == "sd3.5-medium" else 192,
+        }
         if name != "sd3":
             shape |= {"qk_norm": "rms_norm", "dual_attention_layers": () if large else tuple(range(13))}
-        return diffusers.SD3Transformer2DModel(in_channels=16, pooled_projection_dim=2048, joint_attention_dim=4096, sample_size=128, **shape)
+        return diffusers.SD3Transformer2DModel(
+            in_channels=16, pooled_projection_dim=2048, joint_attention_dim=4096, sample_size=128, **shape
+        )
 
 
 @lru_cache(maxsize=4)
@@ -89,7 +111,9 @@ def clip(name: str) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with init_empty_weights():
-        return (CLIPTextModelWithProjection if name == "g" else CLIPTextModel)(CLIPTextConfig(**{"l": CLIP_L, "h": CLIP_H, "g": CLIP_G}[name]))
+        return (CLIPTextModelWithProjection if name == "g" else CLIPTextModel)(
+            CLIPTextConfig(**{"l": CLIP_L, "h": CLIP_H, "g": CLIP_G}[name])
+        )
 
 
 @lru_cache(maxsize=1)
@@ -98,7 +122,11 @@ def t5() -> Any:
     from transformers import T5Config, T5EncoderModel
 
     with init_empty_weights():
-        return T5EncoderModel(T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128, feed_forward_proj="gated-gelu"))
+        return T5EncoderModel(
+            T5Config(
+                d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128, feed_forward_proj="gated-gelu"
+            )
+        )
 
 
 def denoiser(name: str, channels: int = 4) -> dict[str, torch.Tensor]:
@@ -124,8 +152,10 @@ def whole(name: str, channels: int = 4) -> dict[str, torch.Tensor]:
     return found if name.startswith("flux") else found | under(comfy.format("clip_g"), clip_l(clip("g")))
 
 
-def hollow(tensors: dict[str, Any], path: Path, dtype: str = "F16", metadata: dict[str, str] | None = None, **dtypes: str) -> Path:
-    """A safetensors file of zeros that takes the room of its header: tensors (or shapes), all of one dtype but those in `dtypes`."""
+def hollow(
+    tensors: dict[str, Any], path: Path, dtype: str = "F16", metadata: dict[str, str] | None = None, **dtypes: str
+) -> Path:
+    """A safetensors file of zeros that takes the room of its header: tensors (or shapes) of one dtype, but those in `dtypes`."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     at = 0
     for name, value in tensors.items():

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from written import UNET, VAE, Tensors, write
 
+from latentpipe.checkpoints.pipeline_io import load_pipeline
 from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.single_file.identify import identify
-from latentpipe.errors import UserError
-from latentpipe.models import load_pipeline
+from latentpipe.utils.errors import UserError
 
 TEXT = "cond_stage_model.transformer.text_model."
 XL_TEXT = "conditioner.embedders.1.model."
@@ -72,38 +72,100 @@ DAMAGED: list[tuple[str, str, Callable[[Tensors], Tensors], str]] = [
     ("sdxl", "no first encoder", without(r"embedders\.0"), "missing: text_encoder"),
     ("sdxl", "no second encoder", without(r"embedders\.1"), "missing: text_encoder_2"),
     ("sdxl", "no projection", without(r"text_projection"), r"text_encoder_2 does not fit .*missing text_projection"),
-    ("sdxl", "no stacked matrix", without(r"resblocks\.0\.attn\.in_proj_weight"), r"missing .*layers\.0\.self_attn\.[qkv]_proj\.weight"),
+    (
+        "sdxl",
+        "no stacked matrix",
+        without(r"resblocks\.0\.attn\.in_proj_weight"),
+        r"missing .*layers\.0\.self_attn\.[qkv]_proj\.weight",
+    ),
     ("sd2", "no open clip layer", without(r"resblocks\.1\."), r"missing encoder\.layers\.1"),
-    ("sd3", "no block", without(r"joint_blocks\.0\.x_block\.attn\.qkv\.weight"), r"missing transformer_blocks\.0\.attn\.to_q\.weight"),
+    (
+        "sd3",
+        "no block",
+        without(r"joint_blocks\.0\.x_block\.attn\.qkv\.weight"),
+        r"missing transformer_blocks\.0\.attn\.to_q\.weight",
+    ),
     ("sd3", "no positions", without(r"diffusion_model\.pos_embed"), r"missing pos_embed\.pos_embed"),
     ("sd3", "no clip_g", without("clip_g"), "missing: text_encoder_2"),
-    ("flux", "no double block", without(r"double_blocks\.0\.img_mlp\.0\.weight"), r"missing transformer_blocks\.0\.ff\.net\.0\.proj\.weight"),
-    ("flux", "no single block", without(r"single_blocks\.0\.linear1\.weight"), r"missing single_transformer_blocks\.0\.attn\.to_q\.weight"),
+    (
+        "flux",
+        "no double block",
+        without(r"double_blocks\.0\.img_mlp\.0\.weight"),
+        r"missing transformer_blocks\.0\.ff\.net\.0\.proj\.weight",
+    ),
+    (
+        "flux",
+        "no single block",
+        without(r"single_blocks\.0\.linear1\.weight"),
+        r"missing single_transformer_blocks\.0\.attn\.to_q\.weight",
+    ),
     ("flux", "no t5", without("t5xxl"), "missing: text_encoder_2"),
     ("flux", "no t5 layer", without(r"t5xxl.*layer\.0\.SelfAttention\.q"), "text_encoder_2 does not fit .*missing encoder"),
     # misshapen
-    ("sd1", "narrow entrance", with_(f"{UNET}input_blocks.0.0.weight", cut), r"conv_in\.weight is \(7, 4, 3, 3\), expected \(8, 4, 3, 3\)"),
-    ("sd1", "nine channels", with_(f"{UNET}input_blocks.0.0.weight", lambda w: w.repeat(1, 3, 1, 1)[:, :9]), r"conv_in\.weight is \(8, 9, 3, 3\)"),
+    (
+        "sd1",
+        "narrow entrance",
+        with_(f"{UNET}input_blocks.0.0.weight", cut),
+        r"conv_in\.weight is \(7, 4, 3, 3\), expected \(8, 4, 3, 3\)",
+    ),
+    (
+        "sd1",
+        "nine channels",
+        with_(f"{UNET}input_blocks.0.0.weight", lambda w: w.repeat(1, 3, 1, 1)[:, :9]),
+        r"conv_in\.weight is \(8, 9, 3, 3\)",
+    ),
     ("sd1", "fewer words", with_(f"{TEXT}embeddings.token_embedding.weight", cut), r"token_embedding\.weight is \(3999, 8\)"),
     ("sd1", "narrow vae", with_(f"{VAE}decoder.conv_in.weight", cut), r"decoder\.conv_in\.weight is"),
     ("sdxl", "narrow projection", with_(f"{XL_TEXT}text_projection", cut), r"text_projection\.weight is \(12, 11\)"),
-    ("flux", "narrow stack", with_(f"{UNET}single_blocks.0.linear1.weight", cut), r"single_transformer_blocks\.0\.proj_mlp\.weight is"),
+    (
+        "flux",
+        "narrow stack",
+        with_(f"{UNET}single_blocks.0.linear1.weight", cut),
+        r"single_transformer_blocks\.0\.proj_mlp\.weight is",
+    ),
     # too much
-    ("sd1", "extra in the unet", beside(model__diffusion_model__extra__weight=torch.ones(3)), r"its unet does not fit .*extra extra\.weight"),
-    ("sd1", "extra in the vae", beside(first_stage_model__extra__weight=torch.ones(3)), r"its vae does not fit .*extra extra\.weight"),
-    ("sd1", "extra in the text", beside(cond_stage_model__transformer__more=torch.ones(3)), r"its text_encoder does not fit .*extra more"),
+    (
+        "sd1",
+        "extra in the unet",
+        beside(model__diffusion_model__extra__weight=torch.ones(3)),
+        r"its unet does not fit .*extra extra\.weight",
+    ),
+    (
+        "sd1",
+        "extra in the vae",
+        beside(first_stage_model__extra__weight=torch.ones(3)),
+        r"its vae does not fit .*extra extra\.weight",
+    ),
+    (
+        "sd1",
+        "extra in the text",
+        beside(cond_stage_model__transformer__more=torch.ones(3)),
+        r"its text_encoder does not fit .*extra more",
+    ),
     ("sd1", "two unets", beside(diffusion_model__input_blocks__0__0__weight=torch.ones(8, 4, 3, 3)), "two networks of one kind"),
     ("sd1", "a lora inside", beside(lora_unet_mid_block__lora_down__weight=torch.ones(4, 8)), "holds a LoRA"),
     # values
-    ("sd1", "nan", with_(f"{UNET}out.2.bias", lambda value: value.half() * NAN), r"conv_out\.bias holds values that are not finite"),
+    (
+        "sd1",
+        "nan",
+        with_(f"{UNET}out.2.bias", lambda value: value.half() * NAN),
+        r"conv_out\.bias holds values that are not finite",
+    ),
     ("sd1", "integers", with_(f"{UNET}out.2.weight", lambda value: value.to(torch.int8)), "stored as I8"),
-    ("sd1", "four bits", lambda tensors: tensors | {f"{UNET}out.2.weight.quant_state.bitsandbytes__nf4": torch.ones(3).byte()}, r"bitsandbytes .nf4."),
+    (
+        "sd1",
+        "four bits",
+        lambda tensors: tensors | {f"{UNET}out.2.weight.quant_state.bitsandbytes__nf4": torch.ones(3).byte()},
+        r"bitsandbytes .nf4.",
+    ),
     ("sd1", "blocks", beside(model__diffusion_model__out__2__weight_scale_2=torch.ones(())), "quantized in blocks"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "damage", "change", "said"), DAMAGED, ids=[f"{row[0]}-{row[1]}" for row in DAMAGED])
-def test_a_damaged_file_is_refused_in_a_sentence(name: str, damage: str, change: Callable[[Tensors], Tensors], said: str, made: Any, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused_in_a_sentence(
+    name: str, damage: str, change: Callable[[Tensors], Tensors], said: str, made: Any, tmp_path: Path
+) -> None:
     _, config, good = made(name)
     file = write(change(load_file(good)), tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=said) as raised:
@@ -113,21 +175,41 @@ def test_a_damaged_file_is_refused_in_a_sentence(name: str, damage: str, change:
 
 
 WHOLE: list[tuple[str, str, Callable[[Tensors], Tensors]]] = [
-    ("sd1", "averages beside", lambda tensors: tensors | {f"model_ema.{name.replace('.', '')}": torch.ones(2) for name in tensors if name.startswith(UNET)}),
-    ("sd1", "a schedule beside", beside(betas=torch.ones(9), alphas_cumprod=torch.ones(9), global_step=torch.tensor(5), logvar=torch.ones(4))),
+    (
+        "sd1",
+        "averages beside",
+        lambda tensors: (
+            tensors | {f"model_ema.{name.replace('.', '')}": torch.ones(2) for name in tensors if name.startswith(UNET)}
+        ),
+    ),
+    (
+        "sd1",
+        "a schedule beside",
+        beside(betas=torch.ones(9), alphas_cumprod=torch.ones(9), global_step=torch.tensor(5), logvar=torch.ones(4)),
+    ),
     ("sd1", "a loss beside", beside(first_stage_model__loss__logvar=torch.ones(()), loss__x=torch.ones(2))),
     ("sd1", "an unknown key beside", beside(something__else=torch.ones(3))),
     ("sd1", "without text_model", renamed("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.")),
     ("sd1", "vae of comfy", renamed("first_stage_model.", "vae.")),
     ("sd1", "positions as floats", with_("cond_stage_model.transformer.text_model.embeddings.position_ids", torch.Tensor.float)),
-    ("sdxl", "sigmas beside", beside(denoiser__sigmas=torch.ones(9), conditioner__embedders__1__model__attn_mask=torch.ones(2, 2))),
-    ("sd3", "t5's words twice", lambda tensors: tensors | {f"{T5}encoder.embed_tokens.weight": tensors[f"{T5}shared.weight"].clone()}),
+    (
+        "sdxl",
+        "sigmas beside",
+        beside(denoiser__sigmas=torch.ones(9), conditioner__embedders__1__model__attn_mask=torch.ones(2, 2)),
+    ),
+    (
+        "sd3",
+        "t5's words twice",
+        lambda tensors: tensors | {f"{T5}encoder.embed_tokens.weight": tensors[f"{T5}shared.weight"].clone()},
+    ),
     ("flux", "logit scale beside", beside(text_encoders__clip_l__logit_scale=torch.tensor(4.6))),
 ]
 
 
 @pytest.mark.parametrize(("name", "oddity", "change"), WHOLE, ids=[f"{row[0]}-{row[1]}" for row in WHOLE])
-def test_what_training_and_programs_leave_is_passed_by(name: str, oddity: str, change: Callable[[Tensors], Tensors], made: Any, tmp_path: Path) -> None:
+def test_what_training_and_programs_leave_is_passed_by(
+    name: str, oddity: str, change: Callable[[Tensors], Tensors], made: Any, tmp_path: Path
+) -> None:
     folder, config, good = made(name)
     pipe = load_pipeline(write(change(load_file(good)), tmp_path / "model.safetensors"), stated=Stated(config=config))
     assert same(pipe, load_pipeline(folder))
@@ -137,7 +219,9 @@ def same(one: Any, other: Any) -> bool:
     """Whether two pipelines have the same weights."""
     parts = [part for part, network in other.components.items() if isinstance(network, torch.nn.Module)]
     states = [(getattr(one, part).state_dict(), getattr(other, part).state_dict()) for part in parts]
-    return all(mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine) for mine, theirs in states)
+    return all(
+        mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine) for mine, theirs in states
+    )
 
 
 def test_t5_is_left_out_of_stable_diffusion_3(made: Any, tmp_path: Path) -> None:
@@ -161,7 +245,9 @@ def test_weights_keep_the_dtype_of_the_file(dtype: torch.dtype, made: Any, tmp_p
 
 def test_mixed_precision_becomes_one_dtype(made: Any, tmp_path: Path) -> None:
     folder, config, good = made("sd1")
-    tensors = {name: value.half() if value.ndim > 1 and name.startswith(UNET) else value for name, value in load_file(good).items()}
+    tensors = {
+        name: value.half() if value.ndim > 1 and name.startswith(UNET) else value for name, value in load_file(good).items()
+    }
     file = write(tensors, tmp_path / "model.safetensors")
     pipe = load_pipeline(file, None, Stated(config=config))
     assert {value.dtype for value in pipe.unet.parameters()} == {torch.float16}
@@ -180,7 +266,12 @@ def test_scaled_fp8_is_multiplied_out(scale: str, drop: str, rows: bool, made: A
     weight = tensors[f"{name}.weight"]
     factor = (weight.abs().amax(1) if rows else weight.abs().max()) / 448
     small = (weight / (factor[:, None] if rows else factor)).to(torch.float8_e4m3fn)
-    tensors |= {f"{name}.weight": small, f"{name}.{scale}": factor, f"{name}.{drop}": torch.ones(()), f"{UNET}scaled_fp8": torch.ones(0).to(small.dtype)}
+    tensors |= {
+        f"{name}.weight": small,
+        f"{name}.{scale}": factor,
+        f"{name}.{drop}": torch.ones(()),
+        f"{UNET}scaled_fp8": torch.ones(0).to(small.dtype),
+    }
     file = write(tensors, tmp_path / "model.safetensors")
     assert identify(file, config=True).quantization == "scaled fp8 (e4m3)"
     found = load_pipeline(file, stated=Stated(config=config)).transformer.transformer_blocks[0].ff.net[0].proj.weight
@@ -212,9 +303,19 @@ def test_a_scale_that_is_not_finite_is_refused(made: Any, tmp_path: Path) -> Non
 def test_parts_of_several_files_complete_each_other(name: str, made: Any, tmp_path: Path) -> None:
     folder, config, good = made(name)
     tensors = load_file(good)
-    denoiser = write({own.removeprefix(UNET): value for own, value in tensors.items() if own.startswith(UNET)}, tmp_path / "denoiser.safetensors")
+    denoiser = write(
+        {own.removeprefix(UNET): value for own, value in tensors.items() if own.startswith(UNET)},
+        tmp_path / "denoiser.safetensors",
+    )
     rest = write(without("diffusion_model")(tensors), tmp_path / "rest.sft")
-    vae = write({re.sub(r"^(first_stage_model|vae)\.", "", own): value for own, value in tensors.items() if re.match("first_stage|vae", own)}, tmp_path / "v")
+    vae = write(
+        {
+            re.sub(r"^(first_stage_model|vae)\.", "", own): value
+            for own, value in tensors.items()
+            if re.match("first_stage|vae", own)
+        },
+        tmp_path / "v",
+    )
     texts = write(without("diffusion_model|first_stage|^vae")(tensors), tmp_path / "texts.safetensors")
     whole = load_pipeline(folder)
     for parts in ((rest,), (vae, texts), (folder,)):
@@ -229,7 +330,10 @@ def test_bare_text_encoders_go_where_their_width_fits(made: Any, tmp_path: Path)
     tensors = load_file(good)
     prefixes = ("conditioner.embedders.0.transformer.", XL_TEXT)
     files = [
-        write({own.removeprefix(prefix): value for own, value in tensors.items() if own.startswith(prefix)}, tmp_path / f"{number}.safetensors")
+        write(
+            {own.removeprefix(prefix): value for own, value in tensors.items() if own.startswith(prefix)},
+            tmp_path / f"{number}.safetensors",
+        )
         for number, prefix in enumerate(prefixes)
     ]
     rest = write(without("conditioner")(tensors), tmp_path / "rest.safetensors")
@@ -253,6 +357,8 @@ def test_a_config_folder_has_to_be_one(made: Any, tmp_path: Path) -> None:
     shutil.rmtree(copy / "tokenizer")
     with pytest.raises(UserError, match="no tokenizer/"):
         load_pipeline(good, stated=Stated(config=copy))
-    (copy / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel", "block_out_channels": [60000, 60000, 60000, 60000]}')
+    (copy / "unet" / "config.json").write_text(
+        '{"_class_name": "UNet2DConditionModel", "block_out_channels": [60000, 60000, 60000, 60000]}'
+    )
     with pytest.raises(UserError, match="its config does not describe this unet"):
         load_pipeline(good, stated=Stated(config=copy))

@@ -15,17 +15,19 @@ from safetensors.torch import load_file
 from written import write
 
 from latentpipe import LatentPipeline, UserError, check_swap
+from latentpipe.checkpoints.pipeline_io import hashes, load_pipeline
+from latentpipe.checkpoints.registry import available, find_model
 from latentpipe.checkpoints.single_file.gather import Stated
-from latentpipe.cli import main
-from latentpipe.formats.source import CONFIG_KEY
-from latentpipe.models import hashes, load_pipeline
-from latentpipe.places import available, find_model
-from latentpipe.swap import save_swapped
-from latentpipe.verdicts import verdict_on
-from latentpipe.weights import open_vae, save_vae
+from latentpipe.checkpoints.tensor_source import CONFIG_KEY
+from latentpipe.checkpoints.vae_io import open_vae, save_vae
+from latentpipe.cli.app import main
+from latentpipe.pipelines.swap import save_swapped
+from latentpipe.pipelines.verdict_cache import verdict_on
 
 
-def test_generate_draws_from_a_file_what_it_draws_from_the_folder(made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_draws_from_a_file_what_it_draws_from_the_folder(
+    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from PIL import Image
 
     folder, config, file = made("sd1")
@@ -53,7 +55,10 @@ def test_the_api_opens_files_and_hashes_them_as_the_folder(made: Any) -> None:
 
 def test_a_prediction_that_is_stated_changes_the_picture_and_the_hash(made: Any) -> None:
     _, config, file = made("sd1")
-    pipes = [LatentPipeline.from_pretrained(file, device="cpu", stated=Stated(config=config, prediction=kind)) for kind in (None, "v", "v-zsnr")]
+    pipes = [
+        LatentPipeline.from_pretrained(file, device="cpu", stated=Stated(config=config, prediction=kind))
+        for kind in (None, "v", "v-zsnr")
+    ]
     assert [pipe.host.scheduler.config.prediction_type for pipe in pipes] == ["epsilon", "v_prediction", "v_prediction"]
     assert pipes[2].host.scheduler.config.rescale_betas_zero_snr
     assert len({pipe.hashes["scheduler"] for pipe in pipes}) == 3
@@ -93,7 +98,9 @@ def test_inspect_tells_what_is_assumed(tmp_path: Path, made: Any, capsys: pytest
 
 def test_the_vae_of_a_whole_file_has_the_factor_of_its_family(tmp_path: Path) -> None:
     for family, factor in (("sd1", 0.18215), ("sdxl", 0.13025)):
-        vae = open_vae(sized.hollow(sized.whole(family), tmp_path / f"{family}.safetensors"))  # nothing could be measured on zeros
+        vae = open_vae(
+            sized.hollow(sized.whole(family), tmp_path / f"{family}.safetensors")
+        )  # nothing could be measured on zeros
         assert (vae.config["scaling_factor"], vae.config["norm_num_groups"]) == (factor, 32)
 
 
@@ -113,7 +120,9 @@ def test_a_vae_is_judged_beside_a_file_and_swapped_into_a_folder(made: Any, tmp_
 def test_a_vae_is_swapped_into_a_file_which_becomes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Any) -> None:
     folder, config, file = made("sd1")
     stated = Stated(config=config)  # a tiny model is of no known family
-    monkeypatch.setattr("latentpipe.swap.load_pipeline", lambda place, dtype=torch.float32: load_pipeline(place, dtype, stated))
+    monkeypatch.setattr(
+        "latentpipe.pipelines.swap.load_pipeline", lambda place, dtype=torch.float32: load_pipeline(place, dtype, stated)
+    )
     own = write(load_file(file), tmp_path / "model.safetensors", None, {CONFIG_KEY: (folder / "vae" / "config.json").read_text()})
     verdict = check_swap(load_pipeline(folder), folder / "vae")
     save_swapped(own, folder / "vae", tmp_path / "out", verdict)
@@ -139,7 +148,9 @@ def test_folders_with_fp16_variants_and_shards_open_and_pickles_alone_name_conve
         load_pipeline(folder, stated=Stated(prediction="v"))
 
 
-def test_a_lora_or_a_vae_in_place_of_a_model_is_told_with_its_option(made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lora_or_a_vae_in_place_of_a_model_is_told_with_its_option(
+    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lora = write({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(4, 8)}, tmp_path / "flat.safetensors")
     vae = made("sd1")[0] / "vae" / "diffusion_pytorch_model.safetensors"
     for file, said in ((lora, "holds a LoRA"), (vae, "holds a VAE and no denoiser")):

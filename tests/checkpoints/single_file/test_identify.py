@@ -14,7 +14,7 @@ import written
 from latentpipe.checkpoints.single_file import prediction, tokenizers
 from latentpipe.checkpoints.single_file.gather import Stated, open_file
 from latentpipe.checkpoints.single_file.identify import identify
-from latentpipe.errors import UserError
+from latentpipe.utils.errors import UserError
 
 UNET = written.UNET
 BIAS = f"{UNET}{prediction.SD2_MARK}"
@@ -42,7 +42,9 @@ def test_a_whole_model_is_known_by_its_shapes(family: str, channels: int, pipeli
     assert found.prediction.kind == "epsilon"
     opened = open_file(file)
     assert opened.configs.pipeline == pipeline
-    assert {*opened.sources} == {name for name, source in opened.configs.index.items() if isinstance(source, list) and name in opened.configs.networks}
+    assert {*opened.sources} == {
+        name for name, source in opened.configs.index.items() if isinstance(source, list) and name in opened.configs.networks
+    }
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,9 @@ def test_a_whole_model_is_known_by_its_shapes(family: str, channels: int, pipeli
     ],
 )
 @pytest.mark.parametrize("prefix", [UNET, ""])
-def test_a_transformer_is_known_by_its_shapes(name: str, channels: int, family: str, readings: int, prefix: str, tmp_path: Path) -> None:
+def test_a_transformer_is_known_by_its_shapes(
+    name: str, channels: int, family: str, readings: int, prefix: str, tmp_path: Path
+) -> None:
     file = sized.hollow(written.under(prefix, sized.denoiser(name, channels)), tmp_path / "model.safetensors", "BF16")
     found = identify(file)
     assert (found.role, found.family, len(found.readings), found.why) == ("transformer", family, readings, "")
@@ -70,7 +74,11 @@ def test_a_transformer_is_known_by_its_shapes(name: str, channels: int, family: 
 @pytest.mark.parametrize("names", ["bare", "comfy", "diffusers"])
 def test_a_unet_alone_is_known_under_any_prefix_and_names(family: str, names: str, tmp_path: Path) -> None:
     model = sized.network(family)
-    tensors = model.state_dict() if names == "diffusers" else written.under("" if names == "bare" else "diffusion_model.", written.ldm_unet(model))
+    tensors = (
+        model.state_dict()
+        if names == "diffusers"
+        else written.under("" if names == "bare" else "diffusion_model.", written.ldm_unet(model))
+    )
     found = identify(sized.hollow(tensors, tmp_path / "unet.safetensors"))
     assert (found.role, found.family, found.channels, found.why) == ("unet", family, 4, "")
 
@@ -81,7 +89,9 @@ def test_the_shipped_configs_make_networks_of_exactly_these_shapes(tmp_path: Pat
     for family in ("sd1", "vega"):
         pipe = load(sized.hollow(sized.whole(family), tmp_path / f"{family}.safetensors"), None)
         own = sized.network(family).state_dict()
-        assert {name: value.shape for name, value in pipe.unet.state_dict().items()} == {name: value.shape for name, value in own.items()}
+        assert {name: value.shape for name, value in pipe.unet.state_dict().items()} == {
+            name: value.shape for name, value in own.items()
+        }
         assert pipe.unet.dtype == torch.float16
         assert is_mapped(pipe.unet.conv_in.weight, tmp_path / f"{family}.safetensors")
         assert is_mapped(pipe.vae.decoder.conv_in.weight, tmp_path / f"{family}.safetensors")
@@ -111,7 +121,13 @@ PREDICTIONS: list[tuple[str, list[str], str, dict[str, str], tuple[str, bool, st
     ("sd1", [], "eps", {"modelspec.prediction_type": "v"}, ("epsilon", False, "model.yaml")),
     ("sd1", [], "", {"modelspec.prediction_type": "v"}, ("v_prediction", False, "modelspec.prediction_type")),
     ("sd1", [], "", {"modelspec.predict_key": "epsilon"}, ("epsilon", False, "modelspec.predict_key")),
-    ("sd1", [], "", {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}, ("v_prediction", True, "ss_v_parameterization")),
+    (
+        "sd1",
+        [],
+        "",
+        {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"},
+        ("v_prediction", True, "ss_v_parameterization"),
+    ),
 ]
 
 
@@ -148,11 +164,18 @@ def test_schedulers_follow_the_prediction(tmp_path: Path) -> None:
     for family, cls in (("sdxl", "EulerDiscreteScheduler"), ("sd1", "DDIMScheduler")):
         config = open_file(sized.hollow(sized.whole(family) | marks, tmp_path / f"{family}.safetensors")).configs.scheduler
         assert config["_class_name"] == cls
-        assert (config["prediction_type"], config["rescale_betas_zero_snr"], config["timestep_spacing"]) == ("v_prediction", True, "trailing")
+        assert (config["prediction_type"], config["rescale_betas_zero_snr"], config["timestep_spacing"]) == (
+            "v_prediction",
+            True,
+            "trailing",
+        )
     stated = open_file(tmp_path / "sdxl.safetensors", Stated(prediction="epsilon"))
     assert stated.configs.scheduler["prediction_type"] == "epsilon"
     assert "rescale_betas_zero_snr" not in stated.configs.scheduler
-    assert open_file(sized.hollow(sized.whole("sd1"), tmp_path / "plain.safetensors")).configs.scheduler["_class_name"] == "PNDMScheduler"
+    assert (
+        open_file(sized.hollow(sized.whole("sd1"), tmp_path / "plain.safetensors")).configs.scheduler["_class_name"]
+        == "PNDMScheduler"
+    )
 
 
 # --- what does not open -------------------------------------------------------------------------------------
@@ -168,10 +191,26 @@ STRANGE: list[tuple[str, dict[str, Any], str]] = [
     ("controlnet", {"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3)}, "ControlNet"),
     ("ldm controlnet", {"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)}, "ControlNet"),
     ("ip-adapter", {"image_proj.proj.weight": (3072, 1024)}, "IP-Adapter"),
-    ("chroma", {"distilled_guidance_layer.in_proj.bias": (5120,), "double_blocks.0.img_attn.qkv.weight": (9216, 3072), "img_in.weight": (3072, 64)}, "Chroma"),
-    ("flux 2", {"single_stream_modulation.lin.weight": (6, 6), "double_blocks.0.img_attn.qkv.weight": (6, 6), "img_in.weight": (6, 128)}, r"FLUX\.2"),
+    (
+        "chroma",
+        {
+            "distilled_guidance_layer.in_proj.bias": (5120,),
+            "double_blocks.0.img_attn.qkv.weight": (9216, 3072),
+            "img_in.weight": (3072, 64),
+        },
+        "Chroma",
+    ),
+    (
+        "flux 2",
+        {"single_stream_modulation.lin.weight": (6, 6), "double_blocks.0.img_attn.qkv.weight": (6, 6), "img_in.weight": (6, 128)},
+        r"FLUX\.2",
+    ),
     ("hunyuan video", {"txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias": (6,)}, "HunyuanVideo"),
-    ("wan", {"model.diffusion_model.head.modulation": (1, 2, 1536), "model.diffusion_model.blocks.0.self_attn.q.weight": (6, 6)}, "Wan"),
+    (
+        "wan",
+        {"model.diffusion_model.head.modulation": (1, 2, 1536), "model.diffusion_model.blocks.0.self_attn.q.weight": (6, 6)},
+        "Wan",
+    ),
     ("pixart", {"t_block.1.weight": (6, 6), "y_embedder.y_embedding": (120, 4096)}, "PixArt"),
     ("sana", {"blocks.0.cross_attn.q_linear.weight": (6, 6)}, "Sana"),
     ("lumina", {"cap_embedder.0.weight": (6,)}, "Lumina"),
@@ -181,14 +220,26 @@ STRANGE: list[tuple[str, dict[str, Any], str]] = [
     ("motion", {"down_blocks.0.motion_modules.0.temporal_transformer.norm.weight": (6,)}, "AnimateDiff"),
     ("llama", {"model.layers.0.self_attn.q_proj.weight": (6, 6), "lm_head.weight": (6, 6)}, "a language model"),
     ("gpt-2", {"h.0.attn.c_attn.weight": (6, 6)}, "a language model"),
-    ("stable audio", {"pretransform.model.encoder.layers.0.weight_g": (6, 1, 1), "model.model.transformer.layers.0.x": (6,)}, "an audio model"),
+    (
+        "stable audio",
+        {"pretransform.model.encoder.layers.0.weight_g": (6, 1, 1), "model.model.transformer.layers.0.x": (6,)},
+        "an audio model",
+    ),
     ("whisper", {"model.encoder.conv1.weight": (6, 80, 3)}, "an audio model"),
     ("upscaler", {"body.0.rdb1.conv1.weight": (6, 6, 3, 3), "conv_first.weight": (6, 3, 3, 3)}, "an upscaler"),
     ("vision", {"vision_model.embeddings.patch_embedding.weight": (6, 3, 14, 14)}, "an image encoder"),
     ("nothing", {}, "an empty file"),
     ("unknown", {"a.weight": (6,), "b.weight": (6,)}, "something else"),
-    ("no entrance", {"model.diffusion_model.output_blocks.0.0.in_layers.0.weight": (6,)}, r"not complete; it has no input_blocks\.0\.0\.weight"),
-    ("nf4", {**XL, f"{UNET}out.2.weight.quant_state.bitsandbytes__nf4": (80,), f"{UNET}out.2.weight.absmax": (5,)}, "bitsandbytes .nf4."),
+    (
+        "no entrance",
+        {"model.diffusion_model.output_blocks.0.0.in_layers.0.weight": (6,)},
+        r"not complete; it has no input_blocks\.0\.0\.weight",
+    ),
+    (
+        "nf4",
+        {**XL, f"{UNET}out.2.weight.quant_state.bitsandbytes__nf4": (80,), f"{UNET}out.2.weight.absmax": (5,)},
+        "bitsandbytes .nf4.",
+    ),
     ("two denoisers", {**XL, "diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)}, "two networks of one kind"),
     ("edm", {"edm_mean": (4,), "edm_std": (4,)}, "EDM"),
     ("cosxl", {"edm_vpred.sigma_max": ()}, "EDM"),
@@ -204,7 +255,9 @@ def test_what_is_no_model_of_these_is_told_in_a_sentence(name: str, tensors: dic
         open_file(file)
     assert str(file) in str(raised.value)
     assert "\n" not in str(raised.value)
-    assert identify(file).family in (None, "sdxl") if said == "EDM" else identify(file).family is None  # never taken for Stable Diffusion 1.5
+    assert (
+        identify(file).family in (None, "sdxl") if said == "EDM" else identify(file).family is None
+    )  # never taken for Stable Diffusion 1.5
 
 
 @pytest.mark.parametrize(

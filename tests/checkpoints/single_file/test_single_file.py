@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from written import PIPELINES
 
+from latentpipe.checkpoints.pipeline_io import load_pipeline
 from latentpipe.checkpoints.single_file.gather import Stated
-from latentpipe.models import load_pipeline
 
 
 def draw(pipe: Any) -> np.ndarray:

@@ -22,7 +22,9 @@ def filled(names: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_flux_as_diffusers_converts_it() -> None:
     """diffusers' converter knows one width, 3072: rows of the true number, columns of one."""
     blocks = ("double_blocks.0.", "double_blocks.1.", "single_blocks.0.", "single_blocks.1.")
-    names = {name: value for name, value in flux(network("flux-dev", 64)).items() if "_blocks." not in name or name.startswith(blocks)}
+    names = {
+        name: value for name, value in flux(network("flux-dev", 64)).items() if "_blocks." not in name or name.startswith(blocks)
+    }
     tensors = filled(names)
     theirs, ours = convert_flux_transformer_checkpoint_to_diffusers(dict(tensors)), from_bfl(tensors)
     assert theirs.keys() == ours.keys()
@@ -40,8 +42,16 @@ def test_stable_diffusion_3_5_with_normed_queries_and_two_attentions() -> None:
     from diffusers import SD3Transformer2DModel
 
     torch.manual_seed(0)
-    shape = {"num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 8, "caption_projection_dim": 16}
-    model = SD3Transformer2DModel(sample_size=4, pooled_projection_dim=8, pos_embed_max_size=4, qk_norm="rms_norm", dual_attention_layers=(0, 1), **shape)
+    shape = {
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 8,
+        "caption_projection_dim": 16,
+    }
+    model = SD3Transformer2DModel(
+        sample_size=4, pooled_projection_dim=8, pos_embed_max_size=4, qk_norm="rms_norm", dual_attention_layers=(0, 1), **shape
+    )
     tensors = sd3(model)
     theirs, ours, own = convert_sd3_transformer_checkpoint_to_diffusers(dict(tensors)), from_sd3(tensors), model.state_dict()
     assert theirs.keys() == ours.keys() == own.keys()

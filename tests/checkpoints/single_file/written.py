@@ -96,7 +96,9 @@ def clip(model: Any) -> Tensors:
     """A CLIP text encoder's tensors as OpenAI's model and transformers before 5.6 name them."""
     state = model.state_dict()
     prefixed = any(name.startswith("text_model.") for name in state)
-    found = {name if prefixed or name.startswith("text_projection") else f"text_model.{name}": value for name, value in state.items()}
+    found = {
+        name if prefixed or name.startswith("text_projection") else f"text_model.{name}": value for name, value in state.items()
+    }
     return found | {"text_model.embeddings.position_ids": torch.arange(model.config.max_position_embeddings)[None]}
 
 
@@ -118,7 +120,12 @@ def open_clip(model: Any) -> Tensors:
             stacked = [state[f"{mine}.self_attn.{which}_proj.{leaf}"] for which in "qkv"]
             found[f"{theirs}.attn.in_proj_{leaf}"] = torch.cat(stacked)
             found[f"{theirs}.attn.out_proj.{leaf}"] = state[f"{mine}.self_attn.out_proj.{leaf}"]
-            for own, other in (("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
+            for own, other in (
+                ("layer_norm1", "ln_1"),
+                ("layer_norm2", "ln_2"),
+                ("mlp.fc1", "mlp.c_fc"),
+                ("mlp.fc2", "mlp.c_proj"),
+            ):
                 found[f"{theirs}.{other}.{leaf}"] = state[f"{mine}.{own}.{leaf}"]
     return found
 
@@ -139,8 +146,8 @@ def flux(model: Any) -> Tensors:
         found[f"final_layer.adaLN_modulation.1.{end}"] = torch.cat([shift, scale])
         for i in range(model.config.num_layers):
             mine, theirs = f"transformer_blocks.{i}", f"double_blocks.{i}"
-            for own, other in (("norm1.linear", "img_mod.lin"), ("norm1_context.linear", "txt_mod.lin"), ("attn.to_out.0", "img_attn.proj"),
-                               ("attn.to_add_out", "txt_attn.proj"), ("ff.net.0.proj", "img_mlp.0"), ("ff.net.2", "img_mlp.2"),
+            for own, other in (("norm1.linear", "img_mod.lin"), ("norm1_context.linear", "txt_mod.lin"),
+                               ("attn.to_out.0", "img_attn.proj"), ("attn.to_add_out", "txt_attn.proj"), ("ff.net.0.proj", "img_mlp.0"), ("ff.net.2", "img_mlp.2"),
                                ("ff_context.net.0.proj", "txt_mlp.0"), ("ff_context.net.2", "txt_mlp.2")):  # fmt: skip
                 found[f"{theirs}.{other}.{end}"] = state[f"{mine}.{own}.{end}"]
             found[f"{theirs}.img_attn.qkv.{end}"] = torch.cat([state[f"{mine}.attn.to_{which}.{end}"] for which in "qkv"])
@@ -225,7 +232,11 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
 def of_sd1(pipe: Any) -> Tensors:
     """Stable Diffusion 1, as LDM writes it."""
-    return under(UNET, ldm_unet(pipe.unet)) | under(VAE, ldm_vae(pipe.vae)) | under("cond_stage_model.transformer.", clip(pipe.text_encoder))
+    return (
+        under(UNET, ldm_unet(pipe.unet))
+        | under(VAE, ldm_vae(pipe.vae))
+        | under("cond_stage_model.transformer.", clip(pipe.text_encoder))
+    )
 
 
 def of_sd2(pipe: Any) -> Tensors:
@@ -247,14 +258,18 @@ def of_sdxl(pipe: Any) -> Tensors:
 def of_sd3(pipe: Any) -> Tensors:
     """Stable Diffusion 3 with its encoders, as ComfyUI writes it."""
     first = {name: value for name, value in clip(pipe.text_encoder).items() if not name.startswith("text_projection")}
-    found = under("text_encoders.clip_l.transformer.", first) | under("text_encoders.clip_g.transformer.", clip(pipe.text_encoder_2))
+    found = under("text_encoders.clip_l.transformer.", first) | under(
+        "text_encoders.clip_g.transformer.", clip(pipe.text_encoder_2)
+    )
     found |= under("text_encoders.t5xxl.transformer.", t5(pipe.text_encoder_3))
     return found | under(UNET, sd3(pipe.transformer)) | under(VAE, ldm_vae(pipe.vae))
 
 
 def of_flux(pipe: Any) -> Tensors:
     """FLUX.1 all in one, as ComfyUI writes it."""
-    found = under("text_encoders.clip_l.transformer.", clip(pipe.text_encoder)) | under("text_encoders.t5xxl.transformer.", t5(pipe.text_encoder_2))
+    found = under("text_encoders.clip_l.transformer.", clip(pipe.text_encoder)) | under(
+        "text_encoders.t5xxl.transformer.", t5(pipe.text_encoder_2)
+    )
     return found | under(UNET, flux(pipe.transformer)) | under("vae.", ldm_vae(pipe.vae))
 
 
@@ -292,7 +307,7 @@ def tokenizer() -> Any:
     """CLIP's, with few words."""
     from transformers import CLIPTokenizer
 
-    from latentpipe.weights import find_model
+    from latentpipe.checkpoints.registry import find_model
 
     return CLIPTokenizer.from_pretrained(find_model("emoji") / "tokenizer", model_max_length=24)
 

@@ -1,0 +1,164 @@
+"""Where models, VAEs, LoRA files, adapters and configs live, and what a name means. Reads no weights and imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from latentpipe.utils.errors import UserError, near
+from latentpipe.utils.io import SUFFIXES, home, printable
+
+
+def bundled_weights_dir() -> Path:
+    """The folder of the weights that ship with the project: in the wheel, or in a checkout (where it is a link)."""
+    return (Path(__file__).parents[1] / "embedded").resolve()
+
+
+def available(kind: str = "models") -> dict[str, Path]:
+    """Names and places of all `kind` ("models", "vae" or "lora"): the shipped ones, then people's own.
+
+    A model or a VAE is a folder, or a safetensors file named by its stem (by its whole name where a folder has that); a LoRA is
+    a safetensors file. What lies in a subfolder is named with it: "style/flat" (`lookup` also finds it as "flat").
+    """
+    found: dict[str, Path] = {}
+    if kind != "lora":
+        for path in sorted(bundled_weights_dir().glob("[!.]*/model_index.json")):
+            found[path.parent.name] = path.parent if kind == "models" else path.parent / "vae"
+        for name, path in _entries(home() / "models", "model_index.json").items():
+            found[name] = path if kind == "models" else vae_of(path)
+    for root in (bundled_weights_dir() / kind, home() / kind):
+        found |= _entries(root, {"lora": "", "vae": "config.json"}.get(kind, "model_index.json"))
+    return found
+
+
+def _entries(root: Path, index: str) -> dict[str, Path]:
+    """Names and places below a folder: folders that hold `index`, and safetensors files unless that is a model's.
+
+    Links to folders are followed, each folder once; hidden ones are passed by.
+    """
+    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
+    seen: set[str] = set()
+    for at, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(at)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real in seen:
+            continue
+        seen.add(real)
+        place = Path(at)
+        if index and index in names and place != root:
+            found[printable(place.relative_to(root).as_posix())] = place
+            folders.clear()  # its parts are no entries
+        elif not (index == "model_index.json" and index in names):
+            weights = (place / name for name in sorted(names) if not name.startswith("."))
+            files |= {printable(path.relative_to(root).as_posix()): path for path in weights if path.suffix in SUFFIXES}
+    found = dict(sorted(found.items()))
+    for name, path in sorted(files.items()):
+        stem = name.removesuffix(path.suffix)
+        found[name if index and (root / stem).is_dir() else stem] = path
+    return found
+
+
+def lookup(name: str, known: Mapping[str, Path], kind: str) -> Path | None:
+    """The place that a name means: its whole name, or the last part of one in a subfolder; None where there is none.
+
+    UserError where the last part occurs in several subfolders: it lists them.
+    """
+    if name in known:
+        return known[name]
+    same = sorted(whole for whole in known if whole.rpartition("/")[2] == name)
+    if len(same) > 1:
+        raise UserError(f"There are several {kind} files named '{name}': {', '.join(same)}. Give one of these names.")
+    return known[same[0]] if same else None
+
+
+def vae_of(model: Path) -> Path:
+    """Where a model's own VAE lies: its folder, or the single file of all its parts."""
+    return model if model.is_file() else model / "vae"
+
+
+def find_model(name: str | Path, kind: str = "models") -> Path:
+    """The folder or single file that a name or a path means; UserError lists the names there are."""
+    what = "VAE" if kind == "vae" else kind.removesuffix("s")
+    if not str(name).strip():
+        raise UserError(f"The {what} has an empty name; give a name ('latentpipe ls'), a folder or a file.")
+    known = available(kind)
+    if (place := known.get(str(name))) is not None:
+        if f"{name}.safetensors" in known:
+            raise UserError(f"{kind} '{name}' is both {place} and {known[f'{name}.safetensors']}; rename one of them.")
+        return place
+    path = Path(name)
+    if kind == "vae" and (path / "model_index.json").is_file() and (path / "vae").is_dir():
+        return (path / "vae").resolve()  # a whole model stands for its VAE
+    if path.is_dir() or path.is_file():
+        return path.resolve()
+    if (place := lookup(str(name), known, what)) is not None:
+        return place
+    raise UserError(f"No {what} '{name}': neither a folder nor a file nor {one_of(known)}.{near(name, known)}")
+
+
+def name_of(folder: Path, kind: str = "models") -> str:
+    """The name under which `find_model` finds a folder or file; one elsewhere has its own name."""
+    known = {path.resolve(): name for name, path in available(kind).items()}
+    return known.get(folder.resolve(), printable(folder.stem if folder.is_file() else folder.name))
+
+
+def find_lora(name: str | Path) -> Path:
+    """The file that a name ('latentpipe ls lora') or a path means; UserError lists the names there are."""
+    if not str(name).strip():
+        raise UserError("The LoRA has an empty name; give a name ('latentpipe ls lora') or a file.")
+    known = available("lora")
+    if str(name) in known:
+        return known[str(name)]
+    with suppress(OSError):  # a name too long for a file
+        if Path(name).exists():
+            return Path(name)
+    if (place := lookup(str(name), known, "LoRA")) is not None:
+        return place
+    raise UserError(f"No LoRA '{name}': neither a file nor {one_of(known)}.{near(name, known)}")
+
+
+def named_lora(name: str) -> Path:
+    """The file of an installed name; a path is none (names in prompts and pictures never open files elsewhere)."""
+    known = available("lora")
+    place = lookup(name, known, "LoRA")
+    if place is None:
+        raise UserError(
+            f"No LoRA '{name}' is installed; there are: {', '.join(known) or 'none'}. "
+            f"Put its file into $LATENTPIPE_HOME/lora, or give it with --lora.{near(name, known)}"
+        )
+    return place
+
+
+def own_adapters() -> dict[str, Path]:
+    """Names and files of the adapters in ``$LATENTPIPE_HOME/adapters``."""
+    return {path.stem: path for path in sorted((home() / "adapters").glob("*.safetensors"))}
+
+
+def own_adapter(name: str) -> Path:
+    """The file of a name in ``$LATENTPIPE_HOME/adapters``; a path is none."""
+    if name not in own_adapters():
+        raise UserError(f"The recipe names the adapter '{name}', which is not installed; give its file with --adapter.")
+    return own_adapters()[name]
+
+
+def find_adapter(name: str | Path) -> Path:
+    """The file that a path, or a name in ``$LATENTPIPE_HOME/adapters``, means."""
+    known = own_adapters()
+    if str(name) in known:
+        return known[str(name)]
+    if Path(name).is_file():
+        return Path(name)
+    raise UserError(f"No adapter '{name}': neither a file nor {one_of(known)}.{near(name, known)}")
+
+
+def configs_folder() -> Path:
+    """The folder of the shipped configs: in the wheel, or in a checkout (where it is a link)."""
+    return (Path(__file__).parents[1] / "configs").resolve()
+
+
+def one_of(known: Collection[str]) -> str:
+    """The names that there are, in words."""
+    return f"one of {', '.join(known)}" if known else "an installed one (there are none)"

@@ -1,0 +1,64 @@
+"""The verbs that make data: the emoji set, and the latents of a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from latentpipe.utils.errors import UserError, counted
+
+
+def emoji(out: Path = Path("data/emoji"), size: int | None = None, font: Path | None = None, hands: Path | None = None) -> None:
+    """Render the emoji set with captions into OUT/train, OUT/validation and OUT/held_out.
+
+    Args:
+        out: Folder to write.
+        size: Side of the pictures in pixels: 128, at most 136; with --hands 256 (Noto's stay at 128).
+        font: NotoColorEmoji.ttf; left out: where the system keeps it.
+        hands: Folder with several artists' sets as 'npm pack' fetches them (a missing one is named with the command): their
+            pictures too, with style names in the captions, in OUT/cells those that only another artist's hand is known of, in
+            OUT/unseen hands that are never trained on.
+    """
+    if hands is not None:
+        _emoji_hands(out, hands, 256 if size is None else size, font)
+        return
+    from latentpipe.data.emoji import write_folders
+
+    size = 128 if size is None else size
+    if not 8 <= size <= 136:
+        raise UserError(f"--size is {size}; the font's bitmaps allow 8 to 136 pixels.")
+    for name, count in write_folders(out, size, font).items():
+        print(f"{out / name}: {counted(count, 'picture')}")
+
+
+def _emoji_hands(out: Path, hands: Path, size: int, font: Path | None) -> None:
+    from tqdm import tqdm
+
+    from latentpipe.data.emoji_hands import open_library, write_hands
+
+    if not 8 <= size <= 1024:
+        raise UserError(f"--size is {size}; expected 8 to 1024 pixels.")
+    counts = write_hands(out, open_library(hands, font), size, lambda planned: tqdm(planned, unit="picture"))
+    for name, by_hand in counts.items():
+        shares = ", ".join(f"{hand} {count}" for hand, count in by_hand.items())
+        print(f"{out / name}: {counted(sum(by_hand.values()), 'picture')} ({shares})")
+
+
+def encode(folder: Path, /, vae: str, size: int = 64, out: Path | None = None, caption_column: str | None = None) -> None:
+    """Cache the latents of a folder of pictures for train-denoiser.
+
+    Args:
+        folder: Pictures with metadata.jsonl or metadata.csv, or with a caption in NAME.txt beside each NAME.png.
+        vae: Name or folder of the VAE.
+        size: Side that the pictures are resized to, in pixels.
+        out: The cache file; left out: FOLDER/.latents/VAEHASH-SIZE.safetensors.
+        caption_column: Column of the metadata that holds the captions; left out: text, caption or prompt.
+    """
+    from tqdm import tqdm
+
+    from latentpipe.checkpoints.registry import find_model
+    from latentpipe.data.latent_cache import default_path, encode_folder
+
+    where = find_model(vae, "vae")
+    path = out or default_path(folder, where, size)
+    encode_folder(folder, where, path, size, progress=lambda parts: tqdm(parts, unit="batch"), column=caption_column)
+    print(path)

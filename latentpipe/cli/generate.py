@@ -1,0 +1,212 @@
+"""latentpipe generate: the options, and drawing with a step bar that Ctrl-C stops."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from latentpipe.cli.argument_checks import size_of, weighted
+from latentpipe.cli.lora import Method
+from latentpipe.cli.output_paths import is_picture
+from latentpipe.utils.defaults import GUIDANCE, STEPS, STRENGTH
+from latentpipe.utils.signals import interruption, signals_to
+from latentpipe.utils.threads import run_in_thread
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Draw pictures of a prompt and print their paths."""
+
+    prompt: Positional[str]
+    """What to draw."""
+    n: int = 1
+    """How many pictures (also -n); picture i has the seed SEED + i."""
+    seed: int | None = None
+    """0 to 4294967295; left out, or -1: a random one, which is told."""
+    out: Path = Path("out")
+    """Folder for the PNG files, each with its recipe inside; or the file to write, .png, .jpg or .webp."""
+    model: str = "emoji"
+    """Name ('latentpipe ls'), diffusers folder or single .safetensors file of a model."""
+    vae: str | None = None
+    """Name, folder or file of another VAE to decode with; refused with the reason where it does not fit."""
+    force: bool = False
+    """Decode with that VAE whatever the verdict, as long as the shapes agree; take LoRA files of another base, likewise."""
+    negative: str = ""
+    """What the picture should not show."""
+    steps: int = STEPS
+    """Denoising steps."""
+    guidance: float = GUIDANCE
+    """Classifier-free guidance; 1 turns it off."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Share of the steps where guidance begins and ends."""
+    scheduler: Literal["dpm++", "ddim", "euler", "unipc"] | None = None
+    """Left out: the model's own."""
+    size: str | None = None
+    """Side or WIDTHxHEIGHT in pixels; left out: what the model was trained at."""
+    image: Path | None = None
+    """A picture to begin from (img2img)."""
+    strength: float = STRENGTH
+    """How far img2img may move from the picture, over 0 to 1."""
+    device: str | None = None
+    """cpu, cuda or mps; left out: the best one present."""
+    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Precision of the weights; auto: as the file stores them."""
+    family: str | None = None
+    """Family of a single file whose shapes fit several: flux-dev or flux-kontext, ..."""
+    prediction: Literal["epsilon", "v", "v-zsnr"] | None = None
+    """What the denoiser of a single file predicts, over what the file says; zsnr: with zero terminal SNR."""
+    config: Path | None = None
+    """A diffusers folder with the configs of a single file that fits no known family."""
+    parts: tuple[Path, ...] = ()
+    """Files or diffusers folders that hold what a single file lacks: a VAE, text encoders."""
+    lora: tuple[str, ...] = ()
+    """Names or files of LoRA adapters, each with its weight: flat=0.7 (1 where none is given)."""
+    lora_method: Literal["sum", Method] = "sum"
+    """How several are put together: sum (at once, exactly), or a method of 'latentpipe lora merge', such as ties_svd."""
+    lora_partial: bool = False
+    """Take LoRA files (of --lora and of tags in the prompt) that fit in part; what is left out is told."""
+    adapter: str | None = None
+    """Name or file of an adapter from the model's VAE to --vae ('latentpipe fit-adapter')."""
+
+
+def run(options: Generate) -> None:
+    """Draw, save and print the paths; KeyboardInterrupt (`Terminated`) after partial pictures were saved."""
+    loras = [weighted(text) for text in options.lora]
+    from latentpipe.utils.images import open_picture
+
+    names = ("n", "seed", "negative", "steps", "guidance", "guidance_interval", "scheduler", "strength", "lora_partial")
+    settings: dict[str, Any] = {name: getattr(options, name) for name in names}
+    settings["size"] = size_of(options.size)
+    settings["image"] = open_picture(options.image) if options.image is not None else None
+    from latentpipe import Engine, LatentPipeline
+    from latentpipe.checkpoints.single_file.gather import Stated
+
+    stated = Stated(options.family, options.prediction, options.config, options.parts)
+
+    def opened() -> LatentPipeline:
+        pipe = LatentPipeline.from_pretrained(
+            options.model, options.vae, options.device, options.dtype, options.adapter, options.force, stated
+        )
+        for source, weight in loras:
+            print(pipe.attach_lora(source, weight, partial=options.lora_partial, force=options.force), file=sys.stderr)
+        if options.lora_method != "sum":
+            pipe.set_lora(pipe.loras.weights, method=options.lora_method)
+        return pipe
+
+    pictures, stop = _watch(Engine(run_in_thread(opened)), options.prompt, settings)
+    for picture in pictures:
+        print(picture.save(_place(options.out, picture.recipe, len(pictures))))
+    stop.heed()
+
+
+def _watch(engine: Any, prompt: str, settings: dict[str, Any]) -> tuple[list[Any], Stop]:
+    """Show a job's steps; the first Ctrl-C (or SIGTERM) stops it and keeps the partial pictures, the second leaves at once."""
+    from tqdm import tqdm
+
+    from latentpipe.engine.engine import Finished, StepDone
+    from latentpipe.utils.errors import Cancelled
+
+    with stop_on_interrupt() as stop, tqdm(total=settings["steps"], unit="step", disable=None, file=sys.stderr) as bar:
+        try:
+            for event in engine.run(prompt, cancel=stop.token, **settings):
+                if isinstance(event, Finished):
+                    return event.pictures, stop
+                if isinstance(event, StepDone):
+                    bar.total = event.steps
+                    bar.update(event.step - bar.n)
+        except Cancelled:
+            stop.heed()
+            raise
+    raise RuntimeError("the engine ended without a result")
+
+
+@dataclass
+class Stop:
+    """A cancel token, and the signal that has set it (0: none has)."""
+
+    token: threading.Event
+    number: int = 0
+
+    def heed(self) -> None:
+        """KeyboardInterrupt or `Terminated` where a signal has come."""
+        if self.number:
+            raise interruption(self.number)
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Stop]:
+    """A cancel token that the first Ctrl-C or SIGTERM inside sets; the second one is raised."""
+    stop = Stop(threading.Event())
+
+    def on_signal(number: int, _: Any) -> None:
+        if stop.number:
+            raise interruption(number)
+        stop.number = number
+        stop.token.set()
+        print("latentpipe: stopping in this step; Ctrl-C again to leave at once", file=sys.stderr)
+
+    with signals_to(on_signal):
+        yield stop
+
+
+def _place(out: Path, recipe: Any, n: int) -> Path:
+    """Where a picture goes: a new file in the folder `out`; or the file `out`, of several each with its seed behind the name."""
+    if is_picture(out):
+        return out if n == 1 else out.with_stem(f"{out.stem}-{recipe.seed}")
+    return free_path(out, recipe.prompt, recipe.seed)
+
+
+def free_path(folder: Path, prompt: str, seed: int) -> Path:
+    """A file name from prompt and seed that does not exist yet."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
+    path, count = folder / f"{slug}-{seed}.png", 1
+    while path.exists():
+        count += 1
+        path = folder / f"{slug}-{seed}-{count}.png"
+    return path
+
+
+def replay(
+    picture: Path,
+    /,
+    model: str | None = None,
+    vae: str | None = None,
+    adapter: str | None = None,
+    lora: tuple[str, ...] = (),
+    image: Path | None = None,
+    device: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Draw the picture in a file again from its recipe and compare every pixel.
+
+    Args:
+        picture: A PNG, JPEG or WebP that latentpipe wrote.
+        model: Name or folder of the model, where the recipe's name is not installed.
+        vae: Name or folder of the VAE, likewise.
+        adapter: Name or file of the adapter, likewise.
+        lora: Files of LoRA that are not installed, each as NAME=FILE with its name in the recipe.
+        image: The picture that img2img began from.
+        device: cpu, cuda or mps.
+        out: Where to save the new picture; left out: only compare.
+    """
+    from latentpipe import replay as run
+
+    files = {name: Path(file) for name, _, file in (text.partition("=") for text in lora)}
+    result = run(picture, model, vae, image, device, adapter, files)
+    if out is not None:
+        result.picture.save(out)
+        print(out)
+    if result.difference == 0:
+        loss = ", after the new picture was stored as a JPEG too (which loses a little)" if result.kind == "JPEG" else ""
+        print(f"identical: every pixel is the same{loss}")
+    else:
+        cause = "; ".join(result.causes) or "none found: same machine, versions and threads"
+        print(f"largest difference: {result.difference} of 255 grey levels. What has changed: {cause}")

@@ -1,0 +1,106 @@
+"""The verbs that say what there is: models and files by name, what a file holds, this machine."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from latentpipe.checkpoints.registry import available, configs_folder, lookup, own_adapters
+from latentpipe.cli.common import as_json
+from latentpipe.utils.errors import begin
+from latentpipe.utils.io import SUFFIXES
+
+
+def ls(kind: Literal["all", "models", "vae", "lora", "adapters", "configs"] = "all", /, fits: str | None = None) -> None:
+    """List the models, VAEs, LoRA files, adapters and configs that names refer to, kind by kind, each by name.
+
+    Args:
+        kind: What to list.
+        fits: Name or folder of a model: list the VAEs with their verdicts, those that fit it first.
+    """
+    if fits is not None:
+        from latentpipe.pipelines.verdict_cache import fitting
+
+        begin(f"measuring every VAE beside that of the model {fits}")
+
+        for name, path, verdict in sorted(fitting(fits), key=lambda row: not row[2].fits):
+            print(f"{name:20}{verdict.outcome:26}{path}")
+        return
+
+    rows = [("model", available("models")), ("vae", available("vae")), ("lora", available("lora")), ("adapter", own_adapters())]
+    rows.append(("config", {path.stem: path for path in configs_folder().glob("*.yaml")}))
+    for what, found in rows:
+        for entry, path in sorted(found.items()) if kind in ("all", what, f"{what}s") else ():
+            print(f"{what:8}{entry:20}{path}")
+
+
+def inspect(
+    path: str,
+    /,
+    family: str | None = None,
+    prediction: Literal["epsilon", "v", "v-zsnr"] | None = None,
+    config: Path | None = None,
+    parts: tuple[Path, ...] = (),
+) -> None:
+    """Print what a model, a VAE, a LoRA, an adapter or a picture says about itself, as JSON.
+
+    Args:
+        path: A name, a model or VAE folder, a .safetensors file, an .lpz file, or a picture (also of others: A1111, ...).
+        family: Of a model's single file, as for 'latentpipe generate'.
+        prediction: Likewise.
+        config: Likewise.
+        parts: Likewise.
+    """
+    from latentpipe.utils.io import is_safetensors
+
+    file = lookup(path, available("lora"), "LoRA") or own_adapters().get(path) or Path(path)
+    if file.is_file() and not (file.suffix in SUFFIXES or is_safetensors(file)):
+        print(_of_file(file))
+        return
+    begin(f"reading {path}")
+    from latentpipe.checkpoints.pipeline_io import describe
+    from latentpipe.checkpoints.single_file.describe import describe_file
+    from latentpipe.checkpoints.single_file.gather import Stated
+    from latentpipe.checkpoints.single_file.refusals import check_kind
+    from latentpipe.cli.lora import facts, is_lora
+    from latentpipe.compatibility.latent_adapter import is_adapter, read_card
+
+    if file.is_file():
+        check_kind(file)
+    stated = Stated(family, prediction, config, parts)
+    if is_lora(file):
+        print(as_json(facts(file)))
+    else:
+        card = asdict(read_card(file)) if file.is_file() and is_adapter(file) else None
+        print(as_json(card or describe_file(available("models").get(path, Path(path)), stated) or describe(path)))
+
+
+def _of_file(file: Path) -> str:
+    """What an .lpz file, a grid or another picture says, as JSON."""
+    from latentpipe.cli.codec import facts, is_lpz
+    from latentpipe.pipelines.metadata.reader import read_info
+    from latentpipe.pipelines.metadata.recipe import GRID_CHUNK, text_in
+
+    if is_lpz(file):
+        return as_json(facts(file))
+    if text_in(file, GRID_CHUNK) is not None:
+        from latentpipe.engine.xy_grid.plot import read_grid
+
+        return read_grid(file).model_dump_json(indent=2)
+    info = read_info(file)
+    return info.recipe.model_dump_json(indent=2) if info.recipe else as_json(asdict(info))
+
+
+def env() -> None:
+    """Print versions, devices and folders, for a bug report."""
+    import torch
+
+    from latentpipe.checkpoints.registry import bundled_weights_dir
+    from latentpipe.pipelines.metadata.recipe import this_machine
+    from latentpipe.utils.io import home
+    from latentpipe.utils.system import best_device
+
+    machine = this_machine(best_device(), "fp32", torch.get_num_threads()).model_dump()
+    print(as_json({**machine, "python": sys.version.split()[0], "shipped": str(bundled_weights_dir()), "home": str(home())}))

@@ -1,0 +1,54 @@
+"""latentpipe ui: the interface in a browser."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Literal
+
+from latentpipe.utils.errors import UserError
+
+
+def ui(
+    model: str = "emoji",
+    port: int | None = None,
+    listen: bool = False,
+    auth_file: Path | None = None,
+    no_auth: bool = False,
+    out: Path = Path("out"),
+    save: bool = True,
+    device: str | None = None,
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+    mcp: bool = False,
+    host: str | None = None,
+    allow_host: tuple[str, ...] = (),
+    root_path: str = "",
+    max_work: float = 300,
+) -> None:
+    """Open the interface in a browser: generate, VAE lab, playground, grid, PNG info; and its HTTP endpoints.
+
+    Args:
+        model: Name of the model that is chosen at first ('latentpipe ls models').
+        port: Left out: the first free one from 7860 on.
+        listen: For other machines too, at every address; needs a login, or --no-auth.
+        auth_file: Lines of user:password; the variable LATENTPIPE_UI_LOGIN holds one such line.
+        no_auth: Let everybody in who reaches the machine.
+        out: Folder where pictures are kept, by date.
+        save: Keep pictures; --no-save leaves them in the browser only.
+        device: cpu, cuda or mps.
+        dtype: Precision of the weights.
+        mcp: Offer the endpoints to language models as tools (Model Context Protocol); needs latentpipe[mcp].
+        host: Address or name of this machine to listen at, such as :: or 192.168.1.5; other machines need a login, as --listen.
+        allow_host: Further names that the server answers to, such as that of a reverse proxy or of this machine.
+        root_path: Path that a reverse proxy serves the interface at, such as /draw (ui/API.md has an example).
+        max_work: The most that one request may ask for: pixels x steps x pictures, in millions.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("The interface needs gradio, which is not installed: pip install 'latentpipe[ui]'.")
+    print("Starting the interface ...", file=sys.stderr, flush=True)
+    from latentpipe.ui.server import serve
+
+    serve(
+        model, port, listen, auth_file, no_auth, out if save else None, device, dtype, mcp, host, allow_host, root_path, max_work
+    )

@@ -1,0 +1,1 @@
+"""One VAE against another: measurements, the verdict, adapters between their latents."""

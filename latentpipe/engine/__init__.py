@@ -1,0 +1,1 @@
+"""Drawing as a job: events, previews, cancel, replay, grids. Knows no interface."""

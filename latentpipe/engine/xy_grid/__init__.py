@@ -1,0 +1,1 @@
+"""X/Y grids: axes, pictures, the sheet."""

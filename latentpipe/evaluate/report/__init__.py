@@ -1,0 +1,1 @@
+"""Results for people: tables, charts, crops, one HTML page."""

@@ -1,0 +1,1 @@
+"""Pictures that a VAE does not know, and where in them."""

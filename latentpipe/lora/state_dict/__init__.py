@@ -1,0 +1,1 @@
+"""LoRA files of every layout, in and out."""

@@ -1,0 +1,276 @@
+"""LatentPipeline: prompt -> latents (host) -> images (VAEStage) -> pixels."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from latentpipe.checkpoints.in_memory import Computed, hashes_in_memory
+from latentpipe.checkpoints.model_files import read_preview
+from latentpipe.checkpoints.pipeline_io import check_reference, hashes, load_pipeline, move_pipeline
+from latentpipe.checkpoints.registry import find_model, name_of
+from latentpipe.checkpoints.single_file.gather import Stated
+from latentpipe.checkpoints.tensor_source import CARD_FILE
+from latentpipe.checkpoints.vae_io import PREVIEW_FILE
+from latentpipe.compatibility.latent_adapter import BridgedStage, bridged, find_adapter, open_adapter
+from latentpipe.lora.adapter import Lora
+from latentpipe.lora.matching import MatchReport
+from latentpipe.lora.merge import Weight
+from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags, without_tags
+from latentpipe.pipelines import prompt_weighting, vocabulary
+from latentpipe.pipelines.denoise import check_family, check_host, denoise, is_classic, native_size, size_unit
+from latentpipe.pipelines.families import expected_latents, finish
+from latentpipe.pipelines.lora_manager import LoraManager
+from latentpipe.pipelines.picture import Picture, recipe_of
+from latentpipe.pipelines.sampling import OnStep, Settings, Step, check_settings, drawn_seed, settings_of
+from latentpipe.pipelines.swap import host_stage, judge_stages, stage_of
+from latentpipe.pipelines.verdict_cache import judged, refuse_other_shape
+from latentpipe.pipelines.vocabulary import known_words
+from latentpipe.utils.errors import LatentpipeWarning, UserError, counted, expect
+from latentpipe.utils.images import to_pixels
+from latentpipe.utils.io import content_hash, read_json
+from latentpipe.utils.system import best_device
+from latentpipe.utils.threads import run_in_thread
+from latentpipe.vae.latent_space import LatentSpace
+from latentpipe.vae.stage import VAEStage
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": None}
+
+
+@dataclass
+class LatentPipeline:
+    """A diffusers pipeline of a known family (`latentpipe.pipelines.families`) whose pictures are encoded and decoded by a stage.
+
+    host     the pipeline; it draws latents and is never changed, but while LoRA adapters are attached
+    stage    encodes and decodes; default: the host's own VAE
+    hashes   content hash of each part that makes the pictures (left out: computed from the weights in memory when they are first
+             asked for); `base`: of the parts that the host came with in its files
+    words    those that the model was trained on, where its card lists them
+    """
+
+    host: Any
+    stage: Any = None
+    name: str = "model"
+    vae_name: str | None = None
+    adapter_name: str | None = None
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    base: Mapping[str, str] = field(default_factory=dict)
+    preview_map: dict[str, list] | None = None
+    words: frozenset[str] = field(default=frozenset(), repr=False)
+    loras: LoraManager = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_host(self.host)
+        self.stage = self.stage or host_stage(self.host)
+        channels, downscale = expected_latents(self.host)
+        if self.stage.space.channels != channels or self.stage.space.downscale != downscale:
+            raise UserError(
+                f"VAE {self.vae_name or 'given'} makes {self.stage.space.channels}-channel latents at "
+                f"1/{self.stage.space.downscale} size; this denoiser takes {counted(channels, 'channel')} at 1/{downscale}. "
+                "Choose a VAE of the same space ('latentpipe ls vae --fits MODEL' lists them), or train a denoiser for this one."
+            )
+        self.base = self.base or self.hashes
+        self.loras = LoraManager(self.host, self.stage, self.base, self.hashes.get("vae"))
+        if not self.hashes:
+            self.hashes = Computed(partial(hashes_in_memory, self.host, self.stage))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = "emoji",
+        vae: str | Path | None = None,
+        device: str | None = None,
+        dtype: str = "fp32",
+        adapter: str | Path | None = None,
+        force: bool = False,
+        stated: Stated | None = None,
+    ) -> LatentPipeline:
+        """Open a model by name, folder or single file (offline).
+
+        vae      name, folder or file of another VAE to decode with; UserError with the verdict where it does not fit
+        device   "cpu", "cuda", "mps"; None: the best that is present
+        dtype    "fp32", "bf16" or "fp16"; "auto": as the file stores it
+        adapter  name or file of an adapter to that VAE (`latentpipe fit-adapter`)
+        force    decode with `vae` whatever the verdict, as long as the shapes agree
+        stated   what a single file does not say itself: family, prediction, configs, other parts (`Stated`)
+        """
+        expect("model", model, (str, Path), "a name, or the path of a folder or file")
+        for name, given in (("vae", vae), ("adapter", adapter)):
+            expect(name, given, (str, Path, type(None)), "a name, the path of a folder or file, or None")
+        expect("device", device, (str, type(None)), "cpu, mps, cuda or cuda:NUMBER")
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+        device = device or best_device()
+        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+            raise UserError(f"device is {device!r}; expected cpu, mps, cuda or cuda:NUMBER.")
+        if adapter is not None and vae is None:
+            raise UserError(f"adapter '{adapter}' needs the VAE that it was fitted to; give that one as well (vae).")
+        if device == "cpu" and dtype == "fp16":
+            warnings.warn("CPUs compute fp16 very slowly; bf16 is as small and much faster", LatentpipeWarning, stacklevel=2)
+        folder = find_model(model)
+        if vae is not None and adapter is None:
+            refuse_other_shape(folder, vae)  # before anything is read
+
+        def opened() -> LatentPipeline:
+            host = move_pipeline(load_pipeline(folder, DTYPES[dtype], stated), device)
+            card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
+            own = read_preview(folder / "vae" / PREVIEW_FILE, LatentSpace.of(host.vae).channels)
+            pipe = cls(host, name=name_of(folder), hashes=hashes(folder, stated), preview_map=own, words=known_words(card))
+            return pipe if vae is None else pipe.with_vae(vae, folder, adapter, force)
+
+        return run_in_thread(opened)
+
+    def with_vae(self, vae: str | Path, folder: Path, adapter: str | Path | None = None, force: bool = False) -> LatentPipeline:
+        """The same denoiser around another VAE, which an adapter or a verdict vouches for; `folder` is the model's."""
+        own = VAEStage(self.host.vae, digest=self.hashes["vae"])
+        stage = stage_of(vae, own)
+        found = {**self.hashes, "vae": stage.digest or ""}
+        place = find_model(vae, "vae")
+        changes: dict[str, Any] = {"vae_name": name_of(place, "vae"), "stage": stage}
+        if adapter is not None:
+            path = find_adapter(adapter)
+            mapping = open_adapter(path, [self.hashes["vae"]], [found["vae"]])
+            found["adapter"] = content_hash(mapping.state_dict())
+            changes |= {"stage": bridged(own, stage, mapping), "adapter_name": path.stem}
+        elif found["vae"] != self.hashes["vae"] and not force:
+            check_reference(folder)
+            verdict = judge_stages(own, stage) if self.loras.weights else judged(own, stage)
+            if not verdict.fits:
+                raise UserError(f"VAE {vae} was not put in.\n{verdict}")
+            changes["stage"] = stage if verdict.encodes else BridgedStage(own, None, stage)
+            changes["preview_map"] = read_preview(place / PREVIEW_FILE, stage.space.channels) or self.preview_map
+        return replace(self, **changes, hashes=found)
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Width and height in pixels that the denoiser was trained at."""
+        return native_size(self.host)
+
+    def __call__(
+        self, prompt: str, n: int = 1, seed: int | None = None, on_step: OnStep | None = None, **settings: Any
+    ) -> list[Picture]:
+        """Draw `n` pictures of a prompt; picture i has the seed `seed` + i (None: a random one).
+
+        ``<lora:NAME:WEIGHT>`` in the prompt switches on an installed adapter for this call; with ``:partial``, one that fits so.
+
+        on_step(Step)  is called after each step; returning True stops there and keeps the partial pictures
+        settings       the fields of `Settings`
+        """
+        expect("prompt", prompt, str, "one text (n draws several pictures of it)")
+        (text, tagged), partial = split_tags(prompt), partial_tags(prompt)
+        chosen = self.check(settings_of(settings))
+        note_negative(chosen.negative)
+        with self.loras.more(tagged, partial):
+            return self.literal(text, n, seed, on_step, chosen)
+
+    def literal(self, prompt: str, n: int, seed: int | None, on_step: OnStep | None, chosen: Settings) -> list[Picture]:
+        """As a call, with checked settings and a prompt in which nothing is a tag, as a recipe's is."""
+        seed = drawn_seed(n, seed)
+        prompt_weighting.check(self.host, prompt, chosen.negative)
+        assert chosen.size is not None
+        self.stage.check_memory(n, *reversed(chosen.size))  # now, not after the sampling
+        done = 0
+
+        def watch(step: Step) -> bool:
+            nonlocal done
+            done = step.step
+            return bool(on_step and on_step(step))
+
+        notes = self.notes_on(prompt) + self.notes_on(chosen.negative, "negative prompt")
+        for note in notes:
+            warnings.warn(note, LatentpipeWarning, stacklevel=3)
+        images = self.draw([prompt] * n, list(range(seed, seed + n)), chosen, watch)
+        base = recipe_of(self, prompt, seed, n, chosen, done if done < chosen.steps_to_run else None)
+        own = [base.model_copy(update={"seed": seed + i, "batch_index": i}) for i in range(len(images))]
+        return [Picture(image, recipe, tuple(notes)) for image, recipe in zip(images, own, strict=True)]
+
+    def attach_lora(
+        self,
+        lora: str | Path | Lora,
+        weight: Weight = 1.0,
+        *,
+        name: str | None = None,
+        partial: bool = False,
+        force: bool = False,
+    ) -> MatchReport:
+        """Open an adapter (name, file or `Lora`), prove that it fits and moves something, and switch it on beside the others.
+
+        weight   a number, or numbers by component and block (`latentpipe.lora.fusion.LoraFuser.set`)
+        partial  take a file that fits in part; what is left out stands in the report
+        force    take one that names another base, or that changes the VAE's latents
+
+        UserError where no layer fits; the pipeline is then as it was before.
+        """
+        return self.loras.attach(lora, weight, name, partial, force)
+
+    def set_lora(self, weights: Mapping[str, Weight], fuse: bool = True, method: str = "sum", partial: bool = False) -> None:
+        """Switch on exactly these adapters with these weights, by name; see `LoraFuser.set`, `attach_lora`."""
+        self.loras.set(weights, fuse, method, weights if partial else ())
+
+    def detach_lora(self, name: str | None = None) -> None:
+        """Take off one adapter (None: all); the weights are then what they were, to the byte."""
+        self.loras.forget(name)
+
+    def draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, on_step: OnStep | None = None
+    ) -> list[Image.Image]:
+        """One picture for each prompt and seed, in one batch; the straight line."""
+        with torch.no_grad():
+            latents = self.denoise(prompts, seeds, settings, on_step)  # B C h w
+            images = self.stage.decode(latents.to(self.stage.dtype))  # B 3 H W, [-1, 1]
+            return to_pixels(finish(self.host, images, {"use_resolution_binning": False}))
+
+    def denoise(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, on_step: OnStep | None = None
+    ) -> torch.Tensor:
+        """Prompts to latents (B C h w) through the host; noise comes from one CPU generator for each seed."""
+        self.loras.check_free()
+        settings = settings if settings.size else replace(settings, size=self.native_size)
+        return denoise(self.host, self.stage, prompts, seeds, settings, on_step)
+
+    def check(self, settings: Settings) -> Settings:
+        """The settings with the size filled in; UserError says what is wrong, a warning says what is unusual."""
+        check_family(self.host, settings)
+        return check_settings(settings, self.native_size, size_unit(self.host))
+
+    def cut_words(self, prompt: str) -> str:
+        """The end of a prompt that is too long for the text encoder to read; empty when all of it is read."""
+        if not is_classic(self.host):
+            return ""  # the other families have several text encoders that cut at different places
+        tokenizer = self.host.tokenizer
+        ids = tokenizer(prompt_weighting.plain(prompt), add_special_tokens=False, verbose=False).input_ids
+        return tokenizer.decode(ids[tokenizer.model_max_length - 2 :]).strip()
+
+    def unknown_words(self, prompt: str) -> dict[str, str]:
+        """The words of a prompt that the model was never trained on, each with the nearest that it knows ("" where none is near).
+
+        Empty where the model's card lists no words. Trigger words of the adapters that are on are known.
+        """
+        return vocabulary.unknown_words(
+            prompt_weighting.plain(without_tags(prompt)), self.words and self.words | self.loras.words
+        )
+
+    def notes_on(self, prompt: str, what: str = "prompt") -> list[str]:
+        """What the text encoder cannot make use of in a prompt, in sentences."""
+        found = [vocabulary.sentence(self.unknown_words(prompt), self.words, what)]
+        if cut := self.cut_words(prompt):
+            read = self.host.tokenizer.model_max_length - 2
+            found.append(f"the {what} is longer than the {read} tokens that the text encoder reads; cut: '{cut}'")
+        return [note for note in found if note]
+
+    def preview(self, latents: torch.Tensor, side: int = 256) -> Image.Image | None:
+        """A quick picture of the first latents by the VAE's linear latent-to-RGB map; None where it has no map."""
+        if self.preview_map is None:
+            return None
+        factors = torch.tensor(self.preview_map["factors"])
+        colours = torch.einsum("chw,cr->rhw", latents[0].float().cpu(), factors)
+        colours += torch.tensor(self.preview_map["bias"]).view(3, 1, 1)
+        return to_pixels(colours[None])[0].resize((side, side), Image.Resampling.BICUBIC)

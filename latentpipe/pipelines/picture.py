@@ -1,0 +1,62 @@
+"""A picture that was drawn: what made it, what is to be said about it, and its file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from latentpipe.pipelines.families import family_of
+from latentpipe.pipelines.metadata import recipe as recipes
+from latentpipe.pipelines.sampling import Settings
+from latentpipe.utils.errors import expect
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and the recipe that makes it again; `notes` are sentences on what the model could not make use of."""
+
+    image: Image.Image
+    recipe: recipes.Recipe
+    notes: tuple[str, ...] = ()
+
+    def save(self, path: str | Path) -> Path:
+        """Write a file that carries the recipe: .png, .webp (both without loss) or .jpg; UserError for other endings."""
+        expect("path", path, (str, Path), "the path of a file to write")
+        recipes.save(self.image, Path(path), self.recipe)
+        return Path(path)
+
+
+def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, stopped: int | None) -> recipes.Recipe:
+    """The recipe of the first of `n` pictures that a LatentPipeline draws with these settings; `stopped` after so many steps."""
+    source = None
+    if settings.image is not None:
+        source = recipes.Source(sha256=recipes.pixel_hash(settings.image), strength=settings.strength)
+    assert settings.size is not None
+    denoiser = getattr(pipe.host, family_of(pipe.host).denoiser)
+    return recipes.Recipe(
+        prompt=prompt,
+        negative=settings.negative,
+        seed=seed,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        guidance_interval=settings.guidance_interval,
+        scheduler=settings.scheduler or type(pipe.host.scheduler).__name__,
+        width=settings.size[0],
+        height=settings.size[1],
+        batch_size=n,
+        model=pipe.name,
+        vae=pipe.vae_name,
+        adapter=pipe.adapter_name,
+        source=source,
+        stopped_after=stopped,
+        loras={name: dict(weight) if isinstance(weight, Mapping) else weight for name, weight in pipe.loras.weights.items()},
+        lora_method=pipe.loras.mixer.method,
+        lora_fused=pipe.loras.mixer.fused,
+        hashes={**pipe.hashes, **{f"lora:{name}": pipe.loras.mixer.loaded[name].hash for name in pipe.loras.weights}},
+        machine=recipes.this_machine(str(pipe.host.device), str(denoiser.dtype).removeprefix("torch."), torch.get_num_threads()),
+    )

@@ -1,0 +1,216 @@
+"""Swap the VAE of a pipeline: prove that it fits, then rebuild the pipeline around it; nothing lent is changed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentpipe.checkpoints.model_files import read_card
+from latentpipe.checkpoints.pipeline_io import load_pipeline
+from latentpipe.checkpoints.registry import find_model, name_of, vae_of
+from latentpipe.checkpoints.tensor_source import CARD_FILE
+from latentpipe.checkpoints.vae_io import PREVIEW_FILE, declared_space, open_vae, vae_hash
+from latentpipe.compatibility.latent_adapter import BridgedStage, LatentAdapter, bridged, find_adapter, open_adapter
+from latentpipe.compatibility.measure import Verdict, measure
+from latentpipe.compatibility.verdict import decide_by_shapes, decide_verdict
+from latentpipe.pipelines import families
+from latentpipe.pipelines.facade import behind
+from latentpipe.utils.errors import LatentpipeWarning, UserError, counted
+from latentpipe.utils.io import atomic_folder, content_hash, read_json
+from latentpipe.utils.logging import quiet
+from latentpipe.vae.latent_space import LatentSpace
+from latentpipe.vae.stage import VAEStage, fold_normalization
+
+VAE = str | Path | nn.Module
+GIVEN = "(given)"  # the recipe's name for what came as an object: a replay asks for its file
+
+
+def stage_of(vae: VAE, like: VAEStage | None = None) -> VAEStage:
+    """A stage from a name, a path, an autoencoder or a stage; on the device and in the dtype of `like` where it is loaded."""
+    if isinstance(vae, VAEStage):
+        return vae
+    if isinstance(vae, (str, Path)):
+        opened = open_vae(find_model(vae, "vae"))
+        loaded = VAEStage(opened.build(), digest=content_hash(opened.tensors, opened.space))
+        return loaded.to(like.device, like.dtype) if like else loaded
+    return behind(vae)
+
+
+def host_stage(pipe: Any) -> VAEStage:
+    """The stage of the VAE that a diffusers pipeline, or the host of a LatentPipeline, came with."""
+    host = getattr(pipe, "host", pipe)
+    families.family_of(host)
+    return behind(host.vae)
+
+
+def check_swap(pipe: Any, vae: VAE, images: torch.Tensor | None = None) -> Verdict:
+    """Whether `vae` decodes what this pipeline's denoiser draws: measured against the pipeline's own VAE.
+
+    pipe    a diffusers pipeline, or a LatentPipeline
+    vae     a name, a folder or file, an autoencoder, a VAEStage
+    images  B 3 H W in [-1, 1]; None: bundled probes
+
+    A file whose config or header tells another shape is not read.
+    """
+    host = host_stage(pipe)
+    channels, downscale = families.expected_latents(getattr(pipe, "host", pipe))
+    if (host.space.channels, host.space.downscale) != (channels, downscale):
+        raise UserError(
+            f"This pipeline does not fit itself: its VAE makes {host.space.channels}-channel latents at "
+            f"1/{host.space.downscale} size, its denoiser takes {counted(channels, 'channel')} at 1/{downscale}. "
+            "Put its own VAE back before trying another."
+        )
+    if isinstance(vae, (str, Path)):
+        apart = decide_by_shapes(host.space, declared_space(find_model(vae, "vae")))
+        if apart is not None:
+            return apart
+    return judge_stages(host, stage_of(vae, host), images)
+
+
+def judge_stages(host: VAEStage, stage: VAEStage, images: torch.Tensor | None = None) -> Verdict:
+    """The verdict on a stage beside the host's own; measured where their shapes are the same."""
+    return decide_by_shapes(host.space, stage.space) or decide_verdict(host.space, stage.space, measure(host, stage, images))
+
+
+def swap_vae(
+    pipe: Any,
+    vae: VAE,
+    force: bool = False,
+    adapter: LatentAdapter | str | Path | None = None,
+    images: torch.Tensor | None = None,
+) -> Any:
+    """A new pipeline that decodes (and encodes) by `vae`; `pipe` and `vae` are left as they were.
+
+    UserError with the verdict where it does not fit, unless `force`; then shapes alone must agree. Where the decoder alone
+    fits, pictures are encoded by the pipeline's own VAE. With an `adapter` (from
+    `fit_adapter`, or a file of `latentpipe fit-adapter`) pictures are encoded by the pipeline's own VAE and decoded, through
+    the adapter, by `vae`. A VAE whose normalization the host's own code would misread is put in behind a facade of
+    scaling_factor 1 (`facade.canonical`); such a pipeline draws, but cannot be saved as it is.
+    """
+    host = host_stage(pipe)
+    stage = stage_of(vae, host)
+    if adapter is not None:
+        if not isinstance(adapter, LatentAdapter):
+            adapter = open_adapter(find_adapter(adapter), hashes_of(host), hashes_of(stage))
+        return _with_stage(pipe, bridged(host, stage, adapter))
+    if force:
+        _refuse_shape(host.space, stage.space)
+    else:
+        verdict = check_swap(pipe, stage, images)
+        if not verdict.fits:
+            raise UserError(str(verdict))
+        if not verdict.encodes:
+            return _with_stage(pipe, BridgedStage(host, None, stage))
+    return _with_stage(pipe, stage)
+
+
+def hashes_of(stage: VAEStage) -> set[str]:
+    """The content hashes that a stage may have in a file: a file's dtype may be lower than that of the weights in memory."""
+    if stage.digest is not None:
+        return {stage.digest}
+    state = stage.vae.state_dict()
+    found = {content_hash(state, stage.space)}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+        if all(torch.equal(cast[name].to(value.dtype), value) for name, value in state.items()):
+            found.add(content_hash(cast, stage.space))
+    return found
+
+
+def _refuse_shape(host: LatentSpace, vae: LatentSpace) -> None:
+    if (host.channels, host.downscale) != (vae.channels, vae.downscale):
+        raise UserError(
+            f"Not even force can swap this: {host.difference(vae)} Fit an adapter ('latentpipe fit-adapter'), or choose "
+            "another VAE."
+        )
+
+
+def _with_stage(pipe: Any, stage: Any) -> Any:
+    if hasattr(pipe, "host") and pipe.loras.weights:
+        raise UserError(
+            f"LoRA is attached ({', '.join(pipe.loras.weights)}); take it off first (detach_lora), then swap the VAE."
+        )
+    if hasattr(pipe, "host"):  # a LatentPipeline decodes by its stage and leaves the host alone
+        decoder = stage if isinstance(stage, VAEStage) else stage.decoder
+        found = {**pipe.hashes, "vae": decoder.digest or content_hash(decoder.vae.state_dict(), decoder.space)}
+        if decoder is stage or stage.adapter is None:
+            return dataclasses.replace(pipe, stage=stage, hashes=found, vae_name=GIVEN)
+        found["adapter"] = content_hash(stage.adapter.state_dict())
+        return dataclasses.replace(pipe, stage=stage, hashes=found, vae_name=GIVEN, adapter_name=GIVEN)
+    if not families.unsupported_reason(type(pipe), stage, pipe.vae):
+        return families.rebuild(pipe, vae=families.with_factors(stage.vae, stage.space, families.family_of(pipe)))
+    return families.rebuild(pipe, vae=families.normalized(type(pipe), stage, pipe.vae))
+
+
+def saveable(pipe: Any, vae: VAE) -> Any:
+    """An autoencoder of the same function that this pipeline's own code reads right, to be saved with it.
+
+    Where the host ignores a part of the normalization, it is folded into a copy's quant_conv and post_quant_conv.
+    """
+    stage, host = stage_of(vae), families.family_of(pipe)
+    reason = host.honours(stage.space, stage.vae)
+    if not reason:
+        return families.with_factors(stage.vae, stage.space, host)
+    if type(stage.vae).__name__ in host.plain and getattr(stage.vae, "quant_conv", None) is not None:
+        folded = copy.deepcopy(stage.vae)
+        fold_normalization(folded, stage.space)
+        return families.with_factors(folded, LatentSpace.of(folded), host)
+    raise UserError(
+        f"{reason}, so this pipeline cannot be saved with it for stock diffusers; draw with "
+        "LatentPipeline or 'latentpipe generate --vae', which decode by themselves."
+    )
+
+
+def save_swapped(folder: Path, vae: str | Path, out: Path, verdict: Verdict, force: bool = False) -> None:
+    """Write the pipeline folder again, with `vae` in the place of its own; stock diffusers opens it.
+
+    UserError with the verdict where it does not fit, unless `force`; a warning where its decoder alone fits. The card names
+    the VAE that the denoiser was trained on and the one that was swapped in, each by its hash.
+    """
+    if Path(out).exists() or Path(out).resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--out {out} exists already, or lies within the model; name a folder that does not.")
+    if force:
+        _refuse_shape(verdict.host_space, verdict.vae_space)
+    elif not verdict.fits:
+        raise UserError(f"Nothing was saved: this VAE does not fit (--force saves it all the same).\n{verdict}")
+    place = find_model(vae, "vae")
+    opened = open_vae(place)
+    if not verdict.encodes and not force:
+        warnings.warn(
+            LatentpipeWarning(
+                "the decoder alone fits: pictures from prompts are right, but img2img and inpainting of the saved pipeline would "
+                "begin from another encoder's latents; 'latentpipe generate --vae' encodes by the model's own VAE"
+            ),
+            stacklevel=2,
+        )
+    twin = saveable(load_pipeline(folder), opened.build())
+    stored = next((tensor.dtype for tensor in opened.tensors.values() if tensor.is_floating_point()), torch.float32)
+    kept = LatentSpace.of(twin) == opened.space  # else it was folded, which fp16 would round
+    with atomic_folder(out) as part, quiet():
+        if folder.is_file():
+            load_pipeline(folder, None).save_pretrained(part, safe_serialization=True)
+            shutil.rmtree(part / "vae")
+        else:
+            shutil.copytree(folder, part, dirs_exist_ok=True, ignore=lambda at, names: ["vae"] if Path(at) == folder else [])
+        (nn.Module.to(twin, stored) if kept else twin).save_pretrained(part / "vae", safe_serialization=True)
+        for name in (CARD_FILE, PREVIEW_FILE):
+            if place.is_dir() and (place / name).is_file():
+                shutil.copy(place / name, part / "vae" / name)
+        index = read_json(part / "model_index.json")
+        (part / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", type(twin).__name__]}, indent=2) + "\n")
+        card = read_card(folder) or {}
+        proof = {"outcome": verdict.outcome, "reason": verdict.reason, "forced": force}
+        new = vae_hash(part / "vae")
+        card["vae_hash"] = card.get("vae_hash") or vae_hash(vae_of(folder))
+        card["swapped_vae"] = {"name": name_of(place, "vae"), "hash": new, "verdict": proof}
+        if "hashes" in card:
+            card["hashes"] = card["hashes"] | {"vae": new}
+        (part / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")

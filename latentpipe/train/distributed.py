@@ -1,0 +1,82 @@
+"""The processes of a run, over accelerate: one, or several that `accelerate launch -m latentpipe train-vae ...` started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentpipe.utils.errors import UserError
+
+
+class DistributedContext:
+    """All processes of a run; each computes an equal share of every step's pictures.
+
+    rank, world  this process's number and how many there are
+    device       where this process computes
+    """
+
+    def __init__(self) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        handler = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self._accelerator: Any = Accelerator(mixed_precision="no", kwargs_handlers=[handler], cpu=not torch.cuda.is_available())
+        self.rank: int = self._accelerator.process_index
+        self.world: int = self._accelerator.num_processes
+        self.device: torch.device = self._accelerator.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the logs, the checkpoints and the model."""
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module on this process's device; with several processes, one whose backward pass averages the gradients."""
+        return self._accelerator.prepare_model(module)
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean over the processes of a tensor that each has, detached; the tensor itself where there is one process."""
+        if self.world == 1:
+            return tensor.detach()
+        return self._accelerator.reduce(tensor.detach().contiguous().clone(), "mean")
+
+    def most(self, value: int) -> int:
+        """The largest of the numbers that the processes have."""
+        if self.world == 1:
+            return value
+        return int(self._accelerator.gather(torch.tensor([value], device=self.device)).max())
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self._accelerator.wait_for_everyone()
+
+    def shares(self, n: int, parts: int = 1) -> list[slice]:
+        """This process's rows of a batch of `n`, in `parts`; UserError where they do not come out even."""
+        if n % (self.world * parts):
+            raise UserError(
+                f"optim.batch_size is {n}; expected a multiple of {self.world * parts} "
+                f"({self.world} processes x {parts} parts), so that every share is equal."
+            )
+        size = n // (self.world * parts)
+        first = self.rank * size * parts
+        return [slice(first + part * size, first + (part + 1) * size) for part in range(parts)]
+
+    @contextmanager
+    def gathering(self, module: nn.Module, last: bool) -> Iterator[None]:
+        """A forward pass whose gradients are averaged over the processes only if it is the last part of a step."""
+        if last:
+            yield
+        else:
+            with self._accelerator.no_sync(module):
+                yield
+
+
+def refuse_several(verb: str) -> None:
+    """UserError where a verb that runs in one process was launched in several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{verb} runs in one process; start it with 'latentpipe {verb}' instead of 'accelerate launch'.")

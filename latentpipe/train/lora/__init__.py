@@ -1,0 +1,1 @@
+"""Training of a LoRA adapter: data, loss, parameters, the file."""

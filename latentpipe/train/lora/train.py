@@ -1,0 +1,202 @@
+"""Train an adapter: on the denoising loss for the UNet and the text encoders, on pixels for the VAE's decoder, or on both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from latentpipe.checkpoints.pipeline_io import load_pipeline
+from latentpipe.checkpoints.registry import find_lora, find_model, vae_of
+from latentpipe.data.image_folder import read_index
+from latentpipe.lora.state_dict.io import read_lora
+from latentpipe.pipelines.denoise import denoise, native_size, redraws, size_unit
+from latentpipe.pipelines.families import finish as finish_pictures
+from latentpipe.pipelines.sampling import Settings, check_settings
+from latentpipe.train import loop, losses, picture_changes
+from latentpipe.train.config import TrainLora, config_from
+from latentpipe.train.denoiser import pick_captions
+from latentpipe.train.distributed import refuse_several
+from latentpipe.train.lora.data import LoraPictures, held_out, note_long_captions, open_pictures
+from latentpipe.train.lora.export import begin_file, export_lora, usable_file
+from latentpipe.train.lora.loss import Schedule, noised
+from latentpipe.train.lora.parameters import Plan, base_hashes, begin_from, choose, inject_trainable
+from latentpipe.train.lora.prompts import Prompts
+from latentpipe.train.progress import TrainingLog
+from latentpipe.utils.errors import UserError, counted
+from latentpipe.utils.images import bytes_to_images, sheet, to_pixels
+from latentpipe.vae.stage import VAEStage
+
+SHOWN = 8  # prompts or pictures on a sheet, and pictures in a row of it
+
+
+def train_lora(config: TrainLora | str | Path | Mapping[str, Any]) -> Path:
+    """Run `latentpipe train-lora`: returns the LoRA file (diffusers' keys, fp16 safetensors, with its card as metadata).
+
+    The base is frozen, which is proved by its hash; only the adapter's parameters are in the optimizer and the checkpoints.
+
+    config  a `TrainLora`, the path of its YAML file, or a mapping with its keys; UserError lists every problem of it
+    """
+    return _trained(config_from(config, TrainLora))
+
+
+def _trained(config: TrainLora) -> Path:
+    refuse_several("train-lora")
+    usable_file(config)
+    torch.manual_seed(config.run.seed)
+    folder = find_model(config.model)
+    host = load_pipeline(folder)
+    plan = choose(config, host)
+    if plan.denoises and (what := redraws(host)):
+        raise UserError(f"model {config.model}: it {what}; train the adapter on the model that it was made from.")
+    earlier = None if config.run.warm_start is None else read_lora(find_lora(config.run.warm_start))
+    size_px = _size(config, host, plan)
+    items = read_index(config.data.train, config.data.caption_column)  # refused now where it is no folder of pictures
+    if config.prior.train is not None:
+        read_index(config.prior.train, config.prior.caption_column)
+    names = [item.path.relative_to(config.data.train).as_posix() for item in items]
+    with begin_file(config) as begun:
+        record = picture_changes.follow(config.run, config.data.train, names, begun)
+        pictures, prior = _pictures(config, host, folder, plan, size_px)
+        host.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        training = Training(config, host, plan, pictures, prior)
+        draws = config.run.sample_every_steps < config.optim.steps
+        plain = training.draw() if draws else {}  # the base's own, before there is an adapter
+        before = base_hashes(plan)
+        adapter = inject_trainable(config, plan)
+        if earlier is not None:
+            begin_from(earlier, plan)
+        layers = sum(map(len, plan.paths.values()))
+        count = sum(parameter.numel() for parameter in adapter.parameters())
+        what = f"{counted(layers, 'layer')} of {', '.join(plan.paths)}, with {counted(len(pictures.rows), 'picture')}"
+        print(f"Training {count:,} parameters on {what}")
+
+        def sample(step: int, log: TrainingLog) -> dict[str, float]:
+            for name, drawn in training.draw().items():
+                pairs = [picture for pair in zip(plain[name], drawn, strict=True) for picture in pair]
+                labels = [label for text in training.prompts for label in (f"base: {text}", text)] if name == "samples" else None
+                log.sheet(step, name, sheet(pairs, SHOWN, labels))
+            return {}
+
+        steps = loop.fit(adapter, config.optim, config.run, training.losses_of, sample, begun=record)
+        return export_lora(config, folder, plan, pictures, before, steps)
+
+
+class Training:
+    """One step's losses of an adapter in its host, and the pictures on its sheets."""
+
+    def __init__(self, config: TrainLora, host: Any, plan: Plan, pictures: LoraPictures, prior: LoraPictures | None) -> None:
+        self.config, self.host, self.plan = config, host, plan
+        self.pictures, self.prior = pictures, prior
+        self.device: torch.device = host.device
+        self.stage = VAEStage(host.vae, tile=None)
+        host.vae.train(plan.decodes)  # a training VAE is computed once, as it is
+        if config.run.gradient_checkpointing:
+            _check_points(host, plan)
+        self.prompts: list[str] = list(config.sample_prompts)
+        if plan.denoises:
+            self.schedule = Schedule.of(host.scheduler)
+            self.text = Prompts(host, plan.reads, pictures.cache.size_px)
+            self.prompts = self.prompts or [texts[0] for texts in pictures.captions_of(pictures.rows[:SHOWN])]
+
+    def losses_of(self, step: int, generator: torch.Generator) -> loop.Losses:
+        """The terms by name: "noise" or "v" (what the host predicts), "prior", "pixel"."""
+        chosen = self._chosen(self.pictures, step)
+        latents = self.pictures.cache.sample(chosen, generator)
+        terms: loop.Losses = {}
+        if self.plan.denoises:
+            terms[self.schedule.term] = self._denoising(latents, self.pictures, chosen, generator)
+        if self.prior is not None:
+            kept = self._chosen(self.prior, step)
+            again = self.prior.cache.sample(kept, generator)
+            terms["prior"] = self.config.prior.weight * self._denoising(again, self.prior, kept, generator)
+        if self.plan.decodes:
+            terms["pixel"] = self._pixels(latents, chosen)
+        return terms
+
+    def draw(self) -> dict[str, list[Image.Image]]:
+        """Pictures by the name of their sheet: "samples" of the prompts, "rebuilt" of the first training pictures."""
+        found: dict[str, list[Image.Image]] = {}
+        side = self.pictures.cache.size_px
+        if self.plan.denoises:
+            found["samples"] = [self._picture(text, index, side) for index, text in enumerate(self.prompts)]
+        if self.plan.decodes:
+            with torch.no_grad():
+                means = self.pictures.cache.mean[self.pictures.rows[:SHOWN]].float()
+                found["rebuilt"] = to_pixels(self.stage.decode(means.to(self.device)).float().cpu())
+        return found
+
+    @torch.no_grad()
+    def _picture(self, prompt: str, seed: int, side: int) -> Image.Image:
+        settings = check_settings(Settings(size=(side, side)), (side, side), size_unit(self.host))
+        images = self.stage.decode(denoise(self.host, self.stage, [prompt], [seed], settings))
+        return to_pixels(finish_pictures(self.host, images, {}))[0]
+
+    def _chosen(self, pictures: LoraPictures, step: int) -> torch.Tensor:
+        batch, seed = self.config.optim.batch_size, self.config.run.seed
+        return pictures.rows[loop.batch_indices(len(pictures.rows), batch, seed, step)]
+
+    def _denoising(
+        self, latents: torch.Tensor, pictures: LoraPictures, chosen: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        prompts = pick_captions(pictures.captions_of(chosen), self.config.loss.caption_dropout, generator)
+        batch = noised(latents, self.schedule, self.config.loss, generator)
+        with loop.fast_forward(self.config.run, self.device):
+            states, added = self.text(prompts)
+            noisy, times = batch.noisy.to(self.device), batch.times.to(self.device)
+            predicted = self.host.unet(noisy, times, states, added_cond_kwargs=added, return_dict=False)[0]
+        return batch.loss(predicted)
+
+    def _pixels(self, latents: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Weighted error of the decoded latents to the pictures; the latents are the frozen encoder's."""
+        assert self.pictures.pixels is not None
+        images = bytes_to_images(self.pictures.pixels[chosen]).to(self.device)
+        with loop.fast_forward(self.config.run, self.device):
+            rebuilt = self.stage.decode(latents.to(self.device)).float()
+        weights = self.config.loss
+        return weights.l1 * losses.l1(images, rebuilt) + weights.l2 * losses.l2(images, rebuilt)
+
+
+def _check_points(host: Any, plan: Plan) -> None:
+    """Switch on gradient checkpointing in the networks that gradients pass through."""
+    try:
+        for model in [host.unet] * plan.denoises + [host.vae] * plan.decodes:
+            model.enable_gradient_checkpointing()
+    except ValueError as error:
+        raise UserError(f"run.gradient_checkpointing: {error}") from None
+
+
+def _pictures(config: TrainLora, host: Any, folder: Path, plan: Plan, size_px: int) -> tuple[LoraPictures, LoraPictures | None]:
+    """The training pictures, and the prior's where there is one."""
+    held, vae, work = held_out(config.data.exclude), vae_of(folder), config.run.work
+    data = config.data
+    pictures = open_pictures(
+        data.train,
+        vae,
+        size_px,
+        work,
+        held_out=held,
+        trigger=data.trigger,
+        captioned=plan.denoises,
+        pixels=plan.decodes,
+        column=data.caption_column,
+    )
+    again = config.prior.train
+    prior = None if again is None else open_pictures(again, vae, size_px, work, held_out=held, column=config.prior.caption_column)
+    if plan.denoises:
+        note_long_captions(host.tokenizer, pictures.captions)
+    return pictures, prior
+
+
+def _size(config: TrainLora, host: Any, plan: Plan) -> int:
+    """The side of the training pictures in pixels; UserError where the model cannot take it."""
+    if plan.decodes and not VAEStage(host.vae).decodes:
+        raise UserError("This model's VAE is an encoder alone; vae.decoder has nothing to train.")
+    size_px = config.data.size_px or min(native_size(host))
+    unit = size_unit(host) if plan.denoises else host.vae_scale_factor
+    if size_px % unit:
+        raise UserError(f"data.size_px is {size_px}; this model needs a multiple of {unit}.")
+    return size_px

@@ -1,0 +1,1 @@
+"""Files, pictures, threads, signals and errors; knows no model."""
