@@ -21,6 +21,16 @@ RESNET = {
     "conv_shortcut": "skip_connection",
 }
 
+FLUX_DOUBLE = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
 
 # --- the writer ---------------------------------------------------------------------------------------------
 
@@ -146,9 +156,7 @@ def flux(model: Any) -> Tensors:
         found[f"final_layer.adaLN_modulation.1.{end}"] = torch.cat([shift, scale])
         for i in range(model.config.num_layers):
             mine, theirs = f"transformer_blocks.{i}", f"double_blocks.{i}"
-            for own, other in (("norm1.linear", "img_mod.lin"), ("norm1_context.linear", "txt_mod.lin"),
-                               ("attn.to_out.0", "img_attn.proj"), ("attn.to_add_out", "txt_attn.proj"), ("ff.net.0.proj", "img_mlp.0"), ("ff.net.2", "img_mlp.2"),
-                               ("ff_context.net.0.proj", "txt_mlp.0"), ("ff_context.net.2", "txt_mlp.2")):  # fmt: skip
+            for own, other in FLUX_DOUBLE.items():
                 found[f"{theirs}.{other}.{end}"] = state[f"{mine}.{own}.{end}"]
             found[f"{theirs}.img_attn.qkv.{end}"] = torch.cat([state[f"{mine}.attn.to_{which}.{end}"] for which in "qkv"])
             found[f"{theirs}.txt_attn.qkv.{end}"] = torch.cat([state[f"{mine}.attn.add_{which}_proj.{end}"] for which in "qkv"])
