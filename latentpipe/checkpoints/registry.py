@@ -101,8 +101,6 @@ def find_model(name: str | Path, kind: str = "models") -> Path:
         return place / "vae" if kind == "vae" and (place / "model_index.json").is_file() else place
     pulled = _pulled(str(name))
     raise UserError(f"No {what} '{name}': neither a folder nor a file nor {one_of(known)}.{near(name, known)}{pulled}")
-        f"No {what} '{name}': neither a folder nor a file nor {one_of(known)}.{near(name, known)}{_pulled(str(name))}"
-    )
 
 
 def _pulled(name: str) -> str:
