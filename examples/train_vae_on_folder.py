@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from latentpipe import diagnose, evaluate_vae, train_vae
+from latentpipe import diagnose_vae, evaluate_vae, train_vae
 
 
 def main(folder: str, steps: str = "300", out: str = "out/examples/small-vae") -> None:
@@ -19,7 +19,7 @@ def main(folder: str, steps: str = "300", out: str = "out/examples/small-vae") -
         }
     )
     print(evaluate_vae(trained, Path(folder), most=64).scores["PSNR"])
-    for sentence in diagnose(trained, Path(folder), size=64, most=64).alarms:
+    for sentence in diagnose_vae(trained, Path(folder), size=64, most=64).alarms:
         print("ALARM:", sentence)
 
 

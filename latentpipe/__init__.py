@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from latentpipe.engine.engine import Engine, Finished, Replay, StepDone, replay
     from latentpipe.evaluate.compare_vaes import compare_vaes
     from latentpipe.evaluate.comparison import Comparison
-    from latentpipe.evaluate.diagnosis import Diagnosis, diagnose
+    from latentpipe.evaluate.diagnosis import Diagnosis, diagnose_vae
     from latentpipe.evaluate.reconstruction import evaluate_vae
     from latentpipe.evaluate.results import Evaluation
     from latentpipe.pipelines.latent_pipeline import LatentPipeline, Picture
@@ -54,7 +54,7 @@ _HOME = {
     "Verdict": "compatibility.measure",
     "check_swap": "pipelines.swap",
     "compare_vaes": "evaluate.compare_vaes",
-    "diagnose": "evaluate.diagnosis",
+    "diagnose_vae": "evaluate.diagnosis",
     "encode_folder": "data.latent_cache",
     "evaluate_vae": "evaluate.reconstruction",
     "find_model": "checkpoints.registry",
@@ -85,7 +85,7 @@ __all__ = [
     "Verdict",
     "check_swap",
     "compare_vaes",
-    "diagnose",
+    "diagnose_vae",
     "encode_folder",
     "evaluate_vae",
     "find_model",

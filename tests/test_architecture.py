@@ -90,7 +90,7 @@ PUBLIC = {
     "Verdict",
     "check_swap",
     "compare_vaes",
-    "diagnose",
+    "diagnose_vae",
     "encode_folder",
     "evaluate_vae",
     "find_model",

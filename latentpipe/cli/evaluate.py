@@ -173,9 +173,9 @@ def health(
     """
     from json import dumps
 
-    from latentpipe.evaluate.diagnosis import diagnose
+    from latentpipe.evaluate.diagnosis import diagnose_vae
 
-    found = diagnose(vae, images, size, most)
+    found = diagnose_vae(vae, images, size, most)
     print(dumps(found.as_dict(), indent=2) if json else found)
     if found.alarms:
         raise SystemExit(1)

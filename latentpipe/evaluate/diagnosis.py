@@ -52,7 +52,7 @@ class Diagnosis:
         return "\n".join([f"{self.health}\nmeasured at {self.size_px} px", *lines])
 
 
-def diagnose(vae: str | Path, folder: Path, size: int | None = None, most: int = 256) -> Diagnosis:
+def diagnose_vae(vae: str | Path, folder: Path, size: int | None = None, most: int = 256) -> Diagnosis:
     """Measure how much each latent channel of a VAE says, on pictures of a folder, and judge it.
 
     vae     name, folder or file
