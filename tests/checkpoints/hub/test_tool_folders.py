@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import save_file
 
 from latentpipe.checkpoints.places.tool_folders import Import, entries, folders_file, foreign
-from latentpipe.checkpoints.registry import find_lora, find_model, name_of, named_lora, shipped
+from latentpipe.checkpoints.registry import bundled_weights_dir, find_lora, find_model, name_of, named_lora
 from latentpipe.cli.app import main
 from latentpipe.utils.errors import UserError
 
@@ -161,7 +161,7 @@ def test_comfyui(tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixtu
     assert find_model("ft-mse", "vae") == top / "models" / "vae" / "ft-mse.safetensors"
     assert find_lora("comfyui/style/flat") == named_lora("style/flat") == top / "models" / "loras" / "style" / "flat.safetensors"
     assert named_lora("four") == tmp_path / "other" / "models" / "Lora" / "four.safetensors"
-    assert find_lora("flat").is_relative_to(shipped())  # our own first
+    assert find_lora("flat").is_relative_to(bundled_weights_dir())  # our own first
     assert name_of(find_model("ft-mse", "vae"), "vae") == "comfyui/ft-mse"
     with pytest.raises(UserError, match="No LoRA 'old'"):
         find_lora("old")
