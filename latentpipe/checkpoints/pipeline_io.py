@@ -21,7 +21,7 @@ from latentpipe.checkpoints.single_file import opening as single_file
 from latentpipe.checkpoints.single_file.folders import check_folder
 from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.single_file.hashes import file_hashes
-from latentpipe.checkpoints.tensor_source import CARD_FILE, VAE_FILE, weight_files
+from latentpipe.checkpoints.tensor_source import CARD_FILE, VAE_FILE, offline, weight_files
 from latentpipe.checkpoints.vae_io import PREVIEW_FILE, load_vae, open_vae, refuse_wrapped, vae_hash
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import HASH_LENGTH, atomic_folder, content_hash, load_strictly, read_header, read_json, read_tensors
@@ -126,9 +126,7 @@ def _network(folder: Path, library: str, name: str, dtype: torch.dtype) -> Any:
     elements = sum(math.prod(shape) for header in headers for shape in header.shapes.values())
     with telling(folder, name):
         model, seen = built_within(
-            lambda: cls.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-            ),
+            lambda: cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **offline(folder)),
             elements,
             sum(len(header.shapes) for header in headers),
         )
