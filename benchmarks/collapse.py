@@ -17,7 +17,7 @@ import torch
 
 from latentpipe.checkpoints.vae_io import load_vae
 from latentpipe.data.image_folder import read_pictures
-from latentpipe.evaluate.diagnosis import diagnose
+from latentpipe.evaluate.diagnosis import alarms
 from latentpipe.evaluate.health import measure
 from latentpipe.evaluate.statistics import interval, paired
 from latentpipe.train.config import TrainVAE
@@ -70,7 +70,7 @@ def run(data: Path, loss: dict, seed: int, steps: int) -> dict:
         "psnr_db": [values.mean().item(), low, high],
         "values": [round(value, 3) for value in values.tolist()],
         "n": len(images),
-        "alarms": diagnose(health, {f"loss.{name}": value for name, value in config.loss.model_dump().items()}),
+        "alarms": alarms(health, {f"loss.{name}": value for name, value in config.loss.model_dump().items()}),
         "curve": [[row["step"], row["health.active_share"]] for row in rows if "health.active_share" in row],
     }
 

@@ -26,7 +26,9 @@ ROOMS = {
         memory stage tiny
     """,
     "checkpoints": """
-        config_ranges components fp16_rescale identify instantiate infer_config ldm_keys registry taesd_keys
+        places.hub_cache places.invoke places.tool_folders places.glance pickles.child pickles.unpickle
+        hub.choose hub.client hub.fetch hub.pull hub.importing
+        config_ranges components fp16_rescale identify instantiate infer_config ldm_keys registry taesd_keys pickled
         tensor_source merge model_files vae_file convert single_file.parts single_file.unet single_file.families
         single_file.prediction single_file.refusals single_file.identify single_file.tokenizers single_file.configs
         single_file.gather single_file.tables single_file.tensors single_file.opening single_file.hashes
@@ -71,7 +73,7 @@ ROOMS = {
         disentanglement interpolate prior sample smoothness traverse edit inpaint playground
     """,
     "cli": """
-        argument_checks argument_parser codec common anomaly data edit evaluate explore fit_adapter lora inspect
+        argument_checks argument_parser codec common anomaly data edit evaluate explore fit_adapter hub lora inspect
         output_paths argument_rules generate grid train ui vae app
     """,
 }

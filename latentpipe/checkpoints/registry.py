@@ -7,6 +7,9 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from latentpipe.checkpoints.places.hub_cache import cached, default_cache, id_of, parse_id
+from latentpipe.checkpoints.places.tool_folders import caches
+from latentpipe.checkpoints.places.tool_folders import foreign as foreign
 from latentpipe.utils.errors import UserError, near
 from latentpipe.utils.io import SUFFIXES, home, printable
 
@@ -62,13 +65,13 @@ def _entries(root: Path, index: str) -> dict[str, Path]:
 
 
 def lookup(name: str, known: Mapping[str, Path], kind: str) -> Path | None:
-    """The place that a name means: its whole name, or the last part of one in a subfolder; None where there is none.
+    """The place that a name means: its whole name, or the last parts of one in a subfolder; None where there is none.
 
-    UserError where the last part occurs in several subfolders: it lists them.
+    UserError where these occur in several subfolders: it lists them.
     """
     if name in known:
         return known[name]
-    same = sorted(whole for whole in known if whole.rpartition("/")[2] == name)
+    same = sorted(whole for whole in known if whole.endswith(f"/{name}"))
     if len(same) > 1:
         raise UserError(f"There are several {kind} files named '{name}': {', '.join(same)}. Give one of these names.")
     return known[same[0]] if same else None
@@ -94,15 +97,36 @@ def find_model(name: str | Path, kind: str = "models") -> Path:
         return (path / "vae").resolve()  # a whole model stands for its VAE
     if path.is_dir() or path.is_file():
         return path.resolve()
-    if (place := lookup(str(name), known, what)) is not None:
-        return place
-    raise UserError(f"No {what} '{name}': neither a folder nor a file nor {one_of(known)}.{near(name, known)}")
+    if (place := lookup(str(name), known, what) or elsewhere(str(name), kind)) is not None:
+        return place / "vae" if kind == "vae" and (place / "model_index.json").is_file() else place
+    raise UserError(
+        f"No {what} '{name}': neither a folder nor a file nor {one_of(known)}.{near(name, known)}{_pulled(str(name))}"
+    )
+
+
+def _pulled(name: str) -> str:
+    """What to do where a name is a hub's id, and its cache has nothing of it."""
+    return f" Of the hub? 'latentpipe pull {name}' fetches it." if parse_id(name) and Path(name).suffix not in SUFFIXES else ""
 
 
 def name_of(folder: Path, kind: str = "models") -> str:
     """The name under which `find_model` finds a folder or file; one elsewhere has its own name."""
-    known = {path.resolve(): name for name, path in available(kind).items()}
-    return known.get(folder.resolve(), printable(folder.stem if folder.is_file() else folder.name))
+    for names in (available, foreign):
+        for name, path in names(kind).items():
+            if path.resolve() == folder.resolve():
+                return printable(name)
+    return id_of(folder) or printable(folder.stem if folder.is_file() else folder.name)
+
+
+def is_installed(name: str, kind: str = "models") -> bool:
+    """Whether a name, as a recipe gives it, is one of the installed ones or an id in the hub's cache; a path is none."""
+    return name in available(kind) or elsewhere(name, kind) is not None
+
+
+def elsewhere(name: str, kind: str) -> Path | None:
+    """What a name means in the folders of other tools, then in the hub's caches; None where it is in none of them."""
+    place = lookup(name, foreign(kind), kind.removesuffix("s"))
+    return place or cached(name, [default_cache(), *caches()])
 
 
 def find_lora(name: str | Path) -> Path:
@@ -115,15 +139,15 @@ def find_lora(name: str | Path) -> Path:
     with suppress(OSError):  # a name too long for a file
         if Path(name).exists():
             return Path(name)
-    if (place := lookup(str(name), known, "LoRA")) is not None:
+    if (place := lookup(str(name), known, "LoRA") or elsewhere(str(name), "lora")) is not None:
         return place
-    raise UserError(f"No LoRA '{name}': neither a file nor {one_of(known)}.{near(name, known)}")
+    raise UserError(f"No LoRA '{name}': neither a file nor {one_of(known)}.{near(name, known)}{_pulled(str(name))}")
 
 
 def named_lora(name: str) -> Path:
     """The file of an installed name; a path is none (names in prompts and pictures never open files elsewhere)."""
     known = available("lora")
-    place = lookup(name, known, "LoRA")
+    place = lookup(name, known, "LoRA") or elsewhere(name, "lora")
     if place is None:
         raise UserError(
             f"No LoRA '{name}' is installed; there are: {', '.join(known) or 'none'}. "

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from latentpipe.checkpoints.pickles.unpickle import unpickled
 from latentpipe.utils.errors import UserError
-from latentpipe.utils.io import SUFFIXES, Header, check_file, is_safetensors, read_header, read_json, read_tensors
+from latentpipe.utils.io import SUFFIXES, Header, is_safetensors, read_header, read_json, read_tensors
 from latentpipe.utils.reading import parse_object
 
 VAE_FILE = "diffusion_pytorch_model.safetensors"
@@ -89,21 +90,11 @@ def pair(first: Source, second: Source) -> Source:
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a torch file, on the CPU, without running code (``weights_only``); ``state_dict`` is unwrapped."""
-    check_file(path)
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for damaged files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        reason = reason.split(" This file can still be loaded")[0].split(" In PyTorch 2.6")[0]  # no advice to run its code
-        raise UserError(f"{path}: not a readable file of torch weights alone ({reason[:200].rstrip('.')}).") from None
-    while isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
-        value = value["state_dict"]
-    items = value.items() if isinstance(value, dict) else ()
-    tensors = {str(name): item for name, item in items if isinstance(item, torch.Tensor)}
-    if not tensors:
-        raise UserError(f"{path}: holds no named tensors; expected the weights of a VAE.")
-    return tensors
+    """The tensors of a torch file, on the CPU, read by a process of its own without running code; ``state_dict`` is unwrapped."""
+    with unpickled(path) as found:
+        if found.listed:
+            raise UserError(f"{path}: holds no named tensors but a list of {found.names:,}; expected the weights of a VAE.")
+        return read_tensors(found.path)
 
 
 def _in_memory(path: Path, tensors: dict[str, torch.Tensor], **known: Any) -> Source:

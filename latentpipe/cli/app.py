@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from latentpipe.cli import (
@@ -20,6 +21,7 @@ from latentpipe.cli import (
     explore,
     fit_adapter,
     generate,
+    hub,
     inspect,
     lora,
     train,
@@ -31,8 +33,6 @@ from latentpipe.cli.grid import Grid
 from latentpipe.utils.errors import LatentpipeWarning, UserError, begin, near
 from latentpipe.utils.out_of_memory import is_shortage, sentence
 from latentpipe.utils.signals import interruptible, say, status_of
-
-Verb = Callable[[list[str]], None]
 
 
 def _generate(options: Generate) -> None:
@@ -47,90 +47,93 @@ def _grid(options: Grid) -> None:
     run(options)
 
 
-def _verb_of(name: str, target: Any, then: Callable[[Any], None] | None = None) -> Verb:
-    """A verb that calls `target` (a function), or makes it (a dataclass) and gives it to `then`."""
+@dataclass(frozen=True)
+class Verb:
+    """What a verb calls: a function, or a dataclass of options that `then` gets; what is said before seconds of imports."""
 
-    def check(values: dict[str, Any], given: Collection[str], flags: Mapping[str, str]) -> None:
-        argument_rules.prepare(name, values, given, flags)
-        if name in BEGINNINGS:
-            begin(BEGINNINGS[name].format(**values))
+    target: Any
+    begins: str = ""
+    then: Callable[[Any], None] | None = None
+    reads_config: bool = False
+    """The target takes the words of the call themselves: a config's path and changes of its keys."""
 
-    def run(arguments: list[str]) -> None:
-        made = argument_parser.run(f"latentpipe {name}", target, arguments, check)
-        if then is not None:
-            then(made)
+    @property
+    def summary(self) -> str:
+        """One line for --help."""
+        return (self.target.__doc__ or "").strip().splitlines()[0]
 
-    run.__doc__ = target.__doc__
-    return run
+    def __call__(self, name: str, arguments: list[str]) -> None:
+        if self.reads_config:
+            self.target(arguments)
+            return
+
+        def check(values: dict[str, Any], given: Collection[str], flags: Mapping[str, str]) -> None:
+            argument_rules.prepare(name, values, given, flags)
+            if self.begins:
+                begin(self.begins.format(**values))
+
+        made = argument_parser.run(f"latentpipe {name}", self.target, arguments, check)
+        if self.then is not None:
+            self.then(made)
 
 
-# What is said before seconds of imports.
-BEGINNINGS = {
-    "generate": "opening the model {model}",
-    "replay": "opening the model of {picture}",
-    "grid": "opening the model {model}",
-    "encode": "opening the VAE {vae}",
-    "lora convert": "reading {source}",
-    "lora merge": "reading the LoRA files",
-    "lora inspect": "reading {path}",
-    "lora extract": "reading {before} and {after}",
-    "emoji": "drawing the emoji set",
-    "train-embedded": "reading the sets of {hands}",
-    "evaluate prompts": "opening the model {model}",
-    "evaluate vae": "opening the VAE {vae}",
-    "compare": "opening the VAEs",
-    "health": "opening the VAE {vae}",
-    "sample": "opening the VAE {vae}",
-    "traverse": "opening the VAE {vae}",
-    "interpolate": "opening what draws between the two",
-    "edit": "opening the VAE {vae}",
-    "inpaint": "opening the model {model}",
-    "anomaly": "opening the VAE {vae}",
-    "make-fp16-safe": "opening the VAE {vae}",
-    "convert": "reading {source}",
-    "swap": "measuring the VAE {vae} beside that of the model {model}",
-    "compress": "opening the VAE {vae}",
-    "decompress": "reading {file}",
-    "fit-codec": "opening the VAE {vae}",
-    "fit-adapter": "opening the VAEs {source} and {to}",
-    "env": "asking torch for its devices",
+GROUPS: dict[str, dict[str, Verb]] = {
+    "Draw": {
+        "generate": Verb(Generate, "opening the model {model}", then=_generate),
+        "replay": Verb(generate.replay, "opening the model of {picture}"),
+        "grid": Verb(Grid, "opening the model {model}", then=_grid),
+        "inpaint": Verb(edit.inpaint, "opening the model {model}"),
+        "ui": Verb(ui.ui),
+    },
+    "Swap": {
+        "swap": Verb(vae.swap, "measuring the VAE {vae} beside that of the model {model}"),
+        "convert": Verb(vae.convert, "reading {source}"),
+        "make-fp16-safe": Verb(vae.make_fp16_safe, "opening the VAE {vae}"),
+        "fit-adapter": Verb(fit_adapter.fit_adapter, "opening the VAEs {source} and {to}"),
+    },
+    "Train": {
+        "emoji": Verb(data.emoji, "drawing the emoji set"),
+        "encode": Verb(data.encode, "opening the VAE {vae}"),
+        "train-vae": Verb(train.train_vae, reads_config=True),
+        "train-denoiser": Verb(train.train_denoiser, reads_config=True),
+        "train-lora": Verb(train.train_lora, reads_config=True),
+        "train-embedded": Verb(train.train_embedded, "reading the sets of {hands}"),
+    },
+    "Measure": {
+        "evaluate vae": Verb(evaluate.evaluate_vae, "opening the VAE {vae}"),
+        "evaluate prompts": Verb(evaluate.evaluate_prompts, "opening the model {model}"),
+        "compare": Verb(evaluate.compare, "opening the VAEs"),
+        "health": Verb(evaluate.health, "opening the VAE {vae}"),
+    },
+    "LoRA": {
+        "lora inspect": Verb(lora.lora_inspect, "reading {path}"),
+        "lora convert": Verb(lora.lora_convert, "reading {source}"),
+        "lora merge": Verb(lora.lora_merge, "reading the LoRA files"),
+        "lora extract": Verb(lora.lora_extract, "reading {before} and {after}"),
+    },
+    "Explore": {
+        "sample": Verb(explore.sample, "opening the VAE {vae}"),
+        "traverse": Verb(explore.traverse, "opening the VAE {vae}"),
+        "interpolate": Verb(edit.interpolate, "opening what draws between the two"),
+        "edit": Verb(edit.Edit, "opening the VAE {vae}", then=edit.edit),
+        "anomaly": Verb(anomaly.anomaly, "opening the VAE {vae}"),
+    },
+    "Files": {
+        "pull": Verb(hub.pull, "asking the hub for {repository}"),
+        "import": Verb(hub.import_, "looking through {path}"),
+        "ls": Verb(inspect.ls),
+        "inspect": Verb(inspect.inspect),
+        "compress": Verb(codec.compress, "opening the VAE {vae}"),
+        "decompress": Verb(codec.decompress, "reading {file}"),
+        "fit-codec": Verb(codec.fit_codec, "opening the VAE {vae}"),
+        "env": Verb(inspect.env, "asking torch for its devices"),
+    },
 }
-VERBS: dict[str, Verb] = {
-    "generate": _verb_of("generate", Generate, _generate),
-    "replay": _verb_of("replay", generate.replay),
-    "grid": _verb_of("grid", Grid, _grid),
-    "train-vae": train.train_vae,
-    "encode": _verb_of("encode", data.encode),
-    "train-denoiser": train.train_denoiser,
-    "train-lora": train.train_lora,
-    "train-embedded": _verb_of("train-embedded", train.train_embedded),
-    "lora inspect": _verb_of("lora inspect", lora.lora_inspect),
-    "lora convert": _verb_of("lora convert", lora.lora_convert),
-    "lora merge": _verb_of("lora merge", lora.lora_merge),
-    "lora extract": _verb_of("lora extract", lora.lora_extract),
-    "emoji": _verb_of("emoji", data.emoji),
-    "evaluate prompts": _verb_of("evaluate prompts", evaluate.evaluate_prompts),
-    "evaluate vae": _verb_of("evaluate vae", evaluate.evaluate_vae),
-    "compare": _verb_of("compare", evaluate.compare),
-    "health": _verb_of("health", evaluate.health),
-    "sample": _verb_of("sample", explore.sample),
-    "traverse": _verb_of("traverse", explore.traverse),
-    "interpolate": _verb_of("interpolate", edit.interpolate),
-    "edit": _verb_of("edit", edit.Edit, edit.edit),
-    "inpaint": _verb_of("inpaint", edit.inpaint),
-    "anomaly": _verb_of("anomaly", anomaly.anomaly),
-    "make-fp16-safe": _verb_of("make-fp16-safe", vae.make_fp16_safe),
-    "convert": _verb_of("convert", vae.convert),
-    "swap": _verb_of("swap", vae.swap),
-    "compress": _verb_of("compress", codec.compress),
-    "decompress": _verb_of("decompress", codec.decompress),
-    "fit-codec": _verb_of("fit-codec", codec.fit_codec),
-    "fit-adapter": _verb_of("fit-adapter", fit_adapter.fit_adapter),
-    "ls": _verb_of("ls", inspect.ls),
-    "inspect": _verb_of("inspect", inspect.inspect),
-    "ui": _verb_of("ui", ui.ui),
-    "env": _verb_of("env", inspect.env),
-}
+VERBS = {name: verb for verbs in GROUPS.values() for name, verb in verbs.items()}
+OTHER_WORDS = {
+    "draw": "generate", "txt2img": "generate", "img2img": "generate", "paint": "generate", "xyplot": "grid", "list": "ls",
+    "show": "inspect", "info": "inspect", "gui": "ui", "serve": "ui", "web": "ui", "train": "train-vae", "test": "evaluate vae",
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -156,7 +159,7 @@ def _run(arguments: list[str] | None) -> int:
         if name is None:
             print(_help())
             return 0
-        VERBS[name](rest)
+        VERBS[name](name, rest)
         sys.stdout.flush()  # a reader that has left is noticed here, not at exit
         return 0
     except (UserError, ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
@@ -220,15 +223,18 @@ def _unknown(arguments: list[str]) -> str:
         return f"unknown verb '{' '.join(arguments[:2])}'.{hint}"
     if arguments[0].startswith("-"):
         return f"'{arguments[0]}' stands before a verb; the verb comes first, as in 'latentpipe generate PROMPT {arguments[0]}'."
-    hint = near(arguments[0], VERBS) or near(" ".join(arguments[:2]), VERBS) or f" Verbs: {', '.join(VERBS)}."
+    other = OTHER_WORDS.get(arguments[0].lower())
+    hint = f" Did you mean '{other}'?" if other else near(arguments[0], VERBS) or near(" ".join(arguments[:2]), VERBS)
+    hint = hint or f" Verbs: {', '.join(VERBS)}."
     return f"unknown verb '{arguments[0][:80]}'.{hint}"
 
 
 def _help() -> str:
-    rows = [f"  {name:18}{(verb.__doc__ or '').strip().splitlines()[0]}" for name, verb in VERBS.items()]
-    head = "latentpipe: latent diffusion around a VAE stage that can be trained, measured and swapped.\n"
-    head += "\nusage: latentpipe VERB ...\n"
-    return "\n".join([head, *rows, "\n'latentpipe VERB --help' explains a verb."])
+    lines = ["latentpipe: latent diffusion around a VAE stage that can be trained, measured and swapped.\n"]
+    lines.append("usage: latentpipe VERB ...")
+    for group, verbs in GROUPS.items():
+        lines += [f"\n{group}:", *(f"  {name:18}{verb.summary}" for name, verb in verbs.items())]
+    return "\n".join([*lines, "\n'latentpipe VERB --help' explains a verb."])
 
 
 def _show_warning(message: Any, category: Any, *_: Any) -> None:

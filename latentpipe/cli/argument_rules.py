@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from latentpipe.checkpoints.registry import available, find_model, lookup, own_adapters
+from latentpipe.checkpoints.registry import available, find_model, is_installed, lookup, own_adapters
 from latentpipe.cli import argument_checks, output_paths
 from latentpipe.cli.argument_checks import above, within
 from latentpipe.cli.output_paths import ending
@@ -183,7 +183,7 @@ def _replayed(values: dict[str, Any]) -> None:
     for lora in set(old.loras) - given:
         argument_checks.named_lora(lora)
     for kind, option, name in (("models", "model", old.model), ("vae", "vae", old.vae)):
-        if name and values[option] is None and lookup(name, available(kind), option) is None:
+        if name and values[option] is None and lookup(name, available(kind), option) is None and not is_installed(name, kind):
             raise UserError(
                 f"The recipe names the {option} '{name}', which is not installed ('latentpipe ls' lists what is); "
                 f"give its folder with --{option}."
@@ -232,7 +232,7 @@ def _between(values: dict[str, Any]) -> None:
 def _inspected(values: dict[str, Any]) -> None:
     """A name or a path that there is."""
     name = values["path"]
-    if Path(name).exists() or name in own_adapters() or name in available("vae") or lookup(name, available("lora"), "LoRA"):
+    if Path(name).exists() or name in own_adapters() or any(is_installed(name, kind) for kind in ("vae", "lora")):
         return
     find_model(name)  # says what there is
 

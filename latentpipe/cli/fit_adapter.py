@@ -24,7 +24,7 @@ def fit_adapter(
     size: int | None = None,
     json: bool = False,
 ) -> None:
-    """Fit an adapter from the latents of one VAE to those of another, and score every rung of the ladder.
+    """Fit an adapter from the latents of one VAE to those of another, and score every size that was tried.
 
     Args:
         source: Name, folder or file of the VAE that a denoiser was trained on.

@@ -7,14 +7,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from latentpipe.checkpoints.registry import available, configs_folder, lookup, own_adapters
+from latentpipe.checkpoints.registry import available, configs_folder, foreign, lookup, own_adapters
 from latentpipe.cli.common import as_json
 from latentpipe.utils.errors import begin
 from latentpipe.utils.io import SUFFIXES
 
+Kind = Literal["all", "models", "vae", "lora", "adapters", "configs", "parts", "embeddings", "upscalers"]
 
-def ls(kind: Literal["all", "models", "vae", "lora", "adapters", "configs"] = "all", /, fits: str | None = None) -> None:
+
+def ls(kind: Kind = "all", /, fits: str | None = None) -> None:
     """List the models, VAEs, LoRA files, adapters and configs that names refer to, kind by kind, each by name.
+
+    Those of other tools ('latentpipe import') and of the hub's cache stand behind their kind's own, with family, size and origin;
+    so do parts, embeddings and upscalers.
 
     Args:
         kind: What to list.
@@ -29,11 +34,19 @@ def ls(kind: Literal["all", "models", "vae", "lora", "adapters", "configs"] = "a
             print(f"{name:20}{verdict.outcome:26}{path}")
         return
 
+    from latentpipe.checkpoints.hub.importing import rows_of
+
     rows = [("model", available("models")), ("vae", available("vae")), ("lora", available("lora")), ("adapter", own_adapters())]
     rows.append(("config", {path.stem: path for path in configs_folder().glob("*.yaml")}))
+    others = rows_of(kind)
     for what, found in rows:
         for entry, path in sorted(found.items()) if kind in ("all", what, f"{what}s") else ():
-            print(f"{what:8}{entry:20}{path}")
+            print(f"{what:7} {entry:19} {path}")
+        print("".join(f"{line}\n" for line in others.pop(f"{what}s", others.pop(what, []))), end="")
+    for problem in others.pop("problems", []):
+        print(f"latentpipe: note: left out: {problem}", file=sys.stderr)
+    for lines in others.values():
+        print("\n".join(lines))
 
 
 def inspect(
@@ -55,7 +68,7 @@ def inspect(
     """
     from latentpipe.utils.io import is_safetensors
 
-    file = lookup(path, available("lora"), "LoRA") or own_adapters().get(path) or Path(path)
+    file = lookup(path, {**foreign("lora"), **available("lora")}, "LoRA") or own_adapters().get(path) or Path(path)
     if file.is_file() and not (file.suffix in SUFFIXES or is_safetensors(file)):
         print(_of_file(file))
         return

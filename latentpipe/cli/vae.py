@@ -60,10 +60,13 @@ def convert(
     norm_groups: int | None = None,
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
 ) -> None:
-    """Turn a VAE into a diffusers folder or one safetensors file; or any weights into safetensors, names unchanged.
+    """Turn a VAE into a diffusers folder or one safetensors file; or any weights, pickles too, into safetensors, names unchanged.
+
+    A pickle (.ckpt, .pt, .pth, .bin) of a whole model, a LoRA or an embedding becomes a safetensors file of the same tensors. A
+    process of its own reads it, which runs no code of the file and has a bounded memory; what it refuses is named.
 
     Args:
-        source: A VAE: name, folder, .safetensors, .ckpt, .pt, .pth or .bin.
+        source: A VAE: name, folder, .safetensors, .ckpt, .pt, .pth or .bin; or a pickle of anything else.
         source2: The other half of a tiny autoencoder that comes as encoder and decoder; with --to tensors a second file.
         out: What to write: a folder, or a file that ends in .safetensors.
         to: diffusers (a folder), ldm (a file as A1111 and ComfyUI read it) or tensors (plain weights, such as a metric's, of
@@ -75,18 +78,21 @@ def convert(
         dtype: What to store the weights as; left out: as they are.
     """
     from latentpipe.checkpoints.convert import convert as run
+    from latentpipe.checkpoints.merge import merge
+    from latentpipe.checkpoints.pickled import whole
     from latentpipe.checkpoints.registry import find_model
     from latentpipe.checkpoints.vae_file import StatedConfig
     from latentpipe.utils.io import HASH_LENGTH
     from latentpipe.utils.logging import quiet
 
     if to == "tensors":
-        from latentpipe.checkpoints.merge import merge
-
         digest = merge([Path(name) for name in (source, source2) if name is not None], out)
         print(f"{out}  {digest[:HASH_LENGTH]}")
         return
     places = [Path(name) if Path(name).exists() else find_model(name, "vae") for name in (source, source2) if name is not None]
+    if to is None and source2 is None and out.suffix == ".safetensors" and (kept := whole(places[0], out, dtype)) is not None:
+        print(f"{out}  {kept.digest[:HASH_LENGTH]}  {kept.what}")
+        return
     with quiet():
         digest = run(places, out, to, StatedConfig(scaling_factor, shift_factor, downscale, norm_groups), dtype)
     print(f"{out}  {digest[:HASH_LENGTH]}")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentpipe.checkpoints.registry import available, named_lora
+from latentpipe.checkpoints.registry import is_installed, named_lora
 from latentpipe.compatibility.latent_adapter import own_adapter
 from latentpipe.engine.jobs import Waiting, events_of
 from latentpipe.lora.merge import Weight
@@ -227,7 +227,7 @@ def _source(old: recipes.Recipe, source: Path | None) -> dict[str, Any]:
 
 def _name(name: str, kind: str = "models") -> str:
     """A name from a picture: one of the shipped or the user's own, never a path."""
-    if name not in available(kind):
+    if not is_installed(name, kind):
         raise UserError(
             f"The recipe names the {kind.removesuffix('s')} '{name}', which is not installed ('latentpipe ls' lists what is); "
             f"give its folder with --{kind.removesuffix('s')}."

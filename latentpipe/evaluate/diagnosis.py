@@ -56,7 +56,7 @@ def diagnose_vae(vae: str | Path, folder: Path, size: int | None = None, most: i
     """Measure how much each latent channel of a VAE says, on pictures of a folder, and judge it.
 
     vae     name, folder or file
-    folder  pictures; those that cannot be read are told in a Note
+    folder  pictures; those that cannot be read are told in a warning
     size    side in pixels that they are measured at; None: 128, or the next multiple that the VAE takes
     most    the first so many files only
     """
@@ -74,7 +74,7 @@ def diagnose_vae(vae: str | Path, folder: Path, size: int | None = None, most: i
         warnings.warn(LatentpipeWarning(f"{folder}: {pictures.report()}"), stacklevel=2)
     found = measure(VAEStage(file.build(), file.space), to_images(pictures.pixels).split(BATCH))
     training = _training_of(path)
-    return Diagnosis(found, side, diagnose(found, training), notes(found, training))
+    return Diagnosis(found, side, alarms(found, training), notes(found, training))
 
 
 def _training_of(path: Path) -> dict[str, float]:
@@ -87,7 +87,7 @@ def _training_of(path: Path) -> dict[str, float]:
     return {f"loss.{name}": value for name, value in known if isinstance(value, int | float)}
 
 
-def diagnose(health: Health, training: Training | None = None) -> list[str]:
+def alarms(health: Health, training: Training | None = None) -> list[str]:
     """What is wrong, one sentence each, with the numbers and the knob to turn; empty for a healthy VAE.
 
     training  the run's settings by their config keys ("loss.kl", "loss.l2", ...), for advice with numbers

@@ -15,9 +15,9 @@ from helpers import edit_json, some_images, tiny_vae
 from safetensors.torch import load_file, save_file
 
 from latentpipe import UserError, VAEStage
-from latentpipe.checkpoints import pipeline_io, vae_io
+from latentpipe.checkpoints import pipeline_io, registry, tensor_source, vae_io
 
-FILE = vae_io.VAE_FILE
+FILE = tensor_source.VAE_FILE
 
 
 def one_sentence(error: pytest.ExceptionInfo[UserError]) -> str:
@@ -266,31 +266,31 @@ def test_a_failed_save_leaves_no_vae(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_names_resolve_among_the_users_own(installed: str, own_home: Path) -> None:
-    assert vae_io.find_model(installed) == own_home / "models" / "tiny"
-    assert vae_io.find_model(installed, "vae") == own_home / "models" / "tiny" / "vae"
-    assert vae_io.available()["tiny"] == own_home / "models" / "tiny"
+    assert registry.find_model(installed) == own_home / "models" / "tiny"
+    assert registry.find_model(installed, "vae") == own_home / "models" / "tiny" / "vae"
+    assert registry.available()["tiny"] == own_home / "models" / "tiny"
 
 
 def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("LATENTPIPE_HOME")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    assert vae_io.home() == tmp_path / "latentpipe"
+    assert registry.home() == tmp_path / "latentpipe"
 
 
 def test_own_vaes_have_names(vae_folder: Path, own_home: Path) -> None:
     import shutil
 
     shutil.copytree(vae_folder, own_home / "vae" / "mine")
-    assert vae_io.find_model("mine", "vae") == own_home / "vae" / "mine"
+    assert registry.find_model("mine", "vae") == own_home / "vae" / "mine"
     with pytest.raises(UserError, match="No model 'mine'"):
-        vae_io.find_model("mine")
+        registry.find_model("mine")
 
 
 def test_an_unknown_name_lists_the_known(installed: str) -> None:
     with pytest.raises(UserError, match=r"No model 'nothing': .*\btiny\b"):
-        vae_io.find_model("nothing")
+        registry.find_model("nothing")
     with pytest.raises(UserError, match="No VAE 'nothing'"):
-        vae_io.find_model("nothing", "vae")
+        registry.find_model("nothing", "vae")
 
 
 def test_describe_a_model_and_a_vae(model_folder: Path, vae_folder: Path) -> None:

@@ -242,9 +242,8 @@ def test_rules_take_the_values_that_verbs_begin_with(tmp_path: Path, monkeypatch
 
     monkeypatch.chdir(tmp_path)
     asked = 0
-    for name, run in app.VERBS.items():
-        target = inspect.getclosurevars(run).nonlocals.get("target")
-        for option in argument_parser.options_of(target) if target else ():
+    for name, verb in app.VERBS.items():
+        for option in () if verb.reads_config else argument_parser.options_of(verb.target):
             rule = argument_rules.RULES.get(f"{name}.{option.name}", argument_rules.RULES.get(option.name))
             if rule is not None and option.default not in (None, inspect.Parameter.empty) and not option.required:
                 rule(option.flag, option.default)

@@ -74,7 +74,7 @@ def until(holds: Callable[[], bool]) -> None:
 
 
 def test_a_job_alone_reports_and_ends() -> None:
-    def work(report: jobs.Report) -> str:
+    def work(report: jobs.ProgressCallback) -> str:
         report(1, 4, "one")
         return "result"
 
@@ -176,7 +176,7 @@ def test_closing_while_it_waits(busy: threading.Event, line: JobQueue) -> None:
 def test_closing_while_it_runs(line: JobQueue) -> None:
     ended: list[str] = []
 
-    def work(report: jobs.Report) -> None:
+    def work(report: jobs.ProgressCallback) -> None:
         try:
             for step in range(10**6):
                 report(step, 10**6, "step")
@@ -195,7 +195,7 @@ def test_closing_while_it_runs(line: JobQueue) -> None:
 def test_work_may_keep_what_it_has() -> None:
     cancel = threading.Event()
 
-    def work(report: jobs.Report) -> list[int]:
+    def work(report: jobs.ProgressCallback) -> list[int]:
         kept: list[int] = []
         try:
             for step in range(5):
@@ -213,7 +213,7 @@ def test_work_may_keep_what_it_has() -> None:
 
 @pytest.mark.parametrize("error", [UserError("a sentence"), ZeroDivisionError("a defect"), Cancelled("stopped")])
 def test_errors_of_the_work_reach_the_reader(error: Exception, line: JobQueue) -> None:
-    def work(report: jobs.Report) -> None:
+    def work(report: jobs.ProgressCallback) -> None:
         report(0, 1, "begin")
         raise error
 
@@ -229,7 +229,7 @@ def test_errors_of_the_work_reach_the_reader(error: Exception, line: JobQueue) -
 def test_a_slow_reader_sees_the_newest_event_and_the_last() -> None:
     first, all_told = threading.Event(), threading.Event()
 
-    def work(report: jobs.Report) -> str:
+    def work(report: jobs.ProgressCallback) -> str:
         report(0, 100, "step")
         first.wait(PATIENCE_S)
         for step in range(1, 101):

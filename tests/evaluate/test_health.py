@@ -136,7 +136,7 @@ def test_an_identity_has_the_figures_of_its_pictures() -> None:
     assert found.ablated == 40
     # sigma 0.2 in raw units is 0.1 in the picture's, less what is cut off at black and white
     assert found.psnr_sample_db == pytest.approx(10 * math.log10(4 / 0.1**2), abs=0.6)
-    assert words.diagnose(found) == []
+    assert words.alarms(found) == []
 
 
 def test_measuring_in_other_batches_changes_nothing() -> None:
@@ -153,7 +153,7 @@ def test_an_autoencoder_without_a_posterior_says_so() -> None:
     assert (found.kl_bits, found.kl_nats, found.sigma, found.mutual_bits, found.psnr_sample_db) == (None,) * 5
     assert found.active == (True, True, True)
     assert "no posterior" in str(found)
-    assert words.diagnose(found) == words.notes(found) == []
+    assert words.alarms(found) == words.notes(found) == []
 
 
 def test_an_encoder_alone_has_no_figures_of_pictures() -> None:
@@ -162,7 +162,7 @@ def test_an_encoder_alone_has_no_figures_of_pictures() -> None:
     found = measure(stage, [some_images(6)])
     assert found.psnr_mode_db is found.use_db is found.high_frequency is None
     assert found.kl_bits is not None
-    assert words.diagnose(found) == []
+    assert words.alarms(found) == []
 
 
 def test_nothing_to_measure_on_is_told() -> None:
@@ -298,7 +298,7 @@ def well(c: int = 8, **changes: Any) -> Health:
 
 
 def test_a_healthy_vae_has_no_alarm() -> None:
-    assert words.diagnose(well()) == words.notes(well()) == []
+    assert words.alarms(well()) == words.notes(well()) == []
 
 
 ILL: list[tuple[str, dict[str, Any], list[str]]] = [
@@ -315,7 +315,7 @@ ILL: list[tuple[str, dict[str, Any], list[str]]] = [
 
 @pytest.mark.parametrize(("changes", "expected"), [case[1:] for case in ILL], ids=[case[0] for case in ILL])
 def test_each_illness_has_one_alarm_with_numbers_and_a_knob(changes: dict[str, Any], expected: list[str]) -> None:
-    found = words.diagnose(well(**changes))
+    found = words.alarms(well(**changes))
     assert len(found) == 1
     assert all(part in found[0] for part in expected), found[0]
     keys = set(re.findall(r"(?:loss|optim)\.\w+", found[0]))
@@ -326,11 +326,11 @@ def test_each_illness_has_one_alarm_with_numbers_and_a_knob(changes: dict[str, A
 
 def test_collapse_names_the_beta_of_the_linear_theory() -> None:
     ill = well(active=(True, True, *(False,) * 6))
-    assert "lower beta (loss.kl) tenfold" in words.diagnose(ill)[0]
+    assert "lower beta (loss.kl) tenfold" in words.alarms(ill)[0]
     # l2 weight 0.125 is a decoder variance of 4; patches of variance 2 collapse at beta 0.5
-    assert "from 4 to under 0.5," in words.diagnose(ill, {"loss.kl": 4.0, "loss.l2": 0.125})[0]
+    assert "from 4 to under 0.5," in words.alarms(ill, {"loss.kl": 4.0, "loss.l2": 0.125})[0]
     # a beta that theory finds harmless is not given back as advice
-    assert "from 0.2 to under 0.02," in words.diagnose(ill, {"loss.kl": 0.2, "loss.l2": 0.125})[0]
+    assert "from 0.2 to under 0.02," in words.alarms(ill, {"loss.kl": 0.2, "loss.l2": 0.125})[0]
 
 
 def test_the_threshold_counts_l1_as_the_slope_of_its_mean() -> None:
@@ -345,7 +345,7 @@ def test_the_threshold_counts_l1_as_the_slope_of_its_mean() -> None:
 
 def test_a_point_posterior_is_a_note_with_the_beta_that_would_fill_the_space() -> None:
     points = well(sigma=(0.01,) * 8)
-    assert words.diagnose(points) == []
+    assert words.alarms(points) == []
     assert "about 100-fold" in words.notes(points)[0]
     assert "from 1e-06 to about 0.0001" in words.notes(points, {"loss.kl": 1e-6})[0]
     assert words.notes(well(sigma=(0.01, 0.3, *(0.01,) * 6))) == []

@@ -277,9 +277,11 @@ def write_odd_pictures(folder: Path) -> Path:
 
 def test_every_kind_of_picture_is_read_or_named(stage: VAEStage, tmp_path: Path) -> None:
     folder = write_odd_pictures(tmp_path / "odd")
-    plan = reconstruction.pictures.plan(folder, find_protocol("latentpipe", size_px=16), 2)
+    plan = reconstruction.preprocessing.plan(folder, find_protocol("latentpipe", size_px=16), 2)
     pairs = [
-        pair for names, images in reconstruction.pictures.read(plan, plan.names, 3) for pair in zip(names, images, strict=True)
+        pair
+        for names, images in reconstruction.preprocessing.read(plan, plan.names, 3)
+        for pair in zip(names, images, strict=True)
     ]
     read = {name: round_images(image[None], "nearest")[0] for name, image in pairs}
     assert set(read) == {"plain.png", "cmyk.jpg", "sixteen.png", "moving.gif", "clear.png", "turned.png"}

@@ -102,7 +102,7 @@ def test_other_errors_are_none(error: Exception) -> None:
     "error", [MemoryError(), RuntimeError("could not create a primitive"), OSError(12, "Cannot allocate memory")]
 )
 def test_the_command_line_says_it(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def verb(_: list[str]) -> None:
+    def verb(name: str, arguments: list[str]) -> None:
         raise error
 
     monkeypatch.setitem(app.VERBS, "env", verb)

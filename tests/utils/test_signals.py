@@ -37,7 +37,7 @@ def as_in_a_terminal() -> Iterator[None]:
 def test_every_verb_says_that_it_was_stopped(
     number: int, status: int, cause: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def interrupted(_: list[str]) -> None:
+    def interrupted(name: str, arguments: list[str]) -> None:
         with atomic_file(tmp_path / "out.bin") as path:
             path.write_bytes(b"half")
             signal.raise_signal(number)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from latentpipe.checkpoints.registry import available
+from latentpipe.checkpoints.registry import is_installed
 from latentpipe.engine.jobs import Cancelled
 from latentpipe.engine.xy_grid.axes import MAX_CELLS, Axis
 from latentpipe.engine.xy_grid.sheet import draw_sheet, size_of
@@ -165,7 +165,7 @@ def redraw(path: Path, open_model: Callable[[str, str | None], LatentPipeline], 
 
     def open_pipe(vae: str | None) -> LatentPipeline:
         for kind, name in (("models", old.model), ("vae", vae)):
-            if name is not None and name not in available(kind):
+            if name is not None and not is_installed(name, kind):
                 raise UserError(f"{path} names the {kind.removesuffix('s')} '{name}', which is not installed ('latentpipe ls').")
         return open_model(old.model, vae)
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import torch
 
-from latentpipe.checkpoints.tensor_source import PICKLES, read_pickle
+from latentpipe.checkpoints.pickles.unpickle import unpickled
+from latentpipe.checkpoints.tensor_source import PICKLES
 from latentpipe.lora.adapter import COMPONENTS, Lora, LoraLayer
 from latentpipe.lora.metadata import base_of, card, trigger_words
 from latentpipe.lora.state_dict import cloneofsimo
@@ -113,15 +114,11 @@ def _open(path: Path, pickles: bool) -> tuple[dict[str, torch.Tensor], dict[str,
             f"{path}: a {path.suffix} file is a pickle, which can run code when it is opened; "
             f"turn it into safetensors once: latentpipe lora convert {path} --out FILE.safetensors."
         )
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises many kinds; the next reader says which
-        return read_pickle(path), {}
-    if isinstance(value, list):
-        return cloneofsimo.from_list(value, str(path)), {}
-    if not isinstance(value, dict) or not value:
-        raise UserError(f"{path}: holds no named tensors; expected a LoRA.")
-    return read_pickle(path), {}
+    with unpickled(path) as found:
+        tensors = read_tensors(found.path)
+    if found.listed:
+        return cloneofsimo.from_list([tensors[str(at)] for at in range(found.names)], str(path)), {}
+    return tensors, {}
 
 
 def _assemble(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], base: Base | None) -> Lora:

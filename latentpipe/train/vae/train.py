@@ -13,7 +13,7 @@ import torch
 from latentpipe.data.image_folder import read_pictures
 from latentpipe.data.streaming import PictureStream
 from latentpipe.evaluate import health
-from latentpipe.evaluate.diagnosis import diagnose
+from latentpipe.evaluate.diagnosis import alarms
 from latentpipe.train import loop, picture_changes
 from latentpipe.train.config import TrainVAE, config_from
 from latentpipe.train.distributed import DistributedContext
@@ -216,7 +216,7 @@ def _figures(
     pairs = zip(to_pixels(images[:16]), to_pixels(rebuilt[:16]), strict=True)
     log.sheet(step, "rebuilt", sheet([picture for pair in pairs for picture in pair], 8))
     found = health.measure(stage, images[:WATCHED].split(32))
-    for alarm in diagnose(found, {f"loss.{name}": value for name, value in config.loss.model_dump().items()}):
+    for alarm in alarms(found, {f"loss.{name}": value for name, value in config.loss.model_dump().items()}):
         log.warn(step, alarm)
     figures = {"health.active_share": found.active_share}
     # of the raw values, before any normalization is folded in
