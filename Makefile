@@ -1,6 +1,7 @@
 # make demo   a picture from the embedded model, from nothing
 # make ui     the interface in a browser
-# make test   all tests, in two processes; test-fast: without the slow ones; test-docs: the README's blocks as they stand
+# make test   all tests, in two processes; test-fast: without the slow ones; test-docs: the blocks of README and docs/ as they stand
+# make docs   the pages in docs/ and the API reference, into docs/_build/html; a warning, a broken link or reference fails
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
@@ -13,7 +14,7 @@ endif
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo ui test test-fast test-docs test-avx2 lint types clean
+.PHONY: demo ui test test-fast test-docs test-avx2 lint types docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/latentpipe generate "red apple" --seed 7 --out out
@@ -28,7 +29,7 @@ test-fast: $(VENV)/.dev
 	$(PYTEST) -m "not slow and not docs"
 
 test-docs: $(VENV)/.dev
-	$(BIN)/python -m pytest -m docs tests/test_readme.py
+	$(BIN)/python -m pytest -m docs tests/test_docs.py
 
 # what compares numbers, with the instructions of a processor without AVX-512
 test-avx2: $(VENV)/.dev
@@ -41,6 +42,9 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -n -q docs docs/_build/html
+
 # torch, by far the largest part, comes first; Debian's Python without ensurepip gets pip from the one it runs
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
@@ -50,6 +54,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.ui: $(VENV)/.installed
 	$(PIP) -e '.[ui]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) -e '.[docs]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
@@ -69,4 +77,4 @@ debian:
 	else echo "note: tests that render emoji or use a browser skip without: $(DEBIAN)"; fi
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) docs/_build build dist *.egg-info

@@ -58,7 +58,7 @@ def turned(stage: VAEStage, images: torch.Tensor) -> list[float]:
 
 
 def main() -> None:
-    """Measure, print the table of the README, write the figures."""
+    """Measure, print the table of docs/benchmarks, write the figures."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--data", type=Path, default=Path("data/emoji"))
     given = arguments.parse_args()
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def table(results: dict) -> str:
-    """Rows of the README's table."""
+    """Rows of the table in docs/benchmarks."""
     heads = ["VAE", "parameters", "PSNR, dB", "minus `emoji`", "decoding `emoji`'s latents", "Frechet distance on emoji-words"]
     lines = [f"| {' | '.join(heads)} | turned latents, dB | decode, one / 16 |"]
     lines.append("|---|---|---|---|---|---|---|---|")

@@ -39,9 +39,9 @@ class Health:
     sigma             mean posterior std; sigma_histogram: shares of all latent values between SIGMA_EDGES, C at once
     mutual_bits       I(x; z) of one latent value, mean over positions: at most `mutual_cap_bits` = log2 of the pictures used.
                       Their sum bounds that of all latents from above (they repeat each other)
-    marginal_gap_bits KL - I on the same values: KL(q(z) || N(0, 1)) of one latent value (Hoffman and Johnson, 2016); too large
+    marginal_gap_bits  KL - I on the same values: KL(q(z) || N(0, 1)) of one latent value (Hoffman and Johnson, 2016); too large
                       where I is near its cap
-    gaussian_gap_bits KL(q(z) || N(0, 1)) of a channel, of the Gaussian with the aggregate's moments: a lower bound
+    gaussian_gap_bits  KL(q(z) || N(0, 1)) of a channel, of the Gaussian with the aggregate's moments: a lower bound
     high_frequency    energy of the reconstruction above half the Nyquist frequency / that of the pictures
     psnr_mode_db, psnr_sample_db    pictures against the decoded mode, and a decoded sample
     psnr_zeroed_db    with one channel of the (normalized) latents at 0, on `ablated` pictures; use_db: what that costs

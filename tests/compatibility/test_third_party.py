@@ -1,4 +1,4 @@
-"""Real third-party VAEs: the README's table of verdicts is what the command prints."""
+"""Real third-party VAEs: the documentation's table of verdicts is what the command prints."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def test_the_table_of_verdicts_is_the_measured_one(assets: Path) -> None:
     assert spec.loader is not None
     verdicts = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(verdicts)
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "concepts" / "verdict.md").read_text()
     rows = verdicts.rows(assets / "weights" / "taesd")
     assert len(rows) == 9
     for name, host, outcome, reason in rows:
-        line = next(line for line in readme.splitlines() if line.startswith(f"| {name} | {host} |"))
+        line = next(line for line in page.splitlines() if line.startswith(f"| {name} | {host} |"))
         shown = re.sub(r"[\d.]+ dB", "dB", line)
         assert shown == re.sub(r"[\d.]+ dB", "dB", f"| {name} | {host} | {outcome} | {reason} |")
 
