@@ -46,9 +46,9 @@ COLON = "\ue000"
 OTHERS = {
     "torch", "nn", "np", "numpy", "PIL", "Image", "pathlib", "Path", "collections", "Iterator", "Sequence", "Mapping", "Callable",
     "Collection", "Iterable", "Any", "typing", "BaseModel", "pydantic", "threading", "Event", "Literal", "Self", "TypeVar",
-    "Module", "ConfigDict", "Field", "annotated_types", "type", "Exception", "float", "int", "str", "bool", "dict", "list", "tuple",
-    "None", "frozenset", "bytes", "optional", "ValueError", "NoneType", "Ge", "Le", "Lt", "Gt", "MaxLen", "MinLen", "FieldInfo",
-    "Unit", "Width", "Widths", "Layers", "Side", "Precision", "Positive", "Weight", "Size",
+    "Module", "ConfigDict", "Field", "annotated_types", "type", "Exception", "float", "int", "str", "bool", "dict", "list",
+    "tuple", "None", "frozenset", "bytes", "optional", "ValueError", "NoneType", "Ge", "Le", "Lt", "Gt", "MaxLen", "MinLen",
+    "FieldInfo", "Unit", "Width", "Widths", "Layers", "Side", "Precision", "Positive", "Weight", "Size",
 }  # fmt: skip
 
 
