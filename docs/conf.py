@@ -47,8 +47,9 @@ OTHERS = {
     "torch", "nn", "np", "numpy", "PIL", "Image", "pathlib", "Path", "collections", "Iterator", "Sequence", "Mapping", "Callable",
     "Collection", "Iterable", "Any", "typing", "BaseModel", "pydantic", "threading", "Event", "Literal", "Self", "TypeVar",
     "Module", "ConfigDict", "Field", "annotated_types", "type", "Exception", "float", "int", "str", "bool", "dict", "list",
-    "tuple", "None", "frozenset", "bytes", "optional", "ValueError", "NoneType", "Ge", "Le", "Lt", "Gt", "MaxLen", "MinLen",
-    "FieldInfo", "Unit", "Width", "Widths", "Layers", "Side", "Precision", "Positive", "Weight", "Size",
+    "tuple", "None",
+    "frozenset", "bytes", "optional", "ValueError", "NoneType", "Ge", "Le", "Lt", "Gt", "MaxLen", "MinLen", "FieldInfo",
+    "Unit", "Width", "Widths", "Layers", "Side", "Precision", "Positive", "Weight", "Size",
 }  # fmt: skip
 
 
@@ -74,8 +75,24 @@ def resolve(app: Sphinx, env: Any, node: nodes.Element, content: nodes.Element) 
 def columns(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Docstrings of this project give arguments in two columns; Sphinx wants fields."""
     lines[:] = docstrings.to_fields(lines, docstrings.arguments_of(thing), public=set(latentpipe.__all__))
+    if what == "attribute":
+        lines += default_of(name)
     if what in ("attribute", "property"):  # napoleon takes what stands before a colon for a type
         lines[:] = [line.replace(":", COLON) for line in lines]
+
+
+def default_of(name: str) -> list[str]:
+    """What a key of a config is where it is left out."""
+    parent, _, key = name.rpartition(".")
+    module, _, schema = parent.rpartition(".")
+    found = getattr(sys.modules.get(module), schema, None)
+    if not (isinstance(found, type) and issubclass(found, BaseModel) and key in found.model_fields):
+        return []
+    field = found.model_fields[key]
+    if field.is_required():
+        return ["", "Required."]
+    plain = field.default is None or isinstance(field.default, str | int | float | tuple)
+    return ["", f"Default: ``{field.default!r}``."] if plain else []
 
 
 def colons(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
@@ -83,9 +100,11 @@ def colons(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: l
     lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
-def signature(app: Sphinx, what: str, name: str, thing: Any, options: Any, arguments: str, result: str) -> tuple[str, str] | None:
-    """A pydantic model's signature repeats its fields, which stand below it."""
-    return ("", "") if isinstance(thing, type) and issubclass(thing, BaseModel) else None
+def signature(app: Sphinx, what: str, name: str, thing: Any, options: Any, arguments: str | None, result: str | None) -> Any:
+    """A pydantic model's signature repeats its fields, which stand below it; a default from a factory is no Python."""
+    if isinstance(thing, type) and issubclass(thing, BaseModel):
+        return "", ""
+    return (arguments.replace("<factory>", "..."), result) if arguments else None
 
 
 def setup(app: Sphinx) -> None:
