@@ -352,6 +352,56 @@ def _open_folder(at: Path) -> Any:
     return float(read_pictures(at / "pictures", 8).pixels.mean())
 
 
+def _pickle(at: Path) -> None:
+    tensors = {f"model.layer.{name}.weight": torch.randn(3, 4) for name in range(3)}
+    torch.save({"state_dict": tensors, "global_step": 3}, at / "new.ckpt")
+    torch.save(tensors, at / "old.pt", _use_new_zipfile_serialization=False)
+
+
+def _open_pickle(at: Path) -> Any:
+    from latentpipe.checkpoints.pickles.unpickle import unpickled
+
+    names = []
+    for path in (at / "new.ckpt", at / "old.pt"):
+        with unpickled(path) as found:
+            names.append(found.names)
+    return names
+
+
+def _tools(at: Path) -> None:
+    import sqlite3
+    from contextlib import closing
+
+    for place in ("comfy/models/loras", "comfy/mine", "invoke/models/a", "hub/models--o--n/refs", "hub/models--o--n/snapshots"):
+        (at / place).mkdir(parents=True)
+    save_file({"lora_unet_a.lora_down.weight": torch.ones(2, 3)}, at / "comfy/models/loras/a.safetensors")
+    (at / "comfy/extra_model_paths.yaml").write_text("mine:\n  base_path: mine\n  loras: |\n    .\n    deeper\n")
+    (at / "invoke/databases").mkdir()
+    with closing(sqlite3.connect(at / "invoke/databases/invokeai.db")) as made, made:
+        made.execute("CREATE TABLE models (id TEXT PRIMARY KEY, config TEXT)")
+        made.execute('INSERT INTO models VALUES (\'a\', \'{"type": "lora", "path": "a", "name": "b"}\')')
+    snapshot = at / "hub/models--o--n/snapshots" / ("a" * 40)
+    snapshot.mkdir()
+    (at / "hub/models--o--n/refs/main").write_text("a" * 40)
+    (snapshot / "model_index.json").write_text('{"_class_name": "X", "vae": ["diffusers", "AutoencoderKL"]}')
+    (snapshot / "vae").mkdir()
+    (snapshot / "vae/config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    save_file({"a": torch.ones(2)}, snapshot / "vae/diffusion_pytorch_model.safetensors")
+
+
+def _open_tools(at: Path) -> Any:
+    from latentpipe.checkpoints.places import glance
+    from latentpipe.checkpoints.places.hub_cache import cached
+    from latentpipe.checkpoints.places.tool_folders import Import, entries
+
+    rows = [(tool, at / place) for tool, place in (("comfyui", "comfy"), ("invokeai", "invoke"), ("diffusers-cache", "hub"))]
+    found = [entry for tool, path in rows for entry in entries(Import(tool, path, tool))]
+    for entry in found:
+        glance.family(entry.path)
+    cached("o/n", [at / "hub"])
+    return len(found)
+
+
 READERS: dict[str, Reader] = {
     "vae-folder": Reader(_vae_folder, _open_vae),
     "vae-file": Reader(_vae_file, _open_vae),
@@ -368,6 +418,8 @@ READERS: dict[str, Reader] = {
     "recipe": Reader(_recipes, _open_recipes),
     "pictures": Reader(_pictures, _open_pictures),
     "folder": Reader(_folder, _open_folder),
+    "pickle": Reader(_pickle, _open_pickle),
+    "tool-folders": Reader(_tools, _open_tools),
 }
 
 

@@ -58,7 +58,16 @@ def test_draws_from_any_folder(site, tmp_path):
     assert (tmp_path / "out" / "red-apple-1.png").is_file()
 
 
-@pytest.mark.parametrize("name", ["py.typed", "data/emoji_bank.png", "data/emoji_bank.json", "data/emoji_split.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "py.typed",
+        "data/emoji_bank.png",
+        "data/emoji_bank.json",
+        "data/emoji_split.json",
+        "checkpoints/single_file/data/clip_merges.txt",
+    ],
+)
 def test_data_files_are_inside(site, name):
     assert (site / "latentpipe" / name).is_file()
 

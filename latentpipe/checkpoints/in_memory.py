@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from latentpipe.checkpoints.pipeline_io import tokenizer_hash
+from latentpipe.checkpoints.model_files import tokenizer_hash
 from latentpipe.checkpoints.vae_io import refuse_wrapped
 from latentpipe.utils.io import content_hash
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,11 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from latentpipe.checkpoints.tensor_source import CARD_FILE
 from latentpipe.utils.errors import UserError
-from latentpipe.utils.reading import file_size, parse_object, read_json, read_text, validated
+from latentpipe.utils.reading import file_size, parse_object, read_bytes, read_json, read_text, validated
 
 STABLE_DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 MOST = 2**26  # bytes of a tokenizer's file
 TOKENS = 2**24
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
 Colour = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
@@ -99,8 +101,18 @@ def _is_vocabulary(model: Any) -> bool:
     return isinstance(vocab, dict) and bool(vocab) and all(type(each) is int and 0 <= each < TOKENS for each in vocab.values())
 
 
-def check_tokenizer(pipe: Any, folder: Path) -> None:
-    """UserError where the tokenizer of a Stable Diffusion model gives numbers that its text encoder has no row for, or none."""
+def tokenizer_hash(folder: Path) -> str:
+    """sha256 over a tokenizer's files; "" where the folder has none of them."""
+    digest, files = hashlib.sha256(), [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    for path in files:
+        digest.update(read_bytes(path, MOST))
+    return digest.hexdigest() if files else ""
+
+
+def check_tokenizer(pipe: Any, folder: Path) -> Any:
+    """The pipeline; UserError where a Stable Diffusion model's tokenizer gives numbers that its text encoder has no row for."""
+    if type(pipe).__name__ != "StableDiffusionPipeline":
+        return pipe
     config, tokenizer = pipe.text_encoder.config, pipe.tokenizer
     rows, length = config.vocab_size, config.max_position_embeddings
     largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -113,3 +125,4 @@ def check_tokenizer(pipe: Any, folder: Path) -> None:
             f"{folder}/tokenizer: model_max_length is {str(tokenizer.model_max_length)[:40]}; "
             f"its text encoder reads {length} tokens."
         )
+    return pipe

@@ -15,25 +15,31 @@ import torch
 
 from latentpipe.checkpoints.components import built_within, check_config, telling
 from latentpipe.checkpoints.config_ranges import check_network_config, check_schedule, check_scheduler_config
-from latentpipe.checkpoints.model_files import MOST, STABLE_DIFFUSION, check_small_files, check_tokenizer, read_card
+from latentpipe.checkpoints.model_files import STABLE_DIFFUSION, check_small_files, check_tokenizer, read_card, tokenizer_hash
 from latentpipe.checkpoints.registry import find_model
-from latentpipe.checkpoints.tensor_source import CARD_FILE, VAE_FILE, weight_files
+from latentpipe.checkpoints.single_file import opening as single_file
+from latentpipe.checkpoints.single_file.folders import check_folder
+from latentpipe.checkpoints.single_file.gather import Stated
+from latentpipe.checkpoints.single_file.hashes import file_hashes
+from latentpipe.checkpoints.tensor_source import CARD_FILE, VAE_FILE, offline, weight_files
 from latentpipe.checkpoints.vae_io import PREVIEW_FILE, load_vae, open_vae, refuse_wrapped, vae_hash
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import HASH_LENGTH, atomic_folder, content_hash, load_strictly, read_header, read_json, read_tensors
 from latentpipe.utils.logging import quiet
 from latentpipe.utils.out_of_memory import refuse
-from latentpipe.utils.reading import read_bytes
 from latentpipe.vae.precision import all_finite
 
 TEXT_FILE = "model.safetensors"
 PARTS = {"vae": VAE_FILE, "unet": VAE_FILE, "text_encoder": TEXT_FILE}  # of a Stable Diffusion folder
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
 
 
-def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A diffusers pipeline from its folder, offline; every network in it is checked before use."""
+def load_pipeline(folder: Path, dtype: torch.dtype | None = torch.float32, stated: Stated | None = None) -> Any:
+    """A diffusers pipeline from its folder or single file, offline; every network is checked. `dtype` None: as it is stored."""
     folder = Path(folder)
+    if folder.is_file():
+        with quiet():
+            return check_tokenizer(single_file.load(folder, dtype, stated), folder)
+    dtype = check_folder(folder, dtype, stated)
     index = read_json(folder / "model_index.json")
     name = index.get("_class_name")
     with quiet():
@@ -58,8 +64,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
             refuse(error, str(folder))
             reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
             raise UserError(f"{folder} is not a complete model: {reason}") from None
-        if name == "StableDiffusionPipeline":
-            check_tokenizer(pipe, folder)
+        check_tokenizer(pipe, folder)
         check_schedule(getattr(pipe, "scheduler", None), folder / "scheduler")
         return pipe
 
@@ -121,9 +126,7 @@ def _network(folder: Path, library: str, name: str, dtype: torch.dtype) -> Any:
     elements = sum(math.prod(shape) for header in headers for shape in header.shapes.values())
     with telling(folder, name):
         model, seen = built_within(
-            lambda: cls.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-            ),
+            lambda: cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **offline(folder)),
             elements,
             sum(len(header.shapes) for header in headers),
         )
@@ -183,9 +186,11 @@ def save_pipeline(pipe: Any, folder: Path, card: Mapping[str, Any], vae_folder: 
         pipe.to(torch.float32)
 
 
-def hashes(folder: Path) -> dict[str, str]:
+def hashes(folder: Path, stated: Stated | None = None) -> Mapping[str, str]:
     """Hashes of what decides a pipeline's pictures: contents of its networks; tokenizer and scheduler files."""
     folder = Path(folder)
+    if folder.is_file():
+        return file_hashes(folder, stated)  # each is computed when it is asked for
     found = {"vae": vae_hash(folder / "vae")}
     index = read_json(folder / "model_index.json")
     for part in networks(index):
@@ -196,14 +201,6 @@ def hashes(folder: Path) -> dict[str, str]:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", infinite=True)
     scheduler.pop("_diffusers_version", None)
     return found | {"scheduler": hashlib.sha256(json.dumps(scheduler, sort_keys=True).encode()).hexdigest()}
-
-
-def tokenizer_hash(folder: Path) -> str:
-    """sha256 over a tokenizer's files; "" where the folder has none of them."""
-    digest, files = hashlib.sha256(), [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    for path in files:
-        digest.update(read_bytes(path, MOST))
-    return digest.hexdigest() if files else ""
 
 
 def part_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -22,15 +22,15 @@ def bundled_weights_dir() -> Path:
 def available(kind: str = "models") -> dict[str, Path]:
     """Names and places of all `kind` ("models", "vae" or "lora"): the shipped ones, then people's own.
 
-    A model is a folder; a VAE is a folder or a safetensors file named by its stem (by its whole name where a folder has that);
-    a LoRA is a safetensors file. What lies in a subfolder is named with it: "style/flat" (`lookup` also finds it as "flat").
+    A model or a VAE is a folder, or a safetensors file named by its stem (by its whole name where a folder has that); a LoRA is
+    a safetensors file. What lies in a subfolder is named with it: "style/flat" (`lookup` also finds it as "flat").
     """
     found: dict[str, Path] = {}
     if kind != "lora":
         for path in sorted(bundled_weights_dir().glob("[!.]*/model_index.json")):
             found[path.parent.name] = path.parent if kind == "models" else path.parent / "vae"
         for name, path in _entries(home() / "models", "model_index.json").items():
-            found[name] = path if kind == "models" else path / "vae"
+            found[name] = path if kind == "models" else vae_of(path)
     for root in (bundled_weights_dir() / kind, home() / kind):
         found |= _entries(root, {"lora": "", "vae": "config.json"}.get(kind, "model_index.json"))
     return found
@@ -54,7 +54,7 @@ def _entries(root: Path, index: str) -> dict[str, Path]:
         if index and index in names and place != root:
             found[printable(place.relative_to(root).as_posix())] = place
             folders.clear()  # its parts are no entries
-        elif index != "model_index.json":
+        elif not (index == "model_index.json" and index in names):
             weights = (place / name for name in sorted(names) if not name.startswith("."))
             files |= {printable(path.relative_to(root).as_posix()): path for path in weights if path.suffix in SUFFIXES}
     found = dict(sorted(found.items()))
@@ -77,10 +77,15 @@ def lookup(name: str, known: Mapping[str, Path], kind: str) -> Path | None:
     return known[same[0]] if same else None
 
 
-def find_model(name: str | Path, kind: str = "models") -> Path:
-    """The folder (or a VAE's single file) that a name or a path means.
+def vae_of(model: Path) -> Path:
+    """Where a model's own VAE lies: its folder, or the single file of all its parts."""
+    return model if model.is_file() else model / "vae"
 
-    name  of one that ships, is installed, was pulled (ORG/NAME) or belongs to another tool; or a folder; for a VAE also a file
+
+def find_model(name: str | Path, kind: str = "models") -> Path:
+    """The folder or single file that a name or a path means.
+
+    name  of one that ships, is installed, was pulled (ORG/NAME) or belongs to another tool; or a folder or a file
     kind  "models", "vae", "lora", "adapters" or "configs"
 
     UserError lists the names there are.
@@ -96,12 +101,12 @@ def find_model(name: str | Path, kind: str = "models") -> Path:
     path = Path(name)
     if kind == "vae" and (path / "model_index.json").is_file() and (path / "vae").is_dir():
         return (path / "vae").resolve()  # a whole model stands for its VAE
-    if path.is_dir() or (kind == "vae" and path.is_file()):
+    if path.is_dir() or path.is_file():
         return path.resolve()
     if (place := lookup(str(name), known, what) or elsewhere(str(name), kind)) is not None:
         return place / "vae" if kind == "vae" and (place / "model_index.json").is_file() else place
-    kinds = "neither a folder nor a file nor" if kind == "vae" else "neither a folder nor"
-    raise UserError(f"No {what} '{name}': {kinds} {one_of(known)}.{near(name, known)}{_pulled(str(name))}")
+    pulled = _pulled(str(name))
+    raise UserError(f"No {what} '{name}': neither a folder nor a file nor {one_of(known)}.{near(name, known)}{pulled}")
 
 
 def _pulled(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ VAE_FILE = "diffusion_pytorch_model.safetensors"
 CARD_FILE = "card.json"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 CONFIG_KEY = "latentpipe.config"  # in the metadata of a safetensors file: the VAE's config.json
+VARIANT = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([a-z]\w*))?(?:-\d+-of-\d+)?(?:\.([a-z]\w*))?\.safetensors")
 
 Read = Callable[[Iterable[str]], dict[str, torch.Tensor]]
 
@@ -153,6 +155,12 @@ def weight_files(folder: Path, name: str = VAE_FILE) -> tuple[Path, ...]:
     if len(variants) > 1:
         raise UserError(f"{folder} holds {' and '.join(path.name for path in variants)}; keep one of them, or rename it {name}.")
     return tuple(variants) or (plain,)
+
+
+def offline(folder: Path) -> dict[str, Any]:
+    """How ``from_pretrained`` reads a part's folder: its own files, safetensors, of the variant ("fp16") that alone is there."""
+    found = {name[1] or name[2] for path in folder.glob("*.safetensors") if (name := VARIANT.fullmatch(path.name))}
+    return {"variant": found.pop() if len(found) == 1 else None, "local_files_only": True, "use_safetensors": True}
 
 
 def _merged(headers: dict[Path, Header], part: str) -> dict[str, Any]:

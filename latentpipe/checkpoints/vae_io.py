@@ -12,6 +12,7 @@ import torch
 
 from latentpipe.checkpoints import vae_file as formats
 from latentpipe.checkpoints.config_ranges import check_network_config, check_space
+from latentpipe.checkpoints.single_file.vae import with_family
 from latentpipe.checkpoints.tensor_source import CARD_FILE
 from latentpipe.checkpoints.vae_file import StatedConfig, VAEFile
 from latentpipe.utils.errors import UserError
@@ -36,8 +37,9 @@ def open_vae(
     The other arguments state what a file does not; left out, it is measured on probe images (a warning says so) or asked
     for (UserError). A factor that is given wins over the file's.
     """
+    given = StatedConfig(scaling_factor, shift_factor, downscale, norm_groups)
     with quiet():
-        found = formats.open_vae(Path(path), StatedConfig(scaling_factor, shift_factor, downscale, norm_groups))
+        found = formats.open_vae(Path(path), given if scaling_factor else with_family(Path(path), given))
     check_space(found.space.scale, found.space.shift, Path(path))
     check_network_config(found.config, Path(path))
     return found

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latentpipe.checkpoints.registry import available, find_adapter, find_lora, find_model, named_lora, one_of
+from latentpipe.checkpoints.single_file.refusals import check_kind
 from latentpipe.utils.defaults import MAX_SEED
 from latentpipe.utils.errors import UserError, near
 from latentpipe.utils.reading import read_json
@@ -73,7 +74,9 @@ def device(option: str, value: str) -> None:
 def model(option: str, value: str | Path) -> None:
     """The name or folder of a whole model."""
     folder = find_model(value)
-    if not (folder / "model_index.json").is_file():
+    if folder.is_file():
+        check_kind(folder)
+    elif not (folder / "model_index.json").is_file():
         raise UserError(
             f"{option} {value}: this folder holds no model; expected one with a model_index.json, as diffusers writes it."
         )

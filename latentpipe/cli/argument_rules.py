@@ -232,7 +232,9 @@ def _between(values: dict[str, Any]) -> None:
 def _inspected(values: dict[str, Any]) -> None:
     """A name or a path that there is."""
     name = values["path"]
-    if Path(name).exists() or name in own_adapters() or any(is_installed(name, kind) for kind in ("vae", "lora")):
+    if Path(name).exists() or name in own_adapters() or lookup(name, available("lora"), "LoRA"):
+        return
+    if any(is_installed(name, kind) for kind in ("vae", "lora")):
         return
     find_model(name)  # says what there is
 

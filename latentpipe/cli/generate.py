@@ -34,7 +34,7 @@ class Generate:
     out: Path = Path("out")
     """Folder for the PNG files, each with its recipe inside; or the file to write, .png, .jpg or .webp."""
     model: str = "emoji"
-    """Name ('latentpipe ls') or folder of a diffusers Stable Diffusion model."""
+    """Name ('latentpipe ls'), diffusers folder or single .safetensors file of a model."""
     vae: str | None = None
     """Name, folder or file of another VAE to decode with; refused with the reason where it does not fit."""
     force: bool = False
@@ -57,8 +57,16 @@ class Generate:
     """How far img2img may move from the picture, over 0 to 1."""
     device: str | None = None
     """cpu, cuda or mps; left out: the best one present."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the weights."""
+    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Precision of the weights; auto: as the file stores them."""
+    family: str | None = None
+    """Family of a single file whose shapes fit several: flux-dev or flux-kontext, ..."""
+    prediction: Literal["epsilon", "v", "v-zsnr"] | None = None
+    """What the denoiser of a single file predicts, over what the file says; zsnr: with zero terminal SNR."""
+    config: Path | None = None
+    """A diffusers folder with the configs of a single file that fits no known family."""
+    parts: tuple[Path, ...] = ()
+    """Files or diffusers folders that hold what a single file lacks: a VAE, text encoders."""
     lora: tuple[str, ...] = ()
     """Names or files of LoRA adapters, each with its weight: flat=0.7 (1 where none is given)."""
     lora_method: Literal["sum", Method] = "sum"
@@ -79,10 +87,13 @@ def run(options: Generate) -> None:
     settings["size"] = size_of(options.size)
     settings["image"] = open_picture(options.image) if options.image is not None else None
     from latentpipe import Engine, LatentPipeline
+    from latentpipe.checkpoints.single_file.gather import Stated
+
+    stated = Stated(options.family, options.prediction, options.config, options.parts)
 
     def opened() -> LatentPipeline:
         pipe = LatentPipeline.from_pretrained(
-            options.model, options.vae, options.device, options.dtype, options.adapter, options.force
+            options.model, options.vae, options.device, options.dtype, options.adapter, options.force, stated
         )
         for source, weight in loras:
             print(pipe.attach_lora(source, weight, partial=options.lora_partial, force=options.force), file=sys.stderr)

@@ -49,11 +49,22 @@ def ls(kind: Kind = "all", /, fits: str | None = None) -> None:
         print("\n".join(lines))
 
 
-def inspect(path: str, /) -> None:
+def inspect(
+    path: str,
+    /,
+    family: str | None = None,
+    prediction: Literal["epsilon", "v", "v-zsnr"] | None = None,
+    config: Path | None = None,
+    parts: tuple[Path, ...] = (),
+) -> None:
     """Print what a model, a VAE, a LoRA, an adapter or a picture says about itself, as JSON.
 
     Args:
         path: A name, a model or VAE folder, a .safetensors file, an .lpz file, or a picture (also of others: A1111, ...).
+        family: Of a model's single file, as for 'latentpipe generate'.
+        prediction: Likewise.
+        config: Likewise.
+        parts: Likewise.
     """
     from latentpipe.utils.io import is_safetensors
 
@@ -63,13 +74,20 @@ def inspect(path: str, /) -> None:
         return
     begin(f"reading {path}")
     from latentpipe.checkpoints.pipeline_io import describe
+    from latentpipe.checkpoints.single_file.describe import describe_file
+    from latentpipe.checkpoints.single_file.gather import Stated
+    from latentpipe.checkpoints.single_file.refusals import check_kind
     from latentpipe.cli.lora import facts, is_lora
     from latentpipe.compatibility.latent_adapter import is_adapter, read_card
 
+    if file.is_file():
+        check_kind(file)
+    stated = Stated(family, prediction, config, parts)
     if is_lora(file):
         print(as_json(facts(file)))
     else:
-        print(as_json(asdict(read_card(file)) if file.is_file() and is_adapter(file) else describe(path)))
+        card = asdict(read_card(file)) if file.is_file() and is_adapter(file) else None
+        print(as_json(card or describe_file(available("models").get(path, Path(path)), stated) or describe(path)))
 
 
 def _of_file(file: Path) -> str:

@@ -140,10 +140,10 @@ def swap(
 
 def _verdict_images(folder: Path, model: Path, vae: str) -> Any:
     """At most 32 pictures of a folder, at the side that the probes would have."""
-    from latentpipe.checkpoints.registry import find_model
+    from latentpipe.checkpoints.registry import find_model, vae_of
     from latentpipe.checkpoints.vae_io import declared_space
     from latentpipe.compatibility.measure import probe_side
 
     return pictures_of(
-        folder, probe_side(*(declared_space(place).downscale for place in (model / "vae", find_model(vae, "vae")))), 32
+        folder, probe_side(*(declared_space(place).downscale for place in (vae_of(model), find_model(vae, "vae")))), 32
     )

@@ -17,6 +17,7 @@ from latentpipe.checkpoints.in_memory import Computed, hashes_in_memory
 from latentpipe.checkpoints.model_files import read_preview
 from latentpipe.checkpoints.pipeline_io import check_reference, hashes, load_pipeline, move_pipeline
 from latentpipe.checkpoints.registry import find_model, name_of
+from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.tensor_source import CARD_FILE
 from latentpipe.checkpoints.vae_io import PREVIEW_FILE
 from latentpipe.compatibility.latent_adapter import BridgedStage, bridged, find_adapter, open_adapter
@@ -41,7 +42,7 @@ from latentpipe.utils.threads import run_in_thread
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.stage import VAEStage
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": None}
 
 
 @dataclass
@@ -90,16 +91,18 @@ class LatentPipeline:
         dtype: str = "fp32",
         adapter: str | Path | None = None,
         force: bool = False,
+        stated: Stated | None = None,
     ) -> LatentPipeline:
-        """Open a model by name or folder (offline).
+        """Open a model by name, folder or single file (offline).
 
         vae      name, folder or file of another VAE to decode with; UserError with the verdict where it does not fit
         device   "cpu", "cuda", "mps"; None: the best that is present
-        dtype    "fp32", "bf16" or "fp16"
+        dtype    "fp32", "bf16" or "fp16"; "auto": as the file stores it
         adapter  name or file of an adapter to that VAE (`latentpipe fit-adapter`)
         force    decode with `vae` whatever the verdict, as long as the shapes agree
+        stated   what a single file does not say itself: family, prediction, configs, other parts (`Stated`)
         """
-        expect("model", model, (str, Path), "a name, or the path of a folder")
+        expect("model", model, (str, Path), "a name, or the path of a folder or file")
         for name, given in (("vae", vae), ("adapter", adapter)):
             expect(name, given, (str, Path, type(None)), "a name, the path of a folder or file, or None")
         expect("device", device, (str, type(None)), "cpu, mps, cuda or cuda:NUMBER")
@@ -117,10 +120,10 @@ class LatentPipeline:
             refuse_other_shape(folder, vae)  # before anything is read
 
         def opened() -> LatentPipeline:
-            host = move_pipeline(load_pipeline(folder, DTYPES[dtype]), device)
+            host = move_pipeline(load_pipeline(folder, DTYPES[dtype], stated), device)
             card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
             own = read_preview(folder / "vae" / PREVIEW_FILE, LatentSpace.of(host.vae).channels)
-            pipe = cls(host, name=name_of(folder), hashes=hashes(folder), preview_map=own, words=known_words(card))
+            pipe = cls(host, name=name_of(folder), hashes=hashes(folder, stated), preview_map=own, words=known_words(card))
             return pipe if vae is None else pipe.with_vae(vae, folder, adapter, force)
 
         return run_in_thread(opened)

@@ -15,7 +15,7 @@ from torch import nn
 
 from latentpipe.checkpoints.model_files import read_card
 from latentpipe.checkpoints.pipeline_io import load_pipeline
-from latentpipe.checkpoints.registry import find_model, name_of
+from latentpipe.checkpoints.registry import find_model, name_of, vae_of
 from latentpipe.checkpoints.tensor_source import CARD_FILE
 from latentpipe.checkpoints.vae_io import PREVIEW_FILE, declared_space, open_vae, vae_hash
 from latentpipe.compatibility.latent_adapter import BridgedStage, LatentAdapter, bridged, find_adapter, open_adapter
@@ -195,17 +195,21 @@ def save_swapped(folder: Path, vae: str | Path, out: Path, verdict: Verdict, for
     stored = next((tensor.dtype for tensor in opened.tensors.values() if tensor.is_floating_point()), torch.float32)
     kept = LatentSpace.of(twin) == opened.space  # else it was folded, which fp16 would round
     with atomic_folder(out) as part, quiet():
-        shutil.copytree(folder, part, dirs_exist_ok=True, ignore=lambda at, names: ["vae"] if Path(at) == folder else [])
+        if folder.is_file():
+            load_pipeline(folder, None).save_pretrained(part, safe_serialization=True)
+            shutil.rmtree(part / "vae")
+        else:
+            shutil.copytree(folder, part, dirs_exist_ok=True, ignore=lambda at, names: ["vae"] if Path(at) == folder else [])
         (nn.Module.to(twin, stored) if kept else twin).save_pretrained(part / "vae", safe_serialization=True)
         for name in (CARD_FILE, PREVIEW_FILE):
             if place.is_dir() and (place / name).is_file():
                 shutil.copy(place / name, part / "vae" / name)
-        index = read_json(folder / "model_index.json")
+        index = read_json(part / "model_index.json")
         (part / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", type(twin).__name__]}, indent=2) + "\n")
         card = read_card(folder) or {}
         proof = {"outcome": verdict.outcome, "reason": verdict.reason, "forced": force}
         new = vae_hash(part / "vae")
-        card["vae_hash"] = card.get("vae_hash") or vae_hash(folder / "vae")
+        card["vae_hash"] = card.get("vae_hash") or vae_hash(vae_of(folder))
         card["swapped_vae"] = {"name": name_of(place, "vae"), "hash": new, "verdict": proof}
         if "hashes" in card:
             card["hashes"] = card["hashes"] | {"vae": new}

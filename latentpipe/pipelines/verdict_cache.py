@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from latentpipe.checkpoints.pipeline_io import check_reference, enforce_chain, load_pipeline
-from latentpipe.checkpoints.registry import available, find_model
+from latentpipe.checkpoints.registry import available, find_model, vae_of
 from latentpipe.checkpoints.vae_io import declared_space
 from latentpipe.compatibility.measure import Verdict
 from latentpipe.compatibility.verdict import decide_by_shapes
@@ -36,21 +36,21 @@ def verdict_on(model: str | Path, vae: str | Path, images: torch.Tensor | None =
     """
     folder, place = find_model(model), find_model(vae, "vae")
     check_reference(folder)
-    own = declared_space(folder / "vae")
+    own = declared_space(vae_of(folder))
     if not _fits_itself(folder, own):
         return check_swap(load_pipeline(folder), place, images)  # which says what is wrong
     apart = decide_by_shapes(own, declared_space(place))
     if apart is not None:
         return apart
     enforce_chain(folder)
-    host = stage_of(folder / "vae")
+    host = stage_of(vae_of(folder))
     stage = stage_of(place, host)
     return judged(host, stage) if images is None else judge_stages(host, stage, images)
 
 
 def refuse_other_shape(folder: Path, vae: str | Path) -> None:
     """UserError with the verdict where the headers tell that a VAE cannot serve a model."""
-    apart = decide_by_shapes(declared_space(folder / "vae"), declared_space(find_model(vae, "vae")))
+    apart = decide_by_shapes(declared_space(vae_of(folder)), declared_space(find_model(vae, "vae")))
     if apart is not None:
         raise UserError(f"VAE {vae} was not put in.\n{apart}")
 
@@ -93,6 +93,8 @@ def _place(host: VAEStage, stage: VAEStage) -> Path | None:
 
 def _fits_itself(folder: Path, own: LatentSpace) -> bool:
     """Whether a model's denoiser takes as many channels as its own VAE makes, where its family is known."""
+    if folder.is_file():
+        return True  # what its parts do not fit is told when it is opened
     host = FAMILY_BY_CLASS.get(str(read_json(folder / "model_index.json").get("_class_name")))
     if host is None:
         return True

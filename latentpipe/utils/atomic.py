@@ -26,6 +26,8 @@ DAY_S = 24 * 3600.0  # after which a temporary name of another machine counts as
 LONGEST = 200  # bytes of a name that a temporary one repeats; file systems take 255 in all
 TRIES = 10  # of taking a name that other writers take at the same moment
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>part|old)", re.DOTALL)
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)  # it can only be asked for by setting it
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 
 
@@ -227,7 +229,9 @@ def _exchanger() -> Any:
 
 
 def _sync(path: Path) -> None:
-    """Have a file's content on the disk."""
+    """Have a file's content on the disk; safetensors writes for its owner alone: those read it too whom the umask lets."""
+    if os.name == "posix" and path.stat().st_mode & 0o777 == 0o600:
+        path.chmod(0o666 & ~_UMASK)
     handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR | getattr(os, "O_BINARY", 0))
     try:
         os.fsync(handle)

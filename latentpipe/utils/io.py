@@ -86,7 +86,7 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """The header of a safetensors file; UserError as in `read_tensors`."""
-    with _opened(path) as file:
+    with _opened(path, "np") as file:  # maps no room for the tensors, which a file larger than the memory has not
         return _header(file)
 
 
@@ -112,7 +112,7 @@ def _header(file: Any) -> Header:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, framework: str = "pt") -> Iterator[Any]:
     from safetensors import safe_open
 
     path = refuse_name(Path(path))
@@ -127,7 +127,7 @@ def _opened(path: Path) -> Iterator[Any]:
             length = int.from_bytes(start.read(8), "little")
         if MOST_HEADER < length < size:
             raise ValueError(f"its header has {length:,} bytes, at most {MOST_HEADER:,} are read")
-        with safe_open(path, "pt") as file:
+        with safe_open(path, framework) as file:
             yield file
     except Exception as error:  # safetensors' own, the system's, and torch's for shapes and dtypes that it has not
         refuse(error, f"{path} ({size:,} bytes)")

@@ -86,6 +86,22 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.bin"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes of other systems")
+def test_weights_are_readable_as_other_files_are(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "usual").touch()
+    with atomic_file(tmp_path / "a.safetensors") as part:
+        save_file({"a": torch.zeros(1)}, part)
+    with atomic_folder(tmp_path / "folder") as folder:
+        save_file({"a": torch.zeros(1)}, folder / "b.safetensors")
+        (folder / "own").touch(mode=0o400)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes["a.safetensors"] == modes["b.safetensors"] == modes["usual"]
+    assert modes["own"] == 0o400
+
+
 def test_errors_name_the_file_that_was_asked_for(tmp_path: Path) -> None:
     (tmp_path / "taken.txt").mkdir()
     with pytest.raises(IsADirectoryError) as caught:

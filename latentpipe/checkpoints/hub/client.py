@@ -224,7 +224,8 @@ def _sentence(error: Exception, status: int | None, hub: Hub, wanted: HubId) -> 
     if status is None:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         return f"{hub.endpoint} cannot be reached, or broke off ({reason[:200]}). {again}"
-    code = str(getattr(error, "response", None) and error.response.headers.get("X-Error-Code"))  # type: ignore[attr-defined]
+    headers = error.response.headers  # type: ignore[attr-defined]
+    code = headers.get("X-Error-Code")
     if code == "GatedRepo" or status == 403:
         how = "HF_TOKEN holds a token that may not read it" if hub.token else "set HF_TOKEN to a token that may read it"
         return f"{wanted.repo} is given only to those who accepted its terms at {hub.endpoint}/{wanted.repo}; {how}."
@@ -238,7 +239,7 @@ def _sentence(error: Exception, status: int | None, hub: Hub, wanted: HubId) -> 
     if status == 404:
         return f"{wanted.repo} does not exist at {hub.endpoint}; check the name (a private one needs HF_TOKEN)."
     if status == 429:
-        wait = str(error.response.headers.get("Retry-After", ""))  # type: ignore[attr-defined]
+        wait = str(headers.get("Retry-After", ""))
         when = f"in {wait} seconds" if wait.isdigit() else "in a few minutes"
         return f"{hub.endpoint} takes no more requests for now (429). Run it again {when}: it goes on where it stopped."
     return f"{hub.endpoint} answered {status} for {wanted.repo}. {again}"

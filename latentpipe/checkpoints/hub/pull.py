@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentpipe.checkpoints.hub.choose import Choice, choose
+from latentpipe.checkpoints.hub.choose import choose
 from latentpipe.checkpoints.hub.client import Entry, Hub, listing, read_object
 from latentpipe.checkpoints.hub.fetch import LEFTOVER, fetch, refuse_full
 from latentpipe.checkpoints.places.hub_cache import COMMIT, HubId, default_cache, storage
@@ -53,13 +53,13 @@ def plan(hub: Hub, wanted: HubId, cache: Path | None = None) -> Plan:
     def read(path: str) -> dict[str, Any]:
         return read_object(hub, wanted, found.commit, path)
 
-    choice: Choice = choose(sizes, read, wanted.inside, wanted.repo)
+    choice = choose(sizes, read, wanted.inside, wanted.repo)
     files = {path: found.files[path] for path in dict.fromkeys(choice.paths)}
     folder = storage(default_cache() if cache is None else cache, wanted.repo)
     contents = {entry.blob: entry for entry in files.values()}
     rest = sum(entry.size - _there(folder / "blobs", entry) for entry in contents.values())
     total = sum(entry.size for entry in contents.values())
-    return Plan(wanted, found.commit, found.licence, files, choice.notes, total, rest, sum({**sizes}.values()), folder)
+    return Plan(wanted, found.commit, found.licence, files, choice.notes, total, rest, sum(sizes.values()), folder)
 
 
 def pull(hub: Hub, planned: Plan, progress: Callable[[int], Any] = lambda _: None) -> Path:

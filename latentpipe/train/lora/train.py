@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from latentpipe.checkpoints.pipeline_io import load_pipeline
-from latentpipe.checkpoints.registry import find_lora, find_model
+from latentpipe.checkpoints.registry import find_lora, find_model, vae_of
 from latentpipe.data.image_folder import read_index
 from latentpipe.lora.state_dict.io import read_lora
 from latentpipe.pipelines.denoise import denoise, native_size, redraws, size_unit
@@ -171,7 +171,7 @@ def _check_points(host: Any, plan: Plan) -> None:
 
 def _pictures(config: TrainLora, host: Any, folder: Path, plan: Plan, size_px: int) -> tuple[LoraPictures, LoraPictures | None]:
     """The training pictures, and the prior's where there is one."""
-    held, vae, work = held_out(config.data.exclude), folder / "vae", config.run.work
+    held, vae, work = held_out(config.data.exclude), vae_of(folder), config.run.work
     data = config.data
     pictures = open_pictures(
         data.train,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from loopback import LoopbackHub, Repository, files_of
 
 from latentpipe import LatentPipeline, Picture
@@ -62,6 +63,26 @@ def test_an_id_draws_what_its_folder_draws(
     err = capsys.readouterr().err
     assert "is incomplete; missing: model_index.json" in err
     assert "which is not installed" in err
+
+
+@pytest.mark.slow
+def test_a_model_in_half_precision_alone_is_pulled_and_drawn(
+    hub: LoopbackHub, hub_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tiny_hosts
+
+    pipe = tiny_hosts.complete("sdxl")
+    pipe.save_pretrained(tmp_path / "full")
+    pipe.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    hub.add("org/xl", files_of(tmp_path / "full") | files_of(tmp_path / "half"))
+    assert main(["pull", "org/xl"]) == 0
+    place = Path(capsys.readouterr().out.strip())
+    taken = [path.name for path in place.rglob("*.safetensors")]
+    assert taken
+    assert all(".fp16." in name for name in taken)
+    drawn = LatentPipeline.from_pretrained("org/xl", device="cpu")("abc", seed=3, steps=2, size=(32, 32))[0]
+    same = LatentPipeline.from_pretrained(tmp_path / "half", device="cpu")("abc", seed=3, steps=2, size=(32, 32))[0]
+    assert np.array_equal(drawn.image, same.image)
 
 
 def test_places_by_id(fetched: Path) -> None:

@@ -158,6 +158,13 @@ def test_what_is_no_weights_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x.safetensors").exists()
 
 
+def test_no_other_code_reads_a_pickle() -> None:
+    package = Path(child.__file__).parents[2]
+    calls = ("torch.load(", "torch.jit.load(", "Unpickler(", "allow_pickle=True", "read_pickle(pickle")
+    found = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if any(c in path.read_text() for c in calls)}
+    assert found == {"checkpoints/pickles/child.py"}
+
+
 # --- the verb, and its process --------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import huggingface_hub
 import pytest
 from loopback import LoopbackHub, Repository, etag, files_of
 
+from latentpipe import checkpoints
 from latentpipe.checkpoints.hub import client
 from latentpipe.checkpoints.hub.fetch import LEFTOVER
 from latentpipe.checkpoints.places.hub_cache import cached
@@ -400,6 +402,17 @@ def test_waits_grow(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub, capsys: p
     hub.status["/revision/"] = [500] * 9
     assert pull(capsys, "org/vae")[0] == 2
     assert waits == [1, 2, 4, 8]
+
+
+def test_no_other_code_reaches_out() -> None:
+    """Libraries that ask the network are imported by the modules of `pull` alone, and by the page's server."""
+    package = Path(checkpoints.__file__).parents[1]
+    asks = re.compile(
+        r"^\s*(?:from|import) (huggingface_hub|httpx2?|requests|aiohttp|urllib3|urllib\.request|http\.client|socket)\b", re.M
+    )
+    found = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if asks.search(path.read_text())}
+    assert {"checkpoints/hub/client.py", "checkpoints/hub/fetch.py"} <= found
+    assert not {path for path in found if not path.startswith(("checkpoints/hub/", "ui/"))}
 
 
 @pytest.mark.slow
