@@ -10,6 +10,7 @@ import torch
 
 from latentpipe.checkpoints.components import built_within, telling
 from latentpipe.utils.io import load_strictly
+from latentpipe.utils.logging import quiet
 
 AUTOENCODERS = (
     "AutoencoderKL",
@@ -33,7 +34,7 @@ def build(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: 
     from latentpipe.vae.tiny import TinyVAE
 
     kind = TinyVAE if name == "TinyVAE" else getattr(diffusers, name)
-    with telling(path, name):
+    with telling(path, name), quiet():  # diffusers tells of keys that it does not know
         vae = built_within(lambda: kind.from_config(dict(config)), sum(map(torch.numel, tensors.values())), len(tensors))
     load_strictly(vae, tensors, path)
     # classes without a shift_factor drop it; the latent space is read from the config
