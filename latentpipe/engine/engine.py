@@ -49,7 +49,7 @@ class Finished:
 
 
 class Engine:
-    """Runs jobs of one pipeline, one after another."""
+    """Runs jobs of one pipeline, one after another, with events; one job at a time on one device, whoever asks."""
 
     def __init__(self, pipe: LatentPipeline) -> None:
         self.pipe = pipe

@@ -67,18 +67,29 @@ class Recipe(BaseModel):
     version: Literal[1] = VERSION
     prompt: str = Field(max_length=MAX_PROMPT)
     negative: str = Field("", max_length=MAX_PROMPT)
+    """What the picture should not show."""
     seed: int = Field(ge=0, le=MAX_SEED)
+    """Of this picture's noise, drawn on the CPU."""
     steps: int = Field(ge=1, le=1000)
+    """Denoising steps of the schedule."""
     guidance: float = Field(ge=0, le=100)
+    """Scale of classifier-free guidance."""
     guidance_interval: tuple[Unit, Unit] = (0.0, 1.0)
+    """Part of the steps that was guided, as shares."""
     scheduler: str = Field(max_length=64)
     width: int = Field(ge=1, le=16384)
+    """Pixels."""
     height: int = Field(ge=1, le=16384)
+    """Pixels."""
     batch_index: int = Field(0, ge=0, lt=MAX_BATCH)
+    """Place in the batch that it was drawn in."""
     batch_size: int = Field(1, ge=1, le=MAX_BATCH)
     model: str = Field(max_length=200)
+    """Name of the model."""
     vae: str | None = Field(None, max_length=200)
+    """Name of the VAE that decoded it; None: the model's own."""
     adapter: str | None = Field(None, max_length=200)
+    """Name of the adapter to that VAE, where there was one."""
     loras: dict[str, float | dict[str, float]] = Field(default_factory=dict, max_length=64)
     """Adapters and their weights (one, or by component)."""
     lora_method: str = Field("sum", max_length=32)
