@@ -188,6 +188,8 @@ def _replayed(values: dict[str, Any]) -> None:
                 f"The recipe names the {option} '{name}', which is not installed ('latentpipe ls' lists what is); "
                 f"give its folder with --{option}."
             )
+    if find_model(values["model"] or old.model).is_file():
+        recipes.check_completed(values["picture"], old, values["config"], values["parts"])
 
 
 def _merged(values: dict[str, Any]) -> None:

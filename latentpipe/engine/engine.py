@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentpipe.checkpoints.registry import is_installed, named_lora
+from latentpipe.checkpoints.registry import find_model, is_installed, named_lora
+from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.compatibility.latent_adapter import own_adapter
 from latentpipe.engine.jobs import Waiting, events_of
 from latentpipe.lora.merge import Weight
@@ -129,16 +130,22 @@ def replay(
     adapter: str | Path | None = None,
     loras: Mapping[str, Path] | None = None,
     report: ProgressCallback | None = None,
+    config: Path | None = None,
+    parts: Sequence[Path] = (),
 ) -> Replay:
     """Draw the picture in a file again from its recipe and compare.
 
     `model`, `vae` and `adapter` (names or places) stand in for the recipe's names, which resolve among the shipped and the
     user's own only; `source` is the picture that img2img began from; `loras` gives the files of adapters by their names in the
-    recipe; `report` is called after each step. UserError names every weight that differs.
+    recipe; `report` is called after each step. A single file is opened with the family and the prediction that were stated then;
+    `config` and `parts` (`Stated`) are to be given again, and a UserError says where they are needed. UserError names every
+    weight that differs.
     """
     expect("path", path, (str, Path), "the path of a picture that latentpipe wrote")
     old = recipes.read(Path(path))
-    pipe = _as_then(path, old, model, vae, device, adapter, loras or {})
+    model = model or _name(old.model)
+    stated = _stated(path, old, model, config, parts)
+    pipe = _as_then(path, old, model, stated, vae, device, adapter, loras or {})
     settings: dict[str, Any] = {
         "negative": old.negative,
         "steps": old.steps,
@@ -172,7 +179,8 @@ def replay(
 def _as_then(
     path: Path,
     old: recipes.Recipe,
-    model: str | Path | None,
+    model: str | Path,
+    stated: Stated,
     vae: str | Path | None,
     device: str | None,
     adapter: str | Path | None,
@@ -183,9 +191,10 @@ def _as_then(
         vae = _name(old.vae, "vae")
     if old.adapter and adapter is None:
         adapter = own_adapter(old.adapter)
-    model = model or _name(old.model)
     # The hashes below decide; whether VAE and adapters fitted was decided when the picture was drawn.
-    pipe = LatentPipeline.from_pretrained(model, vae, device or _device(old), _dtype(old.machine.dtype), adapter, force=True)
+    pipe = LatentPipeline.from_pretrained(
+        model, vae, device or _device(old), _dtype(old.machine.dtype), adapter, force=True, stated=stated
+    )
     for name in old.loras:
         lora = pipe.loras.open(loras.get(name) or named_lora(name))
         pipe.loras.mixer.load(dataclasses.replace(lora, name=name), partial=True)
@@ -200,6 +209,15 @@ def _as_then(
         options = "--lora NAME=FILE" if all(part.startswith("lora:") for part in changed) else "--model"
         raise UserError(f"{path} was made with other weights: {'; '.join(changed)}. Give the right ones with {options}.")
     return pipe
+
+
+def _stated(path: Path, old: recipes.Recipe, model: str | Path, config: Path | None, parts: Sequence[Path]) -> Stated:
+    """What is to be said on the model: as then of a single file; a folder with the same weights says it itself."""
+    if not find_model(model).is_file():
+        return Stated(config=config, parts=tuple(parts))
+    recipes.check_completed(path, old, config, parts)
+    then = old.stated or recipes.Stated()
+    return Stated(then.family, then.prediction, config, tuple(parts))
 
 
 def _causes(old: recipes.Recipe, new: recipes.Recipe) -> list[str]:

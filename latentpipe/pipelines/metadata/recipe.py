@@ -11,14 +11,22 @@ import io
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 from PIL import Image, JpegImagePlugin, PngImagePlugin
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from latentpipe.utils.defaults import MAX_BATCH as MAX_BATCH
 from latentpipe.utils.defaults import MAX_PROMPT as MAX_PROMPT
@@ -36,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0},
 DESCRIPTION, EXIF_IFD, USER_COMMENT = 0x010E, 0x8769, 0x9286  # EXIF tags
 MAX_JPEG_EXIF = 65_000
 Unit = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(max_length=200)]
 AnyRecipe = TypeVar("AnyRecipe", bound=BaseModel)
 
 
@@ -47,6 +56,18 @@ class Source(BaseModel):
     """Hash of its pixels (RGB, as encoded)."""
     strength: Unit
     """Share of the schedule that was run; 1 forgets the picture."""
+
+
+class Stated(BaseModel):
+    """What was stated when the model's single file was opened; of files and folders the names: paths mean nothing elsewhere."""
+
+    model_config = ConfigDict(extra="forbid")
+    family: str | None = Field(None, max_length=32)
+    prediction: Literal["epsilon", "v", "v-zsnr"] | None = None
+    config: Name | None = None
+    """Name of the folder that the configs are from."""
+    parts: dict[Annotated[str, Field(max_length=32)], Name] = Field(default_factory=dict, max_length=8)
+    """Components that another file or folder completes, and its name."""
 
 
 class Machine(BaseModel):
@@ -77,6 +98,8 @@ class Recipe(BaseModel):
     batch_index: int = Field(0, ge=0, lt=MAX_BATCH)
     batch_size: int = Field(1, ge=1, le=MAX_BATCH)
     model: str = Field(max_length=200)
+    stated: Stated | None = None
+    """What the model's file does not say itself; left out of the JSON where nothing was stated."""
     vae: str | None = Field(None, max_length=200)
     adapter: str | None = Field(None, max_length=200)
     loras: dict[str, float | dict[str, float]] = Field(default_factory=dict, max_length=64)
@@ -98,6 +121,13 @@ class Recipe(BaseModel):
         if self.batch_index >= self.batch_size or self.seed < self.batch_index or low > high:
             raise ValueError("batch_index, batch_size, seed and guidance_interval contradict each other")
         return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = write(self)
+        if self.stated is None:
+            found.pop("stated", None)  # such a recipe is then read by versions that do not know the field
+        return found
 
 
 def this_machine(device: str, dtype: str, threads: int) -> Machine:
@@ -210,6 +240,19 @@ def parsed(path: Path, text: str, schema: type[AnyRecipe]) -> AnyRecipe:
         raise UserError(f"{path}: its recipe is damaged in: {where}.") from None
     except ValueError as error:
         raise UserError(f"{path}: its recipe is not JSON ({error}).") from None
+
+
+def check_completed(path: Path, recipe: Recipe, config: Path | None, parts: Sequence[Path]) -> None:
+    """UserError where a picture's model was opened with a config folder or parts that are not given now."""
+    stated = recipe.stated or Stated()
+    wanted = []
+    if stated.config is not None and config is None:
+        wanted.append(f"the configs of the folder '{stated.config}' (--config)")
+    if stated.parts and not parts:
+        from_files = ", ".join(f"its {name} from '{file}'" for name, file in stated.parts.items())
+        wanted.append(f"{from_files} (--parts)")
+    if wanted:
+        raise UserError(f"{path}: its model was opened with {' and '.join(wanted)}; give replay the same.")
 
 
 def a1111_text(recipe: Recipe) -> str:
