@@ -67,7 +67,7 @@ class Tally:
 
 
 def _single_file(at: Path) -> None:
-    """A denoiser with its text encoder, a VAE, the YAML that A1111 reads, a config folder; in fp16, so that values are looked at."""
+    """A denoiser with its text encoder, a VAE, the YAML that A1111 reads, a config folder; fp16, so that values are looked at."""
     import written
 
     pipe, half = written.classic(), torch.float16
