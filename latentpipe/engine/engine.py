@@ -146,22 +146,13 @@ def replay(
     model = model or _name(old.model)
     stated = _stated(path, old, model, config, parts)
     pipe = _as_then(path, old, model, stated, vae, device, adapter, loras or {})
-    settings: dict[str, Any] = {
-        "negative": old.negative,
-        "steps": old.steps,
-        "guidance": old.guidance,
-        "guidance_interval": old.guidance_interval,
-        "scheduler": old.scheduler if old.scheduler != type(pipe.host.scheduler).__name__ else None,
-        "size": (old.width, old.height),
-        **_source(old, source),
-    }
 
     def on_step(step: Step) -> bool:
         if report is not None:
             report(step.step, step.steps, "draw again")
         return step.step == old.stopped_after
 
-    chosen = pipe.check(Settings(**settings))
+    chosen = pipe.check(_settings(pipe, old, source))
     pictures = pipe.literal(old.prompt, old.batch_size, old.seed - old.batch_index, on_step, chosen)
     picture = pictures[old.batch_index]
     with picture_file(path) as stored:
@@ -227,6 +218,19 @@ def _causes(old: recipes.Recipe, new: recipes.Recipe) -> list[str]:
     ]
     rows += [(name, version, new.machine.versions.get(name, "not installed")) for name, version in old.machine.versions.items()]
     return [f"{name}: {before} then, {now} now" for name, before, now in rows if before != now]
+
+
+def _settings(pipe: LatentPipeline, old: recipes.Recipe, source: Path | None) -> Settings:
+    """The settings that a picture was drawn with."""
+    return Settings(
+        negative=old.negative,
+        steps=old.steps,
+        guidance=old.guidance,
+        guidance_interval=old.guidance_interval,
+        scheduler=old.scheduler if old.scheduler != type(pipe.host.scheduler).__name__ else None,
+        size=(old.width, old.height),
+        **_source(old, source),
+    )
 
 
 def _source(old: recipes.Recipe, source: Path | None) -> dict[str, Any]:
