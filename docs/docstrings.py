@@ -4,8 +4,8 @@ import inspect
 import re
 from typing import Any
 
-ROW = re.compile(r"^(\w[\w, `.*]*?|`\w+`)(?: {2,}| ?: (?=\S))(\S.*)$")
-NAMES = re.compile(r"\w+(, `?\w+`?)*")
+ROW = re.compile(r"^(\w[\w, ]*?) {2,}(\S.*)$")
+PART = re.compile(r"^(\w[\w, ]*?)(?: {2,}|: )(\S.*)$")
 
 
 def arguments_of(thing: Any) -> set[str]:
@@ -19,19 +19,19 @@ def arguments_of(thing: Any) -> set[str]:
 def to_fields(lines: list[str], arguments: set[str], public: set[str]) -> list[str]:
     """Rows of two columns become `:param:` where they name an argument, else an entry of a list; errors become `:raises:`."""
     out: list[str] = []
-    rows: list[tuple[str, str]] = []
+    rows: list[tuple[list[str], str]] = []
 
     def flush() -> None:
         if rows:
-            out.extend(["", *(f":{field}: {text}" for field, text in rows), ""])
+            out.extend(["", *(f":{field}: {text}" for fields, text in rows for field in fields), ""])
             rows.clear()
 
     for line in lines:
-        row = re.match(r"^(\w[\w, ]*?) {2,}(\S.*)$", line)
+        row = ROW.match(line)
         if row and (rows or not out or not out[-1].strip() or all(name in arguments for name in row[1].split(", "))):
             for part in (line if ";  " in line else line + ";  ").split(";  "):
-                if found := re.match(r"^(\w[\w, ]*?)(?: {2,}|: )(\S.*)$", part.strip()):
-                    rows.append((_field(found[1], arguments), found[2]))
+                if found := PART.match(part.strip()):
+                    rows.append((_fields(found[1], arguments), found[2]))
                 elif part.strip() and rows:
                     rows[-1] = (rows[-1][0], f"{rows[-1][1]}; {part.strip()}")
         elif rows and line.startswith("    "):
@@ -43,8 +43,10 @@ def to_fields(lines: list[str], arguments: set[str], public: set[str]) -> list[s
     return [_linked(line, public) for line in _raises(out)]
 
 
-def _field(name: str, arguments: set[str]) -> str:
-    return f"param {name}" if name in arguments else name
+def _fields(names: str, arguments: set[str]) -> list[str]:
+    """One for each argument of "mean, std"; what is no argument stays as it is."""
+    parts = names.split(", ")
+    return [f"param {part}" for part in parts] if set(parts) <= arguments else [names]
 
 
 def _raises(lines: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ The direction is the difference of the mean latents of pictures drawn for two pr
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ def main(picture: str = "", out: str = "out/examples/edit.png") -> None:
     pipe = LatentPipeline.from_pretrained("emoji")
     stage = pipe.stage
 
-    def latents_of(pictures: list[Image.Image]) -> torch.Tensor:
+    def latents_of(pictures: Sequence[Image.Image]) -> torch.Tensor:
         return stage.encode(to_images([one.convert("RGB").resize(pipe.native_size) for one in pictures]))  # B C h w
 
     first, second = (latents_of([one.image for one in pipe(prompt, n=4, seed=1)]).mean(0) for prompt in (FROM, TO))

@@ -5,6 +5,7 @@
 A line that stands on several pages runs once, on the first.
 """
 
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,6 +182,15 @@ def test_every_verb_has_its_row():
     for group, verbs in GROUPS.items():
         rows = "\n".join(f"| `{name}` | {verb.summary} |" for name, verb in verbs.items())
         assert f"## {group}\n\n| verb | does |\n|---|---|\n{rows}\n" in page
+
+
+def test_every_dependency_has_its_row():
+    page = (ROOT / "docs" / "dependencies.md").read_text()
+    rows = {name.strip(" *") for cell in re.findall(r"^\| ([^|]+) \|", page, re.M) for name in cell.split(",")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for wanted in (*project["dependencies"], *itertools.chain.from_iterable(project["optional-dependencies"].values())):
+        name = re.split(r"[\[<>=]", wanted)[0]
+        assert name in rows or (name.startswith("types-") and "types-" in rows), name
 
 
 def test_pages_speak_of_no_private_path():

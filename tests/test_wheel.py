@@ -44,8 +44,8 @@ def site(tmp_path_factory):
 
 def test_draws_from_any_folder(site, tmp_path):
     code = (
-        "import latentpipe.checkpoints.vae_io as w, latentpipe.checkpoints.registry as v, latentpipe.cli.app as c;"
-        "print(w.shipped(), v.configs_folder());"
+        "import latentpipe.checkpoints.registry as v, latentpipe.cli.app as c;"
+        "print(v.bundled_weights_dir(), v.configs_folder());"
         "raise SystemExit(c.main(['generate', 'red apple', '--steps', '2', '--seed', '1']))"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}

@@ -162,7 +162,7 @@ def _lists(app: App) -> None:
         return [{"name": name, **facts(path)} for name, path in available("lora").items()]
 
     def stop(request: gr.Request) -> int:
-        """Stop the jobs of this session (session_hash); returns how many there were. Unfinished pictures are still returned."""
+        """Stop the jobs of this session (session_hash); returns how many there were. Pictures with steps done are returned."""
         return app.jobs.stop(request)
 
     def health() -> dict[str, Any]:

@@ -83,7 +83,13 @@ def vae_of(model: Path) -> Path:
 
 
 def find_model(name: str | Path, kind: str = "models") -> Path:
-    """The folder or single file that a name or a path means; UserError lists the names there are."""
+    """The folder or single file that a name or a path means.
+
+    name  of one that ships, is installed, was pulled (ORG/NAME) or belongs to another tool; or a folder or a file
+    kind  "models", "vae", "lora", "adapters" or "configs"
+
+    UserError lists the names there are.
+    """
     what = "VAE" if kind == "vae" else kind.removesuffix("s")
     if not str(name).strip():
         raise UserError(f"The {what} has an empty name; give a name ('latentpipe ls'), a folder or a file.")

@@ -51,7 +51,14 @@ def declared_space(path: Path) -> LatentSpace:
 
 
 def load_vae(path: Path, dtype: torch.dtype = torch.float32, **given: Any) -> Any:
-    """An autoencoder from a folder or a file, strictly, in eval mode; arguments as for `open_vae`."""
+    """An autoencoder (a diffusers class, or one of the same methods) from a folder or a file, strictly, in eval mode.
+
+    path   a diffusers folder, or a safetensors file with diffusers', LDM's (also within a checkpoint) or TAESD's keys
+    given  what a file does not state, and wins over it: scaling_factor, shift_factor, downscale (picture side / latent side),
+           norm_groups; left out, it is measured on probe images, which a warning says
+
+    UserError where the file is no VAE, its tensors do not fit its config, or a value can neither be read nor measured.
+    """
     vae = open_vae(path, **given)
     with quiet():
         return torch.nn.Module.to(vae.build(), dtype)

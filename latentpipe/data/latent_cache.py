@@ -59,7 +59,18 @@ class LatentCache:
 def encode_folder(
     folder: Path, vae_folder: Path, out: Path, size_px: int, batch: int = 32, progress=None, column: str | None = None
 ) -> LatentCache:
-    """Encode every picture of a folder and write the cache file `out` (safetensors), atomically; `column` as for `read_index`."""
+    """Encode every picture of a folder, and write the cache file `out` atomically.
+
+    folder      pictures with captions, subfolders included; broken ones are skipped and told
+    vae_folder  of the VAE; the cache holds its hash
+    out         a safetensors file
+    size_px     side that pictures are brought to
+    batch       pictures that are encoded at once
+    progress    wraps the iterable of batches, as tqdm does
+    column      that captions are read from; None: text, caption or prompt
+
+    UserError: nothing to read, another ending of `out`, a size that the VAE does not take, or latents beyond the range of fp16.
+    """
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: the cache is a safetensors file; give it that ending.")
     refuse_name(out)

@@ -22,6 +22,7 @@ from latentpipe.lora.merge import Weight
 from latentpipe.lora.prompt_tags import split_tags
 from latentpipe.pipelines.latent_pipeline import LatentPipeline, Picture
 from latentpipe.pipelines.metadata import recipe as recipes
+from latentpipe.pipelines.metadata.stated import check_completed
 from latentpipe.pipelines.sampling import Settings, Step
 from latentpipe.utils.errors import UserError, expect
 from latentpipe.utils.images import open_picture, picture_file
@@ -50,7 +51,7 @@ class Finished:
 
 
 class Engine:
-    """Runs jobs of one pipeline, one after another."""
+    """Runs jobs of one pipeline, one after another, with events; one job at a time on one device, whoever asks."""
 
     def __init__(self, pipe: LatentPipeline) -> None:
         self.pipe = pipe
@@ -206,7 +207,7 @@ def _stated(path: Path, old: recipes.Recipe, model: str | Path, config: Path | N
     """What is to be said on the model: as then of a single file; a folder with the same weights says it itself."""
     if not find_model(model).is_file():
         return Stated(config=config, parts=tuple(parts))
-    recipes.check_completed(path, old, config, parts)
+    check_completed(path, old.stated, config, parts)
     then = old.stated or recipes.Stated()
     return Stated(then.family, then.prediction, config, tuple(parts))
 

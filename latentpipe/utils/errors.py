@@ -8,7 +8,10 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Given, expected, what to do next; printed without a traceback, and the command line exits with status 2."""
+    """A mistake that a person can mend: its message says what was given, what was expected and what to do next.
+
+    The command line prints it without a traceback and exits with status 2. It is a ValueError, so that programs catch it as one.
+    """
 
 
 class Cancelled(Exception):

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
+from latentpipe.pipelines.metadata.stated import Stated as Stated
 from latentpipe.utils.defaults import MAX_BATCH as MAX_BATCH
 from latentpipe.utils.defaults import MAX_PROMPT as MAX_PROMPT
 from latentpipe.utils.defaults import MAX_SEED as MAX_SEED
@@ -36,7 +37,6 @@ OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0},
 DESCRIPTION, EXIF_IFD, USER_COMMENT = 0x010E, 0x8769, 0x9286  # EXIF tags
 MAX_JPEG_EXIF = 65_000
 Unit = Annotated[float, Field(ge=0, le=1)]
-Name = Annotated[str, Field(max_length=200)]
 AnyRecipe = TypeVar("AnyRecipe", bound=BaseModel)
 
 
@@ -48,18 +48,6 @@ class Source(BaseModel):
     """Hash of its pixels (RGB, as encoded)."""
     strength: Unit
     """Share of the schedule that was run; 1 forgets the picture."""
-
-
-class Stated(BaseModel):
-    """What was stated when the model's single file was opened; of files and folders the names: paths mean nothing elsewhere."""
-
-    model_config = ConfigDict(extra="forbid")
-    family: str | None = Field(None, max_length=32)
-    prediction: Literal["epsilon", "v", "v-zsnr"] | None = None
-    config: Name | None = None
-    """Name of the folder that the configs are from."""
-    parts: dict[Annotated[str, Field(max_length=32)], Name] = Field(default_factory=dict, max_length=8)
-    """Components that another file or folder completes, and its name."""
 
 
 class Machine(BaseModel):
@@ -80,20 +68,31 @@ class Recipe(BaseModel):
     version: Literal[1] = VERSION
     prompt: str = Field(max_length=MAX_PROMPT)
     negative: str = Field("", max_length=MAX_PROMPT)
+    """What the picture should not show."""
     seed: int = Field(ge=0, le=MAX_SEED)
+    """Of this picture's noise, drawn on the CPU."""
     steps: int = Field(ge=1, le=1000)
+    """Denoising steps of the schedule."""
     guidance: float = Field(ge=0, le=100)
+    """Scale of classifier-free guidance."""
     guidance_interval: tuple[Unit, Unit] = (0.0, 1.0)
+    """Part of the steps that was guided, as shares."""
     scheduler: str = Field(max_length=64)
     width: int = Field(ge=1, le=16384)
+    """Pixels."""
     height: int = Field(ge=1, le=16384)
+    """Pixels."""
     batch_index: int = Field(0, ge=0, lt=MAX_BATCH)
+    """Place in the batch that it was drawn in."""
     batch_size: int = Field(1, ge=1, le=MAX_BATCH)
     model: str = Field(max_length=200)
+    """Name of the model."""
     stated: Stated | None = None
     """What the model's file does not say itself; left out of the JSON where nothing was stated."""
     vae: str | None = Field(None, max_length=200)
+    """Name of the VAE that decoded it; None: the model's own."""
     adapter: str | None = Field(None, max_length=200)
+    """Name of the adapter to that VAE, where there was one."""
     loras: dict[str, float | dict[str, float]] = Field(default_factory=dict, max_length=64)
     """Adapters and their weights (one, or by component)."""
     lora_method: str = Field("sum", max_length=32)
@@ -232,19 +231,6 @@ def parsed(path: Path, text: str, schema: type[AnyRecipe]) -> AnyRecipe:
         raise UserError(f"{path}: its recipe is damaged in: {where}.") from None
     except ValueError as error:
         raise UserError(f"{path}: its recipe is not JSON ({error}).") from None
-
-
-def check_completed(path: Path, recipe: Recipe, config: Path | None, parts: Sequence[Path]) -> None:
-    """UserError where a picture's model was opened with a config folder or parts that are not given now."""
-    stated = recipe.stated or Stated()
-    wanted = []
-    if stated.config is not None and config is None:
-        wanted.append(f"the configs of the folder '{stated.config}' (--config)")
-    if stated.parts and not parts:
-        from_files = ", ".join(f"its {name} from '{file}'" for name, file in stated.parts.items())
-        wanted.append(f"{from_files} (--parts)")
-    if wanted:
-        raise UserError(f"{path}: its model was opened with {' and '.join(wanted)}; give replay the same.")
 
 
 def a1111_text(recipe: Recipe) -> str:
