@@ -27,7 +27,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent.parent / "tests"), str(Path(__file__).parent)]
+TESTS = Path(__file__).parent.parent / "tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "checkpoints" / "single_file"), str(Path(__file__).parent)]
 
 import mutate  # noqa: E402
 import numpy as np  # noqa: E402
@@ -63,6 +64,36 @@ class Tally:
     slowest_s: float = 0.0
     most_mb: float = 0.0
     sentences: Counter[str] = field(default_factory=Counter)
+
+
+def _single_file(at: Path) -> None:
+    """A denoiser with its text encoder, a VAE, the YAML that A1111 reads, a config folder; fp16, so that values are looked at."""
+    import written
+
+    pipe, half = written.classic(), torch.float16
+    pipe.save_pretrained(at / "config")
+    for path in [*at.rglob("*.safetensors"), *(at / "config" / "tokenizer").glob("special*")]:
+        path.unlink()
+    tensors = written.of_sd1(pipe)
+    vae = {name: value for name, value in tensors.items() if name.startswith(written.VAE)}
+    rest = {name: value for name, value in tensors.items() if name not in vae}
+    written.write(rest, at / "model.safetensors", half, {"modelspec.prediction_type": "v"})
+    written.write(rest, at / "beside.safetensors", half)
+    written.write(vae, at / "vae.safetensors", half)
+    (at / "beside.yaml").write_text("model:\n  params:\n    parameterization: v\n    zsnr: true\n")
+
+
+def _open_single_file(at: Path) -> Any:
+    from latentpipe.checkpoints.pipeline_io import hashes, load_pipeline
+    from latentpipe.checkpoints.single_file.describe import describe_file
+    from latentpipe.checkpoints.single_file.gather import Stated, open_file
+
+    stated = Stated("sd1", None, at / "config", (at / "vae.safetensors",))
+    json.dumps([describe_file(at / "model.safetensors", told) for told in (None, stated)], ensure_ascii=False).encode()
+    open_file(at / "beside.safetensors", stated)
+    pipe = load_pipeline(at / "model.safetensors", torch.float32, stated)
+    list(hashes(at / "model.safetensors", stated).values())
+    return [list(part.state_dict().values()) for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
 
 
 def _vae_folder(at: Path) -> None:
@@ -407,6 +438,7 @@ READERS: dict[str, Reader] = {
     "vae-file": Reader(_vae_file, _open_vae),
     "tiny-vae-file": Reader(_tiny_file, _open_vae),
     "model": Reader(_model, _open_model),
+    "single-file": Reader(_single_file, _open_single_file),
     "lora": Reader(_lora, _open_lora),
     "lora-kohya": Reader(lambda at: _lora(at, "kohya"), _open_lora),
     "peft": Reader(_peft, _open_lora),

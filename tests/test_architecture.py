@@ -43,7 +43,7 @@ ROOMS = {
         extract matching fusion
     """,
     "pipelines": """
-        facade families metadata.recipe metadata.third_party prompt_weighting sampling denoise lora_manager
+        facade families metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling denoise lora_manager
         metadata.reader picture swap verdict_cache vocabulary latent_pipeline
     """,
     "engine": """

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "dev"))
 
 import fuzz
 
-SHARE = {"model": 4, "vae-folder": 6, "vae-file": 8, "config": 10}
+SHARE = {"model": 4, "single-file": 8, "vae-folder": 6, "vae-file": 8, "config": 10}
 
 
 @pytest.mark.parametrize("name", list(fuzz.READERS))

@@ -170,6 +170,7 @@ def _axes(values: dict[str, Any]) -> None:
 def _replayed(values: dict[str, Any]) -> None:
     """The recipe, and what it needs that is not installed."""
     from latentpipe.pipelines.metadata import recipe as recipes
+    from latentpipe.pipelines.metadata.stated import check_completed
 
     wrong = [text for text in values["lora"] if not text.partition("=")[2]]
     if wrong:
@@ -188,6 +189,8 @@ def _replayed(values: dict[str, Any]) -> None:
                 f"The recipe names the {option} '{name}', which is not installed ('latentpipe ls' lists what is); "
                 f"give its folder with --{option}."
             )
+    if find_model(values["model"] or old.model).is_file():
+        check_completed(values["picture"], old.stated, values["config"], values["parts"])
 
 
 def _merged(values: dict[str, Any]) -> None:

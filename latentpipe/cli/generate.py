@@ -184,6 +184,8 @@ def replay(
     image: Path | None = None,
     device: str | None = None,
     out: Path | None = None,
+    config: Path | None = None,
+    parts: tuple[Path, ...] = (),
 ) -> None:
     """Draw the picture in a file again from its recipe and compare every pixel.
 
@@ -196,11 +198,13 @@ def replay(
         image: The picture that img2img began from.
         device: cpu, cuda or mps.
         out: Where to save the new picture; left out: only compare.
+        config: The diffusers folder with the configs of a single file, where it was drawn with one.
+        parts: Files or diffusers folders that complete a single file, where it was drawn with some.
     """
     from latentpipe import replay as run
 
     files = {name: Path(file) for name, _, file in (text.partition("=") for text in lora)}
-    result = run(picture, model, vae, image, device, adapter, files)
+    result = run(picture, model, vae, image, device, adapter, files, config=config, parts=parts)
     if out is not None:
         result.picture.save(out)
         print(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentpipe.checkpoints.registry import is_installed, named_lora
+from latentpipe.checkpoints.registry import find_model, is_installed, named_lora
+from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.compatibility.latent_adapter import own_adapter
 from latentpipe.engine.jobs import Waiting, events_of
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.prompt_tags import split_tags
 from latentpipe.pipelines.latent_pipeline import LatentPipeline, Picture
 from latentpipe.pipelines.metadata import recipe as recipes
+from latentpipe.pipelines.metadata.stated import check_completed
 from latentpipe.pipelines.sampling import Settings, Step
 from latentpipe.utils.errors import UserError, expect
 from latentpipe.utils.images import open_picture, picture_file
@@ -129,32 +131,29 @@ def replay(
     adapter: str | Path | None = None,
     loras: Mapping[str, Path] | None = None,
     report: ProgressCallback | None = None,
+    config: Path | None = None,
+    parts: Sequence[Path] = (),
 ) -> Replay:
     """Draw the picture in a file again from its recipe and compare.
 
     `model`, `vae` and `adapter` (names or places) stand in for the recipe's names, which resolve among the shipped and the
     user's own only; `source` is the picture that img2img began from; `loras` gives the files of adapters by their names in the
-    recipe; `report` is called after each step. UserError names every weight that differs.
+    recipe; `report` is called after each step. A single file is opened with the family and the prediction that were stated then;
+    `config` and `parts` (`Stated`) are to be given again, and a UserError says where they are needed. UserError names every
+    weight that differs.
     """
     expect("path", path, (str, Path), "the path of a picture that latentpipe wrote")
     old = recipes.read(Path(path))
-    pipe = _as_then(path, old, model, vae, device, adapter, loras or {})
-    settings: dict[str, Any] = {
-        "negative": old.negative,
-        "steps": old.steps,
-        "guidance": old.guidance,
-        "guidance_interval": old.guidance_interval,
-        "scheduler": old.scheduler if old.scheduler != type(pipe.host.scheduler).__name__ else None,
-        "size": (old.width, old.height),
-        **_source(old, source),
-    }
+    model = model or _name(old.model)
+    stated = _stated(path, old, model, config, parts)
+    pipe = _as_then(path, old, model, stated, vae, device, adapter, loras or {})
 
     def on_step(step: Step) -> bool:
         if report is not None:
             report(step.step, step.steps, "draw again")
         return step.step == old.stopped_after
 
-    chosen = pipe.check(Settings(**settings))
+    chosen = pipe.check(_settings(pipe, old, source))
     pictures = pipe.literal(old.prompt, old.batch_size, old.seed - old.batch_index, on_step, chosen)
     picture = pictures[old.batch_index]
     with picture_file(path) as stored:
@@ -172,7 +171,8 @@ def replay(
 def _as_then(
     path: Path,
     old: recipes.Recipe,
-    model: str | Path | None,
+    model: str | Path,
+    stated: Stated,
     vae: str | Path | None,
     device: str | None,
     adapter: str | Path | None,
@@ -183,9 +183,10 @@ def _as_then(
         vae = _name(old.vae, "vae")
     if old.adapter and adapter is None:
         adapter = own_adapter(old.adapter)
-    model = model or _name(old.model)
     # The hashes below decide; whether VAE and adapters fitted was decided when the picture was drawn.
-    pipe = LatentPipeline.from_pretrained(model, vae, device or _device(old), _dtype(old.machine.dtype), adapter, force=True)
+    pipe = LatentPipeline.from_pretrained(
+        model, vae, device or _device(old), _dtype(old.machine.dtype), adapter, force=True, stated=stated
+    )
     for name in old.loras:
         lora = pipe.loras.open(loras.get(name) or named_lora(name))
         pipe.loras.mixer.load(dataclasses.replace(lora, name=name), partial=True)
@@ -202,6 +203,15 @@ def _as_then(
     return pipe
 
 
+def _stated(path: Path, old: recipes.Recipe, model: str | Path, config: Path | None, parts: Sequence[Path]) -> Stated:
+    """What is to be said on the model: as then of a single file; a folder with the same weights says it itself."""
+    if not find_model(model).is_file():
+        return Stated(config=config, parts=tuple(parts))
+    check_completed(path, old.stated, config, parts)
+    then = old.stated or recipes.Stated()
+    return Stated(then.family, then.prediction, config, tuple(parts))
+
+
 def _causes(old: recipes.Recipe, new: recipes.Recipe) -> list[str]:
     """What differs between the two machines, in words."""
     rows = [
@@ -209,6 +219,19 @@ def _causes(old: recipes.Recipe, new: recipes.Recipe) -> list[str]:
     ]
     rows += [(name, version, new.machine.versions.get(name, "not installed")) for name, version in old.machine.versions.items()]
     return [f"{name}: {before} then, {now} now" for name, before, now in rows if before != now]
+
+
+def _settings(pipe: LatentPipeline, old: recipes.Recipe, source: Path | None) -> Settings:
+    """The settings that a picture was drawn with."""
+    return Settings(
+        negative=old.negative,
+        steps=old.steps,
+        guidance=old.guidance,
+        guidance_interval=old.guidance_interval,
+        scheduler=old.scheduler if old.scheduler != type(pipe.host.scheduler).__name__ else None,
+        size=(old.width, old.height),
+        **_source(old, source),
+    )
 
 
 def _source(old: recipes.Recipe, source: Path | None) -> dict[str, Any]:

@@ -29,7 +29,8 @@ from latentpipe.pipelines import prompt_weighting, vocabulary
 from latentpipe.pipelines.denoise import check_family, check_host, denoise, is_classic, native_size, size_unit
 from latentpipe.pipelines.families import expected_latents, finish
 from latentpipe.pipelines.lora_manager import LoraManager
-from latentpipe.pipelines.picture import Picture, recipe_of
+from latentpipe.pipelines.metadata import recipe as recipes
+from latentpipe.pipelines.picture import Picture, recipe_of, stated_in_recipe
 from latentpipe.pipelines.sampling import OnStep, Settings, Step, check_settings, drawn_seed, settings_of
 from latentpipe.pipelines.swap import host_stage, judge_stages, stage_of
 from latentpipe.pipelines.verdict_cache import judged, refuse_other_shape
@@ -54,6 +55,7 @@ class LatentPipeline:
     hashes   content hash of each part that makes the pictures (left out: computed from the weights in memory when they are first
              asked for); `base`: of the parts that the host came with in its files
     words    those that the model was trained on, where its card lists them
+    stated   what was stated on the model's single file, as a recipe keeps it
     """
 
     host: Any
@@ -65,6 +67,7 @@ class LatentPipeline:
     base: Mapping[str, str] = field(default_factory=dict)
     preview_map: dict[str, list] | None = None
     words: frozenset[str] = field(default=frozenset(), repr=False)
+    stated: recipes.Stated | None = field(default=None, repr=False)
     loras: LoraManager = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -123,7 +126,10 @@ class LatentPipeline:
             host = move_pipeline(load_pipeline(folder, DTYPES[dtype], stated), device)
             card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
             own = read_preview(folder / "vae" / PREVIEW_FILE, LatentSpace.of(host.vae).channels)
-            pipe = cls(host, name=name_of(folder), hashes=hashes(folder, stated), preview_map=own, words=known_words(card))
+            kept = stated_in_recipe(folder, stated)
+            pipe = cls(
+                host, name=name_of(folder), hashes=hashes(folder, stated), preview_map=own, words=known_words(card), stated=kept
+            )
             return pipe if vae is None else pipe.with_vae(vae, folder, adapter, force)
 
         return run_in_thread(opened)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from latentpipe.checkpoints.single_file.gather import Stated, completing, open_file
 from latentpipe.pipelines.families import family_of
 from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.sampling import Settings
 from latentpipe.utils.errors import expect
+from latentpipe.utils.io import printable
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,25 @@ class Picture:
         expect("path", path, (str, Path), "the path of a file to write")
         recipes.save(self.image, Path(path), self.recipe)
         return Path(path)
+
+
+def stated_in_recipe(model: Path, stated: Stated | None) -> recipes.Stated | None:
+    """What a recipe keeps of what was stated on a model's single file; None where that changed nothing, and for a folder."""
+    if stated is None or not model.is_file():
+        return None
+    config = None if stated.config is None else _name(stated.config)
+    parts = completing(open_file(model, stated), stated) if stated.parts else {}
+    kept = recipes.Stated(
+        family=stated.family,
+        prediction=stated.prediction,  # type: ignore[arg-type]  # opening the file refuses any other
+        config=config,
+        parts={component: _name(place) for component, place in parts.items()},
+    )
+    return None if kept == recipes.Stated() else kept
+
+
+def _name(place: Path) -> str:
+    return printable(Path(place).resolve().name)[:200]
 
 
 def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, stopped: int | None) -> recipes.Recipe:
@@ -50,6 +71,7 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
         height=settings.size[1],
         batch_size=n,
         model=pipe.name,
+        stated=pipe.stated,
         vae=pipe.vae_name,
         adapter=pipe.adapter_name,
         source=source,

@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 
 from latentpipe import Recipe, UserError
 from latentpipe.pipelines.metadata import recipe
-from latentpipe.pipelines.metadata.recipe import Machine, Source
+from latentpipe.pipelines.metadata.recipe import Machine, Source, Stated
 
 MACHINE = Machine(device="cpu", dtype="float32", threads=1, processor="x", versions={"torch": "2"})
 TEXT = st.text(max_size=60)  # any unicode but surrogates, which no encoding holds
@@ -235,3 +235,31 @@ def test_other_programs_descriptions_are_no_recipes(tmp_path: Path) -> None:
     draw_shape("red", "bar").save(tmp_path / "x.jpg", exif=tags.tobytes())
     with pytest.raises(UserError, match="carries no latentpipe recipe"):
         recipe.read(tmp_path / "x.jpg")
+
+
+# --- what was stated on a single file -----------------------------------------------------------------------
+
+AS_EVER = (
+    '{"version":1,"prompt":"red circle","negative":"bar","seed":7,"steps":20,"guidance":3.5,"guidance_interval":[0.1,0.9],'
+    '"scheduler":"ddim","width":64,"height":48,"batch_index":1,"batch_size":3,"model":"emoji","vae":"other","adapter":null,'
+    '"loras":{},"lora_method":"sum","lora_fused":true,"source":{"sha256":"SOURCE","strength":0.4},"stopped_after":4,'
+    '"hashes":{"unet":"UNET","vae":"VAE","text_encoder":"TEXT"},'
+    '"machine":{"device":"cpu","dtype":"float32","threads":1,"processor":"x","versions":{"torch":"2"}}}'
+)
+
+
+def test_the_json_without_a_statement_is_as_ever_to_the_byte() -> None:
+    text = AS_EVER
+    for word, byte in (("SOURCE", "ab"), ("UNET", "12"), ("VAE", "34"), ("TEXT", "56")):
+        text = text.replace(word, byte * 32)
+    plain = some_recipe()
+    assert plain.model_dump_json() == text
+    assert json.dumps(plain.model_dump(mode="json"), separators=(",", ":")) == text
+    assert Recipe.model_validate_json(text) == plain
+
+
+def test_a_statement_is_written_and_read(tmp_path: Path) -> None:
+    stated = Stated(family="flux-dev", prediction="v", config="odd", parts={"vae": "ae.safetensors"})
+    for name in ("x.png", "x.jpg", "x.webp"):
+        recipe.save(draw_shape("red", "bar"), tmp_path / name, some_recipe(stated=stated))
+        assert recipe.read(tmp_path / name).stated == stated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ SLOTS: dict[str, dict[str, tuple[str, ...]]] = {
     "StableDiffusion": {"text_encoder": ("clip_l", "clip_h")},
     "Flux": {"text_encoder": ("clip_l",), "text_encoder_2": ("t5",)},
 }
+COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 PASSIVE = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor", "image_encoder", "safety_checker")
 
 
@@ -87,9 +89,10 @@ def from_folder(folder: Path, found: Identity) -> Configs:
     if not (folder / "model_index.json").is_file():
         raise UserError(f"--config {folder}: no model_index.json in it; expected a diffusers folder (its weights may be absent).")
     index = read_json(folder / "model_index.json")
+    _check_index(index, folder / "model_index.json")
     networks = {}
     for name, source in index.items():
-        if isinstance(source, list) and len(source) == 2 and source[0] and name not in PASSIVE:
+        if isinstance(source, list) and source[0] and name not in PASSIVE:
             place = folder / name / "config.json"
             networks[name] = read_json(place)
             check_config(networks[name], place)
@@ -100,6 +103,15 @@ def from_folder(folder: Path, found: Identity) -> Configs:
     if found.prediction is not None and found.prediction.source == "stated":
         scheduler = found.prediction.scheduler(scheduler)
     return Configs(index, networks, scheduler, {}, folder)
+
+
+def _check_index(index: Mapping[str, Any], place: Path) -> None:
+    """UserError where a component is no library and class; other values (flags of the pipeline) are no lists."""
+    for name, value in index.items():
+        component = isinstance(value, list | dict) or name in (*PASSIVE, *COMPONENTS)
+        two = isinstance(value, list) and len(value) == 2 and all(isinstance(word, str | None) for word in value)
+        if component and not (two and name.isidentifier() and (value[0] is None) == (value[1] is None)):
+            raise UserError(f"{place}: {name[:80]!r} is {str(value)[:80]}; expected a library and a class.")
 
 
 def _unet(part: Part) -> dict[str, Any]:

@@ -69,6 +69,13 @@ def open_file(path: Path, stated: Stated | None = None) -> Opened:
     return _complete(found, configs, stated)
 
 
+def completing(opened: Opened, stated: Stated) -> dict[str, Path]:
+    """The components of a file that stated parts complete, each with its file or folder."""
+    places = {name: source.path if isinstance(source, Part) else source.parent for name, source in opened.sources.items()}
+    given = [Path(path) for path in stated.parts]
+    return {name: place for name, place in places.items() if place in given and place != opened.path}
+
+
 def _hint(found: Identity) -> str:
     """What to do with a file that is no model."""
     return {

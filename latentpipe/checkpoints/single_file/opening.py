@@ -58,6 +58,12 @@ def assemble(opened: Opened, dtype: torch.dtype | None) -> Any:
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         encoder = name.replace("tokenizer", "text_encoder")
         given |= {name: _tokenizer(opened, name) if encoder in opened.sources else None} if name in wanted else {}
+    lacking = [name for name, one in wanted.items() if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    if lacking := [name for name in lacking if name not in given and name != "self"]:
+        place = f"{opened.configs.folder}/model_index.json"
+        raise UserError(
+            f"{place} names no {' and no '.join(lacking)}, of which a {opened.configs.pipeline} is made; fetch it again."
+        )
     return cls(**{name: value for name, value in given.items() if name in wanted})
 
 
@@ -136,6 +142,8 @@ def fill(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: tor
     for name, value in tensors.items():
         if name in wanted and value.shape != wanted[name].shape:
             problems.append(f"{name} is {tuple(value.shape)}, expected {tuple(wanted[name].shape)}")
+        elif name in wanted and wanted[name].is_floating_point() > value.is_floating_point():
+            problems.append(f"{name} is stored as {str(value.dtype).removeprefix('torch.')}, expected a float")
     if problems:
         raise UserError(_listed(what, type(model).__name__, problems))
     dtype = dtype or usual_dtype(dict(tensors))

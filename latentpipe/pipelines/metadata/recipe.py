@@ -11,15 +11,16 @@ import io
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 from PIL import Image, JpegImagePlugin, PngImagePlugin
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
+from latentpipe.pipelines.metadata.stated import Stated as Stated
 from latentpipe.utils.defaults import MAX_BATCH as MAX_BATCH
 from latentpipe.utils.defaults import MAX_PROMPT as MAX_PROMPT
 from latentpipe.utils.defaults import MAX_SEED as MAX_SEED
@@ -86,6 +87,8 @@ class Recipe(BaseModel):
     batch_size: int = Field(1, ge=1, le=MAX_BATCH)
     model: str = Field(max_length=200)
     """Name of the model."""
+    stated: Stated | None = None
+    """What the model's file does not say itself; left out of the JSON where nothing was stated."""
     vae: str | None = Field(None, max_length=200)
     """Name of the VAE that decoded it; None: the model's own."""
     adapter: str | None = Field(None, max_length=200)
@@ -109,6 +112,13 @@ class Recipe(BaseModel):
         if self.batch_index >= self.batch_size or self.seed < self.batch_index or low > high:
             raise ValueError("batch_index, batch_size, seed and guidance_interval contradict each other")
         return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        found = write(self)
+        if self.stated is None:
+            found.pop("stated", None)  # such a recipe is then read by versions that do not know the field
+        return found
 
 
 def this_machine(device: str, dtype: str, threads: int) -> Machine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -154,6 +155,12 @@ DAMAGED: list[tuple[str, str, Callable[[Tensors], Tensors], str]] = [
     ("sd1", "integers", with_(f"{UNET}out.2.weight", lambda value: value.to(torch.int8)), "stored as I8"),
     (
         "sd1",
+        "an integer bias",
+        with_(f"{UNET}out.2.bias", lambda value: value.to(torch.int16)),
+        "is stored as int16, expected a float",
+    ),
+    (
+        "sd1",
         "four bits",
         lambda tensors: tensors | {f"{UNET}out.2.weight.quant_state.bitsandbytes__nf4": torch.ones(3).byte()},
         r"bitsandbytes .nf4.",
@@ -172,6 +179,28 @@ def test_a_damaged_file_is_refused_in_a_sentence(
         load_pipeline(file, stated=Stated(config=config))
     assert "\n" not in str(raised.value)
     assert str(file) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"unet": None}, "'unet' is None; expected a library and a class"),
+        ({"unet": ["diffusers"]}, "expected a library and a class"),
+        ({"unet": [["diffusers"], "UNet2DConditionModel"]}, "expected a library and a class"),
+        ({"unet": ["diffusers", None]}, "expected a library and a class"),
+        ({"tokenizer": True}, "'tokenizer' is True; expected a library and a class"),
+        ({"unet": "left out"}, "names no unet, of which a StableDiffusionPipeline is made"),
+    ],
+)
+def test_a_damaged_index_of_a_config_folder_is_refused(made: Any, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    _, config, file = made("sd1")
+    index = json.loads((config / "model_index.json").read_text()) | change
+    index = {name: value for name, value in index.items() if value != "left out"}
+    place = Path(shutil.copytree(config, tmp_path / "config"))
+    (place / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=said) as raised:
+        load_pipeline(file, stated=Stated(config=place))
+    assert str(place) in str(raised.value)
 
 
 WHOLE: list[tuple[str, str, Callable[[Tensors], Tensors]]] = [
