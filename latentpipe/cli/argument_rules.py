@@ -169,15 +169,14 @@ def _axes(values: dict[str, Any]) -> None:
 
 def _replayed(values: dict[str, Any]) -> None:
     """The recipe, and what it needs that is not installed."""
-    from latentpipe.pipelines.metadata import recipe as recipes
-    from latentpipe.pipelines.metadata.stated import check_completed
+    from latentpipe.pipelines.metadata import recipe, stated
 
     wrong = [text for text in values["lora"] if not text.partition("=")[2]]
     if wrong:
         raise UserError(f"--lora {wrong[0]}: expected NAME=FILE, with the name that the recipe gives it ('latentpipe inspect').")
     for text in values["lora"]:
         argument_checks.file("--lora", Path(text.partition("=")[2]))
-    old = recipes.read(values["picture"])
+    old = recipe.read(values["picture"])
     if old.source is not None and values["image"] is None:
         raise UserError("This picture began from another one; give it with --image.")
     given = {text.partition("=")[0] for text in values["lora"]}
@@ -190,7 +189,7 @@ def _replayed(values: dict[str, Any]) -> None:
                 f"give its folder with --{option}."
             )
     if find_model(values["model"] or old.model).is_file():
-        check_completed(values["picture"], old.stated, values["config"], values["parts"])
+        stated.check_completed(values["picture"], old.stated, values["config"], values["parts"])
 
 
 def _merged(values: dict[str, Any]) -> None:
