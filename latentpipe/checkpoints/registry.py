@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from latentpipe.checkpoints.places.hub_cache import cached, default_cache, id_of, parse_id
-from latentpipe.checkpoints.places.tool_folders import caches
+from latentpipe.checkpoints.places.tool_folders import caches, pickle_named
 from latentpipe.checkpoints.places.tool_folders import foreign as foreign
 from latentpipe.utils.errors import UserError, near
 from latentpipe.utils.io import SUFFIXES, home, printable
@@ -110,7 +110,9 @@ def find_model(name: str | Path, kind: str = "models") -> Path:
 
 
 def _pulled(name: str) -> str:
-    """What to do where a name is a hub's id, and its cache has nothing of it."""
+    """What to do where a name is another tool's pickle, or a hub's id of which its cache has nothing."""
+    if (pickle := pickle_named(name)) is not None:
+        return f" {pickle} is a pickle; 'latentpipe convert {pickle} --out FILE.safetensors' makes a file of it that opens."
     return f" Of the hub? 'latentpipe pull {name}' fetches it." if parse_id(name) and Path(name).suffix not in SUFFIXES else ""
 
 

@@ -234,6 +234,8 @@ def _unknown(prog: str, key: str, flags: dict[str, Any]) -> str:
     meant = near("--" + key.lstrip("-").replace("_", "-"), flags)
     if not meant and key.lstrip("-") in inner:
         meant = f" Did you mean '{inner[key.lstrip('-')]}'?"
+    if "--size" in flags and key.lstrip("-").partition("=")[0] in ("width", "height", "resolution"):
+        meant = " --size WIDTHxHEIGHT says it."
     hint = meant or f" '{prog} --help' lists what there is."
     return f"{_verb(prog)}: there is no option {key}.{hint}"
 

@@ -17,6 +17,7 @@ from latentpipe.cli.argument_checks import size_of, weighted
 from latentpipe.cli.lora import Method
 from latentpipe.cli.output_paths import is_picture
 from latentpipe.utils.defaults import GUIDANCE, STEPS, STRENGTH
+from latentpipe.utils.errors import counted
 from latentpipe.utils.signals import interruption, signals_to
 from latentpipe.utils.threads import run_in_thread
 
@@ -104,6 +105,9 @@ def run(options: Generate) -> None:
     pictures, stop = _watch(Engine(run_in_thread(opened)), options.prompt, settings)
     for picture in pictures:
         print(picture.save(_place(options.out, picture.recipe, len(pictures))))
+    if (done := pictures[0].recipe.stopped_after) is not None:
+        what = "it is" if len(pictures) == 1 else "they are"
+        print(f"latentpipe: {counted(len(pictures), 'unfinished picture')} kept: {what} of step {done}", file=sys.stderr)
     stop.heed()
 
 

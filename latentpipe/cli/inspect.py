@@ -66,10 +66,12 @@ def inspect(
         config: Likewise.
         parts: Likewise.
     """
+    from latentpipe.checkpoints.single_file.refusals import refuse_unreadable
     from latentpipe.utils.io import is_safetensors
 
     file = lookup(path, {**foreign("lora"), **available("lora")}, "LoRA") or own_adapters().get(path) or Path(path)
     if file.is_file() and not (file.suffix in SUFFIXES or is_safetensors(file)):
+        refuse_unreadable(file)
         print(_of_file(file))
         return
     begin(f"reading {path}")

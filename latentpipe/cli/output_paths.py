@@ -12,6 +12,21 @@ from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import own_home, printable
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+OTHER_FILES = (
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".svg",
+    ".mp4",
+    ".webm",
+    ".pdf",
+    ".txt",
+    ".json",
+    ".safetensors",
+)
 LONGEST = 255  # bytes of a name that file systems take
 
 
@@ -84,6 +99,8 @@ def drawing(option: str, value: Path) -> None:
     _named(option, value)
     if is_picture(value):
         written(option, value)
+    elif value.suffix.lower() in OTHER_FILES and not value.is_dir():
+        raise UserError(f"{option} {value}: expected a folder, or the name of a file that ends in {', '.join(PICTURES)}.")
     else:
         room(option, value)
 

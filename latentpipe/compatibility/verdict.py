@@ -1,4 +1,4 @@
-"""From evidence to a verdict: which of the four outcomes, in which words."""
+"""From evidence to a verdict: which of the five outcomes, in which words."""
 
 from __future__ import annotations
 

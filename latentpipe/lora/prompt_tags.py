@@ -13,6 +13,7 @@ KINDS = ("lora", "lyco")  # A1111's former extension for LoHa and LoKr wrote lyc
 PARTIAL = "partial"
 FORM = "<lora:NAME:WEIGHT>"
 _TAG = re.compile(rf"<\s*(?:{'|'.join(KINDS)})\s*:([^<>]*)>", re.IGNORECASE)
+_OPEN = re.compile(rf"<\s*(?:{'|'.join(KINDS)})\s*:[^<>]*(?:$|<)", re.IGNORECASE)
 _OTHER = re.compile(r"<([A-Za-z]\w*):[^<>:\s][^<>:]*(?::[^<>]*)?>")
 
 
@@ -22,6 +23,8 @@ def split_tags(prompt: str) -> tuple[str, dict[str, float]]:
     UserError for a tag without a name, with a weight that is no number, of a kind that is not supported, or a name twice.
     """
     found: dict[str, float] = {}
+    if unclosed := _OPEN.search(prompt):
+        raise UserError(f"'{unclosed[0].rstrip('<').strip()[:80]}' in the prompt is not closed; expected {FORM}.")
     for tag, name, weight, _ in _tags(prompt):
         if not name:
             raise UserError(f"'{tag}' in the prompt names no LoRA; expected {FORM}.")

@@ -95,7 +95,7 @@ FAMILIES = (
 FAMILY_BY_CLASS = {name: host for host in FAMILIES for name in host.classes}
 
 
-# Their denoisers take the picture's latents as the VAE gives them, without its factor (tests/test_vae_calls.py reads them all).
+# Their denoisers take the picture's latents as the VAE gives them, without its factor (tests/pipelines/test_vae_calls.py reads them all).
 RAW = frozenset(
     {
         "DreamLiteMobilePipeline",
@@ -127,7 +127,11 @@ def family_of(pipe: Any) -> PipelineFamily:
     """The row of a pipeline; an unknown class gets one from its signatures, checked when it has run."""
     name = type(pipe).__name__
     if getattr(pipe, "vae", None) is None:
-        raise UserError(f"{name} has no VAE; expected one of {', '.join(FAMILY_BY_CLASS)}, or another pipeline with a `vae`.")
+        given = f"'{pipe}', of type str," if isinstance(pipe, str) else name
+        raise UserError(
+            f"{given} has no VAE; expected a diffusers pipeline of {', '.join(family.name for family in FAMILIES)}, or another "
+            "with a `vae`; LatentPipeline.from_pretrained opens a model by its name."
+        )
     return row(type(pipe))
 
 

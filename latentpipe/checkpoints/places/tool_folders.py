@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,16 @@ def foreign(kind: str) -> dict[str, Path]:
             found |= {entry.name: entry.path / "vae" for entry in there if (entry.path / "model_index.json").is_file()}
         found |= {entry.name: entry.path for entry in there if entry.kind == kind}
     return found
+
+
+def pickle_named(name: str) -> Path | None:
+    """The tools' file of that name that `ls` lists and no verb but `convert` opens; None where there is none."""
+    for one in imports():
+        with suppress(UserError, OSError):
+            for entry in entries(one):
+                if entry.name == name and not entry.opens:
+                    return entry.path
+    return None
 
 
 def entries(one: Import) -> list[Found]:

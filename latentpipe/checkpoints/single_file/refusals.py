@@ -18,8 +18,17 @@ def check_kind(path: Path) -> None:
         raise UserError(f"{path} is empty (0 bytes); fetch it again.")
     if is_safetensors(path):
         return
-    with open(path, "rb") as file:
-        head = file.read(HEAD)
+    refuse_unreadable(path)
+    raise UserError(
+        f"{path} is not a safetensors file ({size:,} bytes, which begin with {_shown(_head(path))}); fetch or export it again."
+    )
+
+
+def refuse_unreadable(path: Path) -> None:
+    """UserError where a file is what no verb reads as it is: nothing, a pointer, a page, a text of a server, GGUF, a pickle."""
+    size, head = path.stat().st_size, _head(path)
+    if not size:
+        raise UserError(f"{path} is empty (0 bytes); fetch it again.")
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         raise UserError(
@@ -36,9 +45,11 @@ def check_kind(path: Path) -> None:
             f"{path} is a pickle (or an archive of one), which can run code when it is opened; turn it into safetensors once: "
             f"latentpipe convert {path} --out FILE.safetensors."
         )
-    raise UserError(
-        f"{path} is not a safetensors file ({size:,} bytes, which begin with {_shown(head)}); fetch or export it again."
-    )
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(HEAD)
 
 
 def _shown(head: bytes) -> str:
