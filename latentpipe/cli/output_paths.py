@@ -12,21 +12,7 @@ from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import own_home, printable
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-OTHER_FILES = (
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".heic",
-    ".svg",
-    ".mp4",
-    ".webm",
-    ".pdf",
-    ".txt",
-    ".json",
-    ".safetensors",
-)
+OTHER_FILES = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".svg", ".mp4", ".webm", ".pdf", ".txt", ".safetensors")
 LONGEST = 255  # bytes of a name that file systems take
 
 

@@ -44,8 +44,8 @@ def labels(captions: Sequence[Sequence[str]], attribute: str) -> np.ndarray:
     if min(low, high) < LEAST or known.min() == known.max():
         count = int((known > 0).sum())
         raise UserError(
-            f"'{attribute}': {count:,} of {counted(len(captions), 'caption')} have it and {len(known) - count:,} do not; expected "
-            f"{LEAST} of either kind and more. Give other words of the captions ({', '.join(NAMES)}), or more pictures."
+            f"'{attribute}': {count:,} of {counted(len(captions), 'caption')} have it and {len(known) - count:,} do not; "
+            f"expected {LEAST} of either kind and more. Give other words of the captions ({', '.join(NAMES)}), or more pictures."
         )
     return found
 

@@ -95,7 +95,8 @@ FAMILIES = (
 FAMILY_BY_CLASS = {name: host for host in FAMILIES for name in host.classes}
 
 
-# Their denoisers take the picture's latents as the VAE gives them, without its factor (tests/pipelines/test_vae_calls.py reads them all).
+# Their denoisers take the picture's latents as the VAE gives them, without its factor
+# (tests/pipelines/test_vae_calls.py reads them all).
 RAW = frozenset(
     {
         "DreamLiteMobilePipeline",
