@@ -49,7 +49,7 @@ OTHERS = {
     "Module", "ConfigDict", "Field", "annotated_types", "type", "Exception", "float", "int", "str", "bool", "dict", "list",
     "tuple", "None",
     "frozenset", "bytes", "optional", "ValueError", "NoneType", "Ge", "Le", "Lt", "Gt", "MaxLen", "MinLen", "FieldInfo",
-    "Unit", "Width", "Widths", "Layers", "Side", "Precision", "Positive", "Weight", "Size",
+    "Name", "Unit", "Width", "Widths", "Layers", "Side", "Precision", "Positive", "Weight", "Size",
 }  # fmt: skip
 
 

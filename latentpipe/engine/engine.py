@@ -208,7 +208,7 @@ def _stated(path: Path, old: recipes.Recipe, model: str | Path, config: Path | N
     if not find_model(model).is_file():
         return Stated(config=config, parts=tuple(parts))
     check_completed(path, old.stated, config, parts)
-    then = old.stated or recipes.Stated()
+    then = old.stated or recipes.StatedModel()
     return Stated(then.family, then.prediction, config, tuple(parts))
 
 

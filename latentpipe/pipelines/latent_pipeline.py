@@ -67,7 +67,7 @@ class LatentPipeline:
     base: Mapping[str, str] = field(default_factory=dict)
     preview_map: dict[str, list] | None = None
     words: frozenset[str] = field(default=frozenset(), repr=False)
-    stated: recipes.Stated | None = field(default=None, repr=False)
+    stated: recipes.StatedModel | None = field(default=None, repr=False)
     loras: LoraManager = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -33,19 +33,19 @@ class Picture:
         return Path(path)
 
 
-def stated_in_recipe(model: Path, stated: Stated | None) -> recipes.Stated | None:
+def stated_in_recipe(model: Path, stated: Stated | None) -> recipes.StatedModel | None:
     """What a recipe keeps of what was stated on a model's single file; None where that changed nothing, and for a folder."""
     if stated is None or not model.is_file():
         return None
     config = None if stated.config is None else _name(stated.config)
     parts = completing(open_file(model, stated), stated) if stated.parts else {}
-    kept = recipes.Stated(
+    kept = recipes.StatedModel(
         family=stated.family,
         prediction=stated.prediction,  # type: ignore[arg-type]  # opening the file refuses any other
         config=config,
         parts={component: _name(place) for component, place in parts.items()},
     )
-    return None if kept == recipes.Stated() else kept
+    return None if kept == recipes.StatedModel() else kept
 
 
 def _name(place: Path) -> str:

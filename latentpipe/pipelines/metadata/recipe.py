@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
-from latentpipe.pipelines.metadata.stated import Stated as Stated
+from latentpipe.pipelines.metadata.stated import StatedModel as StatedModel
 from latentpipe.utils.defaults import MAX_BATCH as MAX_BATCH
 from latentpipe.utils.defaults import MAX_PROMPT as MAX_PROMPT
 from latentpipe.utils.defaults import MAX_SEED as MAX_SEED
@@ -87,7 +87,7 @@ class Recipe(BaseModel):
     batch_size: int = Field(1, ge=1, le=MAX_BATCH)
     model: str = Field(max_length=200)
     """Name of the model."""
-    stated: Stated | None = None
+    stated: StatedModel | None = None
     """What the model's file does not say itself; left out of the JSON where nothing was stated."""
     vae: str | None = Field(None, max_length=200)
     """Name of the VAE that decoded it; None: the model's own."""

@@ -13,7 +13,7 @@ from latentpipe.utils.errors import UserError
 Name = Annotated[str, Field(max_length=200)]
 
 
-class Stated(BaseModel):
+class StatedModel(BaseModel):
     """What was stated when the model's single file was opened; of files and folders the names: paths mean nothing elsewhere."""
 
     model_config = ConfigDict(extra="forbid")
@@ -27,9 +27,9 @@ class Stated(BaseModel):
     """Components that another file or folder completes, and its name."""
 
 
-def check_completed(path: Path, stated: Stated | None, config: Path | None, parts: Sequence[Path]) -> None:
+def check_completed(path: Path, stated: StatedModel | None, config: Path | None, parts: Sequence[Path]) -> None:
     """UserError where a picture's model was opened with a config folder or parts that are not given now."""
-    stated = stated or Stated()
+    stated = stated or StatedModel()
     wanted = []
     if stated.config is not None and config is None:
         wanted.append(f"the configs of the folder '{stated.config}' (--config)")
