@@ -195,7 +195,7 @@ def test_a_pipeline_without_a_vae_is_refused() -> None:
     blocks = {"block_out_channels": (8, 8), "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet = diffusers.UNet2DModel(sample_size=8, norm_num_groups=2, attention_head_dim=4, **blocks)
     pipe = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
-    with pytest.raises(UserError, match="DDPMPipeline has no VAE; expected one of StableDiffusionPipeline"):
+    with pytest.raises(UserError, match="DDPMPipeline has no VAE; expected a diffusers pipeline of Stable Diffusion 1/2, "):
         families.family_of(pipe)
 
 

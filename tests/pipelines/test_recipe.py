@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 
 from latentpipe import Recipe, UserError
 from latentpipe.pipelines.metadata import recipe
-from latentpipe.pipelines.metadata.recipe import Machine, Source, Stated
+from latentpipe.pipelines.metadata.recipe import Machine, Source, StatedModel
 
 MACHINE = Machine(device="cpu", dtype="float32", threads=1, processor="x", versions={"torch": "2"})
 TEXT = st.text(max_size=60)  # any unicode but surrogates, which no encoding holds
@@ -259,7 +259,7 @@ def test_the_json_without_a_statement_is_as_ever_to_the_byte() -> None:
 
 
 def test_a_statement_is_written_and_read(tmp_path: Path) -> None:
-    stated = Stated(family="flux-dev", prediction="v", config="odd", parts={"vae": "ae.safetensors"})
+    stated = StatedModel(family="flux-dev", prediction="v", config="odd", parts={"vae": "ae.safetensors"})
     for name in ("x.png", "x.jpg", "x.webp"):
         recipe.save(draw_shape("red", "bar"), tmp_path / name, some_recipe(stated=stated))
         assert recipe.read(tmp_path / name).stated == stated

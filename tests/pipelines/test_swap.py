@@ -281,7 +281,7 @@ def test_images_that_cannot_be_measured_on_are_refused(emoji: Any, images: Any, 
 def test_what_is_no_vae_is_refused(emoji: Any) -> None:
     with pytest.raises(UserError, match="int is no VAE"):
         check_swap(emoji, 3)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="str has no VAE"):
+    with pytest.raises(UserError, match="of type str, has no VAE"):
         check_swap("emoji", "emoji")
 
 
