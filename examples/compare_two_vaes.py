@@ -18,4 +18,6 @@ def main(folder: str, first: str = "emoji", second: str = "emoji-decoder-ft", ou
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
     main(*sys.argv[1:])

@@ -23,4 +23,6 @@ def main(folder: str, steps: str = "200", out: str = "out/examples/decoder") -> 
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
     main(*sys.argv[1:])

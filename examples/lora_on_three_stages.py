@@ -29,4 +29,6 @@ def main(folder: str, steps: str = "100", out: str = "out/examples/lora") -> Non
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
     main(*sys.argv[1:])

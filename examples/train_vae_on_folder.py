@@ -24,4 +24,6 @@ def main(folder: str, steps: str = "300", out: str = "out/examples/small-vae") -
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
     main(*sys.argv[1:])

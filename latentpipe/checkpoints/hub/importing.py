@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from latentpipe.checkpoints.hub.pull import size_of
@@ -37,17 +38,27 @@ def note(tool: str, path: Path) -> list[str]:
         raise UserError(f"{path}: nothing of {tool} is there; expected {EXPECTED[tool]}.")
     rows = as_rows(imports())
     row = {"from": tool, "path": str(place)}
-    if row not in rows:
+    noted = [one for one in imports() if one.tool == tool and (one.path == place or _holds(one, known))]
+    if not noted:
         target = folders_file()
         with atomic_file(target) as part:
             part.write_text(HEAD + yaml.safe_dump([*rows, row], sort_keys=False, allow_unicode=True), "utf-8")
     lines = [f"{kind:12}{count:,}" for kind, count in counted_by_kind(found).items()]
     pickles = sum(not entry.opens for entry in found)
     if pickles:
-        lines.append(
-            f"{pickles:,} of them are pickles (.ckpt, .pt, ...): 'latentpipe convert FILE --out NEW.safetensors' turns one."
-        )
+        are = "is a pickle" if pickles == 1 else "are pickles"
+        lines.append(f"{pickles:,} of them {are} (.ckpt, .pt, ...): 'latentpipe convert FILE --out NEW.safetensors' turns one.")
+    if noted and noted[0].path != place:
+        lines.append(f"nothing was added: {noted[0].path} is noted already, and holds all of it")
     return [*lines, str(folders_file())]
+
+
+def _holds(one: Import, known: Sequence[object]) -> bool:
+    """Whether a folder that is noted has the same places, as ComfyUI's folder and its models folder do."""
+    try:
+        return one.tool in ("comfyui", "a1111") and set(known) <= set(roots(one.tool, one.path))
+    except (UserError, OSError):  # it is away
+        return False
 
 
 def rows_of(kind: str = "all") -> dict[str, list[str]]:

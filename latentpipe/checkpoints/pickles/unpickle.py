@@ -41,6 +41,8 @@ def unpickle(source: Path, target: Path) -> Unpickled:
     UserError names what is refused: code, other things than tensors, more memory than its size explains.
     """
     size = check_file(source)
+    if not size:
+        raise UserError(f"{source} is empty (0 bytes); fetch it again.")
     found = _asked([str(source.resolve()), str(target), SHARE * size + ROOM])
     if "No space left" in str(found.get("failed")):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))

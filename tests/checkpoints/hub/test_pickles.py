@@ -18,7 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from latentpipe.checkpoints.pickles import child
+from latentpipe.checkpoints.pickles.unpickle import unpickle
 from latentpipe.cli.app import main
+from latentpipe.utils.errors import UserError
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -204,3 +206,10 @@ def test_the_process_is_bounded_and_leaves_nothing(tmp_path: Path, capsys: pytes
     assert main(["convert", str(tmp_path / "evil.pt"), "--out", str(tmp_path / "x.safetensors")]) == 2
     assert "which is code" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pt", "large.pt"]
+
+
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").touch()
+    with pytest.raises(UserError, match=r"a\.ckpt is empty \(0 bytes\); fetch it again"):
+        unpickle(tmp_path / "a.ckpt", tmp_path / "b.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from latentpipe.checkpoints.places.tool_folders import Import, entries, folders_file, foreign
+from latentpipe.checkpoints.places.tool_folders import Import, entries, folders_file, foreign, imports
 from latentpipe.checkpoints.registry import bundled_weights_dir, find_lora, find_model, name_of, named_lora
 from latentpipe.cli.app import main
 from latentpipe.utils.errors import UserError
@@ -325,3 +325,17 @@ def test_where_the_list_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("APPDATA", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert folders_file() == tmp_path / ".config" / "latentpipe" / "folders.yaml"
+
+
+def test_the_same_files_are_noted_once(tmp_path: Path, model_folder: Path) -> None:
+    from latentpipe.checkpoints.hub.importing import note
+
+    root = comfyui(tmp_path / "ComfyUI", model_folder)
+    note("comfyui", root)
+    rows = imports()
+    assert note("comfyui", root)[-1] == str(folders_file())
+    assert f"nothing was added: {root} is noted already" in note("comfyui", root / "models")[-2]
+    assert imports() == rows
+    (tmp_path / "other" / "models" / "vae").mkdir(parents=True)
+    note("comfyui", tmp_path / "other")
+    assert [one.label for one in imports()] == ["comfyui", "comfyui-2"]
