@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import NoReturn
 
 from latentpipe.utils.signals import interruptible, leave, say, status_of
+
+OTHERS = ("train", "ui")  # verbs that use most of what others leave alone
 
 
 def main() -> NoReturn:
@@ -15,6 +18,10 @@ def main() -> NoReturn:
     try:
         with interruptible():
             from latentpipe.cli.app import main as run
+            from latentpipe.utils.deferred_imports import put_off
+
+            if not sys.argv[1:] or not sys.argv[1].startswith(OTHERS):
+                put_off()
 
             status = run()
     except KeyboardInterrupt as error:

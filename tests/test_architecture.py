@@ -18,8 +18,8 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 # A room imports from those above it; a module from those before it in its own room, and from its own package.
 ROOMS = {
     "utils": """
-        atomic defaults errors cancellation logging out_of_memory progress signals system threads yaml_loader reading
-        images io
+        atomic defaults deferred_imports errors cancellation logging out_of_memory progress signals system threads yaml_loader
+        reading images io
     """,
     "vae": """
         entropy_model latent_space offload precision probe_images tiling.feature_map tiling.support tiling.tiled
@@ -32,7 +32,7 @@ ROOMS = {
         tensor_source merge model_files vae_file convert single_file.parts single_file.unet single_file.families
         single_file.prediction single_file.refusals single_file.identify single_file.tokenizers single_file.configs
         single_file.gather single_file.tables single_file.tensors single_file.opening single_file.hashes
-        single_file.folders single_file.describe single_file.vae vae_io fp16 pipeline_io in_memory
+        single_file.folders single_file.describe single_file.vae vae_io fp16 plain_text pipeline_io in_memory
     """,
     "compatibility": """
         latent_adapter measure verdict

@@ -123,7 +123,7 @@ class LatentPipeline:
             refuse_other_shape(folder, vae)  # before anything is read
 
         def opened() -> LatentPipeline:
-            host = move_pipeline(load_pipeline(folder, DTYPES[dtype], stated), device)
+            host = move_pipeline(load_pipeline(folder, DTYPES[dtype], stated, to_draw=True), device)
             card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
             own = read_preview(folder / "vae" / PREVIEW_FILE, LatentSpace.of(host.vae).channels)
             kept = stated_in_recipe(folder, stated)
