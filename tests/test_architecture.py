@@ -43,8 +43,8 @@ ROOMS = {
         extract matching fusion
     """,
     "pipelines": """
-        facade families metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling denoise lora_manager
-        metadata.reader picture swap verdict_cache vocabulary latent_pipeline
+        facade families metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling denoise batches
+        lora_manager metadata.reader picture swap verdict_cache vocabulary latent_pipeline
     """,
     "engine": """
         jobs engine pipeline_cache xy_grid.axes xy_grid.sheet xy_grid.plot
@@ -74,7 +74,7 @@ ROOMS = {
     """,
     "cli": """
         argument_checks argument_parser codec common anomaly data edit evaluate explore fit_adapter hub lora inspect
-        output_paths argument_rules generate grid train ui vae app
+        output_paths prompt_file argument_rules generate grid train ui vae app
     """,
 }
 MODULES = [f"{room}.{module}" for room, modules in ROOMS.items() for module in modules.split()]

@@ -273,7 +273,7 @@ def _take_positional(prog: str, options: list[Option], call: Call) -> None:
 
 
 def _value(prog: str, option: Option, word: str) -> Any:
-    if option.optional and word == "None":
+    if option.optional and word == "None" and not option.positional:
         return None
     if option.choices:
         if word not in option.choices:

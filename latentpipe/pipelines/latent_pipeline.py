@@ -180,9 +180,29 @@ class LatentPipeline:
     def literal(self, prompt: str, n: int, seed: int | None, on_step: OnStep | None, chosen: Settings) -> list[Picture]:
         """As a call, with checked settings and a prompt in which nothing is a tag, as a recipe's is."""
         seed = drawn_seed(n, seed)
-        prompt_weighting.check(self.host, prompt, chosen.negative)
+        images, notes, stopped = self._drawn([prompt] * n, list(range(seed, seed + n)), on_step, chosen)
+        base = recipe_of(self, prompt, seed, n, chosen, stopped)
+        own = [base.model_copy(update={"seed": seed + i, "batch_index": i}) for i in range(len(images))]
+        return [Picture(image, recipe, notes[prompt]) for image, recipe in zip(images, own, strict=True)]
+
+    def several(self, pictures: Sequence[tuple[str, int]], on_step: OnStep | None = None, **settings: Any) -> list[Picture]:
+        """A picture of each prompt and seed, in one batch, each with a recipe of its own; all say the same of LoRA adapters."""
+        chosen = self.check(settings_of(settings))
+        note_negative(chosen.negative)
+        prompts = [split_tags(prompt)[0] for prompt, _ in pictures]
+        with self.loras.more(split_tags(pictures[0][0])[1], partial_tags(pictures[0][0])):
+            images, notes, stopped = self._drawn(prompts, [seed for _, seed in pictures], on_step, chosen)
+            one = zip(prompts, pictures, strict=True)
+            own = [recipe_of(self, prompt, seed, 1, chosen, stopped) for prompt, (_, seed) in one]
+        return [Picture(image, recipe, notes[recipe.prompt]) for image, recipe in zip(images, own, strict=True)]
+
+    def _drawn(
+        self, prompts: list[str], seeds: list[int], on_step: OnStep | None, chosen: Settings
+    ) -> tuple[list[Image.Image], dict[str, tuple[str, ...]], int | None]:
+        """The pictures, the notes on each prompt, and the step after which they were stopped (None: they were not)."""
+        prompt_weighting.check(self.host, *dict.fromkeys(prompts), chosen.negative)
         assert chosen.size is not None
-        self.stage.check_memory(n, *reversed(chosen.size))  # now, not after the sampling
+        self.stage.check_memory(len(prompts), *reversed(chosen.size))  # now, not after the sampling
         done = 0
 
         def watch(step: Step) -> bool:
@@ -190,13 +210,12 @@ class LatentPipeline:
             done = step.step
             return bool(on_step and on_step(step))
 
-        notes = self.notes_on(prompt) + self.notes_on(chosen.negative, "negative prompt")
-        for note in notes:
-            warnings.warn(note, LatentpipeWarning, stacklevel=3)
-        images = self.draw([prompt] * n, list(range(seed, seed + n)), chosen, watch)
-        base = recipe_of(self, prompt, seed, n, chosen, done if done < chosen.steps_to_run else None)
-        own = [base.model_copy(update={"seed": seed + i, "batch_index": i}) for i in range(len(images))]
-        return [Picture(image, recipe, tuple(notes)) for image, recipe in zip(images, own, strict=True)]
+        against = self.notes_on(chosen.negative, "negative prompt")
+        notes = {prompt: (*self.notes_on(prompt), *against) for prompt in dict.fromkeys(prompts)}
+        for note in dict.fromkeys(note for each in notes.values() for note in each):
+            warnings.warn(note, LatentpipeWarning, stacklevel=4)
+        images = self.draw(prompts, seeds, chosen, watch)
+        return images, notes, done if done < chosen.steps_to_run else None
 
     def attach_lora(
         self,
