@@ -62,7 +62,7 @@ ROOMS = {
     """,
     "train": """
         checkpoint config.base config.denoiser config.lora config.vae distributed latent_adapter lora.data
-        lora.parameters lora.prompts losses picture_changes progress run_dir lora.export spike_guard state loop
+        lora.parameters lora.prompts losses picture_changes progress run_dir lora.export spike_guard optimizer state loop
         text_encoder vae.adversarial vae.augment vae.equivariance vae.kl vae.microbatch vae.model vae.perceptual
         vae.rate vae.objective vae.trainable weighted_order denoiser lora.loss lora.train vae.denoiser_outputs
         vae.distillation vae.export vae.train embedded_model
