@@ -18,8 +18,8 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 # A room imports from those above it; a module from those before it in its own room, and from its own package.
 ROOMS = {
     "utils": """
-        atomic defaults errors cancellation logging out_of_memory progress signals system threads yaml_loader reading
-        images io
+        atomic defaults errors setting_names cancellation logging out_of_memory progress signals system threads yaml_loader
+        reading images io
     """,
     "vae": """
         entropy_model latent_space offload precision probe_images tiling.feature_map tiling.support tiling.tiled

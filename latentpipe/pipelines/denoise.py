@@ -29,7 +29,7 @@ def denoise(
     width, height = settings.size
     twin = host_for(host, stage, settings)
     arguments: dict[str, Any] = {
-        "num_inference_steps": settings.steps,
+        "num_inference_steps": settings.num_inference_steps,
         "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         "output_type": "latent",
     }
@@ -40,7 +40,7 @@ def denoise(
         arguments |= {"width": width, "height": height}
     if "use_resolution_binning" in wanted:
         arguments["use_resolution_binning"] = False  # the size asked for is the size drawn
-    if "intermediate_timesteps" in wanted and settings.steps != 2:
+    if "intermediate_timesteps" in wanted and settings.num_inference_steps != 2:
         arguments["intermediate_timesteps"] = None  # Sana Sprint's default is for two steps
     run = _guided if is_classic(host) else _plain
     with cancellation.interruptible(getattr(twin, families.family_of(host).denoiser)):
@@ -53,7 +53,7 @@ def probe_step(host: Any, stage: Any, prompt: str, seed: int) -> torch.Tensor:
     """What one denoising step makes of seeded noise at the smallest size, to see whether weights matter (B C h w)."""
     side = size_unit(host, stage)
     if not redraws(host) or not is_classic(host):
-        return denoise(host, stage, [prompt], [seed], Settings(steps=1, guidance=1.0, size=(side, side)))
+        return denoise(host, stage, [prompt], [seed], Settings(num_inference_steps=1, guidance_scale=1.0, size=(side, side)))
     with quiet():
         states, _ = prompt_weighting.encode(host, [prompt], False, "")
     shape = (1, host.unet.config.in_channels, *[side // stage.space.downscale] * 2)
@@ -124,7 +124,7 @@ def check_family(host: Any, settings: Settings) -> None:
         wrong = f"{family.name} cannot switch its guidance step by step; leave guidance_interval out."
     elif settings.scheduler and family.denoiser != "unet":
         wrong = f"{family.name} draws by flow matching with its own scheduler; leave the scheduler out."
-    elif settings.negative and ("true_cfg_scale" in wanted or "negative_prompt" not in wanted):
+    elif settings.negative_prompt and ("true_cfg_scale" in wanted or "negative_prompt" not in wanted):
         wrong = f"{family.name} has its guidance built in and takes no negative prompt; leave it out."
     if wrong:
         raise UserError(wrong)
@@ -132,9 +132,9 @@ def check_family(host: Any, settings: Settings) -> None:
 
 def _guided(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnStep | None, arguments: dict[str, Any]) -> Any:
     """Run Stable Diffusion 1/2 with guidance in its interval only."""
-    guided = settings.guidance > 1
+    guided = settings.guidance_scale > 1
     with quiet():  # what is cut from a long prompt is said once, with the recipe
-        positive, negative = prompt_weighting.encode(twin, prompts, guided, settings.negative)
+        positive, negative = prompt_weighting.encode(twin, prompts, guided, settings.negative_prompt)
     guide = GuidanceCallback(settings, positive, negative, settings.steps_to_run, on_step)
     try:
         latents = twin(
@@ -164,11 +164,13 @@ def _plain(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnSte
             ended.append(True)
         return {}
 
-    if settings.negative:
-        arguments["negative_prompt"] = [settings.negative] * len(prompts)
+    if settings.negative_prompt:
+        arguments["negative_prompt"] = [settings.negative_prompt] * len(prompts)
     try:
         with quiet():
-            latents = twin(prompt=list(prompts), guidance_scale=settings.guidance, callback_on_step_end=watch, **arguments).images
+            latents = twin(
+                prompt=list(prompts), guidance_scale=settings.guidance_scale, callback_on_step_end=watch, **arguments
+            ).images
     except cancellation.PassStopped:
         if not last or not cancellation.keeps():
             raise

@@ -174,14 +174,14 @@ class LatentPipeline:
         expect("prompt", prompt, str, "one text (n draws several pictures of it)")
         (text, tagged), partial = split_tags(prompt), partial_tags(prompt)
         chosen = self.check(settings_of(settings))
-        note_negative(chosen.negative)
+        note_negative(chosen.negative_prompt)
         with self.loras.more(tagged, partial):
             return self.literal(text, n, seed, on_step, chosen)
 
     def literal(self, prompt: str, n: int, seed: int | None, on_step: OnStep | None, chosen: Settings) -> list[Picture]:
         """As a call, with checked settings and a prompt in which nothing is a tag, as a recipe's is."""
         seed = drawn_seed(n, seed)
-        prompt_weighting.check(self.host, prompt, chosen.negative)
+        prompt_weighting.check(self.host, prompt, chosen.negative_prompt)
         assert chosen.size is not None
         self.stage.check_memory(n, *reversed(chosen.size))  # now, not after the sampling
         done = 0
@@ -191,7 +191,7 @@ class LatentPipeline:
             done = step.step
             return bool(on_step and on_step(step))
 
-        notes = self.notes_on(prompt) + self.notes_on(chosen.negative, "negative prompt")
+        notes = self.notes_on(prompt) + self.notes_on(chosen.negative_prompt, "negative prompt")
         for note in notes:
             warnings.warn(note, LatentpipeWarning, stacklevel=3)
         images = self.draw([prompt] * n, list(range(seed, seed + n)), chosen, watch)

@@ -61,10 +61,10 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
     denoiser = getattr(pipe.host, family_of(pipe.host).denoiser)
     return recipes.Recipe(
         prompt=prompt,
-        negative=settings.negative,
+        negative=settings.negative_prompt,
         seed=seed,
-        steps=settings.steps,
-        guidance=settings.guidance,
+        steps=settings.num_inference_steps,
+        guidance=settings.guidance_scale,
         guidance_interval=settings.guidance_interval,
         scheduler=settings.scheduler or type(pipe.host.scheduler).__name__,
         width=settings.size[0],

@@ -63,15 +63,15 @@ def test_its_pictures_are_those_of_the_host_at_twice_the_size(host: Any) -> None
     own = LatentPipeline(host)
     large = LatentPipeline(host, doubled())
     assert (own.native_size, large.native_size) == ((64, 64), (128, 128))
-    one, two = (pipe("red apple", seeds=[7], STEPS=2).images[0] for pipe in (own, large))
+    one, two = (pipe("red apple", seed=7, num_inference_steps=2)[0].image for pipe in (own, large))
     assert np.array_equal(pixels(two), pixels(one).repeat(2, 0).repeat(2, 1))
 
 
 def test_img2img_reads_the_picture_at_the_decoders_size(host: Any) -> None:
     small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     large = small.resize((128, 128), Image.Resampling.NEAREST)
-    one = LatentPipeline(host)("red apple", seeds=[7], STEPS=4, image=small, strength=0.5).images[0]
-    two = LatentPipeline(host, doubled())("red apple", seeds=[7], STEPS=4, image=large, strength=0.5).images[0]
+    one = LatentPipeline(host)("red apple", seed=7, num_inference_steps=4, image=small, strength=0.5)[0].image
+    two = LatentPipeline(host, doubled())("red apple", seed=7, num_inference_steps=4, image=large, strength=0.5)[0].image
     difference = np.abs(pixels(two).astype(int) - pixels(one).astype(int).repeat(2, 0).repeat(2, 1))
     assert difference.max() <= 1  # means of equal pixels are rounded once more
 
