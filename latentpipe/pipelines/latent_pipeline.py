@@ -21,6 +21,7 @@ from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.tensor_source import CARD_FILE
 from latentpipe.checkpoints.vae_io import PREVIEW_FILE
 from latentpipe.compatibility.latent_adapter import BridgedStage, bridged, find_adapter, open_adapter
+from latentpipe.compatibility.measure import comparable
 from latentpipe.lora.adapter import Lora
 from latentpipe.lora.matching import MatchReport
 from latentpipe.lora.merge import Weight
@@ -74,7 +75,7 @@ class LatentPipeline:
         check_host(self.host)
         self.stage = self.stage or host_stage(self.host)
         channels, downscale = expected_latents(self.host)
-        if self.stage.space.channels != channels or self.stage.space.downscale != downscale:
+        if not comparable((channels, downscale), (self.stage.space.channels, self.stage.space.downscale)):
             raise UserError(
                 f"VAE {self.vae_name or 'given'} makes {self.stage.space.channels}-channel latents at "
                 f"1/{self.stage.space.downscale} size; this denoiser takes {counted(channels, 'channel')} at 1/{downscale}. "
@@ -158,7 +159,7 @@ class LatentPipeline:
     @property
     def native_size(self) -> tuple[int, int]:
         """Width and height in pixels that the denoiser was trained at."""
-        return native_size(self.host)
+        return native_size(self.host, self.stage)
 
     def __call__(
         self, prompt: str, n: int = 1, seed: int | None = None, on_step: OnStep | None = None, **settings: Any
@@ -245,7 +246,7 @@ class LatentPipeline:
     def check(self, settings: Settings) -> Settings:
         """The settings with the size filled in; UserError says what is wrong, a warning says what is unusual."""
         check_family(self.host, settings)
-        return check_settings(settings, self.native_size, size_unit(self.host))
+        return check_settings(settings, self.native_size, size_unit(self.host, self.stage))
 
     def cut_words(self, prompt: str) -> str:
         """The end of a prompt that is too long for the text encoder to read; empty when all of it is read."""
