@@ -154,7 +154,10 @@ def _wire_form(app: App, form: Form, last_seed: gr.State, state: gr.HTML) -> Non
         looked = field.change(look, [form.model, form.vae, form.adapter], outputs, show_progress="hidden", **HEAVY)
         looked.failure(_not_usable, None, outputs, **LIGHT)
     form.refresh.click(
-        lambda: _refreshed(app, form), None, [form.model, form.vae, form.adapter, *(row[1] for row in form.rows)], **LIGHT
+        lambda: _refreshed(app, form),
+        None,
+        [form.model, form.vae, form.adapter, *(row[1] for row in form.rows), form.embeddings],
+        **LIGHT,
     )
     form.dice.click(lambda: secrets.randbelow(MAX_SEED + 1), None, [form.seed], **LIGHT)
     form.reuse.click(_seed_again, [last_seed], [form.seed], **LIGHT)
@@ -162,13 +165,14 @@ def _wire_form(app: App, form: Form, last_seed: gr.State, state: gr.HTML) -> Non
 
 def _refreshed(app: App, form: Form) -> list[Any]:
     """The fields with the names that are installed now."""
-    models, vaes, loras = (app.choices(kind) for kind in ("models", "vae", "lora"))
+    models, vaes, loras, embeddings = (app.choices(kind) for kind in ("models", "vae", "lora", "embeddings"))
     gr.Info(f"Found: {counted(len(models), 'model')}, {counted(len(vaes), 'VAE')}, {len(loras)} LoRA.", duration=5)
     return [
         gr.update(choices=models),
         gr.update(choices=[BUILT_IN, *vaes]),
         gr.update(choices=[NO_ADAPTER, *own_adapters()]),
         *(gr.update(choices=loras) for _ in form.rows),
+        gr.update(choices=embeddings),
     ]
 
 

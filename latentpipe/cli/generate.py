@@ -74,6 +74,9 @@ class Generate:
     """How several are put together: sum (at once, exactly), or a method of 'latentpipe lora merge', such as ties_svd."""
     lora_partial: bool = False
     """Take LoRA files (of --lora and of tags in the prompt) that fit in part; what is left out is told."""
+    embedding: tuple[str, ...] = ()
+    """Names or files of embeddings (textual inversion) that the prompts name, as <NAME> or as a plain word; installed ones
+    need no option as <NAME>."""
     adapter: str | None = None
     """Name or file of an adapter from the model's VAE to --vae ('latentpipe fit-adapter')."""
 
@@ -98,6 +101,9 @@ def run(options: Generate) -> None:
         )
         for source, weight in loras:
             print(pipe.attach_lora(source, weight, partial=options.lora_partial, force=options.force), file=sys.stderr)
+        for source in options.embedding:
+            one = pipe.attach_embedding(source)
+            print(f"{one.name}: {counted(one.length, 'vector')}, in the prompt as <{one.name}>", file=sys.stderr)
         if options.lora_method != "sum":
             pipe.set_lora(pipe.loras.weights, method=options.lora_method)
         return pipe
@@ -185,6 +191,7 @@ def replay(
     vae: str | None = None,
     adapter: str | None = None,
     lora: tuple[str, ...] = (),
+    embedding: tuple[str, ...] = (),
     image: Path | None = None,
     device: str | None = None,
     out: Path | None = None,
@@ -199,6 +206,7 @@ def replay(
         vae: Name or folder of the VAE, likewise.
         adapter: Name or file of the adapter, likewise.
         lora: Files of LoRA that are not installed, each as NAME=FILE with its name in the recipe.
+        embedding: Files of embeddings (textual inversion), likewise.
         image: The picture that img2img began from.
         device: cpu, cuda or mps.
         out: Where to save the new picture; left out: only compare.
@@ -207,8 +215,10 @@ def replay(
     """
     from latentpipe import replay as run
 
-    files = {name: Path(file) for name, _, file in (text.partition("=") for text in lora)}
-    result = run(picture, model, vae, image, device, adapter, files, config=config, parts=parts)
+    loras, embeddings = (
+        {name: Path(file) for name, _, file in (text.partition("=") for text in given)} for given in (lora, embedding)
+    )
+    result = run(picture, model, vae, image, device, adapter, loras, config=config, parts=parts, embeddings=embeddings)
     if out is not None:
         result.picture.save(out)
         print(out)

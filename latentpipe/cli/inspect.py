@@ -7,7 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from latentpipe.checkpoints.registry import available, configs_folder, foreign, lookup, own_adapters
+from latentpipe.checkpoints.registry import (
+    available,
+    configs_folder,
+    foreign,
+    is_installed_embedding,
+    lookup,
+    named_embedding,
+    own_adapters,
+)
 from latentpipe.cli.common import as_json
 from latentpipe.utils.errors import begin
 from latentpipe.utils.io import SUFFIXES
@@ -37,6 +45,7 @@ def ls(kind: Kind = "all", /, fits: str | None = None) -> None:
     from latentpipe.checkpoints.hub.importing import rows_of
 
     rows = [("model", available("models")), ("vae", available("vae")), ("lora", available("lora")), ("adapter", own_adapters())]
+    rows.append(("embedding", available("embeddings")))
     rows.append(("config", {path.stem: path for path in configs_folder().glob("*.yaml")}))
     others = rows_of(kind)
     for what, found in rows:
@@ -70,11 +79,14 @@ def inspect(
     from latentpipe.utils.io import is_safetensors
 
     file = lookup(path, {**foreign("lora"), **available("lora")}, "LoRA") or own_adapters().get(path) or Path(path)
+    if not file.exists() and is_installed_embedding(path):
+        file = named_embedding(path)
     if file.is_file() and not (file.suffix in SUFFIXES or is_safetensors(file)):
         refuse_unreadable(file)
         print(_of_file(file))
         return
     begin(f"reading {path}")
+    from latentpipe.checkpoints.embedding import describe_embedding, is_embedding
     from latentpipe.checkpoints.pipeline_io import describe
     from latentpipe.checkpoints.single_file.describe import describe_file
     from latentpipe.checkpoints.single_file.gather import Stated
@@ -87,6 +99,8 @@ def inspect(
     stated = Stated(family, prediction, config, parts)
     if is_lora(file):
         print(as_json(facts(file)))
+    elif is_embedding(file):
+        print(as_json(describe_embedding(file)))
     else:
         card = asdict(read_card(file)) if file.is_file() and is_adapter(file) else None
         print(as_json(card or describe_file(available("models").get(path, Path(path)), stated) or describe(path)))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from latentpipe.checkpoints.embedding import Embedding
 from latentpipe.checkpoints.in_memory import Computed, hashes_in_memory
 from latentpipe.checkpoints.model_files import read_preview
 from latentpipe.checkpoints.pipeline_io import check_reference, hashes, load_pipeline, move_pipeline
@@ -24,9 +25,10 @@ from latentpipe.compatibility.latent_adapter import BridgedStage, bridged, find_
 from latentpipe.lora.adapter import Lora
 from latentpipe.lora.matching import MatchReport
 from latentpipe.lora.merge import Weight
-from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags, without_tags
-from latentpipe.pipelines import prompt_weighting, vocabulary
-from latentpipe.pipelines.denoise import check_family, check_host, denoise, is_classic, native_size, size_unit
+from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags
+from latentpipe.pipelines import prompt_notes, prompt_weighting, vocabulary
+from latentpipe.pipelines.denoise import check_family, check_host, denoise, native_size, size_unit
+from latentpipe.pipelines.embeddings import EmbeddingManager
 from latentpipe.pipelines.families import expected_latents, finish
 from latentpipe.pipelines.lora_manager import LoraManager
 from latentpipe.pipelines.metadata import recipe as recipes
@@ -69,6 +71,7 @@ class LatentPipeline:
     words: frozenset[str] = field(default=frozenset(), repr=False)
     stated: recipes.StatedModel | None = field(default=None, repr=False)
     loras: LoraManager = field(init=False, repr=False, compare=False)
+    embeddings: EmbeddingManager = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_host(self.host)
@@ -82,6 +85,7 @@ class LatentPipeline:
             )
         self.base = self.base or self.hashes
         self.loras = LoraManager(self.host, self.stage, self.base, self.hashes.get("vae"))
+        self.embeddings = EmbeddingManager(self.host, self.loras)
         if not self.hashes:
             self.hashes = Computed(partial(hashes_in_memory, self.host, self.stage))
 
@@ -166,6 +170,7 @@ class LatentPipeline:
         """Draw `n` pictures of a prompt; picture i has the seed `seed` + i (None: a random one).
 
         ``<lora:NAME:WEIGHT>`` in the prompt switches on an installed adapter for this call; with ``:partial``, one that fits so.
+        ``<NAME>`` in the prompt or the negative prompt stands for an attached or installed embedding (textual inversion).
 
         on_step(Step)  is called after each step; returning True stops there and keeps the partial pictures
         settings       the fields of `Settings`
@@ -175,12 +180,14 @@ class LatentPipeline:
         chosen = self.check(settings_of(settings))
         note_negative(chosen.negative)
         with self.loras.more(tagged, partial):
-            return self.literal(text, n, seed, on_step, chosen)
+            text, negative = self.embeddings.tagged(text), self.embeddings.tagged(chosen.negative)
+            with self.embeddings.more(self.embeddings.named_in(text, negative)):
+                return self.literal(text, n, seed, on_step, replace(chosen, negative=negative))
 
     def literal(self, prompt: str, n: int, seed: int | None, on_step: OnStep | None, chosen: Settings) -> list[Picture]:
-        """As a call, with checked settings and a prompt in which nothing is a tag, as a recipe's is."""
+        """As a call, with checked settings and a prompt as a recipe has it: no tag of it opens a file."""
         seed = drawn_seed(n, seed)
-        prompt_weighting.check(self.host, prompt, chosen.negative)
+        prompt_weighting.check(self.host, self.embeddings.spell(prompt), self.embeddings.spell(chosen.negative))
         assert chosen.size is not None
         self.stage.check_memory(n, *reversed(chosen.size))  # now, not after the sampling
         done = 0
@@ -191,6 +198,7 @@ class LatentPipeline:
             return bool(on_step and on_step(step))
 
         notes = self.notes_on(prompt) + self.notes_on(chosen.negative, "negative prompt")
+        notes += self.embeddings.idle(prompt, chosen.negative)
         for note in notes:
             warnings.warn(note, LatentpipeWarning, stacklevel=3)
         images = self.draw([prompt] * n, list(range(seed, seed + n)), chosen, watch)
@@ -225,6 +233,19 @@ class LatentPipeline:
         """Take off one adapter (None: all); the weights are then what they were, to the byte."""
         self.loras.forget(name)
 
+    def attach_embedding(self, embedding: str | Path | Embedding, *, name: str | None = None) -> Embedding:
+        """Open a textual inversion (name, file or `Embedding`), so that prompts may name it, as ``<NAME>`` or as a plain word.
+
+        name  what prompts call it, in whatever case; None: the file's name. The tokens that its file names stand for it too
+
+        UserError with both widths where it was made for other text encoders. Tokenizers and text encoders stay as they are.
+        """
+        return self.embeddings.attach(embedding, name)
+
+    def detach_embedding(self, name: str | None = None) -> None:
+        """Take off one embedding (None: all)."""
+        self.embeddings.forget(name)
+
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, on_step: OnStep | None = None
     ) -> list[Image.Image]:
@@ -240,7 +261,10 @@ class LatentPipeline:
         """Prompts to latents (B C h w) through the host; noise comes from one CPU generator for each seed."""
         self.loras.check_free()
         settings = settings if settings.size else replace(settings, size=self.native_size)
-        return denoise(self.host, self.stage, prompts, seeds, settings, on_step)
+        with self.embeddings.reading(*prompts, settings.negative) as host:
+            spelled = [self.embeddings.spell(prompt) for prompt in prompts]
+            settings = replace(settings, negative=self.embeddings.spell(settings.negative))
+            return denoise(host, self.stage, spelled, seeds, settings, on_step)
 
     def check(self, settings: Settings) -> Settings:
         """The settings with the size filled in; UserError says what is wrong, a warning says what is unusual."""
@@ -249,27 +273,20 @@ class LatentPipeline:
 
     def cut_words(self, prompt: str) -> str:
         """The end of a prompt that is too long for the text encoder to read; empty when all of it is read."""
-        if not is_classic(self.host):
-            return ""  # the other families have several text encoders that cut at different places
-        tokenizer = self.host.tokenizer
-        ids = tokenizer(prompt_weighting.plain(prompt), add_special_tokens=False, verbose=False).input_ids
-        return tokenizer.decode(ids[tokenizer.model_max_length - 2 :]).strip()
+        return prompt_notes.cut_words(self.host, self.embeddings, prompt)
 
     def unknown_words(self, prompt: str) -> dict[str, str]:
         """The words of a prompt that the model was never trained on, each with the nearest that it knows ("" where none is near).
 
         Empty where the model's card lists no words. Trigger words of the adapters that are on are known.
         """
-        return vocabulary.unknown_words(
-            prompt_weighting.plain(without_tags(prompt)), self.words and self.words | self.loras.words
-        )
+        return prompt_notes.unknown_words(self.embeddings, prompt, self.words and self.words | self.loras.words)
 
     def notes_on(self, prompt: str, what: str = "prompt") -> list[str]:
         """What the text encoder cannot make use of in a prompt, in sentences."""
         found = [vocabulary.sentence(self.unknown_words(prompt), self.words, what)]
         if cut := self.cut_words(prompt):
-            read = self.host.tokenizer.model_max_length - 2
-            found.append(f"the {what} is longer than the {read} tokens that the text encoder reads; cut: '{cut}'")
+            found.append(prompt_notes.too_long(self.host, what, cut))
         return [note for note in found if note]
 
     def preview(self, latents: torch.Tensor, side: int = 256) -> Image.Image | None:

@@ -59,6 +59,9 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
         source = recipes.Source(sha256=recipes.pixel_hash(settings.image), strength=settings.strength)
     assert settings.size is not None
     denoiser = getattr(pipe.host, family_of(pipe.host).denoiser)
+    used = pipe.embeddings.used(prompt, settings.negative)
+    hashes = {f"lora:{name}": pipe.loras.mixer.loaded[name].hash for name in pipe.loras.weights}
+    hashes |= {f"embedding:{name}": one.hash for name, one in used.items()}
     return recipes.Recipe(
         prompt=prompt,
         negative=settings.negative,
@@ -79,6 +82,7 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
         loras={name: dict(weight) if isinstance(weight, Mapping) else weight for name, weight in pipe.loras.weights.items()},
         lora_method=pipe.loras.mixer.method,
         lora_fused=pipe.loras.mixer.fused,
-        hashes={**pipe.hashes, **{f"lora:{name}": pipe.loras.mixer.loaded[name].hash for name in pipe.loras.weights}},
+        embeddings=list(used),
+        hashes={**pipe.hashes, **hashes},
         machine=recipes.this_machine(str(pipe.host.device), str(denoiser.dtype).removeprefix("torch."), torch.get_num_threads()),
     )
