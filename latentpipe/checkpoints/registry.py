@@ -26,19 +26,19 @@ def bundled_weights_dir() -> Path:
 
 
 def available(kind: str = "models") -> dict[str, Path]:
-    """Names and places of all `kind` ("models", "vae", "lora" or "embeddings"): the shipped ones, then people's own.
+    """Names and places of all `kind` ("models", "vae", "lora", "embeddings" or "parts"): the shipped ones, then people's own.
 
     A model or a VAE is a folder, or a safetensors file named by its stem (by its whole name where a folder has that); LoRA and
     embeddings are safetensors files. What lies in a subfolder is named with it: "style/flat" (`lookup` also finds it as "flat").
     """
     found: dict[str, Path] = {}
-    if kind not in FILES:
+    if kind not in FILES and kind != "parts":
         for path in sorted(bundled_weights_dir().glob("[!.]*/model_index.json")):
             found[path.parent.name] = path.parent if kind == "models" else path.parent / "vae"
         for name, path in _entries(home() / "models", "model_index.json").items():
             found[name] = path if kind == "models" else vae_of(path)
     for root in (bundled_weights_dir() / kind, home() / kind):
-        found |= _entries(root, "" if kind in FILES else {"vae": "config.json"}.get(kind, "model_index.json"))
+        found |= _entries(root, "" if kind in (*FILES, "parts") else {"vae": "config.json"}.get(kind, "model_index.json"))
     return found
 
 
@@ -198,6 +198,21 @@ def _installed(name: str, kind: str, known: Mapping[str, Path]) -> Path | None:
     if place is None and kind == "embeddings":
         lower = {whole.casefold(): path for whole, path in {**foreign(kind), **known}.items()}
         place = lookup(name.casefold(), lower, FILES[kind])
+    return place
+
+
+def find_part(name: str | Path) -> Path:
+    """The file or folder of a part (a VAE, text encoders) that a path or an installed name means; UserError lists the names."""
+    if Path(name).exists():
+        return Path(name)
+    known = {**available("vae"), **available("parts")}
+    place = lookup(str(name), known, "part")
+    for kind in ("parts", "vae", "models") if place is None else ():
+        place = place or elsewhere(str(name), kind)
+    if place is None:
+        raise UserError(
+            f"No part '{name}': neither a file nor a folder nor {one_of(known)}.{near(str(name), known)}{_pulled(str(name))}"
+        )
     return place
 
 

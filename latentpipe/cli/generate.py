@@ -67,7 +67,7 @@ class Generate:
     config: Path | None = None
     """A diffusers folder with the configs of a single file that fits no known family."""
     parts: tuple[Path, ...] = ()
-    """Files or diffusers folders that hold what a single file lacks: a VAE, text encoders."""
+    """Names, files or diffusers folders of what a single file lacks: a VAE, text encoders."""
     lora: tuple[str, ...] = ()
     """Names or files of LoRA adapters, each with its weight: flat=0.7 (1 where none is given)."""
     lora_method: Literal["sum", Method] = "sum"

@@ -45,7 +45,7 @@ def ls(kind: Kind = "all", /, fits: str | None = None) -> None:
     from latentpipe.checkpoints.hub.importing import rows_of
 
     rows = [("model", available("models")), ("vae", available("vae")), ("lora", available("lora")), ("adapter", own_adapters())]
-    rows.append(("embedding", available("embeddings")))
+    rows += [("embedding", available("embeddings")), ("part", available("parts"))]
     rows.append(("config", {path.stem: path for path in configs_folder().glob("*.yaml")}))
     others = rows_of(kind)
     for what, found in rows:

@@ -34,16 +34,20 @@ class Picture:
 
 
 def stated_in_recipe(model: Path, stated: Stated | None) -> recipes.StatedModel | None:
-    """What a recipe keeps of what was stated on a model's single file; None where that changed nothing, and for a folder."""
-    if stated is None or not model.is_file():
+    """What a recipe keeps of what was stated on a model's single file, by a person or by a YAML file beside it.
+
+    None where that changed nothing, and for a folder.
+    """
+    if not model.is_file():
         return None
-    config = None if stated.config is None else _name(stated.config)
-    parts = completing(open_file(model, stated), stated) if stated.parts else {}
+    stated = stated or Stated()
+    opened = open_file(model, stated)
+    predicts = opened.identity.prediction
     kept = recipes.StatedModel(
         family=stated.family,
-        prediction=stated.prediction,  # type: ignore[arg-type]  # opening the file refuses any other
-        config=config,
-        parts={component: _name(place) for component, place in parts.items()},
+        prediction=stated.prediction or (predicts.beside if predicts else "") or None,  # type: ignore[arg-type]  # checked when opened
+        config=None if stated.config is None else _name(stated.config),
+        parts={component: _name(place) for component, place in completing(opened, stated).items()},
     )
     return None if kept == recipes.StatedModel() else kept
 

@@ -94,3 +94,27 @@ def test_a_crafted_statement_is_refused(made: Any, tmp_path: Path, stated: Any) 
     recipes.save_png(Image.new("RGB", (32, 32)), out, None, {recipes.CHUNK: json.dumps(raw)})
     with pytest.raises(UserError, match=r"damaged in: stated|'x'"):
         replay(out, file, device="cpu", config=config)
+
+
+def test_what_a_yaml_beside_the_file_says_is_replayed_without_it(made: Any, tmp_path: Path) -> None:
+    _, config, file = made("sd1")
+    mine = Path(shutil.copy(file, tmp_path / "mine.safetensors"))
+    beside = tmp_path / "mine.yaml"
+    beside.write_text("model:\n  params:\n    parameterization: v\n")
+    raw = drawn(mine, tmp_path / "x.png", Stated("sd1", config=config))
+    assert raw["stated"]["prediction"] == "v"
+    beside.unlink()
+    assert replay(tmp_path / "x.png", mine, device="cpu", config=config).difference == 0
+
+
+def test_parts_are_found_by_their_names(made: Any, own_home: Path, tmp_path: Path) -> None:
+    _, config, file = made("sd1")
+    tensors = load_file(file)
+    vae = {name: value for name, value in tensors.items() if name.startswith("first_stage_model.")}
+    rest = write({name: value for name, value in tensors.items() if name not in vae}, tmp_path / "rest.safetensors")
+    (own_home / "parts").mkdir()
+    write(vae, own_home / "parts" / "ae.safetensors")
+    raw = drawn(rest, tmp_path / "x.png", Stated(config=config, parts=(Path("ae"),)))
+    assert raw["stated"]["parts"] == {"vae": "ae.safetensors"}
+    with pytest.raises(UserError, match=r"No part 'ea': neither a file nor a folder nor one of .*ae"):
+        drawn(rest, tmp_path / "x.png", Stated(config=config, parts=(Path("ea"),)))
