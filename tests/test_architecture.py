@@ -44,7 +44,7 @@ ROOMS = {
     """,
     "pipelines": """
         facade families metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling denoise embeddings
-        lora_manager metadata.reader picture swap verdict_cache vocabulary prompt_notes latent_pipeline
+        lora_manager metadata.reader picture swap verdict_cache vocabulary prompt_notes memory_need opening latent_pipeline
     """,
     "engine": """
         jobs engine pipeline_cache xy_grid.axes xy_grid.sheet xy_grid.plot

@@ -58,8 +58,11 @@ class Generate:
     """How far img2img may move from the picture, over 0 to 1."""
     device: str | None = None
     """cpu, cuda or mps; left out: the best one present."""
-    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """Precision of the weights; auto: as the file stores them."""
+    dtype: Literal["fp32", "bf16", "fp16", "stored", "auto"] = "fp32"
+    """Precision of the weights; stored: as the file has them; auto: bf16 where the device has units for it, else fp32, less where
+    that does not fit into memory."""
+    offload: Literal["none", "model", "sequential"] = "none"
+    """On CUDA: parts (model) or layers (sequential) are on the GPU only while they compute."""
     family: str | None = None
     """Family of a single file whose shapes fit several: flux-dev or flux-kontext, ..."""
     prediction: Literal["epsilon", "v", "v-zsnr"] | None = None
@@ -97,7 +100,14 @@ def run(options: Generate) -> None:
 
     def opened() -> LatentPipeline:
         pipe = LatentPipeline.from_pretrained(
-            options.model, options.vae, options.device, options.dtype, options.adapter, options.force, stated
+            options.model,
+            options.vae,
+            options.device,
+            options.dtype,
+            options.adapter,
+            options.force,
+            stated,
+            options.offload,
         )
         for source, weight in loras:
             print(pipe.attach_lora(source, weight, partial=options.lora_partial, force=options.force), file=sys.stderr)

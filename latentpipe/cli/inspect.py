@@ -122,8 +122,12 @@ def _of_file(file: Path) -> str:
     return info.recipe.model_dump_json(indent=2) if info.recipe else as_json(asdict(info))
 
 
-def env() -> None:
-    """Print versions, devices and folders, for a bug report."""
+def env(fits: bool = False) -> None:
+    """Print versions, devices and folders, for a bug report; and what fits into the memory.
+
+    Args:
+        fits: Say how much memory each family and each installed model takes, of what is free (some seconds).
+    """
     import torch
 
     from latentpipe.checkpoints.registry import bundled_weights_dir
@@ -132,4 +136,24 @@ def env() -> None:
     from latentpipe.utils.system import best_device
 
     machine = this_machine(best_device(), "fp32", torch.get_num_threads()).model_dump()
-    print(as_json({**machine, "python": sys.version.split()[0], "shipped": str(bundled_weights_dir()), "home": str(home())}))
+    facts = {**machine, "python": sys.version.split()[0], "shipped": str(bundled_weights_dir()), "home": str(home())}
+    print(as_json({**facts, "fits": _that_fit(best_device())} if fits else facts))
+
+
+def _that_fit(device: str) -> dict[str, list[str]]:
+    """What families and installed models take in the precision of `--dtype auto`."""
+    import torch
+
+    from latentpipe.pipelines import memory_need
+    from latentpipe.utils.errors import UserError
+    from latentpipe.utils.system import has_bf16_units
+
+    begin("predicting the memory that models take")
+    place, kind = torch.device(device), torch.bfloat16 if has_bf16_units(device) else torch.float32
+    models = []
+    for name, path in {**foreign("models"), **available("models")}.items():
+        try:
+            models.append(str(memory_need.need_of(memory_need.layout_of(path), name, kind, place)))
+        except UserError as error:
+            models.append(f"{name}: {error}")
+    return {"families": [str(need) for need in memory_need.families_that_fit(kind, place)], "models": models}

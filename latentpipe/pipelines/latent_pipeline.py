@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from PIL import Image
 from latentpipe.checkpoints.embedding import Embedding
 from latentpipe.checkpoints.in_memory import Computed, hashes_in_memory
 from latentpipe.checkpoints.model_files import read_preview
-from latentpipe.checkpoints.pipeline_io import check_reference, hashes, load_pipeline, move_pipeline
+from latentpipe.checkpoints.pipeline_io import check_reference, hashes
 from latentpipe.checkpoints.registry import find_model, name_of
 from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.tensor_source import CARD_FILE
@@ -32,6 +31,7 @@ from latentpipe.pipelines.embeddings import EmbeddingManager
 from latentpipe.pipelines.families import expected_latents, finish
 from latentpipe.pipelines.lora_manager import LoraManager
 from latentpipe.pipelines.metadata import recipe as recipes
+from latentpipe.pipelines.opening import check_arguments, host_from
 from latentpipe.pipelines.picture import Picture, recipe_of, stated_in_recipe
 from latentpipe.pipelines.sampling import OnStep, Settings, Step, check_settings, drawn_seed, settings_of
 from latentpipe.pipelines.swap import host_stage, judge_stages, stage_of
@@ -40,12 +40,9 @@ from latentpipe.pipelines.vocabulary import known_words
 from latentpipe.utils.errors import LatentpipeWarning, UserError, counted, expect
 from latentpipe.utils.images import to_pixels
 from latentpipe.utils.io import content_hash, read_json
-from latentpipe.utils.system import best_device
 from latentpipe.utils.threads import run_in_thread
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.stage import VAEStage
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": None}
 
 
 @dataclass
@@ -99,35 +96,26 @@ class LatentPipeline:
         adapter: str | Path | None = None,
         force: bool = False,
         stated: Stated | None = None,
+        offload: str = "none",
     ) -> LatentPipeline:
         """Open a model by name, folder or single file (offline).
 
         vae      name, folder or file of another VAE to decode with; UserError with the verdict where it does not fit
         device   "cpu", "cuda", "mps"; None: the best that is present
-        dtype    "fp32", "bf16" or "fp16"; "auto": as the file stores it
+        dtype    "fp32", "bf16" or "fp16"; "stored": as the file has it; "auto": bf16 where the device has units for it, else
+                 fp32, and less where that does not fit into memory (`chosen_dtype`)
+        offload  "none"; on CUDA "model" or "sequential": parts, or layers, are there only while they compute
         adapter  name or file of an adapter to that VAE (`latentpipe fit-adapter`)
         force    decode with `vae` whatever the verdict, as long as the shapes agree
         stated   what a single file does not say itself: family, prediction, configs, other parts (`Stated`)
         """
-        expect("model", model, (str, Path), "a name, or the path of a folder or file")
-        for name, given in (("vae", vae), ("adapter", adapter)):
-            expect(name, given, (str, Path, type(None)), "a name, the path of a folder or file, or None")
-        expect("device", device, (str, type(None)), "cpu, mps, cuda or cuda:NUMBER")
-        if dtype not in DTYPES:
-            raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
-        device = device or best_device()
-        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-            raise UserError(f"device is {device!r}; expected cpu, mps, cuda or cuda:NUMBER.")
-        if adapter is not None and vae is None:
-            raise UserError(f"adapter '{adapter}' needs the VAE that it was fitted to; give that one as well (vae).")
-        if device == "cpu" and dtype == "fp16":
-            warnings.warn("CPUs compute fp16 very slowly; bf16 is as small and much faster", LatentpipeWarning, stacklevel=2)
+        device = check_arguments(model, vae, adapter, device, dtype, offload)
         folder = find_model(model)
         if vae is not None and adapter is None:
             refuse_other_shape(folder, vae)  # before anything is read
 
         def opened() -> LatentPipeline:
-            host = move_pipeline(load_pipeline(folder, DTYPES[dtype], stated), device)
+            host = host_from(folder, device, dtype, offload, stated)
             card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
             own = read_preview(folder / "vae" / PREVIEW_FILE, LatentSpace.of(host.vae).channels)
             kept = stated_in_recipe(folder, stated)

@@ -175,6 +175,8 @@ class LoraManager:
 
     def load(self, lora: Lora, partial: bool = False) -> MatchReport:
         """Match an adapter (`LoraFuser.load`); an embedding beside it that does not fit is left out, with a note."""
+        if any(weight.is_meta for model in self.mixer.components.values() for weight in model.parameters()):
+            raise UserError("LoRA needs the weights in memory, and offload 'sequential' keeps them away; take offload 'model'.")
         report = self.mixer.load(lora, partial)
         problems = {one.name: misfit(self.host, one) for one in lora.embeddings}
         for name, problem in problems.items():

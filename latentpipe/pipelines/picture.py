@@ -16,6 +16,7 @@ from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.sampling import Settings
 from latentpipe.utils.errors import expect
 from latentpipe.utils.io import printable
+from latentpipe.vae.offload import device_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def stated_in_recipe(model: Path, stated: Stated | None) -> recipes.StatedModel 
         return None
     stated = stated or Stated()
     opened = open_file(model, stated)
-    predicts = opened.identity.prediction
+    predicts = opened.identity.prediction if stated.config is None else None  # whose scheduler counts
     kept = recipes.StatedModel(
         family=stated.family,
         prediction=stated.prediction or (predicts.beside if predicts else "") or None,  # type: ignore[arg-type]  # checked when opened
@@ -88,5 +89,7 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
         lora_fused=pipe.loras.mixer.fused,
         embeddings=list(used),
         hashes={**pipe.hashes, **hashes},
-        machine=recipes.this_machine(str(pipe.host.device), str(denoiser.dtype).removeprefix("torch."), torch.get_num_threads()),
+        machine=recipes.this_machine(
+            str(device_of(denoiser)), str(denoiser.dtype).removeprefix("torch."), torch.get_num_threads()
+        ),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,8 +61,14 @@ def _predict(vae: Any, direction: Direction, shape: Shape, rows: int | None) -> 
     # deepcopy takes the memo's tensors in place of real ones, so nothing is allocated
     twin = copy.deepcopy(unhooked(vae), {id(tensor): twin for tensor, twin in zip(tensors, bare, strict=True)})
     given = torch.empty(shape, dtype=first.dtype, device="meta")
-    with _FusedAttention(), _Peak([*bare, given], first.device.type) as peak:
-        result = getattr(twin if rows is None else tiled, direction)(*((given,) if rows is None else (twin, given, rows)))
+    call = getattr(twin if rows is None else tiled, direction)
+    return peak_of(lambda: call(*((given,) if rows is None else (twin, given, rows))), [*bare, given], first.device.type)
+
+
+def peak_of(call: Callable[[], Any], given: list[torch.Tensor], device: str) -> int:
+    """Peak bytes of a call on meta tensors above those in `given`, as a device of that type ("cpu", "cuda") would take them."""
+    with torch.no_grad(), _FusedAttention(), _Peak(given, device) as peak:
+        result = call()
         del result
     return int(peak.most * SPARE)
 
@@ -76,7 +83,7 @@ class _FusedAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return torch.empty_like(args[0])
+            return torch.empty_like(args[0] if args else kwargs["query"])
         return func(*args, **(kwargs or {}))
 
 
