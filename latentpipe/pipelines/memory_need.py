@@ -185,18 +185,16 @@ def built(cls: str, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     return torch.nn.Module.to(network, dtype).eval()
 
 
-def _decode(vae: Any, shape: tuple[int, ...], device: str, free: int) -> tuple[int, int | None]:
+def _decode(vae: Any, shape: tuple[int, int, int, int], device: str, free: int) -> tuple[int, int | None]:
     """Bytes of a decode as the stage will choose it: whole where that fits, else the largest bands that do, else the smallest."""
     if vae is None:
         return 0, None
-    given = torch.empty(shape, dtype=next(vae.parameters()).dtype, device="meta")
-    known = [*vae.parameters(), *vae.buffers(), given]
-    whole = memory.peak_of(lambda: vae.decode(given), known, device)
+    whole = memory.predict(vae, "decode", shape, None, device)
     if whole <= memory.SHARE * free or not free or tiled.reason_against(vae):  # none free: the weights are too much already
         return whole, None
     found: tuple[int, int | None] = whole, None
     for rows in (rows for rows in memory.HEIGHTS if rows * shape[3] <= memory.AREA):
-        found = memory.peak_of(lambda rows=rows: tiled.decode(vae, given, rows), known, device), rows  # type: ignore[misc]
+        found = memory.predict(vae, "decode", shape, rows, device), rows
         if found[0] <= memory.SHARE * free:
             break
     return found
