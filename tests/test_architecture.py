@@ -30,7 +30,7 @@ ROOMS = {
         hub.choose hub.client hub.fetch hub.pull hub.importing
         config_ranges components fp16_rescale identify instantiate infer_config ldm_keys registry taesd_keys pickled
         tensor_source merge model_files vae_file convert single_file.parts single_file.unet single_file.families
-        single_file.prediction single_file.refusals single_file.identify single_file.tokenizers single_file.configs
+        single_file.prediction embedding single_file.refusals single_file.identify single_file.tokenizers single_file.configs
         single_file.gather single_file.tables single_file.tensors single_file.opening single_file.hashes
         single_file.folders single_file.describe single_file.vae vae_io fp16 pipeline_io in_memory
     """,
@@ -43,8 +43,8 @@ ROOMS = {
         extract matching fusion
     """,
     "pipelines": """
-        facade families metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling denoise lora_manager
-        metadata.reader picture swap verdict_cache vocabulary latent_pipeline
+        facade families metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling denoise embeddings
+        lora_manager metadata.reader picture swap verdict_cache vocabulary prompt_notes memory_need opening latent_pipeline
     """,
     "engine": """
         jobs engine pipeline_cache xy_grid.axes xy_grid.sheet xy_grid.plot
@@ -74,7 +74,7 @@ ROOMS = {
     """,
     "cli": """
         argument_checks argument_parser codec common anomaly data edit evaluate explore fit_adapter hub lora inspect
-        output_paths argument_rules generate grid train ui vae app
+        output_paths replayed argument_rules generate grid train ui vae app
     """,
 }
 MODULES = [f"{room}.{module}" for room, modules in ROOMS.items() for module in modules.split()]
