@@ -60,6 +60,10 @@ class PlainTextEncoder(nn.Module):
         """Where the weights are."""
         return self.final_layer_norm.weight.device
 
+    def get_input_embeddings(self) -> Any:
+        """The layer that gives each token its vector, as transformers' method."""
+        return self.embeddings.token_embedding
+
     def forward(self, input_ids: torch.Tensor, attention_mask: None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of the last layer behind its norm, and those of the token that ends each text."""
         places = torch.arange(input_ids.shape[-1], device=input_ids.device).expand(1, -1)
@@ -154,6 +158,16 @@ class PlainTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         return self._tokenizer.encode(text, add_special_tokens=False).tokens
+
+    def add_tokens(self, tokens: Sequence[Any]) -> int:
+        """Read these (`tokenizers.AddedToken`) as one token each; returns how many are new."""
+        count = int(self._tokenizer.add_tokens(list(tokens)))
+        self.added_tokens_encoder |= {token.content: self._tokenizer.token_to_id(token.content) for token in tokens}
+        return count
+
+    def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int]:
+        """The numbers of tokens that there are."""
+        return [self._tokenizer.token_to_id(token) for token in tokens]
 
     def get_vocab(self) -> dict[str, int]:
         """Tokens and their numbers."""

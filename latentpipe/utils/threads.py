@@ -1,4 +1,4 @@
-"""Threads that do not stand in each other's way: work in one that ends with its OpenMP pool, and less spinning on a busy machine."""
+"""Work in a thread that ends with its OpenMP pool, and threads that spin less on a busy machine."""
 
 from __future__ import annotations
 

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tokenizers import AddedToken
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentpipe import LatentPipeline
 from latentpipe.checkpoints import pipeline_io
+from latentpipe.checkpoints.embedding import Embedding
 from latentpipe.checkpoints.plain_text import PlainTextEncoder, PlainTokenizer, plain_text
 from latentpipe.checkpoints.registry import find_model
 
@@ -74,6 +76,11 @@ def test_tokenizer_is_that_of_transformers() -> None:
             assert ours.tokenize(text) == theirs.tokenize(text)
             spans = {"padding": "max_length", "max_length": 24, "truncation": True, "return_offsets_mapping": True}
             assert ours(text, **spans).offset_mapping == theirs(text, **spans).offset_mapping
+    for one in (theirs, ours):
+        one.add_tokens([AddedToken(chr(0x100000 + at), normalized=False) for at in range(2)])
+    named = "a \U00100001 of \U00100000"
+    assert ours(named).input_ids == theirs(named).input_ids
+    assert ours.convert_tokens_to_ids([*"\U00100000\U00100001"]) == theirs.convert_tokens_to_ids([*"\U00100000\U00100001"])
     rows = theirs(TEXTS, **whole).input_ids
     assert ours.batch_decode(rows) == theirs.batch_decode(rows)
 
@@ -82,9 +89,11 @@ def _draws(lora: bool = False) -> tuple[Any, list[Image.Image]]:
     pipe = LatentPipeline.from_pretrained("emoji")
     if lora:
         pipe.attach_lora("flat", 0.8)
-    settings: dict[str, Any] = {"steps": 2, "guidance": 2.0}
-    drawn = pipe("a (red:1.3) apple with stars", n=2, seed=7, **settings)
-    begun = pipe("red apple", seed=1, negative="green", image=drawn[0].image, strength=0.9, **settings)
+        vectors = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
+        pipe.attach_embedding(Embedding("thing", {"thing": {"": vectors}}))
+    settings: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0}
+    drawn = pipe("a (red:1.3) apple with <thing>" if lora else "a (red:1.3) apple with stars", n=2, seed=7, **settings)
+    begun = pipe("red apple", seed=1, negative_prompt="green", image=drawn[0].image, strength=0.9, **settings)
     return pipe, [picture.image for picture in [*drawn, *begun]]
 
 

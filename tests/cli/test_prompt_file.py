@@ -99,7 +99,7 @@ def test_pictures_of_a_file_are_those_of_single_calls(
     assert [path.name for path in paths] == ["red-apple-1-2-3.png", "blue-heart-7.png", "green-tree-5.png"]
     pipe = LatentPipeline.from_pretrained("emoji")
     for path, prompt, seed in zip(paths, ["red (apple:1.2)", "blue heart", "green tree <lora:flat:0.8>"], [3, 7, 5], strict=True):
-        alone = pipe(prompt, seed=seed, steps=2)[0]
+        alone = pipe(prompt, seed=seed, num_inference_steps=2)[0]
         assert recipes.read(path).model_dump(mode="json") == alone.recipe.model_dump(mode="json")
         with Image.open(path) as drawn:
             difference = np.asarray(drawn.convert("RGB"), np.int16) - np.asarray(alone.image, np.int16)
@@ -128,7 +128,7 @@ def test_many_pictures_of_a_prompt_are_drawn_in_batches(
 
 def test_a_stop_keeps_the_unfinished_pictures_of_a_batch() -> None:
     pipe, cancel = LatentPipeline.from_pretrained("emoji"), threading.Event()
-    events = Engine(pipe).run([("heart", 1), ("apple", 2)], cancel=cancel, steps=8)
+    events = Engine(pipe).run([("heart", 1), ("apple", 2)], cancel=cancel, num_inference_steps=8)
     next(events)
     cancel.set()
     event = list(events)[-1]
