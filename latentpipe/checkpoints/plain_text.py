@@ -39,6 +39,9 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 class PlainTextEncoder(nn.Module):
     """Token ids (B L) to their embeddings (B L D) and the pooled ones (B D), as transformers' `CLIPTextModel` in eval mode."""
 
+    embeddings: Any
+    encoder: Any
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         width, eps = config["hidden_size"], config.get("layer_norm_eps", 1e-5)
@@ -78,6 +81,8 @@ class PlainTextEncoder(nn.Module):
 
 class _Layer(nn.Module):
     """Causal attention, then the two linear layers, each behind a norm and beside what came in."""
+
+    mlp: Any
 
     def __init__(self, config: Mapping[str, Any], eps: float) -> None:
         super().__init__()
@@ -167,7 +172,7 @@ class PlainTokenizer:
 
     def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int]:
         """The numbers of tokens that there are."""
-        return [self._tokenizer.token_to_id(token) for token in tokens]
+        return [self.get_vocab()[token] for token in tokens]
 
     def get_vocab(self) -> dict[str, int]:
         """Tokens and their numbers."""
@@ -214,7 +219,7 @@ def plain_text(model: Path, index: Mapping[str, Any]) -> int | None:
     try:
         config = read_json(model / "text_encoder" / "config.json")
         options = read_json(model / "tokenizer" / "tokenizer_config.json")
-        file = read_json(model / "tokenizer" / "tokenizer.json", 2**26)
+        file = read_json(model / "tokenizer" / "tokenizer.json")
     except UserError:
         return None
     known = (

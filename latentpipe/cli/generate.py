@@ -95,9 +95,7 @@ def run(options: Generate) -> None:
     settings = in_python({name: getattr(options, name) for name in names})
     settings["size"] = size_of(options.size)
     settings["image"] = open_picture(options.image) if options.image is not None else None
-    from tqdm import tqdm
-
-    from latentpipe import Engine, LatentPipeline
+    from latentpipe import LatentPipeline
     from latentpipe.checkpoints.single_file.gather import Stated
 
     stated = Stated(options.family, options.prediction, options.config, options.parts)
@@ -122,7 +120,15 @@ def run(options: Generate) -> None:
             pipe.set_lora(pipe.loras.weights, method=options.lora_method)
         return pipe
 
-    pipe = run_in_thread(opened)
+    _draw(options, run_in_thread(opened), settings)
+
+
+def _draw(options: Generate, pipe: Any, settings: dict[str, Any]) -> None:
+    """Draw batch after batch, and save each as it is done."""
+    from tqdm import tqdm
+
+    from latentpipe import Engine
+
     parts = _parts(options, pipe, settings)
     engine, count, last = Engine(pipe), sum(len(part) for part in parts), None
     with stop_on_interrupt() as stop, tqdm(total=options.steps, unit="step", disable=None, file=sys.stderr) as bar:

@@ -93,7 +93,9 @@ def _draws(lora: bool = False) -> tuple[Any, list[Image.Image]]:
         pipe.attach_embedding(Embedding("thing", {"thing": {"": vectors}}))
     settings: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0}
     drawn = pipe("a (red:1.3) apple with <thing>" if lora else "a (red:1.3) apple with stars", n=2, seed=7, **settings)
-    begun = pipe("red apple", seed=1, negative_prompt="green", image=drawn[0].image, strength=0.9, **settings)
+    begun = pipe(
+        "red <thing>" if lora else "red apple", seed=1, negative_prompt="green", image=drawn[0].image, strength=0.9, **settings
+    )
     return pipe, [picture.image for picture in [*drawn, *begun]]
 
 
