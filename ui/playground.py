@@ -12,6 +12,7 @@ from latentpipe.engine.jobs import Done, Waiting
 from latentpipe.explore import playground
 from latentpipe.pipelines.metadata.recipe import MAX_SEED
 from latentpipe.ui import html, interpolate
+from latentpipe.ui.failures import remembered, said_why
 from latentpipe.ui.playground_inputs import PlaygroundInputs, build_inputs, result, waiting
 from latentpipe.ui.state import HEAVY, LIGHT, App, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
@@ -158,7 +159,7 @@ def _traverse(app: App, given: PlaygroundInputs, names: tuple[gr.Dropdown, gr.Dr
     def draw(
         first: str | None, vae: str, what: str, count: float, most: float, one: str, other: str, request: gr.Request
     ) -> Iterator[tuple[Any, Any, Any]]:
-        with toast_errors() as notes:
+        with remembered(app, request), toast_errors() as notes:
             picture = picture_of(first)
 
             def work(report: ProgressCallback) -> Image.Image:
@@ -178,7 +179,7 @@ def _traverse(app: App, given: PlaygroundInputs, names: tuple[gr.Dropdown, gr.Dr
         draw, [given.first, given.vae, what, count, most, *names], list(shown), show_progress="hidden", trigger_mode="once",
         **HEAVY,
     )  # fmt: skip
-    drawing.failure(lambda: html.empty(NO_SHEET), None, [shown[0]], **LIGHT)
+    drawing.failure(said_why(app, "No sheet was drawn."), None, [shown[0]], **LIGHT)
     wire_stop(app, stop)
 
 

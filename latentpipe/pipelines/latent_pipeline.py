@@ -44,6 +44,7 @@ from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.stage import VAEStage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": None}
+MOST_SHOWN = 60  # characters of a prompt that a note repeats
 
 
 @dataclass
@@ -267,9 +268,12 @@ class LatentPipeline:
     def notes_on(self, prompt: str, what: str = "prompt") -> list[str]:
         """What the text encoder cannot make use of in a prompt, in sentences."""
         found = [vocabulary.sentence(self.unknown_words(prompt), self.words, what)]
+        if what == "prompt" and not without_tags(prompt).strip():
+            found.append("the prompt is empty: what is drawn is chance")
         if cut := self.cut_words(prompt):
             read = self.host.tokenizer.model_max_length - 2
-            found.append(f"the {what} is longer than the {read} tokens that the text encoder reads; cut: '{cut}'")
+            shown = cut if len(cut) <= MOST_SHOWN else f"{cut[:MOST_SHOWN]} ..."
+            found.append(f"the {what} is longer than the {read} tokens that the text encoder reads; cut: '{shown}'")
         return [note for note in found if note]
 
     def preview(self, latents: torch.Tensor, side: int = 256) -> Image.Image | None:
