@@ -62,6 +62,7 @@ def _live(app: App, given: PlaygroundInputs) -> tuple[gr.Dropdown, gr.Dropdown]:
         pairs.append((name, far))
     with gr.Row():
         learn = gr.Button("Find directions", elem_id="lp-play-learn", elem_classes=RUN)
+        stop = gr.Button("Stop", scale=0, min_width=90, elem_id="lp-play-stop", elem_classes=STOP)
         reset = gr.Button("Back to the picture", elem_id="lp-play-reset")
     learned = gr.HTML(elem_id="lp-play-learned", elem_classes=SAID)
     sliders = [share, scale, noise, pairs[0][1], pairs[1][1]]
@@ -96,6 +97,7 @@ def _live(app: App, given: PlaygroundInputs) -> tuple[gr.Dropdown, gr.Dropdown]:
         trigger_mode="always_last", **HEAVY,
     )  # fmt: skip
     reset.click(_back, None, sliders, **LIGHT)
+    wire_stop(app, stop)
     names = (pairs[0][0], pairs[1][0])
     _wire_learn(app, given, learn, learned, names)
     # another VAE has other directions: they go first, then the picture is decoded anew

@@ -54,6 +54,7 @@ CSS = """
 .thumbnail-item .caption-label { position: static !important; max-width: 100% !important; width: 100%; border: 0 !important;
   border-radius: 0 !important; text-align: left; padding: .6rem .6rem .5rem !important; }
 #lp-history .caption-label { display: none; }
+#lp-history .grid-wrap { padding-top: 1.9rem; } /* below the label */
 #lp-history .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; }
 .image-container .image-frame { padding-top: 1.9rem; box-sizing: border-box; } /* below the label */
 .lp-large img { width: 100% !important; height: 100% !important; object-fit: contain !important; }

@@ -13,6 +13,7 @@ gr = pytest.importorskip("gradio")
 from PIL import Image  # noqa: E402
 
 from latentpipe import UserError  # noqa: E402
+from latentpipe.ui import generate  # noqa: E402
 from latentpipe.ui.failures import remembered, said_why  # noqa: E402
 from latentpipe.ui.form import OWN, build_form, build_prompt  # noqa: E402
 from latentpipe.ui.request_checks import beyond  # noqa: E402
@@ -69,6 +70,16 @@ def test_fields_that_do_not_go_together_are_refused_by_their_names(changed: dict
     assert form.settings(values)["size"] is None
     with pytest.raises(UserError, match=words):
         form.settings({**values, **{getattr(form, name): value for name, value in changed.items()}})
+
+
+def test_a_row_whose_lora_or_weight_is_touched_is_on() -> None:
+    with gr.Blocks() as page:
+        rows = generate.build(App(), gr.HTML()).form.rows
+    for on, name, weight in rows:
+        for field in (name, weight):
+            (each,) = [one for one in page.fns.values() if (field._id, "input") in one.targets]
+            assert each.outputs == [on]
+            assert each.fn() is True
 
 
 def test_files_that_are_no_pictures_are_told_when_they_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
