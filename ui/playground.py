@@ -12,6 +12,7 @@ from latentpipe.engine.jobs import Done, Waiting
 from latentpipe.explore import playground
 from latentpipe.pipelines.metadata.recipe import MAX_SEED
 from latentpipe.ui import html, interpolate
+from latentpipe.ui.failures import remembered, said_why
 from latentpipe.ui.playground_inputs import PlaygroundInputs, build_inputs, result, waiting
 from latentpipe.ui.state import HEAVY, LIGHT, App, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
@@ -61,6 +62,7 @@ def _live(app: App, given: PlaygroundInputs) -> tuple[gr.Dropdown, gr.Dropdown]:
         pairs.append((name, far))
     with gr.Row():
         learn = gr.Button("Find directions", elem_id="lp-play-learn", elem_classes=RUN)
+        stop = gr.Button("Stop", scale=0, min_width=90, elem_id="lp-play-stop", elem_classes=STOP)
         reset = gr.Button("Back to the picture", elem_id="lp-play-reset")
     learned = gr.HTML(elem_id="lp-play-learned", elem_classes=SAID)
     sliders = [share, scale, noise, pairs[0][1], pairs[1][1]]
@@ -95,6 +97,7 @@ def _live(app: App, given: PlaygroundInputs) -> tuple[gr.Dropdown, gr.Dropdown]:
         trigger_mode="always_last", **HEAVY,
     )  # fmt: skip
     reset.click(_back, None, sliders, **LIGHT)
+    wire_stop(app, stop)
     names = (pairs[0][0], pairs[1][0])
     _wire_learn(app, given, learn, learned, names)
     # another VAE has other directions: they go first, then the picture is decoded anew
@@ -158,7 +161,7 @@ def _traverse(app: App, given: PlaygroundInputs, names: tuple[gr.Dropdown, gr.Dr
     def draw(
         first: str | None, vae: str, what: str, count: float, most: float, one: str, other: str, request: gr.Request
     ) -> Iterator[tuple[Any, Any, Any]]:
-        with toast_errors() as notes:
+        with remembered(app, request), toast_errors() as notes:
             picture = picture_of(first)
 
             def work(report: ProgressCallback) -> Image.Image:
@@ -178,7 +181,7 @@ def _traverse(app: App, given: PlaygroundInputs, names: tuple[gr.Dropdown, gr.Dr
         draw, [given.first, given.vae, what, count, most, *names], list(shown), show_progress="hidden", trigger_mode="once",
         **HEAVY,
     )  # fmt: skip
-    drawing.failure(lambda: html.empty(NO_SHEET), None, [shown[0]], **LIGHT)
+    drawing.failure(said_why(app, "No sheet was drawn."), None, [shown[0]], **LIGHT)
     wire_stop(app, stop)
 
 

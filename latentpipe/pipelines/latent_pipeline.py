@@ -25,7 +25,7 @@ from latentpipe.compatibility.measure import comparable
 from latentpipe.lora.adapter import Lora
 from latentpipe.lora.matching import MatchReport
 from latentpipe.lora.merge import Weight
-from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags
+from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags, without_tags
 from latentpipe.pipelines import prompt_notes, prompt_weighting, vocabulary
 from latentpipe.pipelines.denoise import check_family, check_host, denoise, native_size, size_unit
 from latentpipe.pipelines.embeddings import EmbeddingManager
@@ -274,6 +274,8 @@ class LatentPipeline:
     def notes_on(self, prompt: str, what: str = "prompt") -> list[str]:
         """What the text encoder cannot make use of in a prompt, in sentences."""
         found = [vocabulary.sentence(self.unknown_words(prompt), self.words, what)]
+        if what == "prompt" and not without_tags(prompt).strip():
+            found.append("the prompt is empty: what is drawn is chance")
         if cut := self.cut_words(prompt):
             found.append(prompt_notes.too_long(self.host, what, cut))
         return [note for note in found if note]
