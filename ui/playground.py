@@ -65,7 +65,6 @@ def _live(app: App, given: PlaygroundInputs) -> tuple[gr.Dropdown, gr.Dropdown]:
         stop = gr.Button("Stop", scale=0, min_width=90, elem_id="lp-play-stop", elem_classes=STOP)
         reset = gr.Button("Back to the picture", elem_id="lp-play-reset")
     learned = gr.HTML(elem_id="lp-play-learned", elem_classes=SAID)
-    sliders = [share, scale, noise, pairs[0][1], pairs[1][1]]
     fields = [given.first, given.second, given.vae, share, scale, noise, seed, *(field for pair in pairs for field in pair)]
 
     def live(
@@ -96,10 +95,9 @@ def _live(app: App, given: PlaygroundInputs) -> tuple[gr.Dropdown, gr.Dropdown]:
         [field.change for field in fields if field is not given.vae], live, fields, [status, picture], show_progress="hidden",
         trigger_mode="always_last", **HEAVY,
     )  # fmt: skip
-    reset.click(_back, None, sliders, **LIGHT)
-    wire_stop(app, stop)
+    reset.click(_back, None, [share, scale, noise, pairs[0][1], pairs[1][1]], **LIGHT)
     names = (pairs[0][0], pairs[1][0])
-    _wire_learn(app, given, learn, learned, names)
+    _wire_learn(app, given, (learn, stop), learned, names)
     # another VAE has other directions: they go first, then the picture is decoded anew
     forgotten = given.vae.input(lambda: [gr.update(choices=[NONE], value=NONE)] * 2 + [""], None, [*names, learned], **LIGHT)
     forgotten.then(live, fields, [status, picture], show_progress="hidden", **HEAVY)
@@ -120,7 +118,11 @@ def _words(share: float, scale: float, noise: float, moves: Any) -> str:
 
 
 def _wire_learn(
-    app: App, given: PlaygroundInputs, learn: gr.Button, learned: gr.HTML, names: tuple[gr.Dropdown, gr.Dropdown]
+    app: App,
+    given: PlaygroundInputs,
+    buttons: tuple[gr.Button, gr.Button],
+    learned: gr.HTML,
+    names: tuple[gr.Dropdown, gr.Dropdown],
 ) -> None:
     def found(vae: str, request: gr.Request) -> Iterator[tuple[Any, Any, Any]]:
         with toast_errors() as notes:
@@ -139,6 +141,8 @@ def _wire_learn(
             return
         yield html.words("No directions were found."), gr.skip(), gr.skip()
 
+    learn, stop = buttons
+    wire_stop(app, stop)
     learn.click(found, [given.vae], [learned, *names], show_progress="hidden", trigger_mode="once", **HEAVY)
 
 

@@ -96,11 +96,8 @@ def traverse(
     from latentpipe.data import image_set
     from latentpipe.explore import traverse as run
     from latentpipe.explore.attributes import labels
-    from latentpipe.utils.errors import UserError
     from latentpipe.utils.images import open_picture
 
-    if rows < 1 or most < 2:
-        raise UserError(f"Given --rows {rows}, --most {most}; expected rows from 1 and most from 2.")
     check_png(out)
     given = None if picture is None else open_picture(picture)
     stage, name, side = open_stage(vae, size, device)
