@@ -18,8 +18,8 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 # A room imports from those above it; a module from those before it in its own room, and from its own package.
 ROOMS = {
     "utils": """
-        atomic defaults errors cancellation logging out_of_memory progress signals system threads yaml_loader reading
-        images io
+        atomic defaults errors setting_names cancellation logging out_of_memory progress signals system threads yaml_loader
+        reading images io
     """,
     "vae": """
         entropy_model latent_space offload precision probe_images tiling.feature_map tiling.support tiling.tiled
@@ -62,7 +62,7 @@ ROOMS = {
     """,
     "train": """
         checkpoint config.base config.denoiser config.lora config.vae distributed latent_adapter lora.data
-        lora.parameters lora.prompts losses picture_changes progress run_dir lora.export spike_guard state loop
+        lora.parameters lora.prompts losses picture_changes progress run_dir lora.export spike_guard optimizer state loop
         text_encoder vae.adversarial vae.augment vae.equivariance vae.kl vae.microbatch vae.model vae.perceptual
         vae.rate vae.objective vae.trainable weighted_order denoiser lora.loss lora.train vae.denoiser_outputs
         vae.distillation vae.export vae.train embedded_model

@@ -73,9 +73,9 @@ class Form:
         """Arguments of `Engine.run` but the prompt; UserError for a picture that cannot be read, or a LoRA chosen twice."""
         width, height, seed = (values[field] for field in (self.width, self.height, self.seed))
         return {
-            "negative": values[self.negative] or "",
-            "steps": int(values[self.steps]),
-            "guidance": float(values[self.guidance]),
+            "negative_prompt": values[self.negative] or "",
+            "num_inference_steps": int(values[self.steps]),
+            "guidance_scale": float(values[self.guidance]),
             "guidance_interval": (float(values[self.low]), float(values[self.high])),
             "scheduler": None if values[self.scheduler] == OWN else values[self.scheduler],
             "size": (int(width), int(height)) if width and height else None,

@@ -10,6 +10,7 @@ from latentpipe.checkpoints.registry import bundled_weights_dir
 from latentpipe.compatibility.verdict import FIT
 from latentpipe.lora.matching import PARTLY
 from latentpipe.utils.io import home
+from latentpipe.utils.setting_names import with_short_names
 
 INSTEAD = {
     "Put its file into $LATENTPIPE_HOME/lora, or give it with --lora.": (
@@ -44,7 +45,7 @@ def in_words_of_the_page(sentence: str) -> str:
 
     Whatever `INSTEAD` has no words for is left out: asides in brackets, else the clause.
     """
-    sentence = sentence.split("\nmeasured on")[0]
+    sentence = with_short_names(sentence.split("\nmeasured on")[0])
     for typed, place in INSTEAD.items():
         sentence = sentence.replace(typed, place)
     for folder in (str(get_upload_folder()), str(home()), str(bundled_weights_dir())):

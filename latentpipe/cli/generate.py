@@ -18,6 +18,7 @@ from latentpipe.cli.lora import Method
 from latentpipe.cli.output_paths import is_picture
 from latentpipe.utils.defaults import GUIDANCE, STEPS, STRENGTH
 from latentpipe.utils.errors import counted
+from latentpipe.utils.setting_names import in_python
 from latentpipe.utils.signals import interruption, signals_to
 from latentpipe.utils.threads import run_in_thread
 
@@ -90,7 +91,7 @@ def run(options: Generate) -> None:
     from latentpipe.utils.images import open_picture
 
     names = ("n", "seed", "negative", "steps", "guidance", "guidance_interval", "scheduler", "strength", "lora_partial")
-    settings: dict[str, Any] = {name: getattr(options, name) for name in names}
+    settings = in_python({name: getattr(options, name) for name in names})
     settings["size"] = size_of(options.size)
     settings["image"] = open_picture(options.image) if options.image is not None else None
     from latentpipe import Engine, LatentPipeline
@@ -134,7 +135,10 @@ def _watch(engine: Any, prompt: str, settings: dict[str, Any]) -> tuple[list[Any
     from latentpipe.engine.engine import Finished, StepDone
     from latentpipe.utils.errors import Cancelled
 
-    with stop_on_interrupt() as stop, tqdm(total=settings["steps"], unit="step", disable=None, file=sys.stderr) as bar:
+    with (
+        stop_on_interrupt() as stop,
+        tqdm(total=settings["num_inference_steps"], unit="step", disable=None, file=sys.stderr) as bar,
+    ):
         try:
             for event in engine.run(prompt, cancel=stop.token, **settings):
                 if isinstance(event, Finished):

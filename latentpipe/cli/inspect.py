@@ -119,7 +119,7 @@ def _of_file(file: Path) -> str:
 
         return read_grid(file).model_dump_json(indent=2)
     info = read_info(file)
-    return info.recipe.model_dump_json(indent=2) if info.recipe else as_json(asdict(info))
+    return info.recipe.model_dump_json(indent=2) if info.recipe else as_json(info.shortened())
 
 
 def env(fits: bool = False) -> None:

@@ -236,9 +236,9 @@ def _causes(old: recipes.Recipe, new: recipes.Recipe) -> list[str]:
 def _settings(pipe: LatentPipeline, old: recipes.Recipe, source: Path | None) -> Settings:
     """The settings that a picture was drawn with."""
     return Settings(
-        negative=old.negative,
-        steps=old.steps,
-        guidance=old.guidance,
+        negative_prompt=old.negative,
+        num_inference_steps=old.steps,
+        guidance_scale=old.guidance,
         guidance_interval=old.guidance_interval,
         scheduler=old.scheduler if old.scheduler != type(pipe.host.scheduler).__name__ else None,
         size=(old.width, old.height),

@@ -21,6 +21,7 @@ from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.tensor_source import CARD_FILE
 from latentpipe.checkpoints.vae_io import PREVIEW_FILE
 from latentpipe.compatibility.latent_adapter import BridgedStage, bridged, find_adapter, open_adapter
+from latentpipe.compatibility.measure import comparable
 from latentpipe.lora.adapter import Lora
 from latentpipe.lora.matching import MatchReport
 from latentpipe.lora.merge import Weight
@@ -76,7 +77,7 @@ class LatentPipeline:
         check_host(self.host)
         self.stage = self.stage or host_stage(self.host)
         channels, downscale = expected_latents(self.host)
-        if self.stage.space.channels != channels or self.stage.space.downscale != downscale:
+        if not comparable((channels, downscale), (self.stage.space.channels, self.stage.space.downscale)):
             raise UserError(
                 f"VAE {self.vae_name or 'given'} makes {self.stage.space.channels}-channel latents at "
                 f"1/{self.stage.space.downscale} size; this denoiser takes {counted(channels, 'channel')} at 1/{downscale}. "
@@ -158,7 +159,7 @@ class LatentPipeline:
     @property
     def native_size(self) -> tuple[int, int]:
         """Width and height in pixels that the denoiser was trained at."""
-        return native_size(self.host)
+        return native_size(self.host, self.stage)
 
     def __call__(
         self, prompt: str, n: int = 1, seed: int | None = None, on_step: OnStep | None = None, **settings: Any
@@ -174,16 +175,16 @@ class LatentPipeline:
         expect("prompt", prompt, str, "one text (n draws several pictures of it)")
         (text, tagged), partial = split_tags(prompt), partial_tags(prompt)
         chosen = self.check(settings_of(settings))
-        note_negative(chosen.negative)
+        note_negative(chosen.negative_prompt)
         with self.loras.more(tagged, partial):
-            text, negative = self.embeddings.tagged(text), self.embeddings.tagged(chosen.negative)
+            text, negative = self.embeddings.tagged(text), self.embeddings.tagged(chosen.negative_prompt)
             with self.embeddings.more(self.embeddings.named_in(text, negative)):
-                return self.literal(text, n, seed, on_step, replace(chosen, negative=negative))
+                return self.literal(text, n, seed, on_step, replace(chosen, negative_prompt=negative))
 
     def literal(self, prompt: str, n: int, seed: int | None, on_step: OnStep | None, chosen: Settings) -> list[Picture]:
         """As a call, with checked settings and a prompt as a recipe has it: no tag of it opens a file."""
         seed = drawn_seed(n, seed)
-        prompt_weighting.check(self.host, self.embeddings.spell(prompt), self.embeddings.spell(chosen.negative))
+        prompt_weighting.check(self.host, self.embeddings.spell(prompt), self.embeddings.spell(chosen.negative_prompt))
         assert chosen.size is not None
         self.stage.check_memory(n, *reversed(chosen.size))  # now, not after the sampling
         done = 0
@@ -193,8 +194,8 @@ class LatentPipeline:
             done = step.step
             return bool(on_step and on_step(step))
 
-        notes = self.notes_on(prompt) + self.notes_on(chosen.negative, "negative prompt")
-        notes += self.embeddings.idle(prompt, chosen.negative)
+        notes = self.notes_on(prompt) + self.notes_on(chosen.negative_prompt, "negative prompt")
+        notes += self.embeddings.idle(prompt, chosen.negative_prompt)
         for note in notes:
             warnings.warn(note, LatentpipeWarning, stacklevel=3)
         images = self.draw([prompt] * n, list(range(seed, seed + n)), chosen, watch)
@@ -257,15 +258,15 @@ class LatentPipeline:
         """Prompts to latents (B C h w) through the host; noise comes from one CPU generator for each seed."""
         self.loras.check_free()
         settings = settings if settings.size else replace(settings, size=self.native_size)
-        with self.embeddings.reading(*prompts, settings.negative) as host:
+        with self.embeddings.reading(*prompts, settings.negative_prompt) as host:
             spelled = [self.embeddings.spell(prompt) for prompt in prompts]
-            settings = replace(settings, negative=self.embeddings.spell(settings.negative))
+            settings = replace(settings, negative_prompt=self.embeddings.spell(settings.negative_prompt))
             return denoise(host, self.stage, spelled, seeds, settings, on_step)
 
     def check(self, settings: Settings) -> Settings:
         """The settings with the size filled in; UserError says what is wrong, a warning says what is unusual."""
         check_family(self.host, settings)
-        return check_settings(settings, self.native_size, size_unit(self.host))
+        return check_settings(settings, self.native_size, size_unit(self.host, self.stage))
 
     def cut_words(self, prompt: str) -> str:
         """The end of a prompt that is too long for the text encoder to read; empty when all of it is read."""

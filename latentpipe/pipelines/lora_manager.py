@@ -262,7 +262,7 @@ class LoraManager:
     def _outputs(self, wanted: Collection[str]) -> dict[str, torch.Tensor]:
         """A step from seeded noise at the smallest size, the latents of a picture, and a decode of seeded latents."""
         found: dict[str, torch.Tensor] = {}
-        side = size_unit(self.host)
+        side = size_unit(self.host, self.stage)
         if "step" in wanted:
             found["step"] = probe_step(self.host, self.stage, PROBE, 0).float().cpu()
         if "encode" in wanted:

@@ -64,15 +64,15 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
         source = recipes.Source(sha256=recipes.pixel_hash(settings.image), strength=settings.strength)
     assert settings.size is not None
     denoiser = getattr(pipe.host, family_of(pipe.host).denoiser)
-    used = pipe.embeddings.used(prompt, settings.negative)
+    used = pipe.embeddings.used(prompt, settings.negative_prompt)
     hashes = {f"lora:{name}": pipe.loras.mixer.loaded[name].hash for name in pipe.loras.weights}
     hashes |= {f"embedding:{name}": one.hash for name, one in used.items()}
     return recipes.Recipe(
         prompt=prompt,
-        negative=settings.negative,
+        negative=settings.negative_prompt,
         seed=seed,
-        steps=settings.steps,
-        guidance=settings.guidance,
+        steps=settings.num_inference_steps,
+        guidance=settings.guidance_scale,
         guidance_interval=settings.guidance_interval,
         scheduler=settings.scheduler or type(pipe.host.scheduler).__name__,
         width=settings.size[0],

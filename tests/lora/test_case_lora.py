@@ -69,7 +69,7 @@ def put(home: Path, name: str, tensors: Tensors) -> Path:
 
 
 def drawn(pipe: LatentPipeline, prompt: str, **more: Any) -> np.ndarray:
-    return np.asarray(pipe(prompt, seed=1, steps=2, **more)[0].image, np.int16)
+    return np.asarray(pipe(prompt, seed=1, num_inference_steps=2, **more)[0].image, np.int16)
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_case_16_partial_can_be_asked_for_everywhere(
     assert np.array_equal(drawn(pipe, "red circle"), reference)
     pipe.detach_lora()
     for prompt, loras in (("red circle <lora:odd:0.7>", {}), ("red circle", {"odd": 0.7})):  # as the page and the API do
-        settings = {"seed": 1, "steps": 2, "loras": loras}
+        settings = {"seed": 1, "num_inference_steps": 2, "loras": loras}
         with pytest.warns(LatentpipeWarning, match="taken in part"):
             *_, last = Engine(pipe).run(prompt, lora_partial=True, **settings)
         assert isinstance(last, Finished)
@@ -214,7 +214,7 @@ def test_case_11_lyco_attaches_as_lora_does(pipe: LatentPipeline, reference: np.
 )
 def test_case_11_a_kind_that_is_not_supported_is_named(pipe: LatentPipeline, prompt: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        pipe(prompt, seed=1, steps=1)
+        pipe(prompt, seed=1, num_inference_steps=1)
 
 
 @pytest.mark.parametrize("prompt", ["I <3 you", "a < b : c > d", "<cat-toy>", "<1:2>", "x <>"])
@@ -227,15 +227,15 @@ def test_case_11_tags_elsewhere_are_followed_or_refused(pipe: LatentPipeline, re
 
     canvas = Image.new("RGB", pipe.native_size, (200, 60, 60))
     hole = Image.new("L", canvas.size, 255)
-    with_tag = inpaint(pipe, canvas, hole, "red circle <lora:plain:0.7>", steps=2)
+    with_tag = inpaint(pipe, canvas, hole, "red circle <lora:plain:0.7>", num_inference_steps=2)
     pipe.set_lora({"plain": 0.7})
-    assert with_tag.tobytes() == inpaint(pipe, canvas, hole, "red circle", steps=2).tobytes()
+    assert with_tag.tobytes() == inpaint(pipe, canvas, hole, "red circle", num_inference_steps=2).tobytes()
     pipe.set_lora({})
-    assert with_tag.tobytes() != inpaint(pipe, canvas, hole, "red circle", steps=2).tobytes()
+    assert with_tag.tobytes() != inpaint(pipe, canvas, hole, "red circle", num_inference_steps=2).tobytes()
     with pytest.raises(UserError, match=r"a path between prompts takes no LoRA"):
-        between_prompts(pipe, "red <lora:plain:1>", "blue", 2, steps=1)
+        between_prompts(pipe, "red <lora:plain:1>", "blue", 2, num_inference_steps=1)
     with pytest.warns(LatentpipeWarning, match="negative prompt"):
-        pipe("x", steps=1, negative="<lora:plain:1>")
+        pipe("x", num_inference_steps=1, negative_prompt="<lora:plain:1>")
 
 
 def test_case_11_a_recipe_that_was_drawn_with_the_tag_as_words_is_replayed(
@@ -245,7 +245,7 @@ def test_case_11_a_recipe_that_was_drawn_with_the_tag_as_words_is_replayed(
 
     shutil.copytree(model_folder, own_home / "models" / "tiny")
     pipe = LatentPipeline.from_pretrained("tiny", device="cpu")
-    before = pipe.literal("red <lyco:plain:1> <hypernet:x:1>", 1, 1, None, pipe.check(Settings(steps=2)))[0]
+    before = pipe.literal("red <lyco:plain:1> <hypernet:x:1>", 1, 1, None, pipe.check(Settings(num_inference_steps=2)))[0]
     before.save(tmp_path / "old.png")
     assert replay(tmp_path / "old.png").difference == 0
 

@@ -21,7 +21,7 @@ from latentpipe.pipelines.metadata.recipe import a1111_text
 from latentpipe.utils.errors import LatentpipeWarning
 from latentpipe.utils.io import content_hash
 
-QUICK: dict[str, Any] = {"seed": 1, "steps": 2}
+QUICK: dict[str, Any] = {"seed": 1, "num_inference_steps": 2}
 
 
 def vectors(n: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -103,7 +103,7 @@ def test_sdxl_has_vectors_for_both_text_encoders(sdxl: Any) -> None:
     with torch.no_grad():
         theirs = twin.encode_prompt(prompt=["a <big> cat"], device="cpu", negative_prompt=["no"])
     assert all(torch.equal(own, oracle) for own, oracle in zip(ours, theirs, strict=True))
-    plain, with_it = (pipe(text, seed=1, steps=1, size=(32, 32))[0] for text in ("a big cat", "a <big> cat"))
+    plain, with_it = (pipe(text, seed=1, num_inference_steps=1, size=(32, 32))[0] for text in ("a big cat", "a <big> cat"))
     assert with_it.recipe.embeddings == ["big"]
     assert plain.image.tobytes() == with_it.image.tobytes() or plain.recipe.embeddings == ["big"]
 
@@ -213,11 +213,11 @@ def test_an_installed_one_is_opened_by_its_name_in_any_case_and_for_that_call_al
     pipe: LatentPipeline, width: int, own_home: Path, tmp_path: Path
 ) -> None:
     install(own_home, "style/EasyNegative", {"emb_params": vectors(3, width)})
-    drawn = pipe("red circle", negative="<easynegative>", **QUICK)[0]
+    drawn = pipe("red circle", negative_prompt="<easynegative>", **QUICK)[0]
     assert pipe.embeddings.on == {}
     assert drawn.recipe.embeddings == ["easynegative"]
     assert drawn.recipe.hashes["embedding:easynegative"] == Embedding("x", {"": {"": vectors(3, width)}}).hash
-    assert drawn.image.tobytes() != pipe("red circle", negative="easynegative", **QUICK)[0].image.tobytes()
+    assert drawn.image.tobytes() != pipe("red circle", negative_prompt="easynegative", **QUICK)[0].image.tobytes()
     assert "Negative prompt: easynegative\n" in a1111_text(drawn.recipe)
     assert 'TI hashes: "easynegative: ' in a1111_text(drawn.recipe) or "TI hashes: easynegative: " in a1111_text(drawn.recipe)
     drawn.save(tmp_path / "x.png")

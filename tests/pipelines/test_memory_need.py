@@ -131,14 +131,14 @@ def test_auto_takes_less_where_it_does_not_fit_and_says_so(model_folder: Path, m
 def test_hooks_that_move_weights_change_no_picture(model_folder: Path, how: str) -> None:
     """With the CPU as the place to compute, so that the hooks run on any machine."""
     pipe = LatentPipeline.from_pretrained(model_folder, device="cpu")
-    plain = pipe("red circle", seed=1, steps=2)[0]
+    plain = pipe("red circle", seed=1, num_inference_steps=2)[0]
     if how == "model":
         offloaded(pipe.host, "cpu", how)
     else:  # as diffusers does it, which takes no CPU for a GPU here
         for part in (pipe.host.text_encoder, pipe.host.unet, pipe.host.vae):
             accelerate.cpu_offload(part, torch.device("cpu"))
     moved = LatentPipeline(pipe.host, hashes=dict(pipe.hashes), name=pipe.name)
-    drawn = moved("red circle", seed=1, steps=2)[0]
+    drawn = moved("red circle", seed=1, num_inference_steps=2)[0]
     assert drawn.image.tobytes() == plain.image.tobytes()
     assert drawn.recipe.machine.device.startswith("cpu")
     if how == "sequential":

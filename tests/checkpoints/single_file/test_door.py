@@ -46,7 +46,7 @@ def test_the_api_opens_files_and_hashes_them_as_the_folder(made: Any) -> None:
     stated = Stated(config=config)
     pipe = LatentPipeline.from_pretrained(file, device="cpu", stated=stated)
     other = LatentPipeline.from_pretrained(folder, device="cpu")
-    one, two = (each("red apple", seed=1, steps=2, size=(32, 32))[0] for each in (pipe, other))
+    one, two = (each("red apple", seed=1, num_inference_steps=2, size=(32, 32))[0] for each in (pipe, other))
     assert np.array_equal(np.asarray(one.image), np.asarray(two.image))
     assert one.recipe.hashes["vae"] == two.recipe.hashes["vae"]
     assert one.recipe.hashes["unet"] == two.recipe.hashes["unet"]
@@ -63,7 +63,7 @@ def test_a_prediction_that_is_stated_changes_the_picture_and_the_hash(made: Any)
     assert [pipe.host.scheduler.config.prediction_type for pipe in pipes] == ["epsilon", "v_prediction", "v_prediction"]
     assert pipes[2].host.scheduler.config.rescale_betas_zero_snr
     assert len({pipe.hashes["scheduler"] for pipe in pipes}) == 3
-    assert len({pipe("red apple", seed=1, steps=2, size=(32, 32))[0].image.tobytes() for pipe in pipes}) == 3
+    assert len({pipe("red apple", seed=1, num_inference_steps=2, size=(32, 32))[0].image.tobytes() for pipe in pipes}) == 3
 
 
 def test_files_in_the_model_folder_have_names(made: Any, own_home: Path, capsys: pytest.CaptureFixture[str]) -> None:

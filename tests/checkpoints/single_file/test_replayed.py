@@ -23,7 +23,7 @@ from latentpipe.pipelines.picture import stated_in_recipe
 def drawn(model: Path, out: Path, stated: Stated | None) -> dict[str, Any]:
     """The JSON in a picture of a model, which is saved."""
     pipe = LatentPipeline.from_pretrained(model, device="cpu", stated=stated)
-    pipe("red apple", seed=1, steps=2, size=(32, 32))[0].save(out)
+    pipe("red apple", seed=1, num_inference_steps=2, size=(32, 32))[0].save(out)
     return json.loads(recipes.text_in(out, recipes.CHUNK) or "")
 
 
@@ -91,7 +91,7 @@ def test_a_crafted_statement_is_refused(made: Any, tmp_path: Path, stated: Any) 
     _, config, file = made("sd1")
     out = tmp_path / "x.png"
     pipe = LatentPipeline.from_pretrained(file, device="cpu", stated=Stated(config=config))
-    picture = pipe("red apple", seed=1, steps=1, size=(32, 32))[0]
+    picture = pipe("red apple", seed=1, num_inference_steps=1, size=(32, 32))[0]
     raw = json.loads(picture.recipe.model_dump_json()) | {"stated": stated}
     recipes.save_png(Image.new("RGB", (32, 32)), out, None, {recipes.CHUNK: json.dumps(raw)})
     with pytest.raises(UserError, match=r"damaged in: stated|'x'"):
