@@ -29,7 +29,7 @@ ROOMS = {
     "checkpoints": """
         places.hub_cache places.invoke places.tool_folders places.glance pickles.child pickles.unpickle
         hub.choose hub.client hub.fetch hub.pull hub.importing
-        config_ranges components fp16_rescale identify instantiate infer_config ldm_keys registry taesd_keys pickled
+        config_ranges components fp16_rescale identify instantiate infer_config ldm_keys registry taesd_keys pickled text_names
         tensor_source merge model_files vae_file convert single_file.parts single_file.unet single_file.families
         single_file.prediction embedding single_file.refusals single_file.identify single_file.tokenizers single_file.configs
         single_file.gather single_file.tables single_file.tensors single_file.opening single_file.hashes

@@ -126,6 +126,9 @@ def check_tokenizer(pipe: Any, folder: Path) -> Any:
     """The pipeline; UserError where a Stable Diffusion model's tokenizer gives numbers that its text encoder has no row for."""
     if type(pipe).__name__ != "StableDiffusionPipeline":
         return pipe
+    lacking = [name for name in ("text_encoder", "tokenizer") if getattr(pipe, name, None) is None]
+    if lacking:
+        raise UserError(f"{folder}: the configs of this model name no {' and no '.join(lacking)}; give complete ones.")
     config, tokenizer = pipe.text_encoder.config, pipe.tokenizer
     rows, length = config.vocab_size, config.max_position_embeddings
     largest = max(tokenizer.get_vocab().values(), default=-1)

@@ -23,13 +23,14 @@ from latentpipe.checkpoints.model_files import (
     read_card,
     tokenizer_hash,
 )
-from latentpipe.checkpoints.plain_text import PlainTextEncoder, as_named_by, plain_pipeline, plain_text
+from latentpipe.checkpoints.plain_text import PlainTextEncoder, plain_pipeline, plain_text
 from latentpipe.checkpoints.registry import find_model
 from latentpipe.checkpoints.single_file import opening as single_file
 from latentpipe.checkpoints.single_file.folders import check_folder
 from latentpipe.checkpoints.single_file.gather import Stated
-from latentpipe.checkpoints.single_file.hashes import file_hashes
+from latentpipe.checkpoints.single_file.hashes import file_hashes, former_file_hash
 from latentpipe.checkpoints.tensor_source import CARD_FILE, VAE_FILE, offline, weight_files
+from latentpipe.checkpoints.text_names import as_hashed, as_named_by, restore_prefix
 from latentpipe.checkpoints.vae_io import PREVIEW_FILE, load_vae, open_vae, refuse_wrapped, vae_hash
 from latentpipe.utils.deferred_imports import active
 from latentpipe.utils.errors import UserError
@@ -185,7 +186,7 @@ def save_pipeline(pipe: Any, folder: Path, card: Mapping[str, Any], vae_folder: 
         config = read_json(text / "config.json")
         config["dtype"] = "float32"  # else transformers comes up in fp16 beside a UNet in fp32
         (text / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _restore_prefix(text / PARTS["text_encoder"])
+        restore_prefix(text / PARTS["text_encoder"])
         for name in (CARD_FILE, PREVIEW_FILE):
             if (vae_folder / name).is_file():
                 shutil.copy(vae_folder / name, part / "vae" / name)
@@ -202,14 +203,23 @@ def hashes(folder: Path, stated: Stated | None = None) -> Mapping[str, str]:
         return file_hashes(folder, stated)  # each is computed when it is asked for
     found = {"vae": vae_hash(folder / "vae")}
     index = read_json(folder / "model_index.json")
-    for part in networks(index):
+    for part, (_, cls) in networks(index).items():
         if part != "vae":
-            found[part] = content_hash(part_tensors(folder / part))
+            found[part] = content_hash(as_hashed(part_tensors(folder / part), cls))
     for part in sorted(path.name for path in folder.glob("tokenizer*") if path.is_dir()):
         found[part] = tokenizer_hash(folder / part) or hashlib.sha256().hexdigest()
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", infinite=True)
     scheduler.pop("_diffusers_version", None)
     return found | {"scheduler": hashlib.sha256(json.dumps(scheduler, sort_keys=True).encode()).hexdigest()}
+
+
+def former_hash(folder: Path, stated: Stated | None, part: str) -> str | None:
+    """The hash of a text encoder as recipes and LoRA files of before have it: of its tensors by their stored names."""
+    if not part.startswith("text_encoder"):
+        return None
+    if folder.is_file():
+        return former_file_hash(folder, stated, part)
+    return content_hash(part_tensors(folder / part)) if (folder / part).is_dir() else None
 
 
 def part_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -250,15 +260,6 @@ def check_reference(folder: Path) -> None:
             f"{folder}: its VAE was put in {how} ({swapped.get('name')}), so other VAEs cannot be judged beside it. "
             f"Its denoiser was trained on VAE {str(card.get('vae_hash'))[:HASH_LENGTH]}; give the model that has that one."
         )
-
-
-def _restore_prefix(path: Path) -> None:
-    """transformers >= 5.6 writes CLIP text encoders without ``text_model.``; older readers need it."""
-    from safetensors.torch import save_file
-
-    tensors = read_tensors(path)
-    named = {name if name.startswith("text_model.") else f"text_model.{name}": value for name, value in tensors.items()}
-    save_file(named, path, metadata={"format": "pt"})
 
 
 def describe(name: str | Path) -> dict[str, Any]:

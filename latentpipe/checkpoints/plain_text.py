@@ -187,15 +187,6 @@ class PlainTokenizer:
         return [self.decode(row) for row in rows]
 
 
-def as_named_by(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors with or without the prefix ``text_model.``, whichever `model` uses; position ids are no weights."""
-    tensors = {name: value for name, value in tensors.items() if not name.endswith("position_ids")}
-    prefixed = any(name.startswith("text_model.") for name in model.state_dict())
-    if prefixed:
-        return tensors
-    return {name.removeprefix("text_model."): value for name, value in tensors.items()}
-
-
 def plain_pipeline(cls: Any, folder: Path, scheduler: str, length: int, parts: Mapping[str, Any]) -> Any:
     """Stable Diffusion's pipeline of networks that were opened, its scheduler and a `PlainTokenizer`."""
     import diffusers

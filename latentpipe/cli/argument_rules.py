@@ -118,11 +118,7 @@ RULES: dict[str, argument_checks.Rule | None] = {
 
 # What does nothing without another option: it was meant to do something.
 NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "generate": {
-        "adapter": ("vae",),
-        "lora_method": ("lora",),
-        "strength": ("image",),
-    },
+    "generate": {"adapter": ("vae",), "lora_method": ("lora",), "strength": ("image",)},
     "edit": {"share": ("mix",), "amount": ("along",), "feather": ("mask",)},
     "lora convert": {"rank": ("plain",)},
 }
@@ -255,8 +251,15 @@ def _fits_a_jpeg(values: dict[str, Any]) -> None:
 
 
 WHOLE: dict[str, tuple[Callable[[dict[str, Any]], None], ...]] = {
-    "generate": (prompt_file.prompted, argument_checks.interval, argument_checks.drawn_size, _fits_a_jpeg),
-    "grid": (_axes, argument_checks.drawn_size),
+    "generate": (
+        prompt_file.prompted,
+        argument_checks.interval,
+        argument_checks.drawn_size,
+        argument_checks.tagged,
+        _fits_a_jpeg,
+    ),
+    "grid": (_axes, argument_checks.drawn_size, argument_checks.tagged),
+    "inpaint": (argument_checks.tagged,),
     "replay": (replayed.check,),
     "emoji": (_rendered,),
     "lora merge": (_merged,),
@@ -271,7 +274,7 @@ WHOLE: dict[str, tuple[Callable[[dict[str, Any]], None], ...]] = {
     "health": (argument_checks.vae_size,),
     "encode": (argument_checks.vae_size, output_paths.cached),
     "swap": (output_paths.swapped,),
-    "ui": (output_paths.kept,),
+    "ui": (output_paths.kept, argument_checks.free_port),
     "fit-codec": (output_paths.learnt,),
     "fit-adapter": (output_paths.fitted,),
 }

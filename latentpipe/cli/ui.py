@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import FlagCreatePairsOff
 
 from latentpipe.utils.errors import UserError
 
@@ -15,7 +17,7 @@ def ui(
     port: int | None = None,
     listen: bool = False,
     auth_file: Path | None = None,
-    no_auth: bool = False,
+    no_auth: Annotated[bool, FlagCreatePairsOff] = False,
     out: Path = Path("out"),
     save: bool = True,
     device: str | None = None,

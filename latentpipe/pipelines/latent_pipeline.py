@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from PIL import Image
 from latentpipe.checkpoints.embedding import Embedding
 from latentpipe.checkpoints.in_memory import Computed, hashes_in_memory
 from latentpipe.checkpoints.model_files import read_preview
-from latentpipe.checkpoints.pipeline_io import check_reference, hashes
+from latentpipe.checkpoints.pipeline_io import check_reference, former_hash, hashes
 from latentpipe.checkpoints.registry import find_model, name_of
 from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.tensor_source import CARD_FILE
@@ -24,7 +24,7 @@ from latentpipe.compatibility.measure import comparable
 from latentpipe.lora.adapter import Lora
 from latentpipe.lora.matching import MatchReport
 from latentpipe.lora.merge import Weight
-from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags
+from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags, without_tags
 from latentpipe.pipelines import prompt_notes, vocabulary
 from latentpipe.pipelines.batches import drawn
 from latentpipe.pipelines.denoise import check_family, check_host, denoise, native_size, size_unit
@@ -56,6 +56,7 @@ class LatentPipeline:
              asked for); `base`: of the parts that the host came with in its files
     words    those that the model was trained on, where its card lists them
     stated   what was stated on the model's single file, as a recipe keeps it
+    former   the hash that a part had in recipes and LoRA files of before; None where it had no other
     """
 
     host: Any
@@ -68,6 +69,7 @@ class LatentPipeline:
     preview_map: dict[str, list] | None = None
     words: frozenset[str] = field(default=frozenset(), repr=False)
     stated: recipes.StatedModel | None = field(default=None, repr=False)
+    former: Callable[[str], str | None] = field(default=lambda part: None, repr=False, compare=False)
     loras: LoraManager = field(init=False, repr=False, compare=False)
     embeddings: EmbeddingManager = field(init=False, repr=False, compare=False)
 
@@ -82,7 +84,7 @@ class LatentPipeline:
                 "Choose a VAE of the same space ('latentpipe ls vae --fits MODEL' lists them), or train a denoiser for this one."
             )
         self.base = self.base or self.hashes
-        self.loras = LoraManager(self.host, self.stage, self.base, self.hashes.get("vae"))
+        self.loras = LoraManager(self.host, self.stage, self.base, self.hashes.get("vae"), self.former)
         self.embeddings = EmbeddingManager(self.host, self.loras)
         if not self.hashes:
             self.hashes = Computed(partial(hashes_in_memory, self.host, self.stage))
@@ -121,7 +123,13 @@ class LatentPipeline:
             own = read_preview(folder / "vae" / PREVIEW_FILE, LatentSpace.of(host.vae).channels)
             kept = stated_in_recipe(folder, stated)
             pipe = cls(
-                host, name=name_of(folder), hashes=hashes(folder, stated), preview_map=own, words=known_words(card), stated=kept
+                host,
+                name=name_of(folder),
+                hashes=hashes(folder, stated),
+                preview_map=own,
+                words=known_words(card),
+                stated=kept,
+                former=partial(former_hash, folder, stated),
             )
             return pipe if vae is None else pipe.with_vae(vae, folder, adapter, force)
 
@@ -273,6 +281,8 @@ class LatentPipeline:
     def notes_on(self, prompt: str, what: str = "prompt") -> list[str]:
         """What the text encoder cannot make use of in a prompt, in sentences."""
         found = [vocabulary.sentence(self.unknown_words(prompt), self.words, what)]
+        if what == "prompt" and not without_tags(prompt).strip():
+            found.append("the prompt is empty: what is drawn is chance")
         if cut := self.cut_words(prompt):
             found.append(prompt_notes.too_long(self.host, what, cut))
         return [note for note in found if note]

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import sized
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from written import write
 
-from latentpipe import LatentPipeline, UserError, check_swap
-from latentpipe.checkpoints.pipeline_io import hashes, load_pipeline
+from latentpipe import LatentPipeline, UserError, check_swap, replay
+from latentpipe.checkpoints.pipeline_io import former_hash, hashes, load_pipeline
 from latentpipe.checkpoints.registry import available, find_model
 from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.tensor_source import CONFIG_KEY
 from latentpipe.checkpoints.vae_io import open_vae, save_vae
 from latentpipe.cli.app import main
+from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.swap import save_swapped
 from latentpipe.pipelines.verdict_cache import verdict_on
 
@@ -165,3 +166,29 @@ def test_a_suffix_and_a_name_decide_nothing(made: Any, tmp_path: Path) -> None:
     for name in ("model.sft", "model", "model.ckpt", "sd15-inpainting-v_pred.bin"):
         copy = write(load_file(file), tmp_path / "again.safetensors").rename(tmp_path / name)
         assert type(load_pipeline(copy, stated=Stated(config=config))).__name__ == "StableDiffusionXLPipeline"
+
+
+def test_text_encoders_have_one_hash_whatever_names_their_tensors_have(made: Any, tmp_path: Path) -> None:
+    folder, config, file = made("sd1")
+    stated = Stated(config=config)
+    bare, named = (Path(shutil.copytree(folder, tmp_path / name)) for name in ("bare", "named"))
+    source = "text_encoder/model.safetensors"
+    tensors = {name.removeprefix("text_model."): value for name, value in load_file(folder / source).items()}
+    save_file(tensors, bare / source)
+    save_file({f"text_model.{name}": value for name, value in tensors.items()}, named / source)
+    found = [hashes(place, given)["text_encoder"] for place, given in ((bare, None), (named, None), (file, stated))]
+    pipe = LatentPipeline(load_pipeline(bare))
+    assert len({*found, pipe.hashes["text_encoder"]}) == 1
+    before = former_hash(bare, None, "text_encoder")
+    assert before not in (found[0], None)
+    assert former_hash(named, None, "text_encoder") == former_hash(file, stated, "text_encoder") == found[0]
+    assert former_hash(bare, None, "unet") is None
+    drawn = LatentPipeline.from_pretrained(bare, device="cpu")("red", seed=1, steps=1, size=(32, 32))[0]
+    old = drawn.recipe.model_copy(update={"hashes": {**drawn.recipe.hashes, "text_encoder": before}})
+    recipes.save(drawn.image, tmp_path / "x.png", old)
+    for place, given in ((bare, {}), (named, {}), (file, {"config": config})):
+        if place == bare:  # as it was then
+            assert replay(tmp_path / "x.png", place, device="cpu", **given).difference == 0
+        else:
+            with pytest.raises(UserError, match="text_encoder is"):
+                replay(tmp_path / "x.png", place, device="cpu", **given)
