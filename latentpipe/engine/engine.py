@@ -109,8 +109,10 @@ class Engine:
             prompt, tagged = split_tags(prompt)
             loras = {**loras, **tagged}
         with self.pipe.loras.more(loras, loras if lora_partial else ()), self.pipe.embeddings.more(embeddings):
-            draw = self.pipe if isinstance(prompt, str) else self.pipe.several
-            pictures = draw(prompt, on_step=on_step, **settings)  # type: ignore[operator]
+            if isinstance(prompt, str):
+                pictures = self.pipe(prompt, on_step=on_step, **settings)
+            else:
+                pictures = self.pipe.several(prompt, on_step=on_step, **settings)
         return Finished(pictures, time.monotonic() - begin)
 
 
