@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,7 +25,8 @@ from latentpipe.lora.adapter import Lora
 from latentpipe.lora.matching import MatchReport
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags, without_tags
-from latentpipe.pipelines import prompt_notes, prompt_weighting, vocabulary
+from latentpipe.pipelines import prompt_notes, vocabulary
+from latentpipe.pipelines.batches import drawn
 from latentpipe.pipelines.denoise import check_family, check_host, denoise, native_size, size_unit
 from latentpipe.pipelines.embeddings import EmbeddingManager
 from latentpipe.pipelines.families import expected_latents, finish
@@ -34,11 +34,11 @@ from latentpipe.pipelines.lora_manager import LoraManager
 from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.opening import check_arguments, host_from
 from latentpipe.pipelines.picture import Picture, recipe_of, stated_in_recipe
-from latentpipe.pipelines.sampling import OnStep, Settings, Step, check_settings, drawn_seed, settings_of
+from latentpipe.pipelines.sampling import OnStep, Settings, check_settings, drawn_seed, settings_of
 from latentpipe.pipelines.swap import host_stage, judge_stages, stage_of
 from latentpipe.pipelines.verdict_cache import judged, refuse_other_shape
 from latentpipe.pipelines.vocabulary import known_words
-from latentpipe.utils.errors import LatentpipeWarning, UserError, counted, expect
+from latentpipe.utils.errors import UserError, counted, expect
 from latentpipe.utils.images import to_pixels
 from latentpipe.utils.io import content_hash, read_json
 from latentpipe.utils.threads import run_in_thread
@@ -184,24 +184,23 @@ class LatentPipeline:
     def literal(self, prompt: str, n: int, seed: int | None, on_step: OnStep | None, chosen: Settings) -> list[Picture]:
         """As a call, with checked settings and a prompt as a recipe has it: no tag of it opens a file."""
         seed = drawn_seed(n, seed)
-        prompt_weighting.check(self.host, self.embeddings.spell(prompt), self.embeddings.spell(chosen.negative_prompt))
-        assert chosen.size is not None
-        self.stage.check_memory(n, *reversed(chosen.size))  # now, not after the sampling
-        done = 0
-
-        def watch(step: Step) -> bool:
-            nonlocal done
-            done = step.step
-            return bool(on_step and on_step(step))
-
-        notes = self.notes_on(prompt) + self.notes_on(chosen.negative_prompt, "negative prompt")
-        notes += self.embeddings.idle(prompt, chosen.negative_prompt)
-        for note in notes:
-            warnings.warn(note, LatentpipeWarning, stacklevel=3)
-        images = self.draw([prompt] * n, list(range(seed, seed + n)), chosen, watch)
-        base = recipe_of(self, prompt, seed, n, chosen, done if done < chosen.steps_to_run else None)
+        images, notes, stopped = drawn(self, [prompt] * n, list(range(seed, seed + n)), on_step, chosen)
+        base = recipe_of(self, prompt, seed, n, chosen, stopped)
         own = [base.model_copy(update={"seed": seed + i, "batch_index": i}) for i in range(len(images))]
-        return [Picture(image, recipe, tuple(notes)) for image, recipe in zip(images, own, strict=True)]
+        return [Picture(image, recipe, notes[prompt]) for image, recipe in zip(images, own, strict=True)]
+
+    def several(self, pictures: Sequence[tuple[str, int]], on_step: OnStep | None = None, **settings: Any) -> list[Picture]:
+        """A picture of each prompt and seed, in one batch, each with a recipe of its own; all say the same of LoRA adapters."""
+        chosen = self.check(settings_of(settings))
+        note_negative(chosen.negative_prompt)
+        with self.loras.more(split_tags(pictures[0][0])[1], partial_tags(pictures[0][0])):
+            prompts = [self.embeddings.tagged(split_tags(prompt)[0]) for prompt, _ in pictures]
+            chosen = replace(chosen, negative_prompt=self.embeddings.tagged(chosen.negative_prompt))
+            with self.embeddings.more(self.embeddings.named_in(*prompts, chosen.negative_prompt)):
+                images, notes, stopped = drawn(self, prompts, [seed for _, seed in pictures], on_step, chosen)
+                one = zip(prompts, pictures, strict=True)
+                own = [recipe_of(self, prompt, seed, 1, chosen, stopped) for prompt, (_, seed) in one]
+        return [Picture(image, recipe, notes[prompt]) for image, recipe, prompt in zip(images, own, prompts, strict=True)]
 
     def attach_lora(
         self,
