@@ -20,6 +20,7 @@ from latentpipe.checkpoints.registry import available, find_model
 from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.vae_io import open_vae, save_vae
 from latentpipe.cli.app import main
+from latentpipe.engine.pipeline_cache import PipelineCache
 from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.verdict_cache import verdict_on
 
@@ -198,3 +199,15 @@ def test_text_encoders_have_one_hash_whatever_names_their_tensors_have(made: Any
         else:
             with pytest.raises(UserError, match="text_encoder is"):
                 replay(tmp_path / "x.png", place, device="cpu", **given)
+
+
+def test_the_page_opens_a_file_that_others_complete(made: Any, own_home: Path) -> None:
+    folder, config, file = made("sd1")
+    (own_home / "models").mkdir()
+    place = Path(shutil.copy(file, own_home / "models" / "mine.safetensors"))
+    cache = PipelineCache(device="cpu")
+    with pytest.raises(UserError):
+        cache.open("mine")  # a tiny model is of no known family
+    cache.stated[place] = Stated(config=config)
+    assert cache.open("mine").stated is not None
+    assert cache.verdict("mine", folder / "vae").fits
