@@ -103,7 +103,7 @@ def drawn(file: Path) -> None:
     start = time.perf_counter()
     pipe = LatentPipeline.from_pretrained(file, device="cpu", dtype="bf16")
     opened = time.perf_counter() - start
-    picture = pipe("a photo of a cat", seed=1, steps=2, size=(256, 256))[0]
+    picture = pipe("a photo of a cat", seed=1, num_inference_steps=2, size=(256, 256))[0]
     print(
         json.dumps({"opened": opened, "drawn": time.perf_counter() - start - opened, "peak": peak(), "size": picture.image.size})
     )

@@ -118,7 +118,7 @@ def measure_overhead() -> dict[str, Any]:
     pipe = LatentPipeline.from_pretrained()
 
     def engine(steps: int, seed: int, previews: bool = False) -> None:
-        for _ in Engine(pipe).run(PROMPT, seed=seed, steps=steps, previews=previews):
+        for _ in Engine(pipe).run(PROMPT, seed=seed, num_inference_steps=steps, previews=previews):
             pass
 
     with server() as (_, address, _home):

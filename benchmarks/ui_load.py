@@ -274,7 +274,7 @@ def draw_again(pictures: list[bytes]) -> tuple[int, int]:
             copy.write(content)
             copy.flush()
             recipe = read(Path(copy.name))
-        again = pipe(recipe.prompt, seed=recipe.seed, steps=recipe.steps)[0].image
+        again = pipe(recipe.prompt, seed=recipe.seed, num_inference_steps=recipe.steps)[0].image
         with Image.open(io.BytesIO(content)) as stored:
             differ += not np.array_equal(np.asarray(stored.convert("RGB")), np.asarray(again))
     return len(pictures), differ

@@ -106,7 +106,8 @@ def _settings(
             raise UserError(f"seed is {seed}; expected 0 to {MAX_SEED}, or -1 for a random one.")
         weights = _weights(loras)
     return {
-        "negative": negative or "", "steps": int(steps), "guidance": guidance, "seed": None if seed < 0 else int(seed),
+        "negative_prompt": negative or "", "num_inference_steps": int(steps), "guidance_scale": guidance,
+        "seed": None if seed < 0 else int(seed),
         "n": int(n), "size": (int(width), int(height)) if width and height else None, "scheduler": scheduler or None,
         "loras": weights, "lora_partial": any(isinstance(weight, str) for weight in (loras or {}).values()),
     }  # fmt: skip

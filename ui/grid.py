@@ -26,6 +26,7 @@ from latentpipe.ui.theme import RUN, SAID, STOP
 from latentpipe.ui.uploads import picture_input, picture_of
 from latentpipe.utils.defaults import GUIDANCE, STEPS
 from latentpipe.utils.progress import ProgressCallback
+from latentpipe.utils.setting_names import in_python
 
 EMPTY = "No grid yet. Write a prompt, say what varies along X and Y, or choose an example below, and press Draw the grid."
 NONE = "nothing"
@@ -166,7 +167,7 @@ def _wire_run(
     def draw(values: Values, request: gr.Request) -> Iterator[dict[Any, Any]]:
         def work(report: ProgressCallback) -> Grid:
             model = values[rest["model"]]
-            _allow(app, app.pipe(model).native_size, settings["steps"], axes)
+            _allow(app, app.pipe(model).native_size, settings["num_inference_steps"], axes)
             return plot(lambda vae: app.pipe(model, vae), values[prompt] or "", *axes, report=report, **settings)
 
         with remembered(app, request), toast_errors() as notes:
@@ -188,14 +189,13 @@ def _wire_run(
 
 def settings_of(rest: dict[str, Any], values: Values) -> dict[str, Any]:
     """Arguments of `plot` out of the fields that all pictures share."""
-    found = {name: values[field] for name, field in rest.items() if name != "model"}
-    seed = found["seed"]
+    found = in_python({name: values[field] for name, field in rest.items() if name != "model"})
     return found | {
-        "seed": None if seed is None or int(seed) < 0 else int(seed),
-        "steps": int(found["steps"]),
-        "guidance": float(found["guidance"]),
+        "seed": None if found["seed"] is None or int(found["seed"]) < 0 else int(found["seed"]),
+        "num_inference_steps": int(found["num_inference_steps"]),
+        "guidance_scale": float(found["guidance_scale"]),
         "scheduler": None if found["scheduler"] == OWN else found["scheduler"],
-        "negative": found["negative"] or "",
+        "negative_prompt": found["negative_prompt"] or "",
         "vae": None if found["vae"] == BUILT_IN else found["vae"],
         "lora_partial": bool(found["lora_partial"]),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from latentpipe.ui.state import HEAVY, LIGHT, App, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
 from latentpipe.ui.uploads import check_picture, picture_input
 from latentpipe.utils.progress import ProgressCallback
+from latentpipe.utils.setting_names import shortened
 
 EMPTY = "Drop a picture of latentpipe, A1111, ComfyUI, Fooocus, InvokeAI or NovelAI: its settings appear here."
 
@@ -84,8 +85,8 @@ def look(path: str | None) -> tuple[str, str, str, Any]:
     except gr.Error as error:  # a line that stays, in place of a toast that goes
         return html.light("red", str(error.message), "Not read"), "", "", hidden
     else:
-        rows = [("Written by", info.source), ("Prompt", info.prompt), ("Negative prompt", info.negative or "-")]
-        rows += [(name.replace("_", " ").capitalize(), _words(value)) for name, value in info.settings.items()]
+        rows = [("Written by", info.source), ("Prompt", info.prompt), ("Negative prompt", info.negative_prompt or "-")]
+        rows += [(name.replace("_", " ").capitalize(), _words(value)) for name, value in shortened(info.settings).items()]
         rows += [("Seed", "-" if info.seed is None else info.seed), ("Picture", f"{info.width} x {info.height} pixels")]
         rows += [("Model", info.model or "-"), ("VAE", info.vae or "built in")]
         rows += [("LoRA", ", ".join(f"{name}: {weight}" for name, weight in info.loras.items()) or "-")]
@@ -97,7 +98,7 @@ def look(path: str | None) -> tuple[str, str, str, Any]:
 
 def as_json(info: Info) -> dict[str, Any]:
     """The settings for a program."""
-    found = asdict(info)
+    found = info.shortened()
     found["recipe"] = info.recipe.model_dump(mode="json") if info.recipe else None
     return found
 

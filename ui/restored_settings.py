@@ -15,8 +15,9 @@ from latentpipe.ui import html
 from latentpipe.ui.form import GUIDANCES, NO_ADAPTER, OWN, STEPS_OF, STRENGTHS, Form
 from latentpipe.ui.state import BUILT_IN, App, sentences_of, toast_errors
 from latentpipe.ui.uploads import check_picture, name_of_file
+from latentpipe.utils.setting_names import SHORT
 
-LIMITS = {"steps": STEPS_OF, "guidance": GUIDANCES, "strength": STRENGTHS}
+LIMITS = {"num_inference_steps": STEPS_OF, "guidance_scale": GUIDANCES, "strength": STRENGTHS}
 
 
 def fields_of(form: Form) -> list[Any]:
@@ -44,7 +45,7 @@ def taken_over(app: App, form: Form, path: str | None, model: str) -> list[Any]:
         drawn_by = names[0] if isinstance(names[0], str) else model
         pipe = app.pipe(drawn_by)
         same = info.recipe is not None and info.model == drawn_by
-        have = fitted(info.settings, pipe.native_size, size_unit(pipe.host), same, changes)
+        have = fitted(info.settings, pipe.native_size, size_unit(pipe.host, pipe.stage), same, changes)
         low, high = have.get("guidance_interval", (0.0, 1.0))
         width, height = have.get("size", (0, 0))
         rows = _rows(app, form, info, changes)
@@ -53,7 +54,8 @@ def taken_over(app: App, form: Form, path: str | None, model: str) -> list[Any]:
         )
         gr.Info(words if len(words) < 300 else "The settings are in the tab Generate; what was changed stands there.", duration=8)
         return [
-            info.prompt, info.negative, *names, have.get("steps", gr.skip()), have.get("guidance", gr.skip()), low, high,
+            info.prompt, info.negative_prompt, *names, have.get("num_inference_steps", gr.skip()),
+            have.get("guidance_scale", gr.skip()), low, high,
             have.get("scheduler") or OWN, width, height, -1 if info.seed is None else info.seed,
             have.get("strength", gr.skip()), *(value for row in rows for value in row), html.words(words),
         ]  # fmt: skip
@@ -71,7 +73,9 @@ def fitted(settings: dict[str, Any], native: tuple[int, int], unit: int, same: b
     for name, (low, high) in LIMITS.items():
         if name in found and not low <= found[name] <= high:
             found[name] = min(max(found[name], low), high)
-            changes.append(f"{name} {settings[name]:g} became {found[name]:g}; the field takes {low:g} to {high:g}")
+            changes.append(
+                f"{SHORT.get(name, name)} {settings[name]:g} became {found[name]:g}; the field takes {low:g} to {high:g}"
+            )
     if (size := found.get("size")) and not same:
         share = min(1.0, native[0] / size[0], native[1] / size[1])
         found["size"] = tuple(max(unit, round(side * share / unit) * unit) for side in size)

@@ -96,7 +96,7 @@ class Jobs:
             if token.is_set():
                 raise Cancelled("stopped while the model was opened")
             width, height = settings.get("size") or pipe.native_size
-            self.allow(width, height, settings.get("steps", STEPS), settings.get("n", 1))
+            self.allow(width, height, settings.get("num_inference_steps", STEPS), settings.get("n", 1))
             _notes.set(notes)
             yield from self._read(Engine(pipe).run(prompt, cancel=token, previews=previews, **settings), token, request)
 

@@ -10,10 +10,14 @@ from latentpipe.checkpoints.registry import bundled_weights_dir
 from latentpipe.compatibility.verdict import FIT
 from latentpipe.lora.matching import PARTLY
 from latentpipe.utils.io import home
+from latentpipe.utils.setting_names import with_short_names
 
 INSTEAD = {
     "Put its file into $LATENTPIPE_HOME/lora, or give it with --lora.": (
         "Put its file into the server's LoRA folder, and press '↻ Look for new files'."
+    ),
+    "Put its file into $LATENTPIPE_HOME/embeddings, or give it with --embedding.": (
+        "Put its file into the server's folder of embeddings, and press '↻ Look for new files'."
     ),
     "give its file with --adapter": "install it on the server first",
     "Give the right ones with --lora NAME=FILE": "The server needs the LoRA file that it was drawn with",
@@ -41,7 +45,7 @@ def in_words_of_the_page(sentence: str) -> str:
 
     Whatever `INSTEAD` has no words for is left out: asides in brackets, else the clause.
     """
-    sentence = sentence.split("\nmeasured on")[0]
+    sentence = with_short_names(sentence.split("\nmeasured on")[0])
     for typed, place in INSTEAD.items():
         sentence = sentence.replace(typed, place)
     for folder in (str(get_upload_folder()), str(home()), str(bundled_weights_dir())):

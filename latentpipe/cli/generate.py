@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tyro.conf import Positional
-
 from latentpipe.cli.argument_checks import size_of, weighted
+from latentpipe.cli.argument_parser import Positional
 from latentpipe.cli.lora import Method
 from latentpipe.cli.output_paths import is_picture
 from latentpipe.utils.defaults import GUIDANCE, STEPS, STRENGTH
 from latentpipe.utils.errors import counted
+from latentpipe.utils.setting_names import in_python
 from latentpipe.utils.signals import interruption, signals_to
 from latentpipe.utils.threads import run_in_thread
 
@@ -26,10 +26,12 @@ from latentpipe.utils.threads import run_in_thread
 class Generate:
     """Draw pictures of a prompt and print their paths."""
 
-    prompt: Positional[str]
+    prompt: Positional[str | None] = None
     """What to draw."""
+    prompts: Path | None = None
+    """Instead: a text file with one prompt a line, or SEED<TAB>PROMPT; lines without a seed count on from SEED."""
     n: int = 1
-    """How many pictures (also -n); picture i has the seed SEED + i."""
+    """How many pictures (also -n), of each prompt; picture i has the seed SEED + i."""
     seed: int | None = None
     """0 to 4294967295; left out, or -1: a random one, which is told."""
     out: Path = Path("out")
@@ -58,8 +60,11 @@ class Generate:
     """How far img2img may move from the picture, over 0 to 1."""
     device: str | None = None
     """cpu, cuda or mps; left out: the best one present."""
-    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """Precision of the weights; auto: as the file stores them."""
+    dtype: Literal["fp32", "bf16", "fp16", "stored", "auto"] = "fp32"
+    """Precision of the weights; stored: as the file has them; auto: bf16 where the device has units for it, else fp32, less where
+    that does not fit into memory."""
+    offload: Literal["none", "model", "sequential"] = "none"
+    """On CUDA: parts (model) or layers (sequential) are on the GPU only while they compute."""
     family: str | None = None
     """Family of a single file whose shapes fit several: flux-dev or flux-kontext, ..."""
     prediction: Literal["epsilon", "v", "v-zsnr"] | None = None
@@ -67,13 +72,16 @@ class Generate:
     config: Path | None = None
     """A diffusers folder with the configs of a single file that fits no known family."""
     parts: tuple[Path, ...] = ()
-    """Files or diffusers folders that hold what a single file lacks: a VAE, text encoders."""
+    """Names, files or diffusers folders of what a single file lacks: a VAE, text encoders."""
     lora: tuple[str, ...] = ()
     """Names or files of LoRA adapters, each with its weight: flat=0.7 (1 where none is given)."""
     lora_method: Literal["sum", Method] = "sum"
     """How several are put together: sum (at once, exactly), or a method of 'latentpipe lora merge', such as ties_svd."""
     lora_partial: bool = False
     """Take LoRA files (of --lora and of tags in the prompt) that fit in part; what is left out is told."""
+    embedding: tuple[str, ...] = ()
+    """Names or files of embeddings (textual inversion) that the prompts name, as <NAME> or as a plain word; installed ones
+    need no option as <NAME>."""
     adapter: str | None = None
     """Name or file of an adapter from the model's VAE to --vae ('latentpipe fit-adapter')."""
 
@@ -83,52 +91,97 @@ def run(options: Generate) -> None:
     loras = [weighted(text) for text in options.lora]
     from latentpipe.utils.images import open_picture
 
-    names = ("n", "seed", "negative", "steps", "guidance", "guidance_interval", "scheduler", "strength", "lora_partial")
-    settings: dict[str, Any] = {name: getattr(options, name) for name in names}
+    names = ("negative", "steps", "guidance", "guidance_interval", "scheduler", "strength", "lora_partial")
+    settings = in_python({name: getattr(options, name) for name in names})
     settings["size"] = size_of(options.size)
     settings["image"] = open_picture(options.image) if options.image is not None else None
-    from latentpipe import Engine, LatentPipeline
+    from latentpipe import LatentPipeline
     from latentpipe.checkpoints.single_file.gather import Stated
 
     stated = Stated(options.family, options.prediction, options.config, options.parts)
 
     def opened() -> LatentPipeline:
         pipe = LatentPipeline.from_pretrained(
-            options.model, options.vae, options.device, options.dtype, options.adapter, options.force, stated
+            options.model,
+            options.vae,
+            options.device,
+            options.dtype,
+            options.adapter,
+            options.force,
+            stated,
+            options.offload,
         )
         for source, weight in loras:
             print(pipe.attach_lora(source, weight, partial=options.lora_partial, force=options.force), file=sys.stderr)
+        for source in options.embedding:
+            one = pipe.attach_embedding(source)
+            print(f"{one.name}: {counted(one.length, 'vector')}, in the prompt as <{one.name}>", file=sys.stderr)
         if options.lora_method != "sum":
             pipe.set_lora(pipe.loras.weights, method=options.lora_method)
         return pipe
 
-    pictures, stop = _watch(Engine(run_in_thread(opened)), options.prompt, settings)
-    for picture in pictures:
-        print(picture.save(_place(options.out, picture.recipe, len(pictures))))
-    if (done := pictures[0].recipe.stopped_after) is not None:
+    _draw(options, run_in_thread(opened), settings)
+
+
+def _draw(options: Generate, pipe: Any, settings: dict[str, Any]) -> None:
+    """Draw batch after batch, and save each as it is done."""
+    from tqdm import tqdm
+
+    from latentpipe import Engine
+
+    parts = _parts(options, pipe, settings)
+    engine, count, last = Engine(pipe), sum(len(part) for part in parts), None
+    with stop_on_interrupt() as stop, tqdm(total=options.steps, unit="step", disable=None, file=sys.stderr) as bar:
+        for number, part in enumerate(parts):
+            stop.token = threading.Event()  # a job sets its token when it ends
+            if stop.number:
+                break
+            own = {**settings, "n": len(part), "seed": part[0][1]} if options.prompts is None else settings
+            asked = part[0][0] if options.prompts is None else part
+            pictures = _watch(engine, asked, own, stop, bar, (number, len(parts)))
+            bar.clear()
+            for picture in pictures:
+                print(picture.save(_place(options.out, picture.recipe, count)), flush=True)
+            last = pictures[0].recipe.stopped_after
+    if last is not None:
         what = "it is" if len(pictures) == 1 else "they are"
-        print(f"latentpipe: {counted(len(pictures), 'unfinished picture')} kept: {what} of step {done}", file=sys.stderr)
+        print(f"latentpipe: {counted(len(pictures), 'unfinished picture')} kept: {what} of step {last}", file=sys.stderr)
     stop.heed()
 
 
-def _watch(engine: Any, prompt: str, settings: dict[str, Any]) -> tuple[list[Any], Stop]:
-    """Show a job's steps; the first Ctrl-C (or SIGTERM) stops it and keeps the partial pictures, the second leaves at once."""
-    from tqdm import tqdm
+def _parts(options: Generate, pipe: Any, settings: dict[str, Any]) -> list[list[tuple[str, int]]]:
+    """Prompt and seed of each picture, in batches; UserError names the line of a prompt that this model cannot draw."""
+    from latentpipe.cli.prompt_file import pictures_of, read_prompts, told
+    from latentpipe.pipelines import prompt_weighting
+    from latentpipe.pipelines.batches import batches
 
+    assert options.seed is not None  # it was drawn where the call gives none
+    if options.prompts is None:
+        found = [(options.prompt or "", options.seed + i) for i in range(options.n)]
+    else:
+        lines = read_prompts(options.prompts, options.n)
+        for line in lines:
+            with told(options.prompts, line.number):
+                prompt_weighting.check(pipe.host, pipe.embeddings.spell(line.prompt), options.negative)
+        found = pictures_of(lines, options.n, options.seed)
+    return list(batches(found, settings["size"] or pipe.native_size))
+
+
+def _watch(engine: Any, prompt: Any, settings: dict[str, Any], stop: Stop, bar: Any, part: tuple[int, int]) -> list[Any]:
+    """Show a job's steps; the first Ctrl-C (or SIGTERM) stops it and keeps the partial pictures, the second leaves at once."""
     from latentpipe.engine.engine import Finished, StepDone
     from latentpipe.utils.errors import Cancelled
 
-    with stop_on_interrupt() as stop, tqdm(total=settings["steps"], unit="step", disable=None, file=sys.stderr) as bar:
-        try:
-            for event in engine.run(prompt, cancel=stop.token, **settings):
-                if isinstance(event, Finished):
-                    return event.pictures, stop
-                if isinstance(event, StepDone):
-                    bar.total = event.steps
-                    bar.update(event.step - bar.n)
-        except Cancelled:
-            stop.heed()
-            raise
+    try:
+        for event in engine.run(prompt, cancel=stop.token, **settings):
+            if isinstance(event, Finished):
+                return event.pictures
+            if isinstance(event, StepDone):
+                bar.total = part[1] * event.steps
+                bar.update(part[0] * event.steps + event.step - bar.n)
+    except Cancelled:
+        stop.heed()
+        raise
     raise RuntimeError("the engine ended without a result")
 
 
@@ -185,6 +238,7 @@ def replay(
     vae: str | None = None,
     adapter: str | None = None,
     lora: tuple[str, ...] = (),
+    embedding: tuple[str, ...] = (),
     image: Path | None = None,
     device: str | None = None,
     out: Path | None = None,
@@ -199,6 +253,7 @@ def replay(
         vae: Name or folder of the VAE, likewise.
         adapter: Name or file of the adapter, likewise.
         lora: Files of LoRA that are not installed, each as NAME=FILE with its name in the recipe.
+        embedding: Files of embeddings (textual inversion), likewise.
         image: The picture that img2img began from.
         device: cpu, cuda or mps.
         out: Where to save the new picture; left out: only compare.
@@ -207,8 +262,10 @@ def replay(
     """
     from latentpipe import replay as run
 
-    files = {name: Path(file) for name, _, file in (text.partition("=") for text in lora)}
-    result = run(picture, model, vae, image, device, adapter, files, config=config, parts=parts)
+    loras, embeddings = (
+        {name: Path(file) for name, _, file in (text.partition("=") for text in given)} for given in (lora, embedding)
+    )
+    result = run(picture, model, vae, image, device, adapter, loras, config=config, parts=parts, embeddings=embeddings)
     if out is not None:
         result.picture.save(out)
         print(out)

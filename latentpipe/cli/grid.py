@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tyro.conf import Positional
-
 from latentpipe.cli.argument_checks import size_of, weighted
+from latentpipe.cli.argument_parser import Positional
 from latentpipe.cli.generate import Stop, stop_on_interrupt
 from latentpipe.utils.defaults import GUIDANCE, STEPS
+from latentpipe.utils.setting_names import in_python
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,8 @@ class Grid:
 
 def run(options: Grid) -> None:
     """Draw, save and print the path; KeyboardInterrupt (`Terminated`) after a stopped plot was saved."""
-    settings: dict[str, Any] = {
-        name: getattr(options, name) for name in ("seed", "vae", "negative", "steps", "guidance", "scheduler", "lora_partial")
-    }
+    names = ("seed", "vae", "negative", "steps", "guidance", "scheduler", "lora_partial")
+    settings = in_python({name: getattr(options, name) for name in names})
     settings |= {"size": size_of(options.size), "loras": dict(weighted(text) for text in options.lora)}
     from latentpipe.engine.pipeline_cache import PipelineCache
     from latentpipe.engine.xy_grid.axes import read_axis

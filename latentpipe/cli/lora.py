@@ -27,7 +27,7 @@ Method = Literal[
     "magnitude_prune_svd",
 ]
 CONVERTED_KEY = "latentpipe.converted"  # in the metadata: the file that an adapter was converted from
-OWN = "latentpipe."
+OWN, SHOWN_APART = "latentpipe.", {"base", "trigger_words", "layers", "component"}
 
 
 def lora_inspect(path: str, /) -> None:
@@ -177,7 +177,6 @@ def facts(path: Path) -> dict[str, Any]:
     tensors = [tensor for _, _, layer in lora.layers() for tensor in layer.tensors.values()]
     size = sum(file.stat().st_size for file in path.glob("adapter_model.safetensors")) if path.is_dir() else path.stat().st_size
     own = {name.removeprefix(OWN): _parsed(value) for name, value in lora.metadata.items() if name.startswith(OWN)}
-    known = {"base", "trigger_words", "layers", "component"}
     return {
         "file": str(path),
         "layout": layout(path),
@@ -189,9 +188,10 @@ def facts(path: Path) -> dict[str, Any]:
         "components": {component: _component(layers.values()) for component, layers in lora.parts.items()},
         "base": base_of(lora),
         "trigger_words": trigger_words(lora),
-        **{name: value for name, value in own.items() if name not in known},
+        **{name: value for name, value in own.items() if name not in SHOWN_APART},
         "metadata": {name: _parsed(value) for name, value in lora.metadata.items() if name.startswith(("ss_", "modelspec."))},
         "unread": list(lora.unread),
+        "embeddings": [one.name for one in lora.embeddings],
     }
 
 

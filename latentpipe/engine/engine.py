@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentpipe.checkpoints.registry import find_model, is_installed, named_lora
+from latentpipe.checkpoints.registry import find_model, is_installed, named_embedding, named_lora
 from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.compatibility.latent_adapter import own_adapter
 from latentpipe.engine.jobs import Waiting, events_of
@@ -58,34 +58,39 @@ class Engine:
 
     def run(
         self,
-        prompt: str,
+        prompt: str | Sequence[tuple[str, int]],
         cancel: threading.Event | None = None,
         previews: bool = False,
         loras: Mapping[str, Weight] | None = None,
         lora_partial: bool = False,
+        embeddings: Sequence[str] = (),
         **settings: Any,
     ) -> Generator[Waiting | StepDone | Finished, None, None]:
         """Draw `prompt` in a worker thread and yield its events; the last one is `Finished`.
 
+        prompt    one text; or several, each with its seed, which are drawn in one batch (`LatentPipeline.several`)
         cancel    setting it stops within the current step and keeps the partial pictures of the step before
         previews  whether the events carry a picture of the estimate
         loras     installed adapters that are on for this job, beside those of the pipeline and of the prompt
         lora_partial  take these and the prompt's where they fit in part; what is left out is told in a warning
+        embeddings  installed textual inversions that the prompts may name without angle brackets too
         settings  arguments of `LatentPipeline.__call__`
         Closing the iterator cancels the job and waits until it has left its step. `Cancelled` where it was stopped while it
         waited for another job, in its first step, or while the pictures were decoded.
         """
         cancel = cancel or threading.Event()
         known = dict(loras or {})
-        return events_of(partial(self._draw, cancel, previews, prompt, known, lora_partial, settings), cancel, keeps=True)
+        work = partial(self._draw, cancel, previews, prompt, known, lora_partial, tuple(embeddings), settings)
+        return events_of(work, cancel, keeps=True)
 
     def _draw(
         self,
         cancel: threading.Event,
         previews: bool,
-        prompt: str,
+        prompt: str | Sequence[tuple[str, int]],
         loras: Mapping[str, Weight],
         lora_partial: bool,
+        embeddings: Sequence[str],
         settings: dict[str, Any],
         emit: Callable[[StepDone], None],
     ) -> Finished:
@@ -100,11 +105,14 @@ class Engine:
             emit(StepDone(step.step, step.steps, (now - begin) / step.step * (step.steps - step.step), preview))
             return cancel.is_set()
 
-        if lora_partial:
+        if lora_partial and isinstance(prompt, str):
             prompt, tagged = split_tags(prompt)
             loras = {**loras, **tagged}
-        with self.pipe.loras.more(loras, loras if lora_partial else ()):
-            pictures = self.pipe(prompt, on_step=on_step, **settings)
+        with self.pipe.loras.more(loras, loras if lora_partial else ()), self.pipe.embeddings.more(embeddings):
+            if isinstance(prompt, str):
+                pictures = self.pipe(prompt, on_step=on_step, **settings)
+            else:
+                pictures = self.pipe.several(prompt, on_step=on_step, **settings)
         return Finished(pictures, time.monotonic() - begin)
 
 
@@ -133,20 +141,21 @@ def replay(
     report: ProgressCallback | None = None,
     config: Path | None = None,
     parts: Sequence[Path] = (),
+    embeddings: Mapping[str, Path] | None = None,
 ) -> Replay:
     """Draw the picture in a file again from its recipe and compare.
 
     `model`, `vae` and `adapter` (names or places) stand in for the recipe's names, which resolve among the shipped and the
-    user's own only; `source` is the picture that img2img began from; `loras` gives the files of adapters by their names in the
-    recipe; `report` is called after each step. A single file is opened with the family and the prediction that were stated then;
-    `config` and `parts` (`Stated`) are to be given again, and a UserError says where they are needed. UserError names every
-    weight that differs.
+    user's own only; `source` is the picture that img2img began from; `loras` and `embeddings` give the files of adapters and of
+    textual inversions by their names in the recipe; `report` is called after each step. A single file is opened with the family
+    and the prediction that were stated then; `config` and `parts` (`Stated`) are to be given again, and a UserError says where
+    they are needed. UserError names every weight that differs.
     """
     expect("path", path, (str, Path), "the path of a picture that latentpipe wrote")
     old = recipes.read(Path(path))
     model = model or _name(old.model)
     stated = _stated(path, old, model, config, parts)
-    pipe = _as_then(path, old, model, stated, vae, device, adapter, loras or {})
+    pipe = _as_then(path, old, model, stated, vae, device, adapter, loras or {}, embeddings or {})
 
     def on_step(step: Step) -> bool:
         if report is not None:
@@ -177,6 +186,7 @@ def _as_then(
     device: str | None,
     adapter: str | Path | None,
     loras: Mapping[str, Path],
+    embeddings: Mapping[str, Path],
 ) -> LatentPipeline:
     """The pipeline that drew a picture; UserError names every weight that differs."""
     if old.vae and vae is None:
@@ -189,16 +199,22 @@ def _as_then(
     )
     for name in old.loras:
         lora = pipe.loras.open(loras.get(name) or named_lora(name))
-        pipe.loras.mixer.load(dataclasses.replace(lora, name=name), partial=True)
+        pipe.loras.load(dataclasses.replace(lora, name=name), partial=True)
     pipe.set_lora(old.loras, old.lora_fused, old.lora_method)
+    brought = pipe.embeddings.on  # by the adapters
+    for name in old.embeddings:
+        if name in embeddings or name not in brought:
+            pipe.embeddings.attach(embeddings.get(name) or named_embedding(name), name)
     now = {**pipe.hashes, **{f"lora:{name}": pipe.loras.mixer.loaded[name].hash for name in old.loras}}
+    now |= {f"embedding:{name}": one.hash for name, one in pipe.embeddings.on.items()}
     changed = [
         f"{part} is {now.get(part, 'missing')[:16]}, the picture's was {digest[:16]}"
         for part, digest in old.hashes.items()
-        if now.get(part) != digest
+        if now.get(part) != digest and pipe.former(part) != digest
     ]
     if changed:
-        options = "--lora NAME=FILE" if all(part.startswith("lora:") for part in changed) else "--model"
+        kinds = {part.partition(":")[0] if ":" in part else "model" for part in changed}
+        options = f"--{kinds.pop()} NAME=FILE" if kinds in ({"lora"}, {"embedding"}) else "--model"
         raise UserError(f"{path} was made with other weights: {'; '.join(changed)}. Give the right ones with {options}.")
     return pipe
 
@@ -224,9 +240,9 @@ def _causes(old: recipes.Recipe, new: recipes.Recipe) -> list[str]:
 def _settings(pipe: LatentPipeline, old: recipes.Recipe, source: Path | None) -> Settings:
     """The settings that a picture was drawn with."""
     return Settings(
-        negative=old.negative,
-        steps=old.steps,
-        guidance=old.guidance,
+        negative_prompt=old.negative,
+        num_inference_steps=old.steps,
+        guidance_scale=old.guidance,
         guidance_interval=old.guidance_interval,
         scheduler=old.scheduler if old.scheduler != type(pipe.host.scheduler).__name__ else None,
         size=(old.width, old.height),

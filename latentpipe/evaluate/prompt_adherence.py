@@ -27,17 +27,19 @@ from latentpipe.utils.defaults import GUIDANCE, STEPS
 from latentpipe.utils.errors import UserError, counted
 from latentpipe.utils.images import sheet
 from latentpipe.utils.io import atomic_file
+from latentpipe.utils.setting_names import takes_settings
 
 BATCH = 16
 DIVERSITY_PROMPTS = 8
 
 
+@takes_settings
 def evaluate(
     model: str | Path = "emoji",
     seen: int = 400,
     held_out: int = 0,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
+    num_inference_steps: int = STEPS,
+    guidance_scale: float = GUIDANCE,
     device: str | None = None,
     grid: Path | None = None,
     styles: int | None = None,
@@ -58,7 +60,7 @@ def evaluate(
         raise UserError(f"--grid {grid}: expected the name of a PNG file.")
     bank = open_bank()
     pipe = LatentPipeline.from_pretrained(model, device=device)
-    settings = pipe.check(Settings(steps=steps, guidance=guidance))
+    settings = pipe.check(Settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale))
     rows = {"seen": bank.rows_of("train")[: seen or None], "held_out": bank.rows_of("held_out")[: held_out or None]}
     if objects is not None:
         rows["objects"] = bank.objects()[: objects or None]
@@ -87,8 +89,8 @@ def _protocol(pipe: LatentPipeline, bank: Bank, settings: Settings) -> dict[str,
         "set": "Noto Color Emoji",
         "font_sha256": bank.font_sha256,
         "bank": len(bank.keys),
-        "steps": settings.steps,
-        "guidance": settings.guidance,
+        "steps": settings.num_inference_steps,
+        "guidance": settings.guidance_scale,
         "scheduler": type(pipe.host.scheduler).__name__,
         "size_px": pipe.native_size[0],
         "seed": "index of the prompt",

@@ -26,10 +26,12 @@ from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.images import to_images, to_pixels
 from latentpipe.utils.logging import quiet
 from latentpipe.utils.progress import ProgressCallback
+from latentpipe.utils.setting_names import takes_settings
 
 LONGEST = 8  # sides at most so many times as long as the denoiser was trained at
 
 
+@takes_settings
 @torch.no_grad()
 def inpaint(
     pipe: LatentPipeline,
@@ -37,11 +39,11 @@ def inpaint(
     mask: Image.Image,
     prompt: str = "",
     seed: int = 0,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
+    num_inference_steps: int = STEPS,
+    guidance_scale: float = GUIDANCE,
     strength: float = 1.0,
     feather: int | None = None,
-    negative: str = "",
+    negative_prompt: str = "",
     report: ProgressCallback | None = None,
 ) -> Image.Image:
     """A picture of any size, redrawn where a mask of its size is white; RGB, or RGBA for a picture with transparency.
@@ -66,10 +68,11 @@ def inpaint(
     soft = feathered(hole, feather)
     size = draw_size(pipe, old.size)
     begin = sized(old, size)
-    given = begin if strength != 1 or made_for_masks(pipe) else None
-    settings = Settings(negative=negative, steps=steps, guidance=guidance, size=size, image=given, strength=strength)
-    settings = check_settings(settings, pipe.native_size, size_unit(pipe.host)) if made_for_masks(pipe) else pipe.check(settings)
-    _note(pipe, prompt, negative, size, old.size)
+    source = begin if strength != 1 or made_for_masks(pipe) else None
+    settings = Settings(negative_prompt, num_inference_steps, guidance_scale, size=size, image=source, strength=strength)
+    unit = size_unit(pipe.host, pipe.stage)
+    settings = check_settings(settings, pipe.native_size, unit) if made_for_masks(pipe) else pipe.check(settings)
+    _note(pipe, prompt, negative_prompt, size, old.size)
     with pipe.loras.more(tagged, partial):
         if made_for_masks(pipe):
             latents = _by_mask(pipe, hole.resize(size), prompt, seed, settings, report)
@@ -99,7 +102,7 @@ def made_for_masks(pipe: LatentPipeline) -> bool:
 
 def draw_size(pipe: LatentPipeline, size: tuple[int, int]) -> tuple[int, int]:
     """Width and height to draw a picture of `size` at: its shape, about the area that the denoiser was trained at."""
-    unit, native = size_unit(pipe.host), pipe.native_size
+    unit, native = size_unit(pipe.host, pipe.stage), pipe.native_size
     factor = math.sqrt(native[0] * native[1] / (size[0] * size[1]))
     most = LONGEST * max(native) // unit
     width, height = (min(most, max(1, round(side * factor / unit))) * unit for side in size)
@@ -118,14 +121,15 @@ def _by_mask(
     return twin(
         **guide.start(), image=settings.image, mask_image=hole, strength=settings.strength, width=settings.size[0],
         height=settings.size[1], callback_on_step_end=guide, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
-        num_inference_steps=settings.steps, generator=torch.Generator("cpu").manual_seed(seed), output_type="latent",
+        num_inference_steps=settings.num_inference_steps, output_type="latent",
+        generator=torch.Generator("cpu").manual_seed(seed),
     ).images  # fmt: skip
 
 
 def _guide(twin: Any, prompt: str, settings: Settings, report: ProgressCallback | None) -> GuidanceCallback:
     """What steers each step of a pipeline by a prompt and tells how far it is."""
     with quiet():
-        positive, none = prompt_weighting.encode(twin, [prompt], settings.guidance > 1, settings.negative)
+        positive, none = prompt_weighting.encode(twin, [prompt], settings.guidance_scale > 1, settings.negative_prompt)
     total = settings.steps_to_run
 
     def watch(step: Step) -> None:
@@ -165,6 +169,6 @@ def _denoised(
         begin = {"image": settings.image, "strength": settings.strength}
     return twin(
         **guide.start(), **begin, callback_on_step_end=put_back,
-        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], num_inference_steps=settings.steps,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], num_inference_steps=settings.num_inference_steps,
         generator=[torch.Generator("cpu").manual_seed(seed)], output_type="latent",
     ).images  # fmt: skip

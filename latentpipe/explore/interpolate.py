@@ -23,6 +23,7 @@ from latentpipe.utils.errors import UserError
 from latentpipe.utils.images import fit_square, to_images, to_pixels
 from latentpipe.utils.logging import quiet
 from latentpipe.utils.progress import ProgressCallback
+from latentpipe.utils.setting_names import takes_settings
 from latentpipe.vae.stage import VAEStage
 
 LINES = ("slerp", "lerp")  # they need nothing but the ends
@@ -162,6 +163,7 @@ def between_pictures(
     return to_pixels(decode(stage, path(*ends, n, way, bank, report), report))
 
 
+@takes_settings
 @torch.no_grad()
 def between_prompts(
     pipe: LatentPipeline,
@@ -170,9 +172,9 @@ def between_prompts(
     n: int = 9,
     way: str = "slerp",
     seed: int = 0,
-    steps: int = STEPS,
+    num_inference_steps: int = STEPS,
     report: ProgressCallback | None = None,
-    guidance: float = GUIDANCE,
+    guidance_scale: float = GUIDANCE,
 ) -> list[Image.Image]:
     """`n` pictures from one prompt to the other: the text embeddings are mixed, the noise is that of `seed` throughout.
 
@@ -187,25 +189,26 @@ def between_prompts(
         raise UserError("Prompts are interpolated with Stable Diffusion 1 and 2 only; this model is of another family.")
     for text in (first, second):
         refuse_tags(text, "a path between prompts")
-    settings = pipe.check(Settings(steps=steps, guidance=guidance))
+    settings = pipe.check(Settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale))
     assert settings.size is not None
     pipe.loras.check_free()
     twin = host_for(pipe.host, pipe.stage, settings)
     with quiet():
-        texts, none = prompt_weighting.encode(twin, [first, second], guidance > 1, "")
+        texts, none = prompt_weighting.encode(twin, [first, second], guidance_scale > 1, "")
     found = []
     for index in range(n):
 
-        def watch(step: Step, before: int = index * steps) -> None:
+        def watch(step: Step, before: int = index * settings.num_inference_steps) -> None:
             if report is not None:
-                report(before + step.step, n * steps, "draw")
+                report(before + step.step, n * settings.num_inference_steps, "draw")
 
         words = mixed(texts[:1], texts[1:], index / (n - 1), way)
-        guide = GuidanceCallback(settings, words, None if none is None else none[:1], steps, watch)
+        guide = GuidanceCallback(settings, words, None if none is None else none[:1], num_inference_steps, watch)
         found.append(
             twin(
                 **guide.start(), callback_on_step_end=guide, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
-                num_inference_steps=steps, generator=[torch.Generator("cpu").manual_seed(seed)], output_type="latent",
+                num_inference_steps=num_inference_steps, output_type="latent",
+                generator=[torch.Generator("cpu").manual_seed(seed)],
                 width=settings.size[0], height=settings.size[1],
             ).images
         )  # fmt: skip

@@ -29,7 +29,7 @@ def denoise(
     width, height = settings.size
     twin = host_for(host, stage, settings)
     arguments: dict[str, Any] = {
-        "num_inference_steps": settings.steps,
+        "num_inference_steps": settings.num_inference_steps,
         "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         "output_type": "latent",
     }
@@ -40,23 +40,23 @@ def denoise(
         arguments |= {"width": width, "height": height}
     if "use_resolution_binning" in wanted:
         arguments["use_resolution_binning"] = False  # the size asked for is the size drawn
-    if "intermediate_timesteps" in wanted and settings.steps != 2:
+    if "intermediate_timesteps" in wanted and settings.num_inference_steps != 2:
         arguments["intermediate_timesteps"] = None  # Sana Sprint's default is for two steps
     run = _guided if is_classic(host) else _plain
     with cancellation.interruptible(getattr(twin, families.family_of(host).denoiser)):
         latents, stopped = run(twin, prompts, settings, on_step, arguments)
-    return latents if stopped else families.unpack(host, latents, height, width)
+    return latents if stopped else families.unpack(twin, latents, height, width)
 
 
 @torch.no_grad()
 def probe_step(host: Any, stage: Any, prompt: str, seed: int) -> torch.Tensor:
     """What one denoising step makes of seeded noise at the smallest size, to see whether weights matter (B C h w)."""
-    side = size_unit(host)
+    side = size_unit(host, stage)
     if not redraws(host) or not is_classic(host):
-        return denoise(host, stage, [prompt], [seed], Settings(steps=1, guidance=1.0, size=(side, side)))
+        return denoise(host, stage, [prompt], [seed], Settings(num_inference_steps=1, guidance_scale=1.0, size=(side, side)))
     with quiet():
         states, _ = prompt_weighting.encode(host, [prompt], False, "")
-    shape = (1, host.unet.config.in_channels, *[side // host.vae_scale_factor] * 2)
+    shape = (1, host.unet.config.in_channels, *[side // stage.space.downscale] * 2)
     noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)).to(host.unet.device, host.unet.dtype)
     return host.unet(noise, 500, states, return_dict=False)[0]
 
@@ -80,22 +80,24 @@ def redraws(host: Any) -> str:
     return f"does not draw from a prompt alone (its UNet takes {taken} channels, of which {drawn} are noise)"
 
 
-def native_size(host: Any) -> tuple[int, int]:
-    """Width and height in pixels that a host's denoiser was trained at."""
+def native_size(host: Any, stage: Any = None) -> tuple[int, int]:
+    """Width and height, in pixels of the stage's decoder (None: the host's own), that a host's denoiser was trained at."""
     config = getattr(host, families.family_of(host).denoiser).config
     sample = config.get("sample_size") or getattr(host, "default_sample_size", 128)
     height, width = sample if isinstance(sample, (tuple, list)) else (sample, sample)
-    return width * host.vae_scale_factor, height * host.vae_scale_factor
+    factor = stage.space.downscale if stage is not None else host.vae_scale_factor
+    return width * factor, height * factor
 
 
-def size_unit(host: Any) -> int:
-    """The number that both sides of a picture must be multiples of."""
+def size_unit(host: Any, stage: Any = None) -> int:
+    """The number that both sides of a picture of the stage's decoder (None: the host's own) must be multiples of."""
     family = families.family_of(host)
+    factor = stage.space.downscale if stage is not None else host.vae_scale_factor
     config = getattr(host, family.denoiser).config
     if family.denoiser == "unet":
         # Halving inside the UNet needs whole numbers too; the host itself asks for multiples of 8.
-        return math.lcm(8, host.vae_scale_factor * 2 ** (len(config.block_out_channels) - 1))
-    return host.vae_scale_factor * max(family.patch, config.get("patch_size") or 1)
+        return math.lcm(8, factor * 2 ** (len(config.block_out_channels) - 1))
+    return factor * max(family.patch, config.get("patch_size") or 1)
 
 
 def check_host(host: Any) -> None:
@@ -122,7 +124,7 @@ def check_family(host: Any, settings: Settings) -> None:
         wrong = f"{family.name} cannot switch its guidance step by step; leave guidance_interval out."
     elif settings.scheduler and family.denoiser != "unet":
         wrong = f"{family.name} draws by flow matching with its own scheduler; leave the scheduler out."
-    elif settings.negative and ("true_cfg_scale" in wanted or "negative_prompt" not in wanted):
+    elif settings.negative_prompt and ("true_cfg_scale" in wanted or "negative_prompt" not in wanted):
         wrong = f"{family.name} has its guidance built in and takes no negative prompt; leave it out."
     if wrong:
         raise UserError(wrong)
@@ -130,9 +132,9 @@ def check_family(host: Any, settings: Settings) -> None:
 
 def _guided(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnStep | None, arguments: dict[str, Any]) -> Any:
     """Run Stable Diffusion 1/2 with guidance in its interval only."""
-    guided = settings.guidance > 1
+    guided = settings.guidance_scale > 1
     with quiet():  # what is cut from a long prompt is said once, with the recipe
-        positive, negative = prompt_weighting.encode(twin, prompts, guided, settings.negative)
+        positive, negative = prompt_weighting.encode(twin, prompts, guided, settings.negative_prompt)
     guide = GuidanceCallback(settings, positive, negative, settings.steps_to_run, on_step)
     try:
         latents = twin(
@@ -162,11 +164,13 @@ def _plain(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnSte
             ended.append(True)
         return {}
 
-    if settings.negative:
-        arguments["negative_prompt"] = [settings.negative] * len(prompts)
+    if settings.negative_prompt:
+        arguments["negative_prompt"] = [settings.negative_prompt] * len(prompts)
     try:
         with quiet():
-            latents = twin(prompt=list(prompts), guidance_scale=settings.guidance, callback_on_step_end=watch, **arguments).images
+            latents = twin(
+                prompt=list(prompts), guidance_scale=settings.guidance_scale, callback_on_step_end=watch, **arguments
+            ).images
     except cancellation.PassStopped:
         if not last or not cancellation.keeps():
             raise

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,38 +11,39 @@ from typing import Any
 import torch
 from PIL import Image
 
+from latentpipe.checkpoints.embedding import Embedding
 from latentpipe.checkpoints.in_memory import Computed, hashes_in_memory
 from latentpipe.checkpoints.model_files import read_preview
-from latentpipe.checkpoints.pipeline_io import check_reference, hashes, load_pipeline, move_pipeline
+from latentpipe.checkpoints.pipeline_io import check_reference, former_hash, hashes
 from latentpipe.checkpoints.registry import find_model, name_of
 from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.tensor_source import CARD_FILE
 from latentpipe.checkpoints.vae_io import PREVIEW_FILE
 from latentpipe.compatibility.latent_adapter import BridgedStage, bridged, find_adapter, open_adapter
+from latentpipe.compatibility.measure import comparable
 from latentpipe.lora.adapter import Lora
 from latentpipe.lora.matching import MatchReport
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags, without_tags
-from latentpipe.pipelines import prompt_weighting, vocabulary
-from latentpipe.pipelines.denoise import check_family, check_host, denoise, is_classic, native_size, size_unit
+from latentpipe.pipelines import prompt_notes, vocabulary
+from latentpipe.pipelines.batches import drawn
+from latentpipe.pipelines.denoise import check_family, check_host, denoise, native_size, size_unit
+from latentpipe.pipelines.embeddings import EmbeddingManager
 from latentpipe.pipelines.families import expected_latents, finish
 from latentpipe.pipelines.lora_manager import LoraManager
 from latentpipe.pipelines.metadata import recipe as recipes
+from latentpipe.pipelines.opening import check_arguments, host_from
 from latentpipe.pipelines.picture import Picture, recipe_of, stated_in_recipe
-from latentpipe.pipelines.sampling import OnStep, Settings, Step, check_settings, drawn_seed, settings_of
+from latentpipe.pipelines.sampling import OnStep, Settings, check_settings, drawn_seed, settings_of
 from latentpipe.pipelines.swap import host_stage, judge_stages, stage_of
 from latentpipe.pipelines.verdict_cache import judged, refuse_other_shape
 from latentpipe.pipelines.vocabulary import known_words
-from latentpipe.utils.errors import LatentpipeWarning, UserError, counted, expect
+from latentpipe.utils.errors import UserError, counted, expect
 from latentpipe.utils.images import to_pixels
 from latentpipe.utils.io import content_hash, read_json
-from latentpipe.utils.system import best_device
 from latentpipe.utils.threads import run_in_thread
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.stage import VAEStage
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": None}
-MOST_SHOWN = 60  # characters of a prompt that a note repeats
 
 
 @dataclass
@@ -57,6 +56,7 @@ class LatentPipeline:
              asked for); `base`: of the parts that the host came with in its files
     words    those that the model was trained on, where its card lists them
     stated   what was stated on the model's single file, as a recipe keeps it
+    former   the hash that a part had in recipes and LoRA files of before; None where it had no other
     """
 
     host: Any
@@ -69,20 +69,23 @@ class LatentPipeline:
     preview_map: dict[str, list] | None = None
     words: frozenset[str] = field(default=frozenset(), repr=False)
     stated: recipes.StatedModel | None = field(default=None, repr=False)
+    former: Callable[[str], str | None] = field(default=lambda part: None, repr=False, compare=False)
     loras: LoraManager = field(init=False, repr=False, compare=False)
+    embeddings: EmbeddingManager = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_host(self.host)
         self.stage = self.stage or host_stage(self.host)
         channels, downscale = expected_latents(self.host)
-        if self.stage.space.channels != channels or self.stage.space.downscale != downscale:
+        if not comparable((channels, downscale), (self.stage.space.channels, self.stage.space.downscale)):
             raise UserError(
                 f"VAE {self.vae_name or 'given'} makes {self.stage.space.channels}-channel latents at "
                 f"1/{self.stage.space.downscale} size; this denoiser takes {counted(channels, 'channel')} at 1/{downscale}. "
                 "Choose a VAE of the same space ('latentpipe ls vae --fits MODEL' lists them), or train a denoiser for this one."
             )
         self.base = self.base or self.hashes
-        self.loras = LoraManager(self.host, self.stage, self.base, self.hashes.get("vae"))
+        self.loras = LoraManager(self.host, self.stage, self.base, self.hashes.get("vae"), self.former)
+        self.embeddings = EmbeddingManager(self.host, self.loras)
         if not self.hashes:
             self.hashes = Computed(partial(hashes_in_memory, self.host, self.stage))
 
@@ -96,40 +99,37 @@ class LatentPipeline:
         adapter: str | Path | None = None,
         force: bool = False,
         stated: Stated | None = None,
+        offload: str = "none",
     ) -> LatentPipeline:
         """Open a model by name, folder or single file (offline).
 
         vae      name, folder or file of another VAE to decode with; UserError with the verdict where it does not fit
         device   "cpu", "cuda", "mps"; None: the best that is present
-        dtype    "fp32", "bf16" or "fp16"; "auto": as the file stores it
+        dtype    "fp32", "bf16" or "fp16"; "stored": as the file has it; "auto": bf16 where the device has units for it, else
+                 fp32, and less where that does not fit into memory (`chosen_dtype`)
+        offload  "none"; on CUDA "model" or "sequential": parts, or layers, are there only while they compute
         adapter  name or file of an adapter to that VAE (`latentpipe fit-adapter`)
         force    decode with `vae` whatever the verdict, as long as the shapes agree
         stated   what a single file does not say itself: family, prediction, configs, other parts (`Stated`)
         """
-        expect("model", model, (str, Path), "a name, or the path of a folder or file")
-        for name, given in (("vae", vae), ("adapter", adapter)):
-            expect(name, given, (str, Path, type(None)), "a name, the path of a folder or file, or None")
-        expect("device", device, (str, type(None)), "cpu, mps, cuda or cuda:NUMBER")
-        if dtype not in DTYPES:
-            raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
-        device = device or best_device()
-        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-            raise UserError(f"device is {device!r}; expected cpu, mps, cuda or cuda:NUMBER.")
-        if adapter is not None and vae is None:
-            raise UserError(f"adapter '{adapter}' needs the VAE that it was fitted to; give that one as well (vae).")
-        if device == "cpu" and dtype == "fp16":
-            warnings.warn("CPUs compute fp16 very slowly; bf16 is as small and much faster", LatentpipeWarning, stacklevel=2)
+        device = check_arguments(model, vae, adapter, device, dtype, offload)
         folder = find_model(model)
         if vae is not None and adapter is None:
             refuse_other_shape(folder, vae)  # before anything is read
 
         def opened() -> LatentPipeline:
-            host = move_pipeline(load_pipeline(folder, DTYPES[dtype], stated), device)
+            host = host_from(folder, device, dtype, offload, stated)
             card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
             own = read_preview(folder / "vae" / PREVIEW_FILE, LatentSpace.of(host.vae).channels)
             kept = stated_in_recipe(folder, stated)
             pipe = cls(
-                host, name=name_of(folder), hashes=hashes(folder, stated), preview_map=own, words=known_words(card), stated=kept
+                host,
+                name=name_of(folder),
+                hashes=hashes(folder, stated),
+                preview_map=own,
+                words=known_words(card),
+                stated=kept,
+                former=partial(former_hash, folder, stated),
             )
             return pipe if vae is None else pipe.with_vae(vae, folder, adapter, force)
 
@@ -159,7 +159,7 @@ class LatentPipeline:
     @property
     def native_size(self) -> tuple[int, int]:
         """Width and height in pixels that the denoiser was trained at."""
-        return native_size(self.host)
+        return native_size(self.host, self.stage)
 
     def __call__(
         self, prompt: str, n: int = 1, seed: int | None = None, on_step: OnStep | None = None, **settings: Any
@@ -167,6 +167,7 @@ class LatentPipeline:
         """Draw `n` pictures of a prompt; picture i has the seed `seed` + i (None: a random one).
 
         ``<lora:NAME:WEIGHT>`` in the prompt switches on an installed adapter for this call; with ``:partial``, one that fits so.
+        ``<NAME>`` in the prompt or the negative prompt stands for an attached or installed embedding (textual inversion).
 
         on_step(Step)  is called after each step; returning True stops there and keeps the partial pictures
         settings       the fields of `Settings`
@@ -174,30 +175,32 @@ class LatentPipeline:
         expect("prompt", prompt, str, "one text (n draws several pictures of it)")
         (text, tagged), partial = split_tags(prompt), partial_tags(prompt)
         chosen = self.check(settings_of(settings))
-        note_negative(chosen.negative)
+        note_negative(chosen.negative_prompt)
         with self.loras.more(tagged, partial):
-            return self.literal(text, n, seed, on_step, chosen)
+            text, negative = self.embeddings.tagged(text), self.embeddings.tagged(chosen.negative_prompt)
+            with self.embeddings.more(self.embeddings.named_in(text, negative)):
+                return self.literal(text, n, seed, on_step, replace(chosen, negative_prompt=negative))
 
     def literal(self, prompt: str, n: int, seed: int | None, on_step: OnStep | None, chosen: Settings) -> list[Picture]:
-        """As a call, with checked settings and a prompt in which nothing is a tag, as a recipe's is."""
+        """As a call, with checked settings and a prompt as a recipe has it: no tag of it opens a file."""
         seed = drawn_seed(n, seed)
-        prompt_weighting.check(self.host, prompt, chosen.negative)
-        assert chosen.size is not None
-        self.stage.check_memory(n, *reversed(chosen.size))  # now, not after the sampling
-        done = 0
-
-        def watch(step: Step) -> bool:
-            nonlocal done
-            done = step.step
-            return bool(on_step and on_step(step))
-
-        notes = self.notes_on(prompt) + self.notes_on(chosen.negative, "negative prompt")
-        for note in notes:
-            warnings.warn(note, LatentpipeWarning, stacklevel=3)
-        images = self.draw([prompt] * n, list(range(seed, seed + n)), chosen, watch)
-        base = recipe_of(self, prompt, seed, n, chosen, done if done < chosen.steps_to_run else None)
+        images, notes, stopped = drawn(self, [prompt] * n, list(range(seed, seed + n)), on_step, chosen)
+        base = recipe_of(self, prompt, seed, n, chosen, stopped)
         own = [base.model_copy(update={"seed": seed + i, "batch_index": i}) for i in range(len(images))]
-        return [Picture(image, recipe, tuple(notes)) for image, recipe in zip(images, own, strict=True)]
+        return [Picture(image, recipe, notes[prompt]) for image, recipe in zip(images, own, strict=True)]
+
+    def several(self, pictures: Sequence[tuple[str, int]], on_step: OnStep | None = None, **settings: Any) -> list[Picture]:
+        """A picture of each prompt and seed, in one batch, each with a recipe of its own; all say the same of LoRA adapters."""
+        chosen = self.check(settings_of(settings))
+        note_negative(chosen.negative_prompt)
+        with self.loras.more(split_tags(pictures[0][0])[1], partial_tags(pictures[0][0])):
+            prompts = [self.embeddings.tagged(split_tags(prompt)[0]) for prompt, _ in pictures]
+            chosen = replace(chosen, negative_prompt=self.embeddings.tagged(chosen.negative_prompt))
+            with self.embeddings.more(self.embeddings.named_in(*prompts, chosen.negative_prompt)):
+                images, notes, stopped = drawn(self, prompts, [seed for _, seed in pictures], on_step, chosen)
+                one = zip(prompts, pictures, strict=True)
+                own = [recipe_of(self, prompt, seed, 1, chosen, stopped) for prompt, (_, seed) in one]
+        return [Picture(image, recipe, notes[prompt]) for image, recipe, prompt in zip(images, own, prompts, strict=True)]
 
     def attach_lora(
         self,
@@ -226,6 +229,19 @@ class LatentPipeline:
         """Take off one adapter (None: all); the weights are then what they were, to the byte."""
         self.loras.forget(name)
 
+    def attach_embedding(self, embedding: str | Path | Embedding, *, name: str | None = None) -> Embedding:
+        """Open a textual inversion (name, file or `Embedding`), so that prompts may name it, as ``<NAME>`` or as a plain word.
+
+        name  what prompts call it, in whatever case; None: the file's name. The tokens that its file names stand for it too
+
+        UserError with both widths where it was made for other text encoders. Tokenizers and text encoders stay as they are.
+        """
+        return self.embeddings.attach(embedding, name)
+
+    def detach_embedding(self, name: str | None = None) -> None:
+        """Take off one embedding (None: all)."""
+        self.embeddings.forget(name)
+
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, on_step: OnStep | None = None
     ) -> list[Image.Image]:
@@ -241,29 +257,26 @@ class LatentPipeline:
         """Prompts to latents (B C h w) through the host; noise comes from one CPU generator for each seed."""
         self.loras.check_free()
         settings = settings if settings.size else replace(settings, size=self.native_size)
-        return denoise(self.host, self.stage, prompts, seeds, settings, on_step)
+        with self.embeddings.reading(*prompts, settings.negative_prompt) as host:
+            spelled = [self.embeddings.spell(prompt) for prompt in prompts]
+            settings = replace(settings, negative_prompt=self.embeddings.spell(settings.negative_prompt))
+            return denoise(host, self.stage, spelled, seeds, settings, on_step)
 
     def check(self, settings: Settings) -> Settings:
         """The settings with the size filled in; UserError says what is wrong, a warning says what is unusual."""
         check_family(self.host, settings)
-        return check_settings(settings, self.native_size, size_unit(self.host))
+        return check_settings(settings, self.native_size, size_unit(self.host, self.stage))
 
     def cut_words(self, prompt: str) -> str:
         """The end of a prompt that is too long for the text encoder to read; empty when all of it is read."""
-        if not is_classic(self.host):
-            return ""  # the other families have several text encoders that cut at different places
-        tokenizer = self.host.tokenizer
-        ids = tokenizer(prompt_weighting.plain(prompt), add_special_tokens=False, verbose=False).input_ids
-        return tokenizer.decode(ids[tokenizer.model_max_length - 2 :]).strip()
+        return prompt_notes.cut_words(self.host, self.embeddings, prompt)
 
     def unknown_words(self, prompt: str) -> dict[str, str]:
         """The words of a prompt that the model was never trained on, each with the nearest that it knows ("" where none is near).
 
         Empty where the model's card lists no words. Trigger words of the adapters that are on are known.
         """
-        return vocabulary.unknown_words(
-            prompt_weighting.plain(without_tags(prompt)), self.words and self.words | self.loras.words
-        )
+        return prompt_notes.unknown_words(self.embeddings, prompt, self.words and self.words | self.loras.words)
 
     def notes_on(self, prompt: str, what: str = "prompt") -> list[str]:
         """What the text encoder cannot make use of in a prompt, in sentences."""
@@ -271,9 +284,7 @@ class LatentPipeline:
         if what == "prompt" and not without_tags(prompt).strip():
             found.append("the prompt is empty: what is drawn is chance")
         if cut := self.cut_words(prompt):
-            read = self.host.tokenizer.model_max_length - 2
-            shown = cut if len(cut) <= MOST_SHOWN else f"{cut[:MOST_SHOWN]} ..."
-            found.append(f"the {what} is longer than the {read} tokens that the text encoder reads; cut: '{shown}'")
+            found.append(prompt_notes.too_long(self.host, what, cut))
         return [note for note in found if note]
 
     def preview(self, latents: torch.Tensor, side: int = 256) -> Image.Image | None:

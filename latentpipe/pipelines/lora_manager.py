@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from latentpipe.lora.metadata import trigger_words
 from latentpipe.lora.state_dict.io import base_of, read_lora
 from latentpipe.lora.target_modules import DENOISERS, TEXT, leaves
 from latentpipe.pipelines.denoise import probe_step, size_unit
+from latentpipe.pipelines.embeddings import misfit
 from latentpipe.pipelines.families import family_of
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.io import HASH_LENGTH
@@ -43,10 +44,12 @@ class LoraManager:
 
     hashes  content hashes of the host's own parts, where they are known: an adapter that names others is refused
     vae     content hash of the stage's VAE, which may be another one than the host's
+    former  the hash that a part of the host has in files of before
     """
 
-    def __init__(self, host: Any, stage: Any, hashes: Mapping[str, str], vae: str | None = None) -> None:
+    def __init__(self, host: Any, stage: Any, hashes: Mapping[str, str], vae: str | None = None, former: Any = None) -> None:
         self.host, self.stage, self.hashes, self.vae = host, stage, hashes, vae
+        self.former: Callable[[str], str | None] = former or (lambda part: None)
         self._lock = threading.RLock()  # a tag changes the weights for the time of a call
         self._left: dict[str, tuple[str, ...]] = {}  # what was left out of the adapters that were opened by name
         self._files: dict[str, tuple[Path, tuple[float, int]]] = {}  # of the adapters that were opened by name, and their state
@@ -60,10 +63,14 @@ class LoraManager:
         return self.mixer.weights
 
     @property
+    def on(self) -> list[Lora]:
+        """The adapters that are on."""
+        return [self.mixer.loaded[name] for name in self.weights if name in self.mixer.loaded]
+
+    @property
     def words(self) -> set[str]:
         """The trigger words of the adapters that are on, lower case, one by one."""
-        on = [trigger_words(self.mixer.loaded[name]) for name in self.weights if name in self.mixer.loaded]
-        return {word for phrases in on for phrase in phrases for word in phrase.lower().split()}
+        return {word for phrases in map(trigger_words, self.on) for phrase in phrases for word in phrase.lower().split()}
 
     def attach(
         self, source: Lora | str | Path, weight: Weight, name: str | None = None, partial: bool = False, force: bool = False
@@ -75,7 +82,7 @@ class LoraManager:
             raise UserError(f"A LoRA '{lora.name}' is attached already; set_lora changes its weight, detach_lora takes it off.")
         self.check_free()
         checked = self._check_base(lora, force)
-        report = self.mixer.load(lora, partial)
+        report = self.load(lora, partial)
         self._files.pop(lora.name, None)
         self._left.pop(lora.name, None)
         try:
@@ -114,7 +121,7 @@ class LoraManager:
                     path = named_lora(name)
                     lora = replace(self.open(path), name=name)
                     self._check_base(lora, force=False)
-                    left_out = self.mixer.load(lora, name in partial).left_out
+                    left_out = self.load(lora, name in partial).left_out
                     self._left[name] = left_out if name in partial else ()
                     self._files[name] = path, _state_of(path)
                     opened.append(name)
@@ -168,6 +175,21 @@ class LoraManager:
         paths = {name: list(leaves(model)) for name, model in self.mixer.components.items()}
         return read_lora(find_lora(source), base=paths)
 
+    def load(self, lora: Lora, partial: bool = False) -> MatchReport:
+        """Match an adapter (`LoraFuser.load`); an embedding beside it that does not fit is left out, with a note."""
+        if any(weight.is_meta for model in self.mixer.components.values() for weight in model.parameters()):
+            raise UserError("LoRA needs the weights in memory, and offload 'sequential' keeps them away; take offload 'model'.")
+        report = self.mixer.load(lora, partial)
+        problems = {one.name: misfit(self.host, one) for one in lora.embeddings}
+        for name, problem in problems.items():
+            if problem:
+                told = f"LoRA '{lora.name}' brings the embedding '{name}', which was left out: {problem.rstrip('.')}"
+                warnings.warn(LatentpipeWarning(told), stacklevel=4)
+        fitting = tuple(one for one in lora.embeddings if not problems[one.name])
+        self.mixer.loaded[lora.name] = replace(self.mixer.loaded[lora.name], embeddings=fitting)
+        left = tuple(f"the embedding '{name}'" for name, problem in problems.items() if problem)
+        return replace(report, left_out=(*report.left_out, *left))
+
     def _is_stale(self, name: str) -> bool:
         """Whether the file of an adapter that was opened by name is another one by now."""
         path, state = self._files.get(name, (None, None))
@@ -192,7 +214,7 @@ class LoraManager:
             pairs.append(("vae", self.hashes.get("vae")))  # the one whose latents the denoiser draws, whatever decodes them
         known = [(name, wanted[name], own) for name, own in pairs if name in wanted and own]
         for name, trained, own in known:
-            if trained != own and not force:
+            if trained != own and not force and trained != self.former(name):
                 raise UserError(
                     f"LoRA '{lora.name}' was trained with {name} {trained[:HASH_LENGTH]}, this model's is {own[:HASH_LENGTH]}; "
                     "choose one for this model (force attaches it anyhow)."
@@ -240,7 +262,7 @@ class LoraManager:
     def _outputs(self, wanted: Collection[str]) -> dict[str, torch.Tensor]:
         """A step from seeded noise at the smallest size, the latents of a picture, and a decode of seeded latents."""
         found: dict[str, torch.Tensor] = {}
-        side = size_unit(self.host)
+        side = size_unit(self.host, self.stage)
         if "step" in wanted:
             found["step"] = probe_step(self.host, self.stage, PROBE, 0).float().cpu()
         if "encode" in wanted:

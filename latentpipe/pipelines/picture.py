@@ -16,6 +16,7 @@ from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.sampling import Settings
 from latentpipe.utils.errors import expect
 from latentpipe.utils.io import printable
+from latentpipe.vae.offload import device_of
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,20 @@ class Picture:
 
 
 def stated_in_recipe(model: Path, stated: Stated | None) -> recipes.StatedModel | None:
-    """What a recipe keeps of what was stated on a model's single file; None where that changed nothing, and for a folder."""
-    if stated is None or not model.is_file():
+    """What a recipe keeps of what was stated on a model's single file, by a person or by a YAML file beside it.
+
+    None where that changed nothing, and for a folder.
+    """
+    if not model.is_file():
         return None
-    config = None if stated.config is None else _name(stated.config)
-    parts = completing(open_file(model, stated), stated) if stated.parts else {}
+    stated = stated or Stated()
+    opened = open_file(model, stated)
+    predicts = opened.identity.prediction if stated.config is None else None  # whose scheduler counts
     kept = recipes.StatedModel(
         family=stated.family,
-        prediction=stated.prediction,  # type: ignore[arg-type]  # opening the file refuses any other
-        config=config,
-        parts={component: _name(place) for component, place in parts.items()},
+        prediction=stated.prediction or (predicts.beside if predicts else "") or None,  # type: ignore[arg-type]  # checked when opened
+        config=None if stated.config is None else _name(stated.config),
+        parts={component: _name(place) for component, place in completing(opened, stated).items()},
     )
     return None if kept == recipes.StatedModel() else kept
 
@@ -59,12 +64,15 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
         source = recipes.Source(sha256=recipes.pixel_hash(settings.image), strength=settings.strength)
     assert settings.size is not None
     denoiser = getattr(pipe.host, family_of(pipe.host).denoiser)
+    used = pipe.embeddings.used(prompt, settings.negative_prompt)
+    hashes = {f"lora:{name}": pipe.loras.mixer.loaded[name].hash for name in pipe.loras.weights}
+    hashes |= {f"embedding:{name}": one.hash for name, one in used.items()}
     return recipes.Recipe(
         prompt=prompt,
-        negative=settings.negative,
+        negative=settings.negative_prompt,
         seed=seed,
-        steps=settings.steps,
-        guidance=settings.guidance,
+        steps=settings.num_inference_steps,
+        guidance=settings.guidance_scale,
         guidance_interval=settings.guidance_interval,
         scheduler=settings.scheduler or type(pipe.host.scheduler).__name__,
         width=settings.size[0],
@@ -79,6 +87,9 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
         loras={name: dict(weight) if isinstance(weight, Mapping) else weight for name, weight in pipe.loras.weights.items()},
         lora_method=pipe.loras.mixer.method,
         lora_fused=pipe.loras.mixer.fused,
-        hashes={**pipe.hashes, **{f"lora:{name}": pipe.loras.mixer.loaded[name].hash for name in pipe.loras.weights}},
-        machine=recipes.this_machine(str(pipe.host.device), str(denoiser.dtype).removeprefix("torch."), torch.get_num_threads()),
+        embeddings=list(used),
+        hashes={**pipe.hashes, **hashes},
+        machine=recipes.this_machine(
+            str(device_of(denoiser)), str(denoiser.dtype).removeprefix("torch."), torch.get_num_threads()
+        ),
     )

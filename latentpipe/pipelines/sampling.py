@@ -13,6 +13,7 @@ from PIL import Image
 
 from latentpipe.utils.defaults import GUIDANCE, MAX_BATCH, MAX_SEED, STEPS, STRENGTH
 from latentpipe.utils.errors import LatentpipeWarning, UserError, counted, expect, near
+from latentpipe.utils.setting_names import IN_PYTHON, refuse_short
 
 if TYPE_CHECKING:
     import torch
@@ -32,11 +33,11 @@ SCHEDULER_OPTIONS = {"DDIMScheduler": {"clip_sample": False}}  # its default cli
 class Settings:
     """How to draw; checked as a whole before anything is computed."""
 
-    negative: str = ""
+    negative_prompt: str = ""
     """What the picture should not show."""
-    steps: int = STEPS
+    num_inference_steps: int = STEPS
     """Denoising steps, 1 to 1000."""
-    guidance: float = GUIDANCE
+    guidance_scale: float = GUIDANCE
     """Classifier-free guidance (arXiv:2207.12598); 1 and less turn it off."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Part of the steps that is guided (arXiv:2404.07724), as shares of the steps that are run."""
@@ -49,10 +50,18 @@ class Settings:
     strength: float = STRENGTH
     """Share of the schedule that img2img runs, over 0 to 1."""
 
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *args: Any, **given: Any) -> Settings:
+            """UserError for a setting's short name, before the dataclass would raise a TypeError."""
+            refuse_short(given)
+            return super().__new__(cls)
+
     @property
     def steps_to_run(self) -> int:
         """Denoising steps that these settings run: img2img runs the last `strength` of the schedule."""
-        return self.steps if self.image is None else min(int(self.steps * self.strength), self.steps)
+        steps = self.num_inference_steps
+        return steps if self.image is None else min(int(steps * self.strength), steps)
 
 
 @dataclass(frozen=True)
@@ -71,9 +80,9 @@ OnStep = Callable[[Step], bool | None]
 
 
 TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "negative": (str, "a text"),
-    "steps": (int, "a whole number from 1 to 1000"),
-    "guidance": (float, "a number from 0 to 100"),
+    "negative_prompt": (str, "a text"),
+    "num_inference_steps": (int, "a whole number from 1 to 1000"),
+    "guidance_scale": (float, "a number from 0 to 100"),
     "scheduler": ((str, type(None)), "a name or None"),
     "image": ((Image.Image, type(None)), "a PIL picture (PIL.Image.open opens one), or None"),
     "strength": (float, "a number over 0, at most 1"),
@@ -83,9 +92,10 @@ TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
 def settings_of(given: Mapping[str, Any]) -> Settings:
     """Settings from names and values; UserError names one that there is not, or that has another type."""
     known = [one.name for one in fields(Settings)]
+    refuse_short(given)
     for name in given:
         if name not in known:
-            raise UserError(f"there is no setting '{name}'; expected some of {', '.join(known)}.{near(name, known)}")
+            raise UserError(f"there is no setting '{name}'; expected some of {', '.join(known)}.{_near_setting(name, known)}")
     settings = Settings(**given)
     for name, (kinds, what) in TYPES.items():
         expect(name, getattr(settings, name), kinds, what)
@@ -100,6 +110,12 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
         for value in pair:
             expect(name, value, kind, what)
     return settings
+
+
+def _near_setting(name: str, known: list[str]) -> str:
+    """ " Did you mean 'guidance_scale'?", also for a misspelt short name."""
+    said = near(name, [*known, *IN_PYTHON])
+    return next((said.replace(f"'{short}'", f"'{full}'") for short, full in IN_PYTHON.items() if f"'{short}'" in said), said)
 
 
 def drawn_seed(n: int, seed: int | None) -> int:
@@ -119,10 +135,10 @@ def check_settings(settings: Settings, native: tuple[int, int], unit: int) -> Se
     low, high = settings.guidance_interval
     width, height = settings.size or native
     wrong = ""
-    if not 1 <= settings.steps <= 1000:
-        wrong = f"steps is {settings.steps}; expected 1 to 1000."
-    elif not (math.isfinite(settings.guidance) and 0 <= settings.guidance <= 100):
-        wrong = f"guidance is {settings.guidance}; expected 0 to 100."
+    if not 1 <= settings.num_inference_steps <= 1000:
+        wrong = f"num_inference_steps is {settings.num_inference_steps}; expected 1 to 1000."
+    elif not (math.isfinite(settings.guidance_scale) and 0 <= settings.guidance_scale <= 100):
+        wrong = f"guidance_scale is {settings.guidance_scale}; expected 0 to 100."
     elif not 0 <= low <= high <= 1:
         wrong = f"guidance_interval is {low} {high}; expected two shares of the schedule, 0 <= low <= high <= 1."
     elif settings.scheduler is not None and settings.scheduler not in SCHEDULERS:
@@ -130,7 +146,8 @@ def check_settings(settings: Settings, native: tuple[int, int], unit: int) -> Se
     elif settings.image is not None and not 0 < settings.strength <= 1:
         wrong = f"strength is {settings.strength}; expected more than 0 and at most 1."
     elif settings.steps_to_run < 1:
-        wrong = f"{counted(settings.steps, 'step')} at strength {settings.strength} run no step; raise one of them."
+        steps = counted(settings.num_inference_steps, "step")
+        wrong = f"{steps} at strength {settings.strength} run no step; raise one of them."
     elif max(width, height) > MAX_SIDE:
         wrong = f"the size is {width} x {height} pixels; at most {MAX_SIDE} x {MAX_SIDE} can be drawn."
     elif width <= 0 or height <= 0 or width % unit or height % unit:
@@ -183,7 +200,7 @@ class GuidanceCallback:
             return {
                 "prompt_embeds": self.single,
                 "negative_prompt_embeds": self.negative,
-                "guidance_scale": self.settings.guidance,
+                "guidance_scale": self.settings.guidance_scale,
             }
         return {"prompt_embeds": self.single, "guidance_scale": 1.0}
 
@@ -194,7 +211,7 @@ class GuidanceCallback:
             self.stopped = True
             host._interrupt = True
         guided = self.guided(step + 1)
-        host._guidance_scale = self.settings.guidance if guided else 1.0
+        host._guidance_scale = self.settings.guidance_scale if guided else 1.0
         return {"prompt_embeds": self.double if guided else self.single}
 
 

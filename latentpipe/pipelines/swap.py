@@ -19,7 +19,7 @@ from latentpipe.checkpoints.registry import find_model, name_of, vae_of
 from latentpipe.checkpoints.tensor_source import CARD_FILE
 from latentpipe.checkpoints.vae_io import PREVIEW_FILE, declared_space, open_vae, vae_hash
 from latentpipe.compatibility.latent_adapter import BridgedStage, LatentAdapter, bridged, find_adapter, open_adapter
-from latentpipe.compatibility.measure import Verdict, measure
+from latentpipe.compatibility.measure import Verdict, comparable, measure
 from latentpipe.compatibility.verdict import decide_by_shapes, decide_verdict
 from latentpipe.pipelines import families
 from latentpipe.pipelines.facade import behind
@@ -76,7 +76,7 @@ def check_swap(pipe: Any, vae: VAE, images: torch.Tensor | None = None) -> Verdi
 
 
 def judge_stages(host: VAEStage, stage: VAEStage, images: torch.Tensor | None = None) -> Verdict:
-    """The verdict on a stage beside the host's own; measured where their shapes are the same."""
+    """The verdict on a stage beside the host's own; measured where one denoiser can draw for both."""
     return decide_by_shapes(host.space, stage.space) or decide_verdict(host.space, stage.space, measure(host, stage, images))
 
 
@@ -126,7 +126,7 @@ def hashes_of(stage: VAEStage) -> set[str]:
 
 
 def _refuse_shape(host: LatentSpace, vae: LatentSpace) -> None:
-    if (host.channels, host.downscale) != (vae.channels, vae.downscale):
+    if not comparable((host.channels, host.downscale), (vae.channels, vae.downscale)):
         raise UserError(
             f"Not even force can swap this: {host.difference(vae)} Fit an adapter ('latentpipe fit-adapter'), or choose "
             "another VAE."

@@ -43,7 +43,7 @@ def test_case_01_a_sharded_model_draws_and_hashes_as_the_whole_one(
         load_pipeline(model_folder).save_pretrained(whole)  # in fp32, as the shards are
     other = LatentPipeline.from_pretrained(sharded, device="cpu")
     assert hashes(sharded) == hashes(whole)
-    drawn = [each("red circle", seed=1, steps=2)[0].image.tobytes() for each in (pipe, other)]
+    drawn = [each("red circle", seed=1, num_inference_steps=2)[0].image.tobytes() for each in (pipe, other)]
     assert drawn[0] == drawn[1]
     assert main(["inspect", str(sharded)]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -55,7 +55,7 @@ def test_case_01_a_sharded_model_draws_and_hashes_as_the_whole_one(
 
 def test_case_01_a_sharded_model_is_swapped_and_saved(sharded: Path, vae_folder: Path, tmp_path: Path) -> None:
     assert main(["swap", "--model", str(sharded), "--vae", str(vae_folder), "--out", str(tmp_path / "swapped")]) == 0
-    LatentPipeline.from_pretrained(tmp_path / "swapped", device="cpu")("red", seed=1, steps=1)
+    LatentPipeline.from_pretrained(tmp_path / "swapped", device="cpu")("red", seed=1, num_inference_steps=1)
     assert hashes(tmp_path / "swapped")["unet"] == hashes(sharded)["unet"]
 
 

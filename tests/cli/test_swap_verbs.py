@@ -93,8 +93,10 @@ def test_a_saved_swap_draws_with_stock_diffusers_what_we_draw(same_space: Path, 
     from diffusers import StableDiffusionPipeline
 
     out = saved
-    ours = LatentPipeline.from_pretrained("emoji", vae=same_space, device="cpu")("red apple", seed=7, steps=4)[0].image
-    saved = LatentPipeline.from_pretrained(out, device="cpu")("red apple", seed=7, steps=4)[0].image
+    ours = LatentPipeline.from_pretrained("emoji", vae=same_space, device="cpu")("red apple", seed=7, num_inference_steps=4)[
+        0
+    ].image
+    saved = LatentPipeline.from_pretrained(out, device="cpu")("red apple", seed=7, num_inference_steps=4)[0].image
     stock = StableDiffusionPipeline.from_pretrained(out)
     stock.set_progress_bar_config(disable=True)
     theirs = stock("red apple", generator=[torch.Generator().manual_seed(7)], num_inference_steps=4, guidance_scale=3.0).images[0]

@@ -219,12 +219,12 @@ def test_swapped_in_through_an_adapter(pipe: LatentPipeline) -> None:
         wanted = other.decode(adapter(drawn[0]))
     assert (drawn[1] - (wanted / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-5
     assert hashed(host) == before
-    swapped = swap_vae(replace(pipe, hashes=pipe.hashes), other, adapter=adapter)("red circle", seed=1, steps=2)[0]
+    swapped = swap_vae(replace(pipe, hashes=pipe.hashes), other, adapter=adapter)("red circle", seed=1, num_inference_steps=2)[0]
     assert (swapped.recipe.vae, swapped.recipe.adapter) == ("(given)", "(given)")
     assert swapped.recipe.hashes["vae"] != pipe.hashes["vae"]
     assert "adapter" in swapped.recipe.hashes
     ours = swapped.image
-    assert ours.size == pipe("red circle", seed=1, steps=2)[0].image.size
+    assert ours.size == pipe("red circle", seed=1, num_inference_steps=2)[0].image.size
 
 
 @pytest.fixture(scope="module")
@@ -292,5 +292,5 @@ def test_pictures_begin_from_the_hosts_own_encoding(fitted: Path, installed: str
         latents = plain.stage.encode(images)
         assert torch.equal(pipe.stage.decode(latents), decoder.decode(pipe.stage.adapter(latents)))
     source = Image.new("RGB", (16, 16), (200, 30, 30))
-    drawn = pipe("red circle", seed=1, steps=4, image=source, strength=0.5)[0]
-    assert grey_levels(drawn.image, plain("red circle", seed=1, steps=4, image=source, strength=0.5)[0].image) > 0
+    drawn = pipe("red circle", seed=1, num_inference_steps=4, image=source, strength=0.5)[0]
+    assert grey_levels(drawn.image, plain("red circle", seed=1, num_inference_steps=4, image=source, strength=0.5)[0].image) > 0

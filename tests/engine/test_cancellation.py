@@ -42,27 +42,27 @@ def watched(network: Any, act: Callable[[int], None]) -> Iterator[list[int]]:
 def test_a_step_is_left_and_the_one_before_it_kept(pipe: LatentPipeline) -> None:
     cancel = threading.Event()
     with watched(pipe.host.unet, lambda call: cancel.set() if call == 2 else None) as ends:
-        *_, last = Engine(pipe).run(PROMPT, cancel=cancel, seed=3, steps=50)
+        *_, last = Engine(pipe).run(PROMPT, cancel=cancel, seed=3, num_inference_steps=50)
     assert ends == [2]  # the third pass was given up
     assert isinstance(last, Finished)
     assert last.pictures[0].recipe.stopped_after == 2
-    after_two = pipe(PROMPT, seed=3, steps=50, on_step=lambda step: step.step == 2)
+    after_two = pipe(PROMPT, seed=3, num_inference_steps=50, on_step=lambda step: step.step == 2)
     assert grey_levels(last.pictures[0].image, after_two[0].image) == 0
 
 
 def test_nothing_is_kept_of_a_first_step(pipe: LatentPipeline) -> None:
     cancel = threading.Event()
     with watched(pipe.host.unet, lambda call: cancel.set()) as ends, pytest.raises(Cancelled):
-        list(Engine(pipe).run(PROMPT, cancel=cancel, seed=3, steps=5))
+        list(Engine(pipe).run(PROMPT, cancel=cancel, seed=3, num_inference_steps=5))
     assert ends == [0]
 
 
 def test_decoding_is_left(pipe: LatentPipeline) -> None:
     cancel = threading.Event()
     with watched(pipe.host.vae.decoder, lambda call: cancel.set()) as ends, pytest.raises(Cancelled):
-        list(Engine(pipe).run(PROMPT, cancel=cancel, seed=3, steps=2))
+        list(Engine(pipe).run(PROMPT, cancel=cancel, seed=3, num_inference_steps=2))
     assert ends == [0]
-    drawn = pipe(PROMPT, seed=3, steps=2)  # and nothing of it is left behind
+    drawn = pipe(PROMPT, seed=3, num_inference_steps=2)  # and nothing of it is left behind
     assert all(not block._forward_pre_hooks for block in [*pipe.host.vae.modules(), *pipe.host.unet.modules()])
     assert drawn[0].recipe.stopped_after is None
 

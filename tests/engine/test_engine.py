@@ -28,7 +28,7 @@ def workers() -> list[threading.Thread]:
 
 
 def test_events_come_in_order_and_finished_is_last(pipe: LatentPipeline) -> None:
-    *steps, last = Engine(pipe).run(PROMPT, seed=3, steps=6)
+    *steps, last = Engine(pipe).run(PROMPT, seed=3, num_inference_steps=6)
     assert isinstance(last, Finished)
     assert last.seconds >= 0
     assert all(isinstance(event, StepDone) for event in steps)
@@ -36,22 +36,22 @@ def test_events_come_in_order_and_finished_is_last(pipe: LatentPipeline) -> None
     assert numbers == sorted(set(numbers))
     assert {event.steps for event in steps if isinstance(event, StepDone)} <= {6}
     assert all(event.eta_s >= 0 for event in steps if isinstance(event, StepDone))
-    assert grey_levels(last.pictures[0].image, pipe(PROMPT, seed=3, steps=6)[0].image) == 0
+    assert grey_levels(last.pictures[0].image, pipe(PROMPT, seed=3, num_inference_steps=6)[0].image) == 0
 
 
 def test_previews_are_pictures_of_the_estimate(pipe: LatentPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     from latentpipe.engine import engine
 
     monkeypatch.setattr(engine, "PREVIEW_SECONDS", 0.0)
-    *steps, last = Engine(pipe).run(PROMPT, previews=True, seed=3, steps=3)
+    *steps, last = Engine(pipe).run(PROMPT, previews=True, seed=3, num_inference_steps=3)
     shown = [event.preview for event in steps if isinstance(event, StepDone)]
     assert shown  # a slow reader misses some, but never the newest
     assert all(picture is not None and picture.size == (256, 256) for picture in shown)
     kept: list[torch.Tensor] = []
-    pipe(PROMPT, seed=3, steps=3, on_step=lambda step: kept.append(step.latents.clone()))
+    pipe(PROMPT, seed=3, num_inference_steps=3, on_step=lambda step: kept.append(step.latents.clone()))
     assert grey_levels(shown[-1], pipe.preview(kept[-1])) == 0  # type: ignore[arg-type]
     assert isinstance(last, Finished)
-    plain = list(Engine(pipe).run(PROMPT, seed=3, steps=3))
+    plain = list(Engine(pipe).run(PROMPT, seed=3, num_inference_steps=3))
     assert all(event.preview is None for event in plain if isinstance(event, StepDone))
 
 
@@ -62,14 +62,14 @@ def test_previews_are_rationed(pipe: LatentPipeline, monkeypatch: pytest.MonkeyP
     original = LatentPipeline.preview
     monkeypatch.setattr(engine, "PREVIEW_SECONDS", 1e9)
     monkeypatch.setattr(LatentPipeline, "preview", lambda self, latents: drawn.append(1) or original(self, latents))
-    list(Engine(pipe).run(PROMPT, previews=True, seed=3, steps=5))
+    list(Engine(pipe).run(PROMPT, previews=True, seed=3, num_inference_steps=5))
     assert len(drawn) <= 1
 
 
 def test_cancel_keeps_the_partial_pictures(pipe: LatentPipeline) -> None:
     cancel = threading.Event()
     cancel.set()
-    events = list(Engine(pipe).run(PROMPT, cancel=cancel, n=2, seed=3, steps=50))
+    events = list(Engine(pipe).run(PROMPT, cancel=cancel, n=2, seed=3, num_inference_steps=50))
     last = events[-1]
     assert isinstance(last, Finished)
     assert len(last.pictures) == 2
@@ -79,7 +79,7 @@ def test_cancel_keeps_the_partial_pictures(pipe: LatentPipeline) -> None:
 def test_cancel_between_steps_stops_soon(pipe: LatentPipeline) -> None:
     cancel = threading.Event()
     last: Any = None
-    for event in Engine(pipe).run(PROMPT, cancel=cancel, seed=3, steps=1000):
+    for event in Engine(pipe).run(PROMPT, cancel=cancel, seed=3, num_inference_steps=1000):
         cancel.set()
         last = event
     assert isinstance(last, Finished)
@@ -87,18 +87,18 @@ def test_cancel_between_steps_stops_soon(pipe: LatentPipeline) -> None:
 
 
 def test_closing_the_iterator_ends_the_worker(pipe: LatentPipeline) -> None:
-    events = Engine(pipe).run(PROMPT, seed=3, steps=1000)
+    events = Engine(pipe).run(PROMPT, seed=3, num_inference_steps=1000)
     assert isinstance(next(events), StepDone)
     assert workers()
     events.close()  # type: ignore[attr-defined]
     assert not workers()
     assert device.length == 0
-    assert isinstance(list(Engine(pipe).run(PROMPT, seed=3, steps=1))[-1], Finished)
+    assert isinstance(list(Engine(pipe).run(PROMPT, seed=3, num_inference_steps=1))[-1], Finished)
 
 
 def test_an_exception_in_the_reader_ends_the_worker(pipe: LatentPipeline) -> None:
     def read() -> None:
-        for _ in Engine(pipe).run(PROMPT, seed=3, steps=1000):
+        for _ in Engine(pipe).run(PROMPT, seed=3, num_inference_steps=1000):
             raise KeyError("the reader's own")
 
     with pytest.raises(KeyError, match="own"):
@@ -108,7 +108,7 @@ def test_an_exception_in_the_reader_ends_the_worker(pipe: LatentPipeline) -> Non
 
 def test_an_error_in_the_worker_is_raised_at_the_reader(pipe: LatentPipeline) -> None:
     with pytest.raises(UserError, match="steps is 0"):
-        list(Engine(pipe).run(PROMPT, seed=3, steps=0))
+        list(Engine(pipe).run(PROMPT, seed=3, num_inference_steps=0))
     with pytest.raises(UserError, match="no setting 'colour'"):
         list(Engine(pipe).run(PROMPT, colour="red"))
     assert not workers()
@@ -135,7 +135,7 @@ def test_one_job_at_a_time(pipe: LatentPipeline) -> None:
     ended: dict[int, Any] = {}
 
     def job(seed: int) -> None:
-        ended[seed] = list(Engine(counting).run(PROMPT, seed=seed, steps=8))[-1]
+        ended[seed] = list(Engine(counting).run(PROMPT, seed=seed, num_inference_steps=8))[-1]
 
     threads = [threading.Thread(target=job, args=(seed,)) for seed in range(3)]
     for thread in threads:
@@ -144,7 +144,7 @@ def test_one_job_at_a_time(pipe: LatentPipeline) -> None:
         thread.join()
     assert most == 1
     for seed, last in ended.items():
-        assert grey_levels(last.pictures[0].image, pipe(PROMPT, seed=seed, steps=8)[0].image) == 0
+        assert grey_levels(last.pictures[0].image, pipe(PROMPT, seed=seed, num_inference_steps=8)[0].image) == 0
 
 
 # --- replay -------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_one_job_at_a_time(pipe: LatentPipeline) -> None:
 def save(installed: str, path: Path, index: int = 0, **settings: Any) -> Path:
     """A picture of the installed model."""
     pipe = LatentPipeline.from_pretrained(installed, device="cpu")
-    return pipe(PROMPT, **{"seed": 3, "steps": 3} | settings)[index].save(path)
+    return pipe(PROMPT, **{"seed": 3, "num_inference_steps": 3} | settings)[index].save(path)
 
 
 def rewrite(path: Path, **changes: Any) -> Path:
@@ -171,8 +171,8 @@ def rewrite(path: Path, **changes: Any) -> Path:
     "settings",
     [
         {},
-        {"guidance": 1.0},
-        {"guidance": 5.0, "guidance_interval": (0.3, 0.9), "negative": "blue, bar"},
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 5.0, "guidance_interval": (0.3, 0.9), "negative_prompt": "blue, bar"},
         {"scheduler": "euler"},
         {"scheduler": "dpm++"},
         {"size": (24, 16)},
@@ -236,13 +236,13 @@ def test_another_vae_by_name_is_replayed(installed: str, own_home: Path, tmp_pat
 
     save_vae(tiny_vae(8), own_home / "vae" / "second", {})
     pipe = LatentPipeline.from_pretrained(installed, vae="second", device="cpu", force=True)
-    path = pipe(PROMPT, seed=1, steps=2)[0].save(tmp_path / "x.png")
+    path = pipe(PROMPT, seed=1, num_inference_steps=2)[0].save(tmp_path / "x.png")
     assert replay(path, device="cpu").difference == 0
 
 
 def test_a_models_own_vae_by_name_is_replayed(installed: str, tmp_path: Path) -> None:
     pipe = LatentPipeline.from_pretrained(installed, vae=installed, device="cpu")
-    path = pipe(PROMPT, seed=1, steps=2)[0].save(tmp_path / "x.png")
+    path = pipe(PROMPT, seed=1, num_inference_steps=2)[0].save(tmp_path / "x.png")
     assert replay(path, device="cpu").difference == 0
 
 
@@ -287,7 +287,7 @@ def test_img2img_needs_its_picture(installed: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../tiny", "/tmp", "a/b", "", ".", "..", "~", "models/tiny"])
 @pytest.mark.parametrize("key", ["model", "vae"])
 def test_a_recipe_with_a_path_for_a_name_is_refused(installed: str, tmp_path: Path, name: str, key: str) -> None:
-    path = rewrite(save(installed, tmp_path / "x.png", steps=1), **{key: name})
+    path = rewrite(save(installed, tmp_path / "x.png", num_inference_steps=1), **{key: name})
     if (key, name) == ("vae", ""):  # no VAE is named
         assert replay(path, device="cpu").difference == 0
         return
@@ -298,7 +298,7 @@ def test_a_recipe_with_a_path_for_a_name_is_refused(installed: str, tmp_path: Pa
 def test_a_recipe_never_reads_the_current_folder(
     model_folder: Path, installed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = rewrite(save(installed, tmp_path / "x.png", steps=1), model="local")
+    path = rewrite(save(installed, tmp_path / "x.png", num_inference_steps=1), model="local")
     shutil.copytree(model_folder, tmp_path / "local")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="local"):
@@ -315,7 +315,7 @@ def test_damaged_recipes_are_user_errors(installed: str, tmp_path: Path) -> None
         {"width": 24, "height": 24},
         {"width": 10_000},
     ):
-        path = rewrite(save(installed, tmp_path / "x.png", steps=1), **change)
+        path = rewrite(save(installed, tmp_path / "x.png", num_inference_steps=1), **change)
         with pytest.raises(UserError):
             replay(path, device="cpu")
 
@@ -325,7 +325,7 @@ def test_a_vae_outside_the_home_can_be_given(installed: str, tmp_path: Path) -> 
 
     save_vae(tiny_vae(8), tmp_path / "second", {})
     pipe = LatentPipeline.from_pretrained(installed, vae=tmp_path / "second", device="cpu", force=True)
-    path = pipe(PROMPT, seed=1, steps=2)[0].save(tmp_path / "x.png")
+    path = pipe(PROMPT, seed=1, num_inference_steps=2)[0].save(tmp_path / "x.png")
     with pytest.raises(UserError, match="second"):
         replay(path, device="cpu")
     assert replay(path, vae=tmp_path / "second", device="cpu").difference == 0

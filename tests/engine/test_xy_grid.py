@@ -29,7 +29,7 @@ from latentpipe.lora.state_dict.io import card, write_lora
 from latentpipe.pipelines.lora_manager import LoraManager
 from latentpipe.pipelines.metadata import recipe
 
-FAST: dict[str, Any] = {"steps": 2, "seed": 5}
+FAST: dict[str, Any] = {"num_inference_steps": 2, "seed": 5}
 
 
 def same(first: Image.Image, second: Image.Image) -> bool:
@@ -168,10 +168,14 @@ def test_values_may_hold_commas_in_quotes() -> None:
 @pytest.mark.numeric
 def test_each_picture_is_the_one_drawn_alone(pipe: LatentPipeline, adapter: str) -> None:
     for x, y, alone in (
-        ("seed=1,2", "guidance=1,4", lambda x, y: pipe("red circle", seed=x, guidance=y, steps=2)),
-        ("steps=1,3", "scheduler=ddim,euler", lambda x, y: pipe("red circle", seed=5, steps=x, scheduler=y)),
-        ("prompt=red,blue,a (green:1.2)", None, lambda x, _: pipe(f"{x} circle", seed=5, steps=2)),
-        ("lora:bright=0,0.5,1", "prompt=red,blue", lambda x, y: pipe(f"{y} circle <lora:bright:{x}>", seed=5, steps=2)),
+        ("seed=1,2", "guidance=1,4", lambda x, y: pipe("red circle", seed=x, guidance_scale=y, num_inference_steps=2)),
+        ("steps=1,3", "scheduler=ddim,euler", lambda x, y: pipe("red circle", seed=5, num_inference_steps=x, scheduler=y)),
+        ("prompt=red,blue,a (green:1.2)", None, lambda x, _: pipe(f"{x} circle", seed=5, num_inference_steps=2)),
+        (
+            "lora:bright=0,0.5,1",
+            "prompt=red,blue",
+            lambda x, y: pipe(f"{y} circle <lora:bright:{x}>", seed=5, num_inference_steps=2),
+        ),
     ):
         axes = read_axis(x), read_axis(y) if y else None
         grid = plot(opener(pipe), "red circle", *axes, **FAST)
@@ -264,10 +268,10 @@ def test_a_vae_that_does_not_fit_is_refused_before_anything_is_drawn(
         ("lora:nobody=0,1", None, {}, "No LoRA 'nobody' is installed"),
         ("lora:../bright=0,1", None, {}, "No LoRA '../bright' is installed"),
         ("seed=1", None, {"size": (9, 16)}, "multiples of"),
-        ("seed=1", None, {"guidance": 1000.0}, "guidance is 1000"),
+        ("seed=1", None, {"guidance_scale": 1000.0}, "guidance_scale is 1000"),
         ("seed=1", None, {"image": None}, "takes no image"),
         ("guidance=1", None, {"seed": -1}, "seed"),
-        ("guidance=1", None, {"steps": "many"}, "steps"),
+        ("guidance=1", None, {"num_inference_steps": "many"}, "num_inference_steps"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_drawn(
@@ -310,7 +314,7 @@ def test_a_stop_before_the_first_picture_has_nothing_to_keep(pipe: LatentPipelin
 
 
 def test_it_runs_as_a_job(pipe: LatentPipeline) -> None:
-    *_, last = run_job(lambda report: plot(opener(pipe), "x", read_axis("seed=1,2"), report=report, steps=2))
+    *_, last = run_job(lambda report: plot(opener(pipe), "x", read_axis("seed=1,2"), report=report, num_inference_steps=2))
     assert isinstance(last, Done)
     assert [picture.recipe.seed for picture in last.result.pictures] == [1, 2]
     assert last.result.recipe.base.seed <= recipe.MAX_SEED
@@ -322,7 +326,7 @@ def test_it_runs_as_a_job(pipe: LatentPipeline) -> None:
 def test_a_sheet_is_drawn_again_from_its_own_file(models: PipelineCache, adapter: str, tmp_path: Path) -> None:
     grid = plot(
         lambda vae: models.open("tiny", vae), "red circle", read_axis("vae=built-in,soft"), read_axis("lora:bright=0,1"),
-        negative="bar", guidance=2.5, guidance_interval=(0.1, 0.8), scheduler="euler", size=(16, 16), **FAST,
+        negative_prompt="bar", guidance_scale=2.5, guidance_interval=(0.1, 0.8), scheduler="euler", size=(16, 16), **FAST,
     )  # fmt: skip
     path = grid.save(tmp_path / "grid.png")
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
@@ -402,7 +406,7 @@ def test_other_weights_are_told(models: PipelineCache, own_home: Path, tmp_path:
 
 def test_a_picture_is_no_sheet_and_a_sheet_no_picture(pipe: LatentPipeline, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="carries no grid"):
-        read_grid(pipe("x", seed=1, steps=1)[0].save(tmp_path / "one.png"))
+        read_grid(pipe("x", seed=1, num_inference_steps=1)[0].save(tmp_path / "one.png"))
     with pytest.raises(UserError, match="carries no latentpipe recipe"):
         recipe.read(plot(opener(pipe), "x", read_axis("seed=1"), **FAST).save(tmp_path / "grid.png"))
 

@@ -91,7 +91,7 @@ def test_wilson_of_nothing_says_nothing():
 
 @pytest.mark.slow
 def test_evaluate_reports_all_parts(model_folder, tmp_path):
-    result = prompt_adherence.evaluate(model_folder, seen=3, held_out=2, steps=2, grid=tmp_path / "grid.png")
+    result = prompt_adherence.evaluate(model_folder, seen=3, held_out=2, num_inference_steps=2, grid=tmp_path / "grid.png")
     assert {"n", "top1", "top5", "low", "high"} <= set(result["seen"])
     assert {"role", "gender", "tone"} <= set(result["held_out"])
     assert set(result["baselines"]["held_out"]) == {"nearest_caption", "nearest_sibling", "mean_of_siblings"}
@@ -114,7 +114,7 @@ def test_an_object_has_no_gender(bank):
 
 def test_a_grid_needs_the_name_of_a_png(model_folder, tmp_path):
     with pytest.raises(UserError, match="PNG"):
-        prompt_adherence.evaluate(model_folder, seen=1, held_out=1, steps=1, grid=tmp_path)
+        prompt_adherence.evaluate(model_folder, seen=1, held_out=1, num_inference_steps=1, grid=tmp_path)
 
 
 def test_objects_are_the_seen_prompts_without_tone_and_flag(bank):
@@ -136,7 +136,7 @@ def test_the_distance_at_24_pixels_is_of_both_reduced(bank):
 
 
 def test_objects_are_scored_beside_the_others(model_folder):
-    result = prompt_adherence.evaluate(model_folder, seen=1, held_out=1, steps=1, objects=2)
+    result = prompt_adherence.evaluate(model_folder, seen=1, held_out=1, num_inference_steps=1, objects=2)
     assert result["objects"]["n"] == 2
     assert set(result["baselines"]) == {"seen", "held_out"}
     assert "objects" in prompt_adherence.table(result)

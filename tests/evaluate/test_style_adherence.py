@@ -129,7 +129,7 @@ def test_variety_asks_for_any_style_with_four_seeds() -> None:
 
 def test_the_verbs_function_scores_cells_and_variety(model_folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(style_adherence.evaluate_variety, "__defaults__", (2,))
-    result = prompt_adherence.evaluate(model_folder, seen=1, held_out=1, steps=1, styles=3)
+    result = prompt_adherence.evaluate(model_folder, seen=1, held_out=1, num_inference_steps=1, styles=3)
     assert result["cells"]["n"] == 3
     assert result["variety"]["n"] == 2
     table = prompt_adherence.table(result)

@@ -67,7 +67,8 @@ def test_case_05_inpaint_draws_what_diffusers_draws_bit_for_bit(folder: Path, st
     assert pipe.native_size == (SIDE, SIDE)
     steps: list[int] = []
     found = inpaint(
-        pipe, picture, mask, "red circle", seed=5, steps=4, guidance=guidance, strength=strength, feather=0, negative="blue",
+        pipe, picture, mask, "red circle", seed=5, num_inference_steps=4, guidance_scale=guidance, strength=strength, feather=0,
+        negative_prompt="blue",
         report=lambda done, total, what: steps.append(done),
     )  # fmt: skip
     inside = np.asarray(mask) > 0
@@ -113,11 +114,11 @@ def test_case_05_an_adapter_goes_on_and_moves_the_part(folder: Path) -> None:
 
     pipe = LatentPipeline.from_pretrained(folder, device="cpu")
     picture, mask = scene()
-    plain = inpaint(pipe, picture, mask, "red", steps=2)
+    plain = inpaint(pipe, picture, mask, "red", num_inference_steps=2)
     factors = {"lora_A": torch.full((1, 9, 3, 3), 0.3), "lora_B": torch.linspace(-1, 1, 32).view(32, 1, 1, 1)}
     report = pipe.attach_lora(Lora({"unet": {"conv_in": LoraLayer("lora", factors, 1, 1.0)}}, "one"))
     assert report.parts["unet"].moved
-    assert inpaint(pipe, picture, mask, "red", steps=2).tobytes() != plain.tobytes()
+    assert inpaint(pipe, picture, mask, "red", num_inference_steps=2).tobytes() != plain.tobytes()
 
 
 @pytest.mark.parametrize("cls", [StableDiffusionInpaintPipeline, StableDiffusionImg2ImgPipeline])
@@ -126,14 +127,14 @@ def test_case_05_a_usual_model_in_the_folder_of_another_task_draws_from_a_prompt
 ) -> None:
     other = LatentPipeline.from_pretrained(with_unet(model_folder, tmp_path / "other", 4, cls), device="cpu")
     picture, mask = scene()
-    drawn = [each("red circle", seed=1, steps=2)[0].image.tobytes() for each in (pipe, other)]
+    drawn = [each("red circle", seed=1, num_inference_steps=2)[0].image.tobytes() for each in (pipe, other)]
     assert drawn[0] == drawn[1]
-    parts = [inpaint(each, picture, mask, "red circle", seed=1, steps=2).tobytes() for each in (pipe, other)]
+    parts = [inpaint(each, picture, mask, "red circle", seed=1, num_inference_steps=2).tobytes() for each in (pipe, other)]
     assert parts[0] == parts[1]
 
 
 def test_case_05_other_channels_are_named(model_folder: Path, tmp_path: Path) -> None:
     pipe = LatentPipeline.from_pretrained(with_unet(model_folder, tmp_path / "edits", 8), device="cpu")
-    for call in (lambda: pipe("red", steps=1), lambda: inpaint(pipe, *scene(), "red", steps=1)):
+    for call in (lambda: pipe("red", num_inference_steps=1), lambda: inpaint(pipe, *scene(), "red", num_inference_steps=1)):
         with pytest.raises(UserError, match=r"does not draw from a prompt alone \(its UNet takes 8 channels"):
             call()

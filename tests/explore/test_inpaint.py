@@ -33,7 +33,7 @@ def hole(size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
 
 def draw(pipe: LatentPipeline, picture: Image.Image, mask: Image.Image, **options: Any) -> Image.Image:
     with pytest.warns(LatentpipeWarning) if picture.size != (16, 16) else _nothing():
-        return inpaint.inpaint(pipe, picture, mask, "blue bar", steps=2, **options)
+        return inpaint.inpaint(pipe, picture, mask, "blue bar", num_inference_steps=2, **options)
 
 
 def _nothing() -> Any:
@@ -73,15 +73,15 @@ def test_the_hole_is_drawn_from_prompt_and_seed(pipe: LatentPipeline) -> None:
     first = draw(pipe, RED, mask, seed=1)
     assert first.tobytes() == draw(pipe, RED, mask, seed=1).tobytes()
     assert first.tobytes() != draw(pipe, RED, mask, seed=2).tobytes()
-    assert first.tobytes() != inpaint.inpaint(pipe, RED, mask, "red circle", seed=1, steps=2).tobytes()
+    assert first.tobytes() != inpaint.inpaint(pipe, RED, mask, "red circle", seed=1, num_inference_steps=2).tobytes()
     assert first.tobytes() != RED.tobytes()
 
 
 def test_a_mask_that_is_all_white_draws_the_prompt_alone(pipe: LatentPipeline) -> None:
     found = draw(pipe, RED, Image.new("L", (16, 16), 255), seed=3)
-    assert found.tobytes() == pipe("blue bar", seed=3, steps=2)[0].image.tobytes()
+    assert found.tobytes() == pipe("blue bar", seed=3, num_inference_steps=2)[0].image.tobytes()
     again = draw(pipe, RED, Image.new("L", (16, 16), 255), seed=3, strength=0.5)
-    assert again.tobytes() == pipe("blue bar", seed=3, steps=2, image=RED, strength=0.5)[0].image.tobytes()
+    assert again.tobytes() == pipe("blue bar", seed=3, num_inference_steps=2, image=RED, strength=0.5)[0].image.tobytes()
 
 
 @pytest.mark.parametrize("scheduler", ["dpm++", "ddim", "euler", "unipc"])
@@ -96,7 +96,7 @@ def test_the_unet_sees_the_picture_at_the_noise_of_each_step(pipe: LatentPipelin
         lambda _, args, kwargs: inputs.append((int(args[1]), args[0][:1].clone())), with_kwargs=True
     )
     image = None if strength == 1 else RED
-    chosen = pipe.check(Settings(steps=4, guidance=1.0, scheduler=scheduler, image=image, strength=strength))
+    chosen = pipe.check(Settings(num_inference_steps=4, guidance_scale=1.0, scheduler=scheduler, image=image, strength=strength))
     try:
         with torch.no_grad():
             found = inpaint._denoised(pipe, known, free, "blue bar", 5, chosen, None)
@@ -119,7 +119,7 @@ def test_large_pictures_are_drawn_small(pipe: LatentPipeline) -> None:
     assert inpaint.draw_size(pipe, (160, 40)) == (32, 8)
     assert max(inpaint.draw_size(pipe, (100_000, 1))) <= 8 * 16
     with pytest.warns(LatentpipeWarning, match="enlarged to 64 x 64"):
-        inpaint.inpaint(pipe, RED.resize((64, 64)), hole((64, 64), (16, 16, 32, 32)), "blue", steps=1)
+        inpaint.inpaint(pipe, RED.resize((64, 64)), hole((64, 64), (16, 16, 32, 32)), "blue", num_inference_steps=1)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_large_pictures_are_drawn_small(pipe: LatentPipeline) -> None:
         ({"seed": -1}, "seed is -1"),
         ({"strength": 0.0}, "strength is 0.0"),
         ({"strength": 1.5}, "strength is 1.5"),
-        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"feather": -1}, "feather is -1"),
     ],
 )

@@ -115,8 +115,8 @@ def test_prompts_have_no_bank(pipe: LatentPipeline) -> None:
         interpolate.between_prompts(pipe, "red", "blue", 3, "density")
     with pytest.raises(UserError, match="seed is -1"):
         interpolate.between_prompts(pipe, "red", "blue", 3, seed=-1)
-    plain = interpolate.between_prompts(pipe, "red bar", "blue bar", 2, steps=2, guidance=1.0)
-    assert plain[0].tobytes() == pipe("red bar", seed=0, steps=2, guidance=1.0)[0].image.tobytes()
+    plain = interpolate.between_prompts(pipe, "red bar", "blue bar", 2, num_inference_steps=2, guidance_scale=1.0)
+    assert plain[0].tobytes() == pipe("red bar", seed=0, num_inference_steps=2, guidance_scale=1.0)[0].image.tobytes()
 
 
 def test_a_cross_fade_is_a_line_in_images() -> None:

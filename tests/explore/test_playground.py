@@ -110,7 +110,7 @@ def test_a_path_between_prompts_has_the_pictures_of_the_prompts_at_its_ends(pipe
     calls: list[tuple[int, int, str]] = []
     path = playground.between_prompts(pipe, "red circle", "(blue:1.3) bar", 3, way, 5, 2, lambda *call: calls.append(call))
     for end, prompt in ((path[0], "red circle"), (path[2], "(blue:1.3) bar")):
-        assert same(end, pipe(prompt, seed=5, steps=2)[0].image)
+        assert same(end, pipe(prompt, seed=5, num_inference_steps=2)[0].image)
     assert not same(path[1], path[0])
     assert not same(path[1], path[2])
     assert calls == [(step, 6, "draw") for step in range(1, 7)]

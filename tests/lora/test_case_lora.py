@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentpipe import Engine, Finished, LatentPipeline, UserError
+from latentpipe import Engine, Finished, LatentPipeline, UserError, replay
+from latentpipe.checkpoints.embedding import Embedding
 from latentpipe.cli.app import main
 from latentpipe.explore.inpaint import inpaint
 from latentpipe.explore.interpolate import between_prompts
 from latentpipe.lora.prompt_tags import split_tags
-from latentpipe.lora.state_dict.io import read_lora
+from latentpipe.lora.state_dict.io import read_lora, write_lora
 from latentpipe.pipelines.metadata.reader import TAG
 from latentpipe.utils.errors import LatentpipeWarning
 
@@ -68,7 +69,7 @@ def put(home: Path, name: str, tensors: Tensors) -> Path:
 
 
 def drawn(pipe: LatentPipeline, prompt: str, **more: Any) -> np.ndarray:
-    return np.asarray(pipe(prompt, seed=1, steps=2, **more)[0].image, np.int16)
+    return np.asarray(pipe(prompt, seed=1, num_inference_steps=2, **more)[0].image, np.int16)
 
 
 @pytest.fixture
@@ -101,12 +102,11 @@ def test_case_35_an_alpha_of_whole_numbers_is_read(
 
 
 @pytest.mark.parametrize("end", ["clip_l", "clip_g", "string_to_param.*"])
-def test_case_16_a_bundled_embedding_is_one_note_and_the_adapter_draws(
+def test_case_16_a_bundled_embedding_that_does_not_fit_is_one_note_and_the_adapter_draws(
     pipe: LatentPipeline, own_home: Path, reference: np.ndarray, end: str, capsys: Any
 ) -> None:
-    bundle = {f"bundle_emb.my thing.{end}": torch.randn(1, 8)}
-    path = put(own_home, "bundled", named(pipe, kohya) | bundle)
-    with pytest.warns(LatentpipeWarning, match=r"textual inversion \('my thing'\), which is not loaded") as notes:
+    path = put(own_home, "bundled", named(pipe, kohya) | {f"bundle_emb.my thing.{end}": torch.randn(1, 8)})
+    with pytest.warns(LatentpipeWarning, match=r"brings the embedding 'my thing', which was left out: .* width 8, and") as notes:
         picture = drawn(pipe, "red circle <lora:bundled:0.7>")
     assert len([note for note in notes if "bundled" in str(note.message)]) == 1
     assert np.array_equal(picture, reference)
@@ -114,9 +114,31 @@ def test_case_16_a_bundled_embedding_is_one_note_and_the_adapter_draws(
         warnings.simplefilter("ignore", LatentpipeWarning)
         report = pipe.attach_lora(path)
         pipe.detach_lora()
-    assert report.left_out == ("the textual inversion 'my thing'",)
+    assert report.left_out == ("the embedding 'my thing'",)
     assert main(["lora", "inspect", str(path)]) == 0
-    assert json.loads(capsys.readouterr().out)["unread"] == [f"bundle_emb.my thing.{end}"]
+    assert json.loads(capsys.readouterr().out)["embeddings"] == ["my thing"]
+
+
+@pytest.mark.parametrize("end", ["emb_params", "clip_l", "string_to_param.*"])
+def test_case_16_a_bundled_embedding_is_on_with_its_adapter_and_is_replayed(
+    pipe: LatentPipeline, model_folder: Path, own_home: Path, tmp_path: Path, end: str
+) -> None:
+    vectors = torch.randn(2, pipe.host.text_encoder.config.hidden_size)
+    path = put(own_home, "bundled", named(pipe, kohya) | {f"bundle_emb.My.Thing.{end}": vectors})
+    picture = pipe("red <my.thing> <lora:bundled:0.7>", seed=1, steps=2)[0]
+    assert picture.recipe.embeddings == ["My.Thing"]
+    assert pipe.embeddings.on == {}
+    picture.save(tmp_path / "x.png")
+    assert replay(tmp_path / "x.png", model_folder, device="cpu").difference == 0
+    alone = Embedding("x", {"": {"": vectors}} if end != "clip_l" else {"": {"text_encoder": vectors}})
+    pipe.attach_lora("bundled", 0.7)
+    pipe.attach_embedding(alone)
+    same = [pipe(f"red <{name}>", seed=1, steps=2)[0] for name in ("x", "My.Thing")]
+    assert same[0].image.tobytes() == same[1].image.tobytes() == picture.image.tobytes()
+    for layout in ("kohya", "diffusers", "peft"):
+        write_lora(read_lora(path), tmp_path / f"{layout}.safetensors", layout)  # type: ignore[arg-type]
+        (back,) = read_lora(tmp_path / f"{layout}.safetensors").embeddings
+        assert (back.name, back.hash) == ("My.Thing", alone.hash)
 
 
 def test_case_16_partial_can_be_asked_for_everywhere(
@@ -137,7 +159,7 @@ def test_case_16_partial_can_be_asked_for_everywhere(
     assert np.array_equal(drawn(pipe, "red circle"), reference)
     pipe.detach_lora()
     for prompt, loras in (("red circle <lora:odd:0.7>", {}), ("red circle", {"odd": 0.7})):  # as the page and the API do
-        settings = {"seed": 1, "steps": 2, "loras": loras}
+        settings = {"seed": 1, "num_inference_steps": 2, "loras": loras}
         with pytest.warns(LatentpipeWarning, match="taken in part"):
             *_, last = Engine(pipe).run(prompt, lora_partial=True, **settings)
         assert isinstance(last, Finished)
@@ -192,7 +214,7 @@ def test_case_11_lyco_attaches_as_lora_does(pipe: LatentPipeline, reference: np.
 )
 def test_case_11_a_kind_that_is_not_supported_is_named(pipe: LatentPipeline, prompt: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        pipe(prompt, seed=1, steps=1)
+        pipe(prompt, seed=1, num_inference_steps=1)
 
 
 @pytest.mark.parametrize("prompt", ["I <3 you", "a < b : c > d", "<cat-toy>", "<1:2>", "x <>"])
@@ -205,15 +227,15 @@ def test_case_11_tags_elsewhere_are_followed_or_refused(pipe: LatentPipeline, re
 
     canvas = Image.new("RGB", pipe.native_size, (200, 60, 60))
     hole = Image.new("L", canvas.size, 255)
-    with_tag = inpaint(pipe, canvas, hole, "red circle <lora:plain:0.7>", steps=2)
+    with_tag = inpaint(pipe, canvas, hole, "red circle <lora:plain:0.7>", num_inference_steps=2)
     pipe.set_lora({"plain": 0.7})
-    assert with_tag.tobytes() == inpaint(pipe, canvas, hole, "red circle", steps=2).tobytes()
+    assert with_tag.tobytes() == inpaint(pipe, canvas, hole, "red circle", num_inference_steps=2).tobytes()
     pipe.set_lora({})
-    assert with_tag.tobytes() != inpaint(pipe, canvas, hole, "red circle", steps=2).tobytes()
+    assert with_tag.tobytes() != inpaint(pipe, canvas, hole, "red circle", num_inference_steps=2).tobytes()
     with pytest.raises(UserError, match=r"a path between prompts takes no LoRA"):
-        between_prompts(pipe, "red <lora:plain:1>", "blue", 2, steps=1)
+        between_prompts(pipe, "red <lora:plain:1>", "blue", 2, num_inference_steps=1)
     with pytest.warns(LatentpipeWarning, match="negative prompt"):
-        pipe("x", steps=1, negative="<lora:plain:1>")
+        pipe("x", num_inference_steps=1, negative_prompt="<lora:plain:1>")
 
 
 def test_case_11_a_recipe_that_was_drawn_with_the_tag_as_words_is_replayed(
@@ -223,7 +245,7 @@ def test_case_11_a_recipe_that_was_drawn_with_the_tag_as_words_is_replayed(
 
     shutil.copytree(model_folder, own_home / "models" / "tiny")
     pipe = LatentPipeline.from_pretrained("tiny", device="cpu")
-    before = pipe.literal("red <lyco:plain:1> <hypernet:x:1>", 1, 1, None, pipe.check(Settings(steps=2)))[0]
+    before = pipe.literal("red <lyco:plain:1> <hypernet:x:1>", 1, 1, None, pipe.check(Settings(num_inference_steps=2)))[0]
     before.save(tmp_path / "old.png")
     assert replay(tmp_path / "old.png").difference == 0
 

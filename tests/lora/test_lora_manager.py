@@ -50,13 +50,13 @@ def home(pipe: LatentPipeline, own_home: Path) -> Path:
 
 
 def test_an_attached_adapter_is_reported_moves_the_picture_and_leaves_no_trace(pipe: LatentPipeline, home: Path) -> None:
-    before, plain = digests(pipe), pipe("red circle", seed=1, steps=2)[0]
+    before, plain = digests(pipe), pipe("red circle", seed=1, num_inference_steps=2)[0]
     report = pipe.attach_lora("bright", 0.5)
     assert set(report.parts) == {"unet", "text_encoder"}
     assert report.base_checked
     assert not report.left_out
     assert all(part.matched == part.layers and part.moved and part.moved > 1e-4 for part in report.parts.values())
-    drawn = pipe("red circle", seed=1, steps=2)[0]
+    drawn = pipe("red circle", seed=1, num_inference_steps=2)[0]
     assert np.abs(pixels(drawn) - pixels(plain)).max() > 0
     assert drawn.recipe.loras == {"bright": 0.5}
     assert not plain.recipe.loras
@@ -65,7 +65,7 @@ def test_an_attached_adapter_is_reported_moves_the_picture_and_leaves_no_trace(p
     assert "Lora hashes: " in a1111_text(drawn.recipe)
     pipe.detach_lora("bright")
     assert digests(pipe) == before
-    assert np.array_equal(pixels(pipe("red circle", seed=1, steps=2)[0]), pixels(plain))
+    assert np.array_equal(pixels(pipe("red circle", seed=1, num_inference_steps=2)[0]), pixels(plain))
 
 
 def test_adapters_go_on_all_three_stages_at_once(pipe: LatentPipeline, home: Path) -> None:
@@ -75,7 +75,7 @@ def test_adapters_go_on_all_three_stages_at_once(pipe: LatentPipeline, home: Pat
     assert report.parts["vae"].moved
     after = digests(pipe)
     assert all(after[name] != before[name] for name in ("unet", "text_encoder", "vae"))
-    assert pipe("x", seed=1, steps=1)[0].recipe.loras == {"bright": 1.0, "sharp": {"vae": 0.8}}
+    assert pipe("x", seed=1, num_inference_steps=1)[0].recipe.loras == {"bright": 1.0, "sharp": {"vae": 0.8}}
     pipe.set_lora({"soft": 0.3})
     assert {name for name in before if digests(pipe)[name] != before[name]} == {"unet"}
     pipe.set_lora({})
@@ -85,12 +85,12 @@ def test_adapters_go_on_all_three_stages_at_once(pipe: LatentPipeline, home: Pat
 def test_a_tag_switches_an_adapter_on_for_one_call(pipe: LatentPipeline, home: Path) -> None:
     before = digests(pipe)
     pipe.attach_lora("sharp", 0.2)
-    tagged = pipe("red circle <lora:bright:0.5>", seed=1, steps=2)[0]
+    tagged = pipe("red circle <lora:bright:0.5>", seed=1, num_inference_steps=2)[0]
     assert tagged.recipe.prompt == "red circle"
     assert tagged.recipe.loras == {"sharp": 0.2, "bright": 0.5}
     assert pipe.loras.weights == {"sharp": 0.2}
     pipe.set_lora({"sharp": 0.2, "bright": 0.5})
-    assert np.array_equal(pixels(pipe("red circle", seed=1, steps=2)[0]), pixels(tagged))
+    assert np.array_equal(pixels(pipe("red circle", seed=1, num_inference_steps=2)[0]), pixels(tagged))
     pipe.detach_lora()
     assert digests(pipe) == before
 
@@ -108,7 +108,7 @@ def test_a_tag_switches_an_adapter_on_for_one_call(pipe: LatentPipeline, home: P
 def test_a_bad_tag_is_one_sentence_and_changes_nothing(pipe: LatentPipeline, home: Path, prompt: str, said: str) -> None:
     before = digests(pipe)
     with pytest.raises(UserError, match=said) as error:
-        pipe(prompt, seed=1, steps=1)
+        pipe(prompt, seed=1, num_inference_steps=1)
     assert "\n" not in str(error.value)
     assert digests(pipe) == before
     assert not pipe.loras.weights
@@ -117,7 +117,7 @@ def test_a_bad_tag_is_one_sentence_and_changes_nothing(pipe: LatentPipeline, hom
 def test_a_picture_with_adapters_is_replayed(installed: str, pipe: LatentPipeline, home: Path, tmp_path: Path) -> None:
     model = LatentPipeline.from_pretrained(installed)
     model.set_lora({"bright": 0.5, "sharp": {"vae": 0.8}})
-    path = model("red circle", seed=1, steps=2)[0].save(tmp_path / "a.png")
+    path = model("red circle", seed=1, num_inference_steps=2)[0].save(tmp_path / "a.png")
     model.detach_lora()
     assert replay(path).difference == 0
     install(pipe, home, "bright", ["unet.all", "text"], scale=0.11)
@@ -139,7 +139,7 @@ def test_an_adapter_of_another_base_is_refused_and_can_be_forced(pipe: LatentPip
         with pytest.raises(UserError, match=f"was trained with {component}"):
             pipe.set_lora({name: 1.0})
         with pytest.raises(UserError, match=f"was trained with {component}"):
-            pipe(f"x <lora:{name}>", steps=1)
+            pipe(f"x <lora:{name}>", num_inference_steps=1)
         assert digests(pipe) == before
         assert not pipe.loras.mixer.loaded
     assert pipe.attach_lora("text").base_checked  # latents do not concern it
@@ -175,7 +175,7 @@ def test_pipelines_that_share_a_network_do_not_mix(pipe: LatentPipeline, home: P
     pipe.attach_lora("soft")
     shared = "shared with another pipeline that has LoRA on it"
     with pytest.raises(UserError, match=shared):
-        twin("x", steps=1)
+        twin("x", num_inference_steps=1)
     with pytest.raises(UserError, match=shared):
         twin.attach_lora("bright")
     with pytest.raises(UserError, match=shared):
@@ -320,7 +320,7 @@ def test_no_way_of_drawing_uses_anothers_adapters(pipe: LatentPipeline, home: Pa
     twin = replace(pipe, name="twin")
     pipe.attach_lora("soft")
     with pytest.raises(UserError, match="shared with another pipeline"):
-        twin.draw(["x"], [0], Settings(steps=1))
+        twin.draw(["x"], [0], Settings(num_inference_steps=1))
 
 
 def test_threads_with_different_tags_take_turns(pipe: LatentPipeline, home: Path) -> None:
@@ -328,18 +328,18 @@ def test_threads_with_different_tags_take_turns(pipe: LatentPipeline, home: Path
 
     before = digests(pipe)
     prompts = [f"red circle <lora:{name}:{weight}>" for name in ("bright", "soft") for weight in (0.3, 1)]
-    alone = [pixels(pipe(prompt, seed=1, steps=2)[0]) for prompt in prompts]
+    alone = [pixels(pipe(prompt, seed=1, num_inference_steps=2)[0]) for prompt in prompts]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda prompt: pixels(pipe(prompt, seed=1, steps=2)[0]), prompts))
+        together = list(pool.map(lambda prompt: pixels(pipe(prompt, seed=1, num_inference_steps=2)[0]), prompts))
     assert all(np.array_equal(one, other) for one, other in zip(alone, together, strict=True))
     assert digests(pipe) == before
 
 
 def test_a_file_that_was_replaced_is_opened_again(pipe: LatentPipeline, home: Path) -> None:
-    pipe("x <lora:soft>", steps=1)
+    pipe("x <lora:soft>", num_inference_steps=1)
     first = pipe.loras.mixer.loaded["soft"].hash
     install(pipe, home, "soft", ["unet.attention"], rank=5)
-    assert pipe("x <lora:soft>", steps=1)[0].recipe.hashes["lora:soft"] != first
+    assert pipe("x <lora:soft>", num_inference_steps=1)[0].recipe.hashes["lora:soft"] != first
     pipe.detach_lora("soft")
     assert pipe.attach_lora("soft").parts["unet"].ranks == (5, 5)
 

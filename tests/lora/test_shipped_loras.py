@@ -47,11 +47,11 @@ def test_each_is_small_whole_and_of_this_base(path: Path, emoji: LatentPipeline)
 
 @pytest.mark.parametrize("name", [path.stem for path in FILES])
 def test_each_draws_another_picture(name: str, emoji: LatentPipeline) -> None:
-    plain = np.asarray(emoji("red apple", seed=7, steps=4)[0].image, np.int16)
-    drawn = emoji(f"red apple <lora:{name}:1>", seed=7, steps=4)[0]
+    plain = np.asarray(emoji("red apple", seed=7, num_inference_steps=4)[0].image, np.int16)
+    drawn = emoji(f"red apple <lora:{name}:1>", seed=7, num_inference_steps=4)[0]
     assert drawn.recipe.loras == {name: 1.0}
     assert np.abs(np.asarray(drawn.image, np.int16) - plain).max() > 8
-    again = np.asarray(emoji("red apple", seed=7, steps=4)[0].image, np.int16)
+    again = np.asarray(emoji("red apple", seed=7, num_inference_steps=4)[0].image, np.int16)
     assert np.array_equal(again, plain)
 
 

@@ -47,8 +47,8 @@ def saved(path: Path, tags: dict[int, str]) -> Path:
 def test_case_08_a_graph_in_exif_is_read(tmp_path: Path, name: str, capsys: Any) -> None:
     path = saved(tmp_path / name, PLACES[name])
     info = read_info(path)
-    assert (info.source, info.prompt, info.negative) == ("ComfyUI", "green apple on a table", "blurry é")
-    assert (info.seed, info.settings["steps"], info.settings["guidance"]) == (12345, 12, 4.5)
+    assert (info.source, info.prompt, info.negative_prompt) == ("ComfyUI", "green apple on a table", "blurry é")
+    assert (info.seed, info.settings["num_inference_steps"], info.settings["guidance_scale"]) == (12345, 12, 4.5)
     assert info.model == "tiny.safetensors"
     assert main(["inspect", str(path)]) == 0
     assert json.loads(capsys.readouterr().out)["seed"] == 12345

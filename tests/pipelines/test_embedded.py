@@ -35,7 +35,7 @@ def test_stock_diffusers_draws_the_same_picture(folder, pipe):
     assert stock.unet.dtype == stock.text_encoder.dtype == stock.vae.dtype == torch.float32
     generator = [torch.Generator().manual_seed(7)]
     theirs = stock("red apple", generator=generator, num_inference_steps=STEPS, guidance_scale=GUIDANCE).images[0]
-    ours = pipe("red apple", seed=7, steps=STEPS, guidance=GUIDANCE)[0].image
+    ours = pipe("red apple", seed=7, num_inference_steps=STEPS, guidance_scale=GUIDANCE)[0].image
     assert np.array_equal(np.asarray(theirs), np.asarray(ours))
 
 
@@ -60,12 +60,12 @@ def test_batch_equals_singles(pipe):
 @pytest.mark.slow
 def test_repeats_are_equal_and_other_threads_are_within_a_level(pipe):
     """The README's promise. Sums of another order differ by some 1e-6: where that rounds otherwise, by 1."""
-    first, again = (np.asarray(pipe("cat", seed=5, steps=6)[0].image, dtype=int) for _ in range(2))
+    first, again = (np.asarray(pipe("cat", seed=5, num_inference_steps=6)[0].image, dtype=int) for _ in range(2))
     assert np.array_equal(first, again)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        other = np.asarray(pipe("cat", seed=5, steps=6)[0].image, dtype=int)
+        other = np.asarray(pipe("cat", seed=5, num_inference_steps=6)[0].image, dtype=int)
     finally:
         torch.set_num_threads(threads)
     assert np.abs(first - other).max() <= 1

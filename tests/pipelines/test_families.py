@@ -34,7 +34,7 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(family: str) -> dict[str, Any]:
-    return {"size": (64, 64) if family in ("sana", "sprint") else (32, 32), "steps": 2, "guidance": 2.0}
+    return {"size": (64, 64) if family in ("sana", "sprint") else (32, 32), "num_inference_steps": 2, "guidance_scale": 2.0}
 
 
 @pytest.mark.numeric
@@ -97,7 +97,7 @@ def test_what_a_family_cannot_do_is_refused(family: str, folder: Path) -> None:
             pipe("abc", seed=1, scheduler="ddim", **settings(family))
     if family in ("flux", "sprint"):
         with pytest.raises(UserError, match="takes no negative prompt"):
-            pipe("abc", seed=1, negative="x", **settings(family))
+            pipe("abc", seed=1, negative_prompt="x", **settings(family))
     with pytest.raises(UserError, match="sides must be multiples of"):
         pipe("abc", seed=1, **settings(family) | {"size": (36, 36)})
 

@@ -94,7 +94,7 @@ def jpeg(path: Path, comment: bytes | str, *, inner: bool = True, **options: Any
 def usable(info: Info) -> Settings:
     """The settings as the pipeline takes them."""
     with warnings.catch_warnings(category=LatentpipeWarning, action="ignore"):  # of a size that is not the model's
-        return check_settings(Settings(negative=info.negative, **info.settings), (64, 48), 1)
+        return check_settings(Settings(negative_prompt=info.negative_prompt, **info.settings), (64, 48), 1)
 
 
 def test_a_path_may_be_text(tmp_path: Path) -> None:
@@ -107,9 +107,10 @@ def test_our_own_picture_gives_its_recipe_back_to_the_letter(tmp_path: Path) -> 
     recipe.save_png(draw_shape("red", "circle", 64).resize((64, 48)), tmp_path / "a.png", old)
     info = read_info(tmp_path / "a.png")
     assert info.recipe == old
-    assert (info.source, info.prompt, info.negative, info.seed) == ("latentpipe", old.prompt, old.negative, old.seed)
+    assert (info.source, info.prompt, info.negative_prompt, info.seed) == ("latentpipe", old.prompt, old.negative, old.seed)
     assert info.settings == {
-        "steps": 20, "guidance": 3.5, "scheduler": "ddim", "size": (64, 48), "strength": 0.4, "guidance_interval": (0.1, 0.9),
+        "num_inference_steps": 20, "guidance_scale": 3.5, 
+        "scheduler": "ddim", "size": (64, 48), "strength": 0.4, "guidance_interval": (0.1, 0.9),
     }  # fmt: skip
     assert (info.model, info.vae, info.loras) == ("emoji", "other", {"pencil": 0.5, "ink": {"unet": 1.0}})
     assert len(info.changed) == 1, info.changed
@@ -120,8 +121,14 @@ def test_our_own_picture_gives_its_recipe_back_to_the_letter(tmp_path: Path) -> 
 def test_our_recipe_without_our_chunk_is_read_as_others_read_it(tmp_path: Path) -> None:
     old = some_recipe(prompt="red", loras={"pencil": 0.5}, source=Source(sha256="ab" * 32, strength=0.4))
     info = read_info(png(tmp_path / "a.png", parameters=recipe.a1111_text(old)))
-    assert (info.source, info.prompt, info.negative, info.seed) == ("A1111", "red <lora:pencil:0.5>", "bar", 7)
-    assert info.settings == {"steps": 20, "guidance": 3.5, "scheduler": "ddim", "size": (64, 48), "strength": 0.4}
+    assert (info.source, info.prompt, info.negative_prompt, info.seed) == ("A1111", "red <lora:pencil:0.5>", "bar", 7)
+    assert info.settings == {
+        "num_inference_steps": 20,
+        "guidance_scale": 3.5,
+        "scheduler": "ddim",
+        "size": (64, 48),
+        "strength": 0.4,
+    }
     assert (info.model, info.vae, info.loras, info.recipe) == ("emoji", "other", {"pencil": 0.5}, None)
 
 
@@ -137,8 +144,8 @@ def test_a1111(tmp_path: Path, late: bool, latin: bool) -> None:
     info = read_info(png(tmp_path / "a.png", late=late, latin=latin, parameters=LINES.replace("second", "テスト é")))
     assert info.source == "A1111"
     assert info.prompt == "red (circle:1.2), <lora:pencil:0.7>\nテスト é line"
-    assert info.negative == "bar,\nbad"
-    assert info.settings == {"steps": 25, "guidance": 6.5, "scheduler": "dpm++", "size": (64, 48)}
+    assert info.negative_prompt == "bar,\nbad"
+    assert info.settings == {"num_inference_steps": 25, "guidance_scale": 6.5, "scheduler": "dpm++", "size": (64, 48)}
     assert (info.seed, info.model, info.vae, info.loras) == (42, "my model", "ft-mse.safetensors", {"pencil": 0.7})
     assert (info.width, info.height) == (64, 48)
     assert [line for line in info.changed if "Karras" in line]
@@ -151,12 +158,12 @@ def test_a1111(tmp_path: Path, late: bool, latin: bool) -> None:
 def test_what_stands_in_quotes_is_no_setting(tmp_path: Path) -> None:
     text = LINES.replace("Clip skip: 2", 'Hires prompt: "x, Steps: 3, Seed: 1, Size: 8x8", Lora hashes: "a: 12, Model: 34"')
     info = read_info(png(tmp_path / "a.png", parameters=text))
-    assert (info.settings["steps"], info.seed, info.settings["size"], info.model) == (25, 42, (64, 48), "my model")
+    assert (info.settings["num_inference_steps"], info.seed, info.settings["size"], info.model) == (25, 42, (64, 48), "my model")
 
 
 def test_two_headings_of_a_negative_prompt(tmp_path: Path) -> None:
     info = read_info(png(tmp_path / "a.png", parameters=LINES.replace("bar,", "bar, Negative prompt: twice")))
-    assert info.negative == "bar, Negative prompt twice\nbad"
+    assert info.negative_prompt == "bar, Negative prompt twice\nbad"
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "webp"])
@@ -167,7 +174,7 @@ def test_two_headings_of_a_negative_prompt(tmp_path: Path) -> None:
 def test_a_comment_in_exif(tmp_path: Path, suffix: str, code: str, prefix: bytes) -> None:
     text = LINES if code == "ascii" else LINES.replace("second", "テスト")
     info = read_info(jpeg(tmp_path / f"a.{suffix}", prefix + text.encode(code)))
-    assert (info.source, info.settings["steps"], info.negative) == ("A1111", 25, "bar,\nbad")
+    assert (info.source, info.settings["num_inference_steps"], info.negative_prompt) == ("A1111", 25, "bar,\nbad")
     assert "テスト" in info.prompt or code == "ascii"
 
 
@@ -178,28 +185,28 @@ def test_a_graph_in_exif_of_the_first_folder(tmp_path: Path) -> None:
 
 def test_fooocus(tmp_path: Path) -> None:
     info = read_info(png(tmp_path / "a.png", parameters=json.dumps(FOOOCUS), fooocus_scheme="fooocus"))
-    assert (info.source, info.prompt, info.negative, info.seed) == ("Fooocus", "red circle", "bar", 7)
-    assert info.settings == {"steps": 30, "guidance": 4.0, "scheduler": "ddim", "size": (64, 48)}
+    assert (info.source, info.prompt, info.negative_prompt, info.seed) == ("Fooocus", "red circle", "bar", 7)
+    assert info.settings == {"num_inference_steps": 30, "guidance_scale": 4.0, "scheduler": "ddim", "size": (64, 48)}
     assert (info.model, info.loras) == ("juggernaut.safetensors", {"offset.safetensors": 0.1})
     assert [line for line in info.changed if "sharpness 2" in line]
 
 
 def test_invokeai(tmp_path: Path) -> None:
     info = read_info(png(tmp_path / "a.png", invokeai_metadata=json.dumps(INVOKE), invokeai_graph="{}"))
-    assert (info.source, info.prompt, info.negative, info.seed) == ("InvokeAI", "red circle", "bar", 5)
-    assert info.settings == {"steps": 12, "guidance": 7.5, "scheduler": "euler", "size": (64, 48)}
+    assert (info.source, info.prompt, info.negative_prompt, info.seed) == ("InvokeAI", "red circle", "bar", 5)
+    assert info.settings == {"num_inference_steps": 12, "guidance_scale": 7.5, "scheduler": "euler", "size": (64, 48)}
     assert (info.model, info.vae, info.loras, info.changed) == ("dreamshaper", "mse", {"pencil": 0.5}, [])
     old = read_info(png(tmp_path / "b.png", Dream='"red circle [bar]" -s 12 -S 5 -W 64 -H 48 -C 7.5 -A ddim'))
-    assert (old.source, old.prompt, old.negative, old.seed) == ("InvokeAI", "red circle", "bar", 5)
-    assert old.settings == {"steps": 12, "guidance": 7.5, "scheduler": "ddim", "size": (64, 48)}
+    assert (old.source, old.prompt, old.negative_prompt, old.seed) == ("InvokeAI", "red circle", "bar", 5)
+    assert old.settings == {"num_inference_steps": 12, "guidance_scale": 7.5, "scheduler": "ddim", "size": (64, 48)}
 
 
 @pytest.mark.parametrize("workflow", [None, "{}", "no JSON"])
 def test_comfyui_needs_the_graph_only(tmp_path: Path, workflow: str | None) -> None:
     beside = {} if workflow is None else {"workflow": workflow}
     info = read_info(png(tmp_path / "a.png", prompt=json.dumps(COMFY), **beside))
-    assert (info.source, info.prompt, info.negative, info.seed) == ("ComfyUI", "red circle", "bar", 9)
-    assert info.settings == {"steps": 15, "guidance": 5.5, "scheduler": "unipc", "size": (64, 48)}
+    assert (info.source, info.prompt, info.negative_prompt, info.seed) == ("ComfyUI", "red circle", "bar", 9)
+    assert info.settings == {"num_inference_steps": 15, "guidance_scale": 5.5, "scheduler": "unipc", "size": (64, 48)}
     assert (info.model, info.vae, info.loras) == ("base.safetensors", "ft-mse.pt", {"pencil.safetensors": 0.6})
     assert info.changed == ["These nodes have no counterpart here: FaceDetailer."]
 
@@ -213,20 +220,25 @@ def test_comfyui_without_a_known_sampler_gives_what_it_can(tmp_path: Path) -> No
         "5": {"class_type": "SamplerCustomAdvanced", "inputs": {"noise": ["3", 0], "sigmas": ["4", 0]}},
     }
     info = read_info(png(tmp_path / "a.png", prompt=json.dumps(graph)))
-    assert (info.prompt, info.seed, info.settings, info.model) == ("red circle", 11, {"steps": 8}, "dev.safetensors")
+    assert (info.prompt, info.seed, info.settings, info.model) == (
+        "red circle",
+        11,
+        {"num_inference_steps": 8},
+        "dev.safetensors",
+    )
 
 
 def test_comfyui_with_two_samplers_says_whose_settings_these_are(tmp_path: Path) -> None:
     second = {"class_type": "KSampler", "inputs": COMFY["6"]["inputs"] | {"steps": 4, "denoise": 0.5}}
     info = read_info(png(tmp_path / "a.png", prompt=json.dumps(COMFY | {"66": second})))
-    assert info.settings["steps"] == 15
+    assert info.settings["num_inference_steps"] == 15
     assert [line for line in info.changed if "2 samplers" in line]
 
 
 def test_novelai(tmp_path: Path) -> None:
     info = read_info(png(tmp_path / "a.png", **NOVELAI))
-    assert (info.source, info.prompt, info.negative, info.seed) == ("NovelAI", "red circle", "bar", 3)
-    assert info.settings == {"steps": 28, "guidance": 11.0, "strength": 0.7}
+    assert (info.source, info.prompt, info.negative_prompt, info.seed) == ("NovelAI", "red circle", "bar", 3)
+    assert info.settings == {"num_inference_steps": 28, "guidance_scale": 11.0, "strength": 0.7}
     assert info.model == "Stable Diffusion"
     assert [line for line in info.changed if "k_euler_ancestral" in line]
 
@@ -262,9 +274,9 @@ def test_every_sampler_is_one_of_ours() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "key", "value"),
     [
-        ("Steps: 25", "Steps: 5000", "steps", 1000), ("Steps: 25", "Steps: -3", "steps", 1),
-        ("Steps: 25", "Steps: 1e9", "steps", 1000),
-        ("scale: 6.5", "scale: 1e6", "guidance", 100), ("scale: 6.5", "scale: -1", "guidance", 0),
+        ("Steps: 25", "Steps: 5000", "num_inference_steps", 1000), ("Steps: 25", "Steps: -3", "num_inference_steps", 1),
+        ("Steps: 25", "Steps: 1e9", "num_inference_steps", 1000),
+        ("scale: 6.5", "scale: 1e6", "guidance_scale", 100), ("scale: 6.5", "scale: -1", "guidance_scale", 0),
         ("64x48", "8192x4096", "size", (MAX_SIDE, MAX_SIDE // 2)), ("64x48", "999999x1", "size", (MAX_SIDE, 8)),
     ],
 )  # fmt: skip
@@ -277,7 +289,7 @@ def test_numbers_are_clamped_and_it_is_said(tmp_path: Path, old: str, new: str, 
     usable(info)
 
 
-@pytest.mark.parametrize(("old", "key"), [("Steps: 25", "steps"), ("scale: 6.5", "guidance")])
+@pytest.mark.parametrize(("old", "key"), [("Steps: 25", "num_inference_steps"), ("scale: 6.5", "guidance_scale")])
 @pytest.mark.parametrize("bad", ["nan", "inf", "-inf", "1e999", "many", "9" * 50])
 def test_what_is_no_number_is_left_out_and_it_is_said(tmp_path: Path, old: str, key: str, bad: str) -> None:
     info = read_info(png(tmp_path / "a.png", parameters=LINES.replace(old, f"{old.split(': ')[0]}: {bad}")))
@@ -309,7 +321,7 @@ def test_text_is_bounded_and_fit_to_be_sent(tmp_path: Path) -> None:
     data = FOOOCUS | {"prompt": "a\ud800\x00\x1b[31m" + "b" * 50_000, "negative_prompt": "c" * 80_000}
     info = read_info(png(tmp_path / "a.png", parameters=json.dumps(data)))
     assert info.prompt.startswith("a?[31mbb")
-    assert max(len(info.prompt), len(info.negative)) == MAX_PROMPT
+    assert max(len(info.prompt), len(info.negative_prompt)) == MAX_PROMPT
     assert len(info.raw) == MAX_RAW
     assert [line for line in info.changed if "cut to" in line]
     json.dumps(vars(info)).encode()
@@ -522,10 +534,17 @@ REAL = {
 def test_real_pictures_of_other_programs(assets: Path, name: str) -> None:
     info = read_info(assets / "data" / "ai_images" / name)
     stated = info.settings
-    assert (info.source, stated["steps"], stated["guidance"], stated.get("scheduler"), info.seed, info.model) == REAL[name]
+    assert (
+        info.source,
+        stated["num_inference_steps"],
+        stated["guidance_scale"],
+        stated.get("scheduler"),
+        info.seed,
+        info.model,
+    ) == REAL[name]
     saver = "comfy-image-saver" in name  # it wrote "unknown"
     assert info.prompt.startswith("unknown" if saver else "general, masterpiece, best quality, amazing quality,")
-    assert info.negative.startswith("unknown" if saver else "bad quality, worst quality")
+    assert info.negative_prompt.startswith("unknown" if saver else "bad quality, worst quality")
     assert "counterpart here" in " ".join(info.changed)
     usable(info)
 

@@ -367,7 +367,7 @@ def test_a_latent_pipeline_swaps_its_stage(emoji: Any, probes: torch.Tensor) -> 
     assert new.hashes["unet"] == "u"
     assert new.hashes["vae"] != "old" == pipe.hashes["vae"]
     assert (new.vae_name, pipe.vae_name) == ("(given)", None)
-    old, other = (p("red apple", seed=3, steps=2)[0].image for p in (pipe, new))
+    old, other = (p("red apple", seed=3, num_inference_steps=2)[0].image for p in (pipe, new))
     assert grey_levels(old, other) <= 2
 
 

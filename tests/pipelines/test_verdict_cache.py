@@ -123,6 +123,6 @@ def test_img2img_through_a_lone_decoder_begins_from_the_models_own_encoder() -> 
     with torch.no_grad():
         assert torch.equal(tiny.stage.encode(images), own.stage.encode(images))
         assert not torch.equal(tiny.stage.decode(tiny.stage.encode(images)), own.stage.decode(own.stage.encode(images)))
-    picture = tiny("red apple", seed=7, steps=2)[0]
+    picture = tiny("red apple", seed=7, num_inference_steps=2)[0]
     assert picture.recipe.vae == "emoji-tiny"
     assert picture.recipe.adapter is None

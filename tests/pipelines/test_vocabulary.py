@@ -78,9 +78,9 @@ def test_drawing_tells_what_the_model_does_not_know(
     assert "circle" in pipe.words
     assert pipe.unknown_words("(red:1.2) cirle") == {"cirle": "circle"}
     with pytest.warns(LatentpipeWarning, match=r"never seen 'cirle' \(nearest: 'circle'\) of the prompt"):
-        (picture,) = pipe("red cirle", steps=1, seed=1)
+        (picture,) = pipe("red cirle", num_inference_steps=1, seed=1)
     assert "'cirle'" in picture.notes[0]
-    assert pipe("red circle", steps=1, seed=1)[0].notes == ()
+    assert pipe("red circle", num_inference_steps=1, seed=1)[0].notes == ()
     out = tmp_path / "x.png"
     assert main(["generate", "red cirle", "--model", str(model_folder), "--steps", "1", "--seed", "1", "--out", str(out)]) == 0
     assert "latentpipe: note: the model has never seen 'cirle'" in capsys.readouterr().err

@@ -39,7 +39,7 @@ def test_the_chain_trains_every_part_and_goes_on_where_it_stopped(chain: dict[st
     first = hashes(out)
     pipe = LatentPipeline.from_pretrained(out)
     assert pipe.native_size == (128, 128)  # of latents of 64 px
-    assert pipe("red circle", seed=1, steps=1)[0].image.size == (128, 128)
+    assert pipe("red circle", seed=1, num_inference_steps=1)[0].image.size == (128, 128)
     again = train_chain(**chain, **sizes)  # type: ignore[arg-type]
     assert hashes(again) == first
     longer = train_chain(**chain, **{**sizes, "denoiser_steps": 3})  # type: ignore[arg-type]

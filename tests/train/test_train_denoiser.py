@@ -196,7 +196,7 @@ def test_a_vae_that_diffusers_saved_can_be_trained_on(tmp_path: Path, pictures: 
     tiny_vae(2, **factors).save_pretrained(tmp_path / "vae")  # fp32, without a card
     encode_folder(pictures, tmp_path / "vae", tmp_path / "x.safetensors", 16)
     folder = denoiser.train_denoiser(denoiser_run(tmp_path, tmp_path / "x.safetensors", tmp_path / "vae"))
-    picture = LatentPipeline.from_pretrained(folder, device="cpu")("red circle", seed=0, steps=2)[0]
+    picture = LatentPipeline.from_pretrained(folder, device="cpu")("red circle", seed=0, num_inference_steps=2)[0]
     assert picture.image.size == (16, 16)
 
 
@@ -214,7 +214,12 @@ def test_a_warm_start_begins_with_the_other_model(tmp_path: Path, cache_file: Pa
     config = denoiser_run(tmp_path, cache_file, vae_folder, optim=optim, warm_start=model_folder)
     folder = denoiser.train_denoiser(config)
     old, new = (LatentPipeline.from_pretrained(path, device="cpu") for path in (model_folder, folder))
-    assert grey_levels(old("red bar", seed=3, steps=2)[0].image, new("red bar", seed=3, steps=2)[0].image) <= 1
+    assert (
+        grey_levels(
+            old("red bar", seed=3, num_inference_steps=2)[0].image, new("red bar", seed=3, num_inference_steps=2)[0].image
+        )
+        <= 1
+    )
     assert old.host.tokenizer("red bar").input_ids == new.host.tokenizer("red bar").input_ids
 
 

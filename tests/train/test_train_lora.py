@@ -79,11 +79,11 @@ def test_the_file_fits_its_base_and_says_where_it_comes_from(tmp_path: Path, mod
 def test_the_file_is_attached_to_its_base_and_refused_on_another(tmp_path: Path, model_copy: Path, drawn: Path) -> None:
     out = verb.train_lora(lora_run(tmp_path, model_copy, drawn, optim={"learning_rate": 1e-2}))
     pipe = LatentPipeline.from_pretrained(model_copy, device="cpu")
-    plain = pipe("red circle", seed=0, steps=2)[0].image
+    plain = pipe("red circle", seed=0, num_inference_steps=2)[0].image
     pipe.attach_lora(out)
-    assert grey_levels(pipe("red circle", seed=0, steps=2)[0].image, plain) > 0
+    assert grey_levels(pipe("red circle", seed=0, num_inference_steps=2)[0].image, plain) > 0
     pipe.detach_lora()
-    assert grey_levels(pipe("red circle", seed=0, steps=2)[0].image, plain) == 0
+    assert grey_levels(pipe("red circle", seed=0, num_inference_steps=2)[0].image, plain) == 0
     weights = model_copy / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: value * 1.01 for name, value in read_tensors(weights).items()}, weights)
     with pytest.raises(UserError, match="style"):

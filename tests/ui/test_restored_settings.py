@@ -19,11 +19,12 @@ from latentpipe.ui.restored_settings import fitted
         ({"size": (4096, 64)}, False, {"size": (64, 16)}, ["4096 x 64 became 64 x 16"]),
         ({"size": (64, 64)}, False, {"size": (64, 64)}, []),
         ({"size": (128, 64)}, True, {"size": (128, 64)}, []),  # the model has drawn it, and draws it again
-        ({"steps": 150}, False, {"steps": 100}, ["steps 150 became 100"]),
-        ({"guidance": 30.0, "steps": 0}, False, {"guidance": 15.0, "steps": 1}, ["steps 0 became 1", "guidance 30 became 15"]),
+        ({"num_inference_steps": 150}, False, {"num_inference_steps": 100}, ["steps 150 became 100"]),
+        ({"guidance_scale": 30.0, "num_inference_steps": 0}, False, {"guidance_scale": 15.0, "num_inference_steps": 1},
+         ["steps 0 became 1", "guidance 30 became 15"]),
         ({"strength": 0.01}, True, {"strength": 0.05}, ["strength 0.01 became 0.05"]),
         ({"scheduler": "heun"}, False, {}, ["'heun' became the model's own"]),
-        ({"scheduler": "ddim", "steps": 20}, False, {"scheduler": "ddim", "steps": 20}, []),
+        ({"scheduler": "ddim", "num_inference_steps": 20}, False, {"scheduler": "ddim", "num_inference_steps": 20}, []),
     ],
 )  # fmt: skip
 def test_settings_are_fitted_and_each_change_is_said(

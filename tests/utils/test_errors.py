@@ -48,9 +48,9 @@ def test_types(value: Any, kinds: Any, right: bool) -> None:
     [
         ({"prompt": 3}, "prompt is 3, of type int"),
         ({"prompt": ["red", "blue"]}, "expected one text"),
-        ({"steps": "20"}, "steps is '20', of type str"),
-        ({"steps": 2.5}, "whole number"),
-        ({"guidance": None}, "guidance is None"),
+        ({"num_inference_steps": "20"}, "num_inference_steps is '20', of type str"),
+        ({"num_inference_steps": 2.5}, "whole number"),
+        ({"guidance_scale": None}, "guidance_scale is None"),
         ({"n": "2"}, "n is '2'"),
         ({"seed": 1.5}, "seed is 1.5"),
         ({"size": 64}, "size is 64"),
@@ -59,9 +59,9 @@ def test_types(value: Any, kinds: Any, right: bool) -> None:
         ({"size": (64.0, 64)}, "whole pixels"),
         ({"guidance_interval": 0.5}, "two shares"),
         ({"image": "x.png"}, "PIL picture"),
-        ({"negative": None}, "negative is None"),
+        ({"negative_prompt": None}, "negative_prompt is None"),
         ({"scheduler": 3}, "scheduler is 3"),
-        ({"stpes": 3}, "there is no setting 'stpes'.*Did you mean 'steps'"),
+        ({"stpes": 3}, "there is no setting 'stpes'.*Did you mean 'num_inference_steps'"),
     ],
 )
 def test_wrong_types_are_told(pipe: LatentPipeline, given: dict[str, Any], words: str) -> None:
@@ -110,7 +110,7 @@ def test_a_pipeline_from_elsewhere_has_the_hashes_of_its_files(pipe: LatentPipel
     host = StableDiffusionPipeline.from_pretrained(model_folder, local_files_only=True)
     mine = LatentPipeline(host)
     assert dict(mine.hashes) == dict(pipe.hashes)
-    assert mine("x", steps=1, seed=1)[0].recipe.hashes == pipe("x", steps=1, seed=1)[0].recipe.hashes
+    assert mine("x", num_inference_steps=1, seed=1)[0].recipe.hashes == pipe("x", num_inference_steps=1, seed=1)[0].recipe.hashes
     changed = LatentPipeline(host)
     with __import__("torch").no_grad():
         host.unet.conv_in.weight.add_(0.001)
@@ -119,7 +119,7 @@ def test_a_pipeline_from_elsewhere_has_the_hashes_of_its_files(pipe: LatentPipel
 
 
 def test_a_picture_is_stored_as_its_ending_says(pipe: LatentPipeline, tmp_path: Path) -> None:
-    (picture,) = pipe("red circle", steps=1, seed=-1)
+    (picture,) = pipe("red circle", num_inference_steps=1, seed=-1)
     for name, kind in (("a.jpg", "JPEG"), ("a.jpeg", "JPEG"), ("a.webp", "WEBP"), ("a.png", "PNG"), ("a", "PNG")):
         with Image.open(picture.save(tmp_path / name)) as stored:
             assert stored.format == kind

@@ -29,6 +29,7 @@ from latentpipe.utils.defaults import GUIDANCE, STEPS
 from latentpipe.utils.errors import UserError, counted
 from latentpipe.utils.images import picture_file
 from latentpipe.utils.progress import ProgressCallback
+from latentpipe.utils.setting_names import IN_PYTHON, in_python, refuse_short, shortened
 
 CHUNK = recipes.GRID_CHUNK
 MAX_PIXELS = 2**26  # of a sheet: Pillow and browsers open it without complaint
@@ -38,7 +39,7 @@ OpenPipe = Callable[[str | None], LatentPipeline]
 
 
 class Setup(BaseModel):
-    """What decides a picture but the model: the fields of `latentpipe.Settings`, prompt, seed, VAE, LoRA weights."""
+    """What decides a picture but the model, as a sheet keeps it: prompt, seed, VAE, LoRA, `latentpipe.Settings` (short names)."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     prompt: str = Field(max_length=MAX_PROMPT)
@@ -55,7 +56,7 @@ class Setup(BaseModel):
     @property
     def settings(self) -> dict[str, Any]:
         """Arguments of `latentpipe.Settings`."""
-        return self.model_dump(exclude={"prompt", "seed", "vae", "loras"})
+        return in_python(self.model_dump(exclude={"prompt", "seed", "vae", "loras"}))
 
 
 class GridRecipe(BaseModel):
@@ -112,7 +113,7 @@ def plot(
     """Draw a picture for each value of `x` (columns) and of `y` (rows); each is the one that it would be alone.
 
     seed      of all pictures (None: a random one), where it is no axis; so are `vae`, `loras` and `settings`
-    settings  negative, steps, guidance, guidance_interval, scheduler, size
+    settings  negative_prompt, num_inference_steps, guidance_scale, guidance_interval, scheduler, size
     report    called after each step; where it raises `Cancelled`, the pictures that are done are kept
     lora_partial  take LoRA files that fit in part; what is left out is told in a warning
 
@@ -120,10 +121,11 @@ def plot(
     is drawn: a VAE that does not fit (its verdict), a LoRA or setting that is wrong, more than MAX_CELLS pictures.
     """
     seed = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
-    extra = set(settings) - set(Setup.model_fields)
-    if extra:
-        raise UserError(f"A plot takes no {', '.join(sorted(extra))}; expected some of {', '.join(Setup.model_fields)}.")
-    base = {"prompt": prompt, "seed": seed, "vae": vae, "loras": dict(loras or {}), **settings}
+    refuse_short(settings)
+    known = list(in_python(Setup.model_fields))
+    if extra := set(settings) - set(known):
+        raise UserError(f"A plot takes no {', '.join(sorted(extra))}; expected some of {', '.join(known)}.")
+    base = {"prompt": prompt, "seed": seed, "vae": vae, "loras": dict(loras or {}), **shortened(settings)}
     setups = _setups(base, x, y)
     tell = report or (lambda done, total, what: None)
     pipes = _checked(open_pipe, setups, tell, lora_partial)
@@ -193,7 +195,9 @@ def _setups(base: Mapping[str, Any], x: Axis, y: Axis | None) -> list[Setup]:
         return [Setup(**one) for one in found]
     except ValidationError as error:
         problem = error.errors()[0]
-        raise UserError(f"The plot's {'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}.") from None
+        raise UserError(
+            f"The plot's {'.'.join(IN_PYTHON.get(str(part), str(part)) for part in problem['loc'])}: {problem['msg'].lower()}."
+        ) from None
 
 
 def _checked(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from latentpipe.pipelines.metadata.third_party import CHUNKS, Stated, exif_graph
 from latentpipe.pipelines.sampling import MAX_SIDE, SCHEDULERS
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.images import Unreadable, picture_file
+from latentpipe.utils.setting_names import shortened
 
 MAX_PIXELS = 8192 * 8192
 MAX_TEXT = 2**20
@@ -46,9 +47,9 @@ class Info:
     """Whose format it is: "latentpipe", "A1111" (Forge, SD.Next and others write it too), "ComfyUI", "Fooocus", ..."""
     prompt: str
     """As written, with ``<lora:name:1>`` and ``(word:1.2)``."""
-    negative: str
+    negative_prompt: str
     settings: dict[str, Any]
-    """Those fields of `latentpipe.Settings` but `negative` that the file states, within our limits."""
+    """Those fields of `latentpipe.Settings` but `negative_prompt` that the file states, within our limits."""
     seed: int | None
     """None where the file states none, or one that is out of our range."""
     width: int
@@ -65,6 +66,10 @@ class Info:
     """Ours, where it is ours: `latentpipe.replay` draws the picture again."""
     raw: str
     """The text as found, at most MAX_RAW characters."""
+
+    def shortened(self) -> dict[str, Any]:
+        """All of it for a program, settings under the short names that recipes have."""
+        return shortened(asdict(self)) | {"settings": shortened(self.settings)}
 
 
 def read_info(path: str | Path) -> Info:
@@ -141,7 +146,7 @@ def _ours(old: Recipe, size: tuple[int, int], raw: str) -> Info:
     info = _info("latentpipe", stated, size, raw)
     info.settings["guidance_interval"] = old.guidance_interval
     loras = info.loras | {text: weight for name, weight in old.loras.items() if (text := _name(name))}
-    return replace(info, prompt=old.prompt, negative=old.negative, loras=loras, recipe=old)
+    return replace(info, prompt=old.prompt, negative_prompt=old.negative, loras=loras, recipe=old)
 
 
 def _info(source: str, stated: Stated, size: tuple[int, int], raw: str) -> Info:
@@ -154,14 +159,14 @@ def _info(source: str, stated: Stated, size: tuple[int, int], raw: str) -> Info:
     if not prompt and source != "latentpipe":
         changed.append("No prompt was found among the settings; the raw text may hold it.")
     settings = {
-        "steps": _within("steps", stated.get("steps"), 1, 1000, changed),
-        "guidance": _within("guidance", stated.get("guidance"), 0, 100, changed),
+        "num_inference_steps": _within("steps", stated.get("steps"), 1, 1000, changed),
+        "guidance_scale": _within("guidance", stated.get("guidance"), 0, 100, changed),
         "scheduler": _scheduler(stated, changed),
         "size": _size(stated.get("size"), size, changed),
         "strength": _strength(stated.get("strength"), changed),
     }
-    if isinstance(settings["steps"], float):
-        settings["steps"] = int(settings["steps"])
+    if isinstance(steps := settings["num_inference_steps"], float):
+        settings["num_inference_steps"] = int(steps)
     seed = _seed(stated.get("seed"), changed)
     if stated.get("samplers", 1) > 1:
         changed.append(f"The picture went through {stated['samplers']} samplers; the settings are those of the first.")
@@ -172,7 +177,7 @@ def _info(source: str, stated: Stated, size: tuple[int, int], raw: str) -> Info:
         changed.append(f"These nodes have no counterpart here: {', '.join(_line(node, 40) for node in nodes[:12])}.")
     used = {key: value for key, value in settings.items() if value is not None}
     return Info(
-        source=source, prompt=prompt, negative=negative, settings=used, seed=seed, width=size[0], height=size[1],
+        source=source, prompt=prompt, negative_prompt=negative, settings=used, seed=seed, width=size[0], height=size[1],
         model=_name(stated.get("model")), vae=_name(stated.get("vae")), loras=_loras(stated.get("loras"), prompt, changed),
         changed=changed, recipe=None, raw=raw,
     )  # fmt: skip

@@ -42,7 +42,7 @@ def fetched(hub: LoopbackHub, hub_home: Path, model_folder: Path, monkeypatch: p
 
 
 def picture(name: str) -> Picture:
-    return LatentPipeline.from_pretrained(name, device="cpu")("red circle", seed=3, steps=2)[0]
+    return LatentPipeline.from_pretrained(name, device="cpu")("red circle", seed=3, num_inference_steps=2)[0]
 
 
 @pytest.mark.slow
@@ -80,8 +80,8 @@ def test_a_model_in_half_precision_alone_is_pulled_and_drawn(
     taken = [path.name for path in place.rglob("*.safetensors")]
     assert taken
     assert all(".fp16." in name for name in taken)
-    drawn = LatentPipeline.from_pretrained("org/xl", device="cpu")("abc", seed=3, steps=2, size=(32, 32))[0]
-    same = LatentPipeline.from_pretrained(tmp_path / "half", device="cpu")("abc", seed=3, steps=2, size=(32, 32))[0]
+    drawn = LatentPipeline.from_pretrained("org/xl", device="cpu")("abc", seed=3, num_inference_steps=2, size=(32, 32))[0]
+    same = LatentPipeline.from_pretrained(tmp_path / "half", device="cpu")("abc", seed=3, num_inference_steps=2, size=(32, 32))[0]
     assert np.array_equal(drawn.image, same.image)
 
 

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import sized
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from written import write
 
-from latentpipe import LatentPipeline, UserError, check_swap
-from latentpipe.checkpoints.pipeline_io import hashes, load_pipeline
+from latentpipe import LatentPipeline, UserError, check_swap, replay
+from latentpipe.checkpoints.pipeline_io import former_hash, hashes, load_pipeline
 from latentpipe.checkpoints.registry import available, find_model
 from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.tensor_source import CONFIG_KEY
 from latentpipe.checkpoints.vae_io import open_vae, save_vae
 from latentpipe.cli.app import main
+from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.swap import save_swapped
 from latentpipe.pipelines.verdict_cache import verdict_on
 
@@ -45,7 +46,7 @@ def test_the_api_opens_files_and_hashes_them_as_the_folder(made: Any) -> None:
     stated = Stated(config=config)
     pipe = LatentPipeline.from_pretrained(file, device="cpu", stated=stated)
     other = LatentPipeline.from_pretrained(folder, device="cpu")
-    one, two = (each("red apple", seed=1, steps=2, size=(32, 32))[0] for each in (pipe, other))
+    one, two = (each("red apple", seed=1, num_inference_steps=2, size=(32, 32))[0] for each in (pipe, other))
     assert np.array_equal(np.asarray(one.image), np.asarray(two.image))
     assert one.recipe.hashes["vae"] == two.recipe.hashes["vae"]
     assert one.recipe.hashes["unet"] == two.recipe.hashes["unet"]
@@ -62,7 +63,7 @@ def test_a_prediction_that_is_stated_changes_the_picture_and_the_hash(made: Any)
     assert [pipe.host.scheduler.config.prediction_type for pipe in pipes] == ["epsilon", "v_prediction", "v_prediction"]
     assert pipes[2].host.scheduler.config.rescale_betas_zero_snr
     assert len({pipe.hashes["scheduler"] for pipe in pipes}) == 3
-    assert len({pipe("red apple", seed=1, steps=2, size=(32, 32))[0].image.tobytes() for pipe in pipes}) == 3
+    assert len({pipe("red apple", seed=1, num_inference_steps=2, size=(32, 32))[0].image.tobytes() for pipe in pipes}) == 3
 
 
 def test_files_in_the_model_folder_have_names(made: Any, own_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,3 +166,29 @@ def test_a_suffix_and_a_name_decide_nothing(made: Any, tmp_path: Path) -> None:
     for name in ("model.sft", "model", "model.ckpt", "sd15-inpainting-v_pred.bin"):
         copy = write(load_file(file), tmp_path / "again.safetensors").rename(tmp_path / name)
         assert type(load_pipeline(copy, stated=Stated(config=config))).__name__ == "StableDiffusionXLPipeline"
+
+
+def test_text_encoders_have_one_hash_whatever_names_their_tensors_have(made: Any, tmp_path: Path) -> None:
+    folder, config, file = made("sd1")
+    stated = Stated(config=config)
+    bare, named = (Path(shutil.copytree(folder, tmp_path / name)) for name in ("bare", "named"))
+    source = "text_encoder/model.safetensors"
+    tensors = {name.removeprefix("text_model."): value for name, value in load_file(folder / source).items()}
+    save_file(tensors, bare / source)
+    save_file({f"text_model.{name}": value for name, value in tensors.items()}, named / source)
+    found = [hashes(place, given)["text_encoder"] for place, given in ((bare, None), (named, None), (file, stated))]
+    pipe = LatentPipeline(load_pipeline(bare))
+    assert len({*found, pipe.hashes["text_encoder"]}) == 1
+    before = former_hash(bare, None, "text_encoder")
+    assert before not in (found[0], None)
+    assert former_hash(named, None, "text_encoder") == former_hash(file, stated, "text_encoder") == found[0]
+    assert former_hash(bare, None, "unet") is None
+    drawn = LatentPipeline.from_pretrained(bare, device="cpu")("red", seed=1, steps=1, size=(32, 32))[0]
+    old = drawn.recipe.model_copy(update={"hashes": {**drawn.recipe.hashes, "text_encoder": before}})
+    recipes.save(drawn.image, tmp_path / "x.png", old)
+    for place, given in ((bare, {}), (named, {}), (file, {"config": config})):
+        if place == bare:  # as it was then
+            assert replay(tmp_path / "x.png", place, device="cpu", **given).difference == 0
+        else:
+            with pytest.raises(UserError, match="text_encoder is"):
+                replay(tmp_path / "x.png", place, device="cpu", **given)
