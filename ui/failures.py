@@ -27,6 +27,7 @@ def said_why(app: App, what: str) -> Callable[[gr.Request], str]:
     """For `failure`: `what` came of it, such as "Nothing was drawn.", and the reason."""
 
     def said(request: gr.Request) -> str:
-        return html.words(f"{what} {app.reasons.pop(request.session_hash or '', '')}".strip())
+        lines = [what, *app.reasons.pop(request.session_hash or "", "").split("\n")]
+        return html.words(" ".join(f"{line[:1].upper()}{line[1:]}" for line in lines).strip())
 
     return said

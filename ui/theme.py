@@ -49,12 +49,16 @@ CSS = """
 #lp-gallery .grid-wrap { max-height: none; height: auto; min-height: 0; overflow: visible; }
 #lp-gallery .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; padding: 0; }
 #lp-gallery img { max-height: 26rem; }
+#lp-gallery .gallery-container:has(> .preview) { min-height: min(31rem, 99vw); } /* what is chosen gets no smaller */
+#lp-gallery .preview { background: var(--background-fill-primary); } /* not the other pictures through it */
 .thumbnail-item { height: auto !important; aspect-ratio: auto !important; display: flex !important; flex-direction: column; }
 .thumbnail-item img { width: 100%; aspect-ratio: 1; flex: none; object-fit: contain !important; }
 .thumbnail-item .caption-label { position: static !important; max-width: 100% !important; width: 100%; border: 0 !important;
-  border-radius: 0 !important; text-align: left; padding: .6rem .6rem .5rem !important; }
+  border-radius: 0 !important; text-align: left; padding: .6rem .6rem .5rem !important;
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden; white-space: normal;
+  overflow-wrap: anywhere; }
 #lp-history .caption-label { display: none; }
-#lp-history .grid-wrap { padding-top: 1.9rem; } /* below the label */
+#lp-history .grid-wrap { padding-top: 1.9rem; overflow-y: auto; } /* below the label */
 #lp-history .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; }
 .image-container .image-frame { padding-top: 1.9rem; box-sizing: border-box; } /* below the label */
 .lp-large img { width: 100% !important; height: 100% !important; object-fit: contain !important; }

@@ -280,6 +280,26 @@ def test_on_a_phone_the_picture_fills_the_width_and_is_seen(phone: Any) -> None:
         assert phone.get_by_role("tab", name=name, exact=True).first.is_visible(), name
 
 
+def test_of_two_pictures_the_chosen_one_is_larger_and_captions_are_read_to_their_end(phone: Any) -> None:
+    unfold(phone, "lp-advanced", "Advanced")
+    phone.get_by_label("number input for Pictures").fill("2")
+    phone.get_by_label("number input for Pictures").blur()
+    draw(phone)
+    caption = phone.locator("#lp-gallery .caption-label").nth(1)
+    assert caption.evaluate("each => each.scrollWidth <= each.clientWidth && each.scrollHeight <= each.clientHeight")
+    thumbnail = phone.locator("#lp-gallery img").first
+    before = thumbnail.bounding_box()["width"]
+    thumbnail.click()
+    chosen = phone.wait_for_selector("#lp-gallery .preview img[data-testid=detailed-image]")
+    assert min(chosen.bounding_box()[side] for side in ("width", "height")) > before
+
+
+def test_why_nothing_was_drawn_stays(page: Any) -> None:
+    page.fill("#lp-prompt textarea", "red apple <lora:nope:1>")
+    page.click("#lp-generate")
+    page.wait_for_function("document.querySelector('#lp-status').innerText.includes(\"No LoRA 'nope' is installed\")")
+
+
 def test_what_is_too_large_or_no_picture_is_refused_as_soon_as_it_is_dropped(phone: Any, tmp_path: Path) -> None:
     Image.new("1", (5000, 5000)).save(tmp_path / "my large.png")
     unfold(phone, "lp-img2img", "Begin from a picture (img2img)")

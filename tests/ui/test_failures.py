@@ -33,6 +33,8 @@ def test_the_reason_stays_and_is_the_visitors_own() -> None:
     assert "Nothing was drawn.<" in said(visitor("b"))
     assert "Nothing was drawn. No LoRA &#x27;nope&#x27; is installed." in said(visitor("a"))
     assert "nope" not in said(visitor("a"))  # said once
+    app.reasons["a"] = "VAE odd was not put in.\nother shape: 4 channels."
+    assert "Nothing was drawn. VAE odd was not put in. Other shape: 4 channels." in said(visitor("a"))
     with remembered(app, visitor("a")):
         pass
     assert app.reasons == {}
