@@ -217,7 +217,8 @@ def verdict_of(app: App, model: str, vae: str, adapter: str = NO_ADAPTER) -> tup
 
 def takes(app: App, model: str, pipe: Any) -> str:
     """What drawing with a model takes of the memory, in a sentence."""
-    layout = layout_of(find_model(app.named("models", model)))
+    place = find_model(app.named("models", model))
+    layout = layout_of(place, app.models.stated.get(place))
     own = sum(weight.nbytes for part in pipe.loras.mixer.components.values() for weight in part.parameters())
     free = available(pipe.stage.device) + own  # which the model holds already
     return f"Memory: {need_of(layout, model, pipe.stage.dtype, pipe.stage.device, free=free)}."

@@ -277,7 +277,7 @@ def tagged(values: dict[str, Any]) -> None:
 
     varied = any(str(values.get(axis)).startswith("prompt=") for axis in ("x", "y"))  # then other prompts are drawn
     files = any(weighted(text)[0] not in available("lora") for text in values.get("lora", ()))  # whose names stand inside
-    for name in split_tags(values["prompt"])[1]:
+    for name in split_tags(values["prompt"] or "")[1]:
         if not varied and not files:
             named_lora(name)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentpipe.checkpoints.registry import named_lora
+from latentpipe.cli.argument_checks import tagged
 from latentpipe.cli.output_paths import is_picture
 from latentpipe.lora.prompt_tags import split_tags
 from latentpipe.utils.defaults import MAX_PROMPT, MAX_SEED
@@ -38,7 +38,7 @@ def read_prompts(path: Path, n: int = 1) -> list[Line]:
     """The prompts of a file, `n` pictures of each; UserError names the line of the first mistake.
 
     A mistake is a seed that is none (or whose last picture's is beyond the largest), a prompt without words or that is too long,
-    a LoRA tag that cannot be read, or that names an adapter that is not installed.
+    a LoRA tag that cannot be read.
     """
     lines = []
     for number, text in enumerate(read_text(path, MOST_BYTES, "a text file with one prompt a line").splitlines(), 1):
@@ -65,8 +65,7 @@ def _line(number: int, text: str, n: int) -> Line:
         raise UserError("no prompt stands behind the seed.")
     if len(prompt) > MAX_PROMPT:
         raise UserError(f"the prompt has {len(prompt):,} characters; at most {MAX_PROMPT:,} are taken.")
-    for name in split_tags(prompt)[1]:
-        named_lora(name)
+    split_tags(prompt)
     return Line(number, prompt, seed)
 
 
@@ -89,7 +88,9 @@ def prompted(values: dict[str, Any]) -> None:
         raise UserError("generate: PROMPT and --prompts are both given; expected one of them.")
     if is_picture(values["out"]):
         raise UserError(f"--out {values['out']}: expected a folder for the pictures of --prompts, each has a name of its own.")
-    read_prompts(values["prompts"], values["n"])
+    for line in read_prompts(values["prompts"], values["n"]):
+        with told(values["prompts"], line.number):
+            tagged({**values, "prompt": line.prompt})
 
 
 def pictures_of(lines: Sequence[Line], n: int, first: int) -> list[tuple[str, int]]:

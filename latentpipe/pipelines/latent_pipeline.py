@@ -114,7 +114,8 @@ class LatentPipeline:
         """
         device = check_arguments(model, vae, adapter, device, dtype, offload)
         folder = find_model(model)
-        if vae is not None and adapter is None:
+        whole = stated is None or not (stated.parts or stated.config)  # else its VAE may be another file's
+        if vae is not None and adapter is None and whole:
             refuse_other_shape(folder, vae)  # before anything is read
 
         def opened() -> LatentPipeline:

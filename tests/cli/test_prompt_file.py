@@ -42,7 +42,6 @@ def test_lines_are_prompts_with_or_without_a_seed(file: Path) -> None:
         ("one\n7\t  ", "line 2: no prompt stands behind the seed"),
         ("one\n\n" + "x" * 20_001, "line 3: the prompt has 20,001 characters"),
         ("one <lora:flat:high>", "line 1: '<lora:flat:high>' in the prompt: 'high' is no number"),
-        ("one\ntwo <lora:not-there:1>", "line 2: No LoRA 'not-there'"),
         ("\n \n", "holds no prompt"),
         ("a\n" * 10_001, "has 10,001 prompts; at most 10,000"),
     ],
@@ -65,6 +64,7 @@ def test_seeds_that_count_on_too_far() -> None:
         (["red apple", "--prompts", "prompts.txt"], "PROMPT and --prompts are both given"),
         (["--prompts", "prompts.txt", "--out", "one.png"], "--out one.png: expected a folder"),
         (["--prompts", "not-there.txt"], "--prompts not-there.txt: no such file"),
+        (["--prompts", "tags.txt"], "tags.txt, line 2: No LoRA 'not-there'"),
         ([], "PROMPT is missing"),
     ],
 )
@@ -73,9 +73,10 @@ def test_what_a_call_cannot_mean(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("red apple\n")
+    (tmp_path / "tags.txt").write_text("one\ntwo <lora:not-there:1>\n")
     assert main(["generate", *arguments]) == 2
     assert said in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt", "tags.txt"]
 
 
 def test_batches_are_bounded_and_of_the_same_adapters() -> None:
