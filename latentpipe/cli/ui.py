@@ -54,9 +54,7 @@ def ui(
         config: Likewise.
         parts: Likewise.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("The interface needs gradio, which is not installed: pip install 'latentpipe[ui]'.")
-    print("Starting the interface ...", file=sys.stderr, flush=True)
+    _begin()
     from latentpipe.checkpoints.single_file.gather import Stated
     from latentpipe.ui.server import serve
 
@@ -64,3 +62,9 @@ def ui(
         model, port, listen, auth_file, no_auth, out if save else None, device, dtype, mcp, host, allow_host, root_path, max_work,
         stated=Stated(family, prediction, config, parts),
     )  # fmt: skip
+
+
+def _begin() -> None:
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("The interface needs gradio, which is not installed: pip install 'latentpipe[ui]'.")
+    print("Starting the interface ...", file=sys.stderr, flush=True)
