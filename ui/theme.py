@@ -55,8 +55,8 @@ CSS = """
 .thumbnail-item img { width: 100%; aspect-ratio: 1; flex: none; object-fit: contain !important; }
 .thumbnail-item .caption-label { position: static !important; max-width: 100% !important; width: 100%; border: 0 !important;
   border-radius: 0 !important; text-align: left; padding: .6rem .6rem .5rem !important;
-  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden; white-space: normal;
-  overflow-wrap: anywhere; }
+  opacity: 1 !important; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden;
+  white-space: normal; overflow-wrap: anywhere; }
 #lp-history .caption-label { display: none; }
 #lp-history .grid-wrap { padding-top: 1.9rem; overflow-y: auto; } /* below the label */
 #lp-history .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; }
