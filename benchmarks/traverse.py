@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,10 @@ def edits(stage: VAEStage, everything: image_set.PictureSet) -> tuple[dict[str, 
     rebuilt, ceiling = (image_set.decode(stage, latents[rows]) for rows in (sources, targets))
     wanted = [everything.captions[row][0] for row in targets]
     (one,) = directions.supervised(latents[known], {"skin tone": tones})
-    ways = {"one direction": one, "local": attributes.local(latents[sources], latents[known], tones, "skin tone")}
+    ways: dict[str, directions.Direction | Sequence[directions.Direction]] = {
+        "one direction": one,
+        "local": attributes.local(latents[sources], latents[known], tones, "skin tone"),
+    }
     found: dict[str, Any] = {"kinds": len(pairs), "learnt_from": len(known)}
     shown = []
     for name, way in ways.items():

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from latentpipe.train.vae.train import train_vae
     from latentpipe.utils.errors import UserError
     from latentpipe.vae.latent_space import LatentSpace
+    from latentpipe.vae.protocol import Stage
     from latentpipe.vae.stage import VAEStage
 
 _HOME = {
@@ -48,6 +49,7 @@ _HOME = {
     "Recipe": "pipelines.metadata.recipe",
     "Replay": "engine.engine",
     "Settings": "pipelines.sampling",
+    "Stage": "vae.protocol",
     "StepDone": "engine.engine",
     "UserError": "utils.errors",
     "VAEStage": "vae.stage",
@@ -79,6 +81,7 @@ __all__ = [
     "Recipe",
     "Replay",
     "Settings",
+    "Stage",
     "StepDone",
     "UserError",
     "VAEStage",

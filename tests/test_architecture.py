@@ -23,7 +23,7 @@ ROOMS = {
     """,
     "vae": """
         entropy_model latent_space offload precision probe_images tiling.feature_map tiling.support tiling.tiled
-        memory stage tiny
+        memory stage protocol tiny
     """,
     "checkpoints": """
         places.hub_cache places.invoke places.tool_folders places.glance pickles.child pickles.unpickle
@@ -113,6 +113,7 @@ PUBLIC = {
     "Recipe",
     "Replay",
     "Settings",
+    "Stage",
     "StepDone",
     "VAEStage",
 }

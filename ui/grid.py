@@ -167,7 +167,8 @@ def _wire_run(
         def work(report: ProgressCallback) -> Grid:
             model = values[rest["model"]]
             _allow(app, app.pipe(model).native_size, settings["num_inference_steps"], axes)
-            return plot(lambda vae: app.pipe(model, vae), values[prompt] or "", *axes, report=report, **settings)
+            assert axes[0] is not None  # refused below
+            return plot(lambda vae: app.pipe(model, vae), values[prompt] or "", axes[0], axes[1], report=report, **settings)
 
         with toast_errors() as notes:
             axes = (x.axis(app, values), y.axis(app, values))
@@ -189,9 +190,8 @@ def _wire_run(
 def settings_of(rest: dict[str, Any], values: Values) -> dict[str, Any]:
     """Arguments of `plot` out of the fields that all pictures share."""
     found = in_python({name: values[field] for name, field in rest.items() if name != "model"})
-    seed = found["seed"]
     return found | {
-        "seed": None if seed is None or int(seed) < 0 else int(seed),
+        "seed": None if found["seed"] is None or int(found["seed"]) < 0 else int(found["seed"]),
         "num_inference_steps": int(found["num_inference_steps"]),
         "guidance_scale": float(found["guidance_scale"]),
         "scheduler": None if found["scheduler"] == OWN else found["scheduler"],

@@ -85,11 +85,20 @@ class BridgedStage(nn.Module):
     (None) the other VAE's decoder reads the host's latents as they are.
     """
 
-    def __init__(self, encoder: Any, adapter: LatentAdapter | None, decoder: Any) -> None:
+    def __init__(self, encoder: VAEStage, adapter: LatentAdapter | None, decoder: VAEStage) -> None:
         super().__init__()
         self.encoder, self.adapter, self.decoder = encoder, adapter, decoder
         self.space: LatentSpace = encoder.space
-        self.decodes = True
+
+    @property
+    def decodes(self) -> bool:
+        """True: one without a decoder cannot be bridged."""
+        return True
+
+    @property
+    def decoding(self) -> VAEStage:
+        """The half that decodes."""
+        return self.decoder
 
     @property
     def dtype(self) -> torch.dtype:

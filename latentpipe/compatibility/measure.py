@@ -16,6 +16,7 @@ from latentpipe.utils.errors import UserError, short
 from latentpipe.utils.images import psnr, to_bytes
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.probe_images import probe_images
+from latentpipe.vae.protocol import Stage
 
 Outcome = Literal["same space", "decoder fits", "same shape, other space", "other shape", "broken"]
 PROBES = 12
@@ -242,7 +243,7 @@ def _each(function: Any, batch: torch.Tensor, size: int = 4) -> torch.Tensor:
     return torch.cat([function(part).float().cpu() for part in batch.split(size)])
 
 
-def _decoded(stage: Any, latents: torch.Tensor, unit: bool = False) -> torch.Tensor | None:
+def _decoded(stage: Stage, latents: torch.Tensor, unit: bool = False) -> torch.Tensor | None:
     """Latents as pixels (uint8, B 3 H W); None where the stage cannot decode. `unit`: it gives images in [0, 1]."""
     if not stage.decodes:
         return None

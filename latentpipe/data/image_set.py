@@ -13,7 +13,7 @@ from latentpipe.data.image_folder import read_pictures
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.images import bytes_to_images
 from latentpipe.utils.progress import ProgressCallback
-from latentpipe.vae.stage import VAEStage
+from latentpipe.vae.protocol import Stage
 
 USUAL_PX = 64  # side that sets are read at, where the VAE takes it
 BATCH_PX = 16 * 256 * 256  # pixels that are encoded or decoded at once
@@ -61,7 +61,7 @@ def first(pictures: PictureSet, n: int) -> PictureSet:
 
 @torch.no_grad()
 def encode(
-    stage: VAEStage, images: torch.Tensor, report: ProgressCallback | None = None, generator: torch.Generator | None = None
+    stage: Stage, images: torch.Tensor, report: ProgressCallback | None = None, generator: torch.Generator | None = None
 ) -> torch.Tensor:
     """Images N 3 H W to latents N C h w in float32 on the CPU, a few at a time.
 
@@ -78,7 +78,7 @@ def encode(
 
 
 @torch.no_grad()
-def decode(stage: VAEStage, latents: torch.Tensor, report: ProgressCallback | None = None) -> torch.Tensor:
+def decode(stage: Stage, latents: torch.Tensor, report: ProgressCallback | None = None) -> torch.Tensor:
     """Latents B C h w to images B 3 H W in float32 on the CPU, a few at a time."""
     unit = stage.space.downscale
     at_once = max(1, BATCH_PX // (latents.shape[-1] * latents.shape[-2] * unit**2))

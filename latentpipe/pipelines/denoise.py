@@ -16,10 +16,11 @@ from latentpipe.utils import cancellation
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.images import flatten
 from latentpipe.utils.logging import quiet
+from latentpipe.vae.protocol import Stage
 
 
 def denoise(
-    host: Any, stage: Any, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, on_step: OnStep | None = None
+    host: Any, stage: Stage, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, on_step: OnStep | None = None
 ) -> torch.Tensor:
     """Prompts to latents (B C h w) through the host; noise comes from one CPU generator for each seed.
 
@@ -49,7 +50,7 @@ def denoise(
 
 
 @torch.no_grad()
-def probe_step(host: Any, stage: Any, prompt: str, seed: int) -> torch.Tensor:
+def probe_step(host: Any, stage: Stage, prompt: str, seed: int) -> torch.Tensor:
     """What one denoising step makes of seeded noise at the smallest size, to see whether weights matter (B C h w)."""
     side = size_unit(host)
     if not redraws(host) or not is_classic(host):
@@ -176,7 +177,7 @@ def _plain(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnSte
     return (last[0].latents, True) if ended else (latents, False)
 
 
-def host_for(host: Any, stage: Any, settings: Settings, cls: type | None = None) -> Any:
+def host_for(host: Any, stage: Stage, settings: Settings, cls: type | None = None) -> Any:
     """The host, or its img2img twin (or one of `cls`), around the stage; with a fresh scheduler: the lent one keeps its state."""
     import diffusers
 

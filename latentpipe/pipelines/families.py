@@ -18,6 +18,7 @@ from latentpipe.checkpoints.model_files import STABLE_DIFFUSION
 from latentpipe.pipelines.facade import Facade, VAEFacade, behind, declared, facade_of, form, staged, with_factors
 from latentpipe.utils.errors import UserError
 from latentpipe.vae.latent_space import LatentSpace
+from latentpipe.vae.protocol import Stage
 from latentpipe.vae.stage import VAEStage
 
 
@@ -136,7 +137,7 @@ def family_of(pipe: Any) -> PipelineFamily:
     return row(type(pipe))
 
 
-def unsupported_reason(cls: type, stage: Any, own: Any) -> str:
+def unsupported_reason(cls: type, stage: Stage, own: Any) -> str:
     """Empty when the code of a pipeline class encodes and decodes this stage's VAE right, else the reason; `own`: the VAE it has.
 
     Beside what its family honours: in diffusers 0.42 SD3 inpaint decodes without the shift, and SDXL inpaint encodes
@@ -200,23 +201,24 @@ def rebuild(pipe: Any, cls: type | None = None, **parts: Any) -> Any:
     return new
 
 
-def hosted(pipe: Any, stage: Any = None, cls: type | None = None) -> Any:
+def hosted(pipe: Any, stage: Stage | None = None, cls: type | None = None) -> Any:
     """The pipeline rebuilt around a stage (default: its own VAE), as its own class or another: it draws what stock draws."""
     family_of(pipe)
     return rebuild(pipe, cls, vae=facade(cls or type(pipe), stage or behind(pipe.vae), pipe.vae))
 
 
-def facade(cls: type, stage: Any, own: Any) -> Any:
+def facade(cls: type, stage: Stage, own: Any) -> Any:
     """A stage as the VAE of a pipeline class: in raw units where its code reads these right, else in latents.
 
     own  the VAE that the pipeline has. UserError where the pipeline can be right neither way.
     """
     if not unsupported_reason(cls, stage, own):
-        return staged(stage, with_factors(stage.vae, stage.space, row(cls)))
+        own_stage = stage.decoding
+        return staged(own_stage, with_factors(own_stage.vae, stage.space, row(cls)))
     return normalized(cls, stage, own)
 
 
-def normalized(cls: type, stage: Any, own: Any) -> Any:
+def normalized(cls: type, stage: Stage, own: Any) -> Any:
     """A stage as the VAE of a pipeline class, in latents."""
     if cls.__name__ in RAW:
         raise UserError(
@@ -251,7 +253,7 @@ def unpack(pipe: Any, latents: torch.Tensor, height: int | None = None, width: i
 
 
 @torch.no_grad()
-def draw(pipe: Any, stage: Any = None, **call: Any) -> torch.Tensor:
+def draw(pipe: Any, stage: Stage | None = None, **call: Any) -> torch.Tensor:
     """Call a host with `call` and decode its latents by a stage (default: its own VAE): images, B 3 H W, [-1, 1].
 
     What the host does after decoding is done here too: Sana's resize, SD's safety checker, SDXL's watermark.

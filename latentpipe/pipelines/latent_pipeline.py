@@ -41,9 +41,11 @@ from latentpipe.utils.io import content_hash, read_json
 from latentpipe.utils.system import best_device
 from latentpipe.utils.threads import run_in_thread
 from latentpipe.vae.latent_space import LatentSpace
+from latentpipe.vae.protocol import Stage
 from latentpipe.vae.stage import VAEStage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": None}
+GIVEN = "(given)"  # the recipe's name for what came as an object: a replay asks for its file
 
 
 @dataclass
@@ -59,7 +61,7 @@ class LatentPipeline:
     """
 
     host: Any
-    stage: Any = None
+    stage: Stage = None  # type: ignore[assignment]  # the host's own, from __post_init__ on
     name: str = "model"
     vae_name: str | None = None
     adapter_name: str | None = None
@@ -153,6 +155,20 @@ class LatentPipeline:
                 raise UserError(f"VAE {vae} was not put in.\n{verdict}")
             changes["stage"] = stage if verdict.encodes else BridgedStage(own, None, stage)
             changes["preview_map"] = read_preview(place / PREVIEW_FILE, stage.space.channels) or self.preview_map
+        return replace(self, **changes, hashes=found)
+
+    def with_stage(self, stage: Stage) -> LatentPipeline:
+        """The same denoiser around a stage that was opened elsewhere; UserError while LoRA is attached. See `swap_vae`."""
+        if self.loras.weights:
+            raise UserError(
+                f"LoRA is attached ({', '.join(self.loras.weights)}); take it off first (detach_lora), then swap the VAE."
+            )
+        decoder, adapter = stage.decoding, stage.adapter if isinstance(stage, BridgedStage) else None
+        found = {**self.hashes, "vae": decoder.digest or content_hash(decoder.vae.state_dict(), decoder.space)}
+        changes: dict[str, Any] = {"stage": stage, "vae_name": GIVEN}
+        if adapter is not None:
+            found["adapter"] = content_hash(adapter.state_dict())
+            changes["adapter_name"] = GIVEN
         return replace(self, **changes, hashes=found)
 
     @property

@@ -30,6 +30,7 @@ from latentpipe.pipelines.families import family_of
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.io import HASH_LENGTH
 from latentpipe.vae.probe_images import probe_images
+from latentpipe.vae.protocol import Stage
 from latentpipe.vae.stage import VAEStage
 
 PROBE = "a picture"
@@ -45,7 +46,7 @@ class LoraManager:
     vae     content hash of the stage's VAE, which may be another one than the host's
     """
 
-    def __init__(self, host: Any, stage: Any, hashes: Mapping[str, str], vae: str | None = None) -> None:
+    def __init__(self, host: Any, stage: Stage, hashes: Mapping[str, str], vae: str | None = None) -> None:
         self.host, self.stage, self.hashes, self.vae = host, stage, hashes, vae
         self._lock = threading.RLock()  # a tag changes the weights for the time of a call
         self._left: dict[str, tuple[str, ...]] = {}  # what was left out of the adapters that were opened by name
@@ -204,7 +205,7 @@ class LoraManager:
         if not any(path.startswith(("encoder.", "quant_conv")) for path in lora.parts.get("vae", {})):
             return None
         with self.mixer.lifted():
-            own = VAEStage(_vae_of(self.stage))
+            own = VAEStage(self.stage.decoding.vae)
             twin = copy.deepcopy(own.vae)
             mixer = LoraFuser({"vae": twin})
             mixer.load(Lora({"vae": lora.parts["vae"]}, lora.name))
@@ -251,17 +252,13 @@ class LoraManager:
         return found
 
 
-def components(host: Any, stage: Any) -> dict[str, nn.Module]:
+def components(host: Any, stage: Stage) -> dict[str, nn.Module]:
     """The networks of a pipeline that adapters go on, by name."""
     denoiser = family_of(host).denoiser
     found: dict[str, nn.Module] = {denoiser: getattr(host, denoiser)}
     found |= {name: getattr(host, name) for name in TEXT if getattr(host, name, None) is not None}
-    vae = _vae_of(stage)
+    vae = stage.decoding.vae
     return found | ({"vae": vae} if isinstance(vae, nn.Module) else {})
-
-
-def _vae_of(stage: Any) -> Any:
-    return stage.vae if hasattr(stage, "vae") else stage.decoder.vae
 
 
 def _state_of(path: Path) -> tuple[float, int]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -27,10 +26,10 @@ from latentpipe.utils.errors import LatentpipeWarning, UserError, counted
 from latentpipe.utils.io import atomic_folder, content_hash, read_json
 from latentpipe.utils.logging import quiet
 from latentpipe.vae.latent_space import LatentSpace
+from latentpipe.vae.protocol import Stage
 from latentpipe.vae.stage import VAEStage, fold_normalization
 
 VAE = str | Path | nn.Module
-GIVEN = "(given)"  # the recipe's name for what came as an object: a replay asks for its file
 
 
 def stage_of(vae: VAE, like: VAEStage | None = None) -> VAEStage:
@@ -44,9 +43,24 @@ def stage_of(vae: VAE, like: VAEStage | None = None) -> VAEStage:
     return behind(vae)
 
 
+@runtime_checkable
+class TakesStage(Protocol):
+    """A pipeline that decodes by a stage of its own and leaves its host alone: `LatentPipeline`."""
+
+    host: Any
+
+    def with_stage(self, stage: Stage) -> Any:
+        """The same pipeline around another stage."""
+
+
+def host_of(pipe: Any) -> Any:
+    """The diffusers pipeline itself, or that of a LatentPipeline."""
+    return pipe.host if isinstance(pipe, TakesStage) else pipe
+
+
 def host_stage(pipe: Any) -> VAEStage:
     """The stage of the VAE that a diffusers pipeline, or the host of a LatentPipeline, came with."""
-    host = getattr(pipe, "host", pipe)
+    host = host_of(pipe)
     families.family_of(host)
     return behind(host.vae)
 
@@ -61,7 +75,7 @@ def check_swap(pipe: Any, vae: VAE, images: torch.Tensor | None = None) -> Verdi
     A file whose config or header tells another shape is not read.
     """
     host = host_stage(pipe)
-    channels, downscale = families.expected_latents(getattr(pipe, "host", pipe))
+    channels, downscale = families.expected_latents(host_of(pipe))
     if (host.space.channels, host.space.downscale) != (channels, downscale):
         raise UserError(
             f"This pipeline does not fit itself: its VAE makes {host.space.channels}-channel latents at "
@@ -133,20 +147,11 @@ def _refuse_shape(host: LatentSpace, vae: LatentSpace) -> None:
         )
 
 
-def _with_stage(pipe: Any, stage: Any) -> Any:
-    if hasattr(pipe, "host") and pipe.loras.weights:
-        raise UserError(
-            f"LoRA is attached ({', '.join(pipe.loras.weights)}); take it off first (detach_lora), then swap the VAE."
-        )
-    if hasattr(pipe, "host"):  # a LatentPipeline decodes by its stage and leaves the host alone
-        decoder = stage if isinstance(stage, VAEStage) else stage.decoder
-        found = {**pipe.hashes, "vae": decoder.digest or content_hash(decoder.vae.state_dict(), decoder.space)}
-        if decoder is stage or stage.adapter is None:
-            return dataclasses.replace(pipe, stage=stage, hashes=found, vae_name=GIVEN)
-        found["adapter"] = content_hash(stage.adapter.state_dict())
-        return dataclasses.replace(pipe, stage=stage, hashes=found, vae_name=GIVEN, adapter_name=GIVEN)
+def _with_stage(pipe: Any, stage: Stage) -> Any:
+    if isinstance(pipe, TakesStage):
+        return pipe.with_stage(stage)
     if not families.unsupported_reason(type(pipe), stage, pipe.vae):
-        return families.rebuild(pipe, vae=families.with_factors(stage.vae, stage.space, families.family_of(pipe)))
+        return families.rebuild(pipe, vae=families.with_factors(stage.decoding.vae, stage.space, families.family_of(pipe)))
     return families.rebuild(pipe, vae=families.normalized(type(pipe), stage, pipe.vae))
 
 

@@ -14,6 +14,7 @@ from latentpipe.evaluate.statistics import interval
 from latentpipe.utils.errors import UserError, counted
 from latentpipe.utils.images import psnr, to_bytes
 from latentpipe.utils.progress import ProgressCallback
+from latentpipe.vae.protocol import Stage
 
 RIDGE = 1e-5  # of the mean diagonal of the Gram matrix
 
@@ -189,11 +190,11 @@ def _free_parameters(adapter: LatentAdapter) -> int:
     return sum(parameter.numel() for parameter in adapter.parameters())
 
 
-def _encode(stage: Any, images: torch.Tensor) -> torch.Tensor:
+def _encode(stage: Stage, images: torch.Tensor) -> torch.Tensor:
     return _batched(stage.encode, images)
 
 
-def _decode(stage: Any, latents: torch.Tensor) -> torch.Tensor:
+def _decode(stage: Stage, latents: torch.Tensor) -> torch.Tensor:
     return _batched(stage.decode, latents)
 
 

@@ -56,6 +56,11 @@ class VAEStage(nn.Module):
         return getattr(self.vae, "decoder", None) is not None or getattr(self.vae, "decoder_unet", None) is not None
 
     @property
+    def decoding(self) -> VAEStage:
+        """Itself; of a stage in two halves (`latentpipe.vae.protocol.Stage`), the half that decodes."""
+        return self
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that the autoencoder computes in."""
         return dtype_of(self.vae)
