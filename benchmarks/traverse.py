@@ -99,7 +99,7 @@ def disentanglement(codes: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
 def factor_rows(folders: list[Path], out: Path) -> dict[str, Any]:
     """Every VAE on every drawn picture, and three codes to read the figures against."""
     truth = factor_shapes.grid()
-    images = bytes_to_images(torch.from_numpy(factor_shapes.draw(truth, SIZE)).permute(0, 3, 1, 2))
+    images = bytes_to_images(torch.from_numpy(factor_shapes.draw_factors(truth, SIZE)).permute(0, 3, 1, 2))
     small = torch.nn.functional.avg_pool2d(images, 4).flatten(1).double()
     axes, _ = directions.components(small)
     random = np.random.default_rng(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from latentpipe.utils.signals import interruptible, leave, say, status_of
+from latentpipe.utils.signals import leave, say, status_of, terminable
 
 
 def main() -> NoReturn:
@@ -13,7 +13,7 @@ def main() -> NoReturn:
     Taking torch and its modules apart would take seconds, and nothing of that is needed.
     """
     try:
-        with interruptible():
+        with terminable():
             from latentpipe.cli.app import main as run
 
             status = run()

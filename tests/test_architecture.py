@@ -179,6 +179,27 @@ def test_no_module_is_too_small_to_be_found() -> None:
     assert {name for name, count in lines.items() if count < 25} == set(BELOW_25_LINES)
 
 
+SAME_IN_EVERY_TAB = {"build"}  # of the page: what lays a tab out
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "ui"])
+def test_public_names_are_unique_in_a_room(room: str) -> None:
+    """Of functions, classes and types; a constant in capitals is its module's own."""
+    folder = ROOT / "ui" if room == "ui" else PACKAGE / room
+    homes: dict[str, list[str]] = {}
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names = [node.name]
+            for name in names:
+                if not name.startswith("_") and not name.isupper():
+                    homes.setdefault(name, []).append(path.relative_to(folder).as_posix())
+    several = {name: places for name, places in homes.items() if len(places) > 1}
+    assert {name: places for name, places in several.items() if room != "ui" or name not in SAME_IN_EVERY_TAB} == {}
+
+
 def test_there_are_no_cycles_within_a_room() -> None:
     edges: dict[str, set[str]] = {}
     for name in NAMES:

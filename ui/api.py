@@ -147,7 +147,7 @@ def _reading(app: App) -> None:
         with toast_errors():
             if image is None:
                 raise UserError("image is missing; give an uploaded file.")
-            return reading.as_json(reading.info_of(image))
+            return reading.info_json(reading.info_of(image))
         raise AssertionError
 
     gr.Button().click(png_info, [picture_input("image", said=False)], [gr.JSON(label="settings")], api_name="png_info", **PUBLIC)

@@ -99,7 +99,7 @@ def look(path: str | None) -> tuple[str, str, str, Any]:
         return html.table("Settings of this picture", ["Setting", "Value"], rows), info.raw, "", hidden
 
 
-def as_json(info: Info) -> dict[str, Any]:
+def info_json(info: Info) -> dict[str, Any]:
     """The settings for a program."""
     found = info.shortened()
     found["recipe"] = info.recipe.model_dump(mode="json") if info.recipe else None

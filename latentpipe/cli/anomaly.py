@@ -129,7 +129,7 @@ def _order(found: Found) -> list[int]:
 
 def _sheet(found: Found) -> Any:
     """The page of the strangest pictures."""
-    from latentpipe.explore.anomaly.heatmap import page
+    from latentpipe.explore.anomaly.heatmap import heatmap_page
 
     shown = _order(found)[:MOST_SHOWN]
     labels = [
@@ -137,7 +137,7 @@ def _sheet(found: Found) -> Any:
         + ("ANOMALY" if found.scores.anomalous[row] else "normal")
         for row in shown
     ]
-    return page(found.given.images[shown], found.heat[shown], labels)
+    return heatmap_page(found.given.images[shown], found.heat[shown], labels)
 
 
 def _rows(found: Found) -> list[dict[str, Any]]:

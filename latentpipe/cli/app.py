@@ -32,19 +32,19 @@ from latentpipe.cli.generate import Generate
 from latentpipe.cli.grid import Grid
 from latentpipe.utils.errors import LatentpipeWarning, UserError, begin, near
 from latentpipe.utils.out_of_memory import is_shortage, sentence
-from latentpipe.utils.signals import interruptible, say, status_of
+from latentpipe.utils.signals import say, status_of, terminable
 
 
 def _generate(options: Generate) -> None:
-    from latentpipe.cli.generate import run
+    from latentpipe.cli.generate import run_generate
 
-    run(options)
+    run_generate(options)
 
 
 def _grid(options: Grid) -> None:
-    from latentpipe.cli.grid import run
+    from latentpipe.cli.grid import run_grid
 
-    run(options)
+    run_grid(options)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ OTHER_WORDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 2 for a mistake in the call or its data, 130 for Ctrl-C, 143 for SIGTERM."""
     try:
-        with interruptible():
+        with terminable():
             return _run(arguments)
     except KeyboardInterrupt as error:
         say(error)

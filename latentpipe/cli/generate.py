@@ -79,7 +79,7 @@ class Generate:
     """Name or file of an adapter from the model's VAE to --vae ('latentpipe fit-adapter')."""
 
 
-def run(options: Generate) -> None:
+def run_generate(options: Generate) -> None:
     """Draw, save and print the paths; KeyboardInterrupt (`Terminated`) after partial pictures were saved."""
     loras = [weighted(text) for text in options.lora]
     from latentpipe.utils.images import open_picture

@@ -94,12 +94,12 @@ def inspect(
 
 def _of_file(file: Path) -> str:
     """What an .lpz file, a grid or another picture says, as JSON."""
-    from latentpipe.cli.codec import facts, is_lpz
+    from latentpipe.cli.codec import is_lpz, lpz_facts
     from latentpipe.pipelines.metadata.reader import read_info
     from latentpipe.pipelines.metadata.recipe import GRID_CHUNK, text_in
 
     if is_lpz(file):
-        return as_json(facts(file))
+        return as_json(lpz_facts(file))
     if text_in(file, GRID_CHUNK) is not None:
         from latentpipe.engine.xy_grid.plot import read_grid
 

@@ -132,12 +132,12 @@ def lora_merge(
 
 
 def _merged_card(lora: Lora, loras: list[Lora], weights: list[Any]) -> dict[str, str]:
-    from latentpipe.lora.state_dict.io import base_of, card, trigger_words
+    from latentpipe.lora.state_dict.io import card, stated_base, trigger_words
 
     return card(
         lora,
         title=lora.name,
-        base_hashes=base_of(lora),
+        base_hashes=stated_base(lora),
         trigger_words=trigger_words(lora),
         base_model=_agreed(loras, "ss_base_model_version"),
         architecture=_agreed(loras, "modelspec.architecture"),
@@ -159,11 +159,11 @@ def lora_extract(
         dtype: What to store the weights as.
     """
     from latentpipe.lora.extract import explained, extract_models
-    from latentpipe.lora.state_dict.io import base_of, card
+    from latentpipe.lora.state_dict.io import card, stated_base
 
     _check_out(out)
     lora = extract_models(before, after, int(rank) if float(rank).is_integer() else float(rank))
-    said = card(lora, title=lora.name, base_hashes=base_of(lora), base_model=lora.metadata.get("latentpipe.base_model", ""))
+    said = card(lora, title=lora.name, base_hashes=stated_base(lora), base_model=lora.metadata.get("latentpipe.base_model", ""))
     _write(lora, out, to, dtype, said)
     for component, held in explained(lora).items():
         print(f"{component}: {held}")
@@ -171,7 +171,7 @@ def lora_extract(
 
 def facts(path: Path) -> dict[str, Any]:
     """What a LoRA file is: layout, layers by component, hashes, and what its metadata says; UserError as `read_lora`."""
-    from latentpipe.lora.state_dict.io import base_of, read_lora, trigger_words
+    from latentpipe.lora.state_dict.io import read_lora, stated_base, trigger_words
 
     lora = read_lora(path)
     tensors = [tensor for _, _, layer in lora.layers() for tensor in layer.tensors.values()]
@@ -187,7 +187,7 @@ def facts(path: Path) -> dict[str, Any]:
         "finite": all(bool(tensor.isfinite().all()) for tensor in tensors),
         "parameters": sum(tensor.numel() for tensor in tensors),
         "components": {component: _component(layers.values()) for component, layers in lora.parts.items()},
-        "base": base_of(lora),
+        "base": stated_base(lora),
         "trigger_words": trigger_words(lora),
         **{name: value for name, value in own.items() if name not in known},
         "metadata": {name: _parsed(value) for name, value in lora.metadata.items() if name.startswith(("ss_", "modelspec."))},

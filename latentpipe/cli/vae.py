@@ -32,7 +32,7 @@ def make_fp16_safe(
 
     import torch
 
-    from latentpipe.checkpoints.fp16 import convert
+    from latentpipe.checkpoints.fp16 import convert_fp16_safe
     from latentpipe.checkpoints.registry import find_model
     from latentpipe.utils.system import best_device
     from latentpipe.vae.probe_images import probe_images
@@ -41,7 +41,7 @@ def make_fp16_safe(
         return probe_images(16, min(side, 128)) if images is None else pictures_of(images, side, most)
 
     image_set = "probes" if images is None else images.resolve().name
-    report = convert(find_model(vae, "vae"), measured, image_set, out, device or best_device())
+    report = convert_fp16_safe(find_model(vae, "vae"), measured, image_set, out, device or best_device())
     print(dumps(asdict(report), indent=2) if json else report.table())
     if not json:
         print(out or "nothing was written; --out DIR writes the rescaled VAE")

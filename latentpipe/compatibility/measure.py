@@ -104,7 +104,7 @@ class Verdict:
         return self.outcome == "same space"
 
     @property
-    def light(self) -> Literal["green", "amber", "red"]:
+    def status(self) -> Literal["green", "amber", "red"]:
         """For a glance: swap it; an adapter can bring it here; leave it."""
         return "green" if self.fits else "amber" if self.outcome == "same shape, other space" else "red"
 

@@ -28,7 +28,7 @@ class GivenPictures:
 
 
 def read_given_pictures(
-    paths: Sequence[Path], side: int, as_bank: bool = False, most: int | None = None, report: ProgressCallback | None = None
+    paths: Sequence[Path], side: int, as_bank: bool = False, max_images: int | None = None, report: ProgressCallback | None = None
 ) -> GivenPictures:
     """Files, and the pictures of folders (the first `most` of each), as squares of `side` pixels, [-1, 1].
 
@@ -39,7 +39,7 @@ def read_given_pictures(
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; expected pictures, or folders of pictures.")
-        items = [item.path for item in read_index(path, captions=False)[:most]] if path.is_dir() else [path]
+        items = [item.path for item in read_index(path, captions=False)[:max_images]] if path.is_dir() else [path]
         files += [(file.relative_to(path).as_posix() if path.is_dir() else path.name, file) for file in items]
     names, parts, skipped = [], [], {}
     for done, (name, file) in enumerate(files, 1):

@@ -39,15 +39,15 @@ def side_for(downscale: int, size_px: int | None = None) -> int:
     return size_px
 
 
-def read_set(folder: Path | None, size_px: int, most: int | None = None, split: str | None = None) -> PictureSet:
+def read_set(folder: Path | None, size_px: int, max_images: int | None = None, split: str | None = None) -> PictureSet:
     """Pictures of a folder (the first `most` files), or of the emoji bank where there is none.
 
     The bank's pictures are 32 pixels wide and are enlarged; its order is fixed and mixed. `split` is of the bank alone: train,
     validation or held_out. UserError: no readable picture.
     """
     if folder is None:
-        return _bank_set(size_px, most, split)
-    pictures = read_pictures(folder, size_px, most)
+        return _bank_set(size_px, max_images, split)
+    pictures = read_pictures(folder, size_px, max_images)
     if pictures.skipped:
         warnings.warn(LatentpipeWarning(f"{folder}: {pictures.report()}"), stacklevel=2)
     images = bytes_to_images(torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2))
@@ -91,10 +91,10 @@ def decode(stage: Stage, latents: torch.Tensor, report: ProgressCallback | None 
     return torch.cat(parts)
 
 
-def _bank_set(size_px: int, most: int | None, split: str | None) -> PictureSet:
+def _bank_set(size_px: int, max_images: int | None, split: str | None) -> PictureSet:
     bank = open_bank()
     splits = (split,) if split is not None else ("train", "validation", "held_out")
-    rows = [row for name in splits for row in bank.rows_of(name)][:most]
+    rows = [row for name in splits for row in bank.rows_of(name)][:max_images]
     if not rows:
         raise UserError(f"The emoji bank has no split '{split}'; expected one of {', '.join(sorted(set(bank.splits)))}.")
     pixels = torch.from_numpy(bank.pixels[rows]).view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2) / 127.5 - 1

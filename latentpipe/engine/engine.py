@@ -189,9 +189,9 @@ def _as_then(
     )
     for name in old.loras:
         lora = pipe.loras.open(loras.get(name) or named_lora(name))
-        pipe.loras.mixer.load(dataclasses.replace(lora, name=name), partial=True)
+        pipe.loras.fuser.load(dataclasses.replace(lora, name=name), partial=True)
     pipe.set_lora(old.loras, old.lora_fused, old.lora_method)
-    now = {**pipe.hashes, **{f"lora:{name}": pipe.loras.mixer.loaded[name].hash for name in old.loras}}
+    now = {**pipe.hashes, **{f"lora:{name}": pipe.loras.fuser.loaded[name].hash for name in old.loras}}
     changed = [
         f"{part} is {now.get(part, 'missing')[:16]}, the picture's was {digest[:16]}"
         for part, digest in old.hashes.items()

@@ -89,7 +89,7 @@ def _note(pipe: LatentPipeline, prompt: str, negative: str, drawn: tuple[int, in
     if drawn[0] < size[0] or drawn[1] < size[1]:
         message = f"the new part is drawn at {drawn[0]} x {drawn[1]} pixels and enlarged to {size[0]} x {size[1]}"
         warnings.warn(LatentpipeWarning(message), stacklevel=3)
-    if cut := pipe.cut_words(prompt):
+    if cut := pipe.truncated_text(prompt):
         warnings.warn(LatentpipeWarning(f"the prompt is longer than what the text encoder reads; cut: '{cut}'"), stacklevel=3)
     note_negative(negative)
 

@@ -263,7 +263,7 @@ class LatentPipeline:
         check_family(self.host, settings)
         return check_settings(settings, self.native_size, size_unit(self.host))
 
-    def cut_words(self, prompt: str) -> str:
+    def truncated_text(self, prompt: str) -> str:
         """The end of a prompt that is too long for the text encoder to read; empty when all of it is read."""
         if not is_classic(self.host):
             return ""  # the other families have several text encoders that cut at different places
@@ -283,7 +283,7 @@ class LatentPipeline:
     def notes_on(self, prompt: str, what: str = "prompt") -> list[str]:
         """What the text encoder cannot make use of in a prompt, in sentences."""
         found = [vocabulary.sentence(self.unknown_words(prompt), self.words, what)]
-        if cut := self.cut_words(prompt):
+        if cut := self.truncated_text(prompt):
             read = self.host.tokenizer.model_max_length - 2
             found.append(f"the {what} is longer than the {read} tokens that the text encoder reads; cut: '{cut}'")
         return [note for note in found if note]

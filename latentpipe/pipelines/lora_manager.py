@@ -23,7 +23,7 @@ from latentpipe.lora.fusion import LoraFuser
 from latentpipe.lora.matching import SHOWN, MatchReport
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.metadata import trigger_words
-from latentpipe.lora.state_dict.io import base_of, read_lora
+from latentpipe.lora.state_dict.io import read_lora, stated_base
 from latentpipe.lora.target_modules import DENOISERS, TEXT, leaves
 from latentpipe.pipelines.denoise import probe_step, size_unit
 from latentpipe.pipelines.families import family_of
@@ -51,19 +51,19 @@ class LoraManager:
         self._lock = threading.RLock()  # a tag changes the weights for the time of a call
         self._left: dict[str, tuple[str, ...]] = {}  # what was left out of the adapters that were opened by name
         self._files: dict[str, tuple[Path, tuple[float, int]]] = {}  # of the adapters that were opened by name, and their state
-        self.mixer = LoraFuser(components(host, stage))
+        self.fuser = LoraFuser(components(host, stage))
         self._still: tuple[Any, dict[str, torch.Tensor]] = (None, {})
-        finalize(self, self.mixer.clear).atexit = False  # a pipeline that is dropped leaves its host as it was
+        finalize(self, self.fuser.clear).atexit = False  # a pipeline that is dropped leaves its host as it was
 
     @property
     def weights(self) -> dict[str, Weight]:
         """Of the adapters that are on."""
-        return self.mixer.weights
+        return self.fuser.weights
 
     @property
     def words(self) -> set[str]:
         """The trigger words of the adapters that are on, lower case, one by one."""
-        on = [trigger_words(self.mixer.loaded[name]) for name in self.weights if name in self.mixer.loaded]
+        on = [trigger_words(self.fuser.loaded[name]) for name in self.weights if name in self.fuser.loaded]
         return {word for phrases in on for phrase in phrases for word in phrase.lower().split()}
 
     def attach(
@@ -76,11 +76,11 @@ class LoraManager:
             raise UserError(f"A LoRA '{lora.name}' is attached already; set_lora changes its weight, detach_lora takes it off.")
         self.check_free()
         checked = self._check_base(lora, force)
-        report = self.mixer.load(lora, partial)
+        report = self.fuser.load(lora, partial)
         self._files.pop(lora.name, None)
         self._left.pop(lora.name, None)
         try:
-            lora = self.mixer.loaded[lora.name]
+            lora = self.fuser.loaded[lora.name]
             verdict = self._verdict(lora)
             if verdict is not None and not verdict.encodes and not force:
                 raise UserError(
@@ -88,11 +88,13 @@ class LoraManager:
                     f"it was not attached (force attaches it).\n{verdict}"
                 )
             moved = self._probe(lora)
-            self.set({**self.weights, lora.name: weight}, self.mixer.fused, self.mixer.method)
+            self.set({**self.weights, lora.name: weight}, self.fuser.fused, self.fuser.method)
         except BaseException:
-            self.mixer.loaded.pop(lora.name, None)
+            self.fuser.loaded.pop(lora.name, None)
             raise
-        parts = {name: replace(part, moved=max(moved[probe] for probe in _probes(name))) for name, part in report.parts.items()}
+        parts = {
+            name: replace(part, output_delta=max(moved[probe] for probe in _probes(name))) for name, part in report.parts.items()
+        }
         if not any(moved.values()):
             warnings.warn(
                 f"LoRA '{lora.name}' changes nothing: a probe step, encode and decode are what they were without it",
@@ -111,23 +113,23 @@ class LoraManager:
         try:
             for name in weights:
                 again = self._is_stale(name) or bool(self._left.get(name) and name not in partial)
-                if name not in self.mixer.loaded or (name not in self.weights and again):
+                if name not in self.fuser.loaded or (name not in self.weights and again):
                     path = named_lora(name)
                     lora = replace(self.open(path), name=name)
                     self._check_base(lora, force=False)
-                    left_out = self.mixer.load(lora, name in partial).left_out
+                    left_out = self.fuser.load(lora, name in partial).left_out
                     self._left[name] = left_out if name in partial else ()
                     self._files[name] = path, _state_of(path)
                     opened.append(name)
                 if name in partial and (left := self._left.get(name)):
                     shown = "; ".join(left[:SHOWN]) + (f"; and {len(left) - SHOWN} more" if len(left) > SHOWN else "")
                     warnings.warn(LatentpipeWarning(f"LoRA '{name}' was taken in part; left out: {shown}"), stacklevel=3)
-            self.mixer.set(weights, fuse, method)
+            self.fuser.set(weights, fuse, method)
         except BaseException:
             for name in opened:
-                self.mixer.loaded.pop(name, None)
+                self.fuser.loaded.pop(name, None)
             raise
-        for model in self.mixer.components.values():
+        for model in self.fuser.components.values():
             if self.weights:
                 _in_use[model] = ref(self)
             else:
@@ -145,7 +147,7 @@ class LoraManager:
             if not weights:
                 yield
                 return
-            fused, method = self.mixer.fused, self.mixer.method
+            fused, method = self.fuser.fused, self.fuser.method
             self.set({**before, **weights}, fused, method, partial)
             try:
                 yield
@@ -154,19 +156,19 @@ class LoraManager:
 
     def forget(self, name: str | None = None) -> None:
         """Switch one adapter off (None: all) and drop it."""
-        if name is not None and name not in self.mixer.loaded:
+        if name is not None and name not in self.fuser.loaded:
             raise UserError(f"No LoRA '{name}' is attached; attached: {', '.join(self.weights) or 'none'}.")
         self.set(
             {other: weight for other, weight in self.weights.items() if name not in (None, other)},
-            self.mixer.fused,
-            self.mixer.method,
+            self.fuser.fused,
+            self.fuser.method,
         )
-        for each in [name] if name else list(self.mixer.loaded):
-            self.mixer.loaded.pop(each, None)
+        for each in [name] if name else list(self.fuser.loaded):
+            self.fuser.loaded.pop(each, None)
 
     def open(self, source: str | Path) -> Lora:
         """An adapter from a name or a file."""
-        paths = {name: list(leaves(model)) for name, model in self.mixer.components.items()}
+        paths = {name: list(leaves(model)) for name, model in self.fuser.components.items()}
         return read_lora(find_lora(source), base=paths)
 
     def _is_stale(self, name: str) -> bool:
@@ -176,7 +178,7 @@ class LoraManager:
 
     def check_free(self) -> None:
         """UserError where another pipeline that shares a network has adapters on it."""
-        for component, model in self.mixer.components.items():
+        for component, model in self.fuser.components.items():
             entry = _in_use.get(model)
             owner = entry() if entry else None
             if owner is not None and owner is not self and owner.weights:
@@ -187,7 +189,7 @@ class LoraManager:
 
     def _check_base(self, lora: Lora, force: bool) -> bool:
         """Whether the file names its base, and this is it; UserError where it names another one."""
-        wanted = base_of(lora)
+        wanted = stated_base(lora)
         pairs = [(name, self.vae if name == "vae" else self.hashes.get(name)) for name in lora.parts]
         if any(name in DENOISERS for name in lora.parts):
             pairs.append(("vae", self.hashes.get("vae")))  # the one whose latents the denoiser draws, whatever decodes them
@@ -204,7 +206,7 @@ class LoraManager:
         """Whether the VAE with the adapter still makes the host's latents; None where its encoder is left alone."""
         if not any(path.startswith(("encoder.", "quant_conv")) for path in lora.parts.get("vae", {})):
             return None
-        with self.mixer.lifted():
+        with self.fuser.adapters_disabled():
             own = VAEStage(self.stage.decoding.vae)
             twin = copy.deepcopy(own.vae)
             mixer = LoraFuser({"vae": twin})
@@ -216,16 +218,16 @@ class LoraManager:
     def _probe(self, lora: Lora) -> dict[str, float]:
         """||after - before|| / ||before|| of a denoising step, an encode and a decode, with the adapter alone at weight 1."""
         wanted = {probe for component in lora.parts for probe in _probes(component)}
-        with self.mixer.lifted():
+        with self.fuser.adapters_disabled():
             key = [
                 (parameter.dtype, parameter.device)
-                for model in self.mixer.components.values()
+                for model in self.fuser.components.values()
                 for parameter in model.parameters()
             ]
             if self._still[0] != key:  # the first probe, or the model was moved
                 self._still = key, self._outputs({"step", "encode", "decode"})
             before = self._still[1]
-            twin = LoraFuser(self.mixer.components)
+            twin = LoraFuser(self.fuser.components)
             twin.loaded[lora.name] = lora
             twin.set({lora.name: 1.0})
             try:

@@ -77,8 +77,8 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
         source=source,
         stopped_after=stopped,
         loras={name: dict(weight) if isinstance(weight, Mapping) else weight for name, weight in pipe.loras.weights.items()},
-        lora_method=pipe.loras.mixer.method,
-        lora_fused=pipe.loras.mixer.fused,
-        hashes={**pipe.hashes, **{f"lora:{name}": pipe.loras.mixer.loaded[name].hash for name in pipe.loras.weights}},
+        lora_method=pipe.loras.fuser.method,
+        lora_fused=pipe.loras.fuser.fused,
+        hashes={**pipe.hashes, **{f"lora:{name}": pipe.loras.fuser.loaded[name].hash for name in pipe.loras.weights}},
         machine=recipes.this_machine(str(pipe.host.device), str(denoiser.dtype).removeprefix("torch."), torch.get_num_threads()),
     )

@@ -242,11 +242,11 @@ def test_hostile_arguments(squares: list[Image.Image]) -> None:
 @pytest.mark.parametrize("vaes", [1, 2])
 def test_equal_pictures_of_any_size_give_figures_for_a_program(vaes: int, vae_folder: Path) -> None:
     pytest.importorskip("gradio")
-    from latentpipe.ui.lab_view import as_json
+    from latentpipe.ui.lab_view import comparison_json
 
     lab = compare_pictures([draw_shape("red", "bar", 45).convert("L")] * FEWEST, [vae_folder] * vaes, 8)
     assert all(picture.size == (8, 8) for picture in lab.originals)
-    found = json.loads(json.dumps(as_json(lab), allow_nan=False))
+    found = json.loads(json.dumps(comparison_json(lab), allow_nan=False))
     assert found["n"] == FEWEST
     assert found["best"] is None
     assert len(found["differences"]) == vaes - 1

@@ -9,7 +9,7 @@ from torch import nn
 TINY = "latentpipe.vae.tiny"  # its class is known by name: the module imports diffusers' models
 
 
-def reason_against(vae: Any) -> str:
+def untileable_reason(vae: Any) -> str:
     """Empty where this autoencoder can work in bands, else one sentence that says why it cannot."""
     from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny
 
