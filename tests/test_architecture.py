@@ -73,7 +73,7 @@ ROOMS = {
         disentanglement interpolate prior sample smoothness traverse edit inpaint playground
     """,
     "cli": """
-        argument_checks argument_parser codec common anomaly data edit evaluate explore fit_adapter hub lora inspect
+        argument_checks argument_parser codec common completion anomaly data edit evaluate explore fit_adapter hub lora inspect
         output_paths argument_rules generate grid train ui vae app
     """,
 }

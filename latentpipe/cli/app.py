@@ -15,6 +15,7 @@ from latentpipe.cli import (
     argument_parser,
     argument_rules,
     codec,
+    completion,
     data,
     edit,
     evaluate,
@@ -205,6 +206,9 @@ def _verb(arguments: list[str]) -> tuple[str | None, list[str]]:
 
         print(VERSION)
         raise SystemExit(0)
+    if arguments[0] in completion.FLAGS:
+        print(completion.script(arguments[1] if arguments[1:] else "", {name: verb.target for name, verb in VERBS.items()}))
+        raise SystemExit(0)
     for words in (2, 1):
         name = " ".join(arguments[:words])
         if name in VERBS:
@@ -234,7 +238,7 @@ def _help() -> str:
     lines.append("usage: latentpipe VERB ...")
     for group, verbs in GROUPS.items():
         lines += [f"\n{group}:", *(f"  {name:18}{verb.summary}" for name, verb in verbs.items())]
-    return "\n".join([*lines, "\n'latentpipe VERB --help' explains a verb."])
+    return "\n".join([*lines, "\n'latentpipe VERB --help' explains a verb; --print-completion SHELL writes a completion script."])
 
 
 def _show_warning(message: Any, category: Any, *_: Any) -> None:
