@@ -28,7 +28,7 @@ from latentpipe import VAEStage
 from latentpipe.checkpoints.registry import find_model
 from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.data import defects, image_set
-from latentpipe.data.given_pictures import read_given_pictures
+from latentpipe.data.image_set import read_given_pictures
 from latentpipe.evaluate.metrics.features import open_features
 from latentpipe.evaluate.metrics.posterior import kl_values
 from latentpipe.explore.anomaly import detector as anomaly

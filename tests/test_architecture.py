@@ -29,7 +29,7 @@ ROOMS = {
         places.hub_cache places.invoke places.tool_folders places.glance pickles.child pickles.unpickle
         hub.choose hub.client hub.fetch hub.pull hub.importing
         config_ranges components fp16_rescale identify instantiate infer_config ldm_keys registry taesd_keys pickled
-        tensor_source merge model_files vae_file convert single_file.parts single_file.unet single_file.families
+        tensor_source model_files vae_file convert single_file.parts single_file.unet single_file.families
         single_file.prediction single_file.refusals single_file.identify single_file.tokenizers single_file.configs
         single_file.gather single_file.tables single_file.tensors single_file.opening single_file.hashes
         single_file.folders single_file.describe single_file.vae vae_io fp16 pipeline_io in_memory
@@ -38,25 +38,25 @@ ROOMS = {
         latent_adapter measure verdict
     """,
     "lora": """
-        adapter metadata merge prompt_tags state_dict.key_parts state_dict.keys state_dict.cloneofsimo
-        state_dict.kohya state_dict.layers state_dict.peft_config state_dict.io target_modules injection delta factor
+        adapter metadata merge prompt_tags state_dict.keys state_dict.cloneofsimo
+        state_dict.kohya state_dict.layers state_dict.peft_config state_dict.io target_modules injection delta
         extract matching fusion
     """,
     "pipelines": """
-        facade families metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling denoise lora_manager
-        metadata.reader picture swap verdict_cache vocabulary latent_pipeline
+        facade families hosting metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling denoise
+        lora_manager metadata.reader picture swap save_swapped verdict_cache vocabulary latent_pipeline
     """,
     "engine": """
-        jobs engine pipeline_cache xy_grid.axes xy_grid.sheet xy_grid.plot
+        jobs engine replay pipeline_cache xy_grid.axes xy_grid.sheet xy_grid.plot
     """,
     "data": """
         defects emoji emoji_sets emoji_hands emoji_bank emoji_hands_bank factor_shapes listing image_folder
-        given_pictures image_set latent_cache shapes streaming
+        image_set latent_cache shapes streaming
     """,
     "evaluate": """
         metrics.emoji_words metrics.frechet metrics.inception metrics.posterior metrics.spectrum metrics.ssim
         metrics.train_emoji_words metrics.weights metrics.features metrics.lpips health diagnosis protocol
-        metrics.latents preprocessing report.axes report.svg speed statistics results accumulator report.wording
+        metrics.latents preprocessing report.axes report.svg speed statistics results accumulator
         report.text comparison reconstruction report.crops report.figures report.html compare_vaes style_adherence
         prompt_adherence vae_lab
     """,

@@ -11,7 +11,7 @@ from latentpipe.utils.errors import counted
 if TYPE_CHECKING:
     import torch
 
-    from latentpipe.data.given_pictures import GivenPictures
+    from latentpipe.data.image_set import GivenPictures
     from latentpipe.explore.anomaly.detector import Detector, Scores
 
 MOST_SHOWN = 60  # pictures on the sheet
@@ -95,8 +95,7 @@ def _find(
     import torch
 
     from latentpipe.cli.common import open_stage, progress_bar
-    from latentpipe.data.given_pictures import read_given_pictures
-    from latentpipe.data.image_set import read_set
+    from latentpipe.data.image_set import read_given_pictures, read_set
     from latentpipe.explore.anomaly import detector as run
     from latentpipe.utils.errors import LatentpipeWarning
 

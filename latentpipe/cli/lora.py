@@ -68,7 +68,7 @@ def lora_convert(
     from json import dumps
 
     from latentpipe.checkpoints.registry import find_lora
-    from latentpipe.lora.factor import as_plain
+    from latentpipe.lora.delta import as_plain
     from latentpipe.lora.state_dict.io import read_lora
     from latentpipe.utils.errors import LatentpipeWarning, UserError
     from latentpipe.utils.io import file_hash

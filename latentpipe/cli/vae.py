@@ -78,7 +78,7 @@ def convert(
         dtype: What to store the weights as; left out: as they are.
     """
     from latentpipe.checkpoints.convert import convert as run
-    from latentpipe.checkpoints.merge import merge
+    from latentpipe.checkpoints.convert import merge_tensors
     from latentpipe.checkpoints.pickled import whole
     from latentpipe.checkpoints.registry import find_model
     from latentpipe.checkpoints.vae_file import StatedConfig
@@ -86,7 +86,7 @@ def convert(
     from latentpipe.utils.logging import quiet
 
     if to == "tensors":
-        digest = merge([Path(name) for name in (source, source2) if name is not None], out)
+        digest = merge_tensors([Path(name) for name in (source, source2) if name is not None], out)
         print(f"{out}  {digest[:HASH_LENGTH]}")
         return
     places = [Path(name) if Path(name).exists() else find_model(name, "vae") for name in (source, source2) if name is not None]
@@ -120,7 +120,7 @@ def swap(
     from json import dumps
 
     from latentpipe.checkpoints.registry import find_model
-    from latentpipe.pipelines.swap import save_swapped
+    from latentpipe.pipelines.save_swapped import save_swapped
     from latentpipe.pipelines.verdict_cache import verdict_on
     from latentpipe.utils.io import refuse_name
 

@@ -18,7 +18,7 @@ from latentpipe.explore.edit import canvas, composite, feathered, hole_of, laten
 from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags
 from latentpipe.pipelines import prompt_weighting
 from latentpipe.pipelines.denoise import host_for, is_classic, redraws, size_unit
-from latentpipe.pipelines.families import finish
+from latentpipe.pipelines.hosting import finish
 from latentpipe.pipelines.latent_pipeline import LatentPipeline
 from latentpipe.pipelines.sampling import GuidanceCallback, Settings, Step, check_settings
 from latentpipe.utils.defaults import GUIDANCE, STEPS

@@ -16,7 +16,7 @@ from latentpipe.checkpoints.pipeline_io import hashes, networks, tensors_of_part
 from latentpipe.checkpoints.registry import find_model, name_of
 from latentpipe.checkpoints.vae_io import open_vae, vae_hash
 from latentpipe.lora.adapter import COMPONENTS, Lora, LoraLayer
-from latentpipe.lora.factor import plain_layer
+from latentpipe.lora.delta import plain_layer
 from latentpipe.lora.metadata import BASE
 from latentpipe.lora.target_modules import PREFIX
 from latentpipe.utils.errors import LatentpipeWarning, UserError, counted

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from latentpipe.pipelines import families, prompt_weighting
+from latentpipe.pipelines import families, hosting, prompt_weighting
 from latentpipe.pipelines.sampling import SCHEDULER_OPTIONS, SCHEDULERS, GuidanceCallback, OnStep, Settings, Step
 from latentpipe.utils import cancellation
 from latentpipe.utils.errors import UserError
@@ -46,7 +46,7 @@ def denoise(
     run = _guided if is_classic(host) else _plain
     with cancellation.interruptible(getattr(twin, families.family_of(host).denoiser)):
         latents, stopped = run(twin, prompts, settings, on_step, arguments)
-    return latents if stopped else families.unpack(host, latents, height, width)
+    return latents if stopped else hosting.unpack(host, latents, height, width)
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ def _plain(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnSte
     width, height = settings.size or native_size(twin)
 
     def watch(host: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        latents = families.unpack(host, tensors["latents"], height, width)
+        latents = hosting.unpack(host, tensors["latents"], height, width)
         last[:] = [Step(step + 1, settings.steps_to_run, latents)]
         if on_step is not None and on_step(last[0]) and step + 1 < settings.steps_to_run:
             host._interrupt = True
@@ -187,7 +187,7 @@ def host_for(host: Any, stage: Stage, settings: Settings, cls: type | None = Non
         parts["scheduler"] = getattr(diffusers, name).from_config(host.scheduler.config, **SCHEDULER_OPTIONS.get(name, {}))
     family = families.family_of(host)  # the folder of an img2img or inpainting pipeline draws from a prompt as well
     cls = cls or getattr(diffusers, family.text if settings.image is None else family.image, None)
-    twin = families.rebuild(host, cls, vae=families.normalized(cls or type(host), stage, host.vae), **parts)
+    twin = hosting.rebuild(host, cls, vae=hosting.normalized(cls or type(host), stage, host.vae), **parts)
     twin.set_progress_bar_config(disable=True)
     return twin
 

@@ -27,7 +27,8 @@ from latentpipe.lora.merge import Weight
 from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags, without_tags
 from latentpipe.pipelines import prompt_weighting, vocabulary
 from latentpipe.pipelines.denoise import check_family, check_host, denoise, is_classic, native_size, size_unit
-from latentpipe.pipelines.families import expected_latents, finish
+from latentpipe.pipelines.families import expected_latents
+from latentpipe.pipelines.hosting import finish
 from latentpipe.pipelines.lora_manager import LoraManager
 from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.picture import Picture, recipe_of, stated_in_recipe

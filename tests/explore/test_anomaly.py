@@ -20,7 +20,7 @@ from latentpipe.checkpoints.registry import find_model
 from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.cli import app
 from latentpipe.data import defects, image_set
-from latentpipe.data.given_pictures import read_given_pictures
+from latentpipe.data.image_set import read_given_pictures
 from latentpipe.explore.anomaly import conformal, heatmap
 from latentpipe.explore.anomaly import detector as anomaly
 from latentpipe.utils.errors import UserError

@@ -166,7 +166,7 @@ def test_an_adapter_on_the_encoder_gets_a_verdict(pipe: LatentPipeline) -> None:
 def test_one_that_does_nothing_says_so(pipe: LatentPipeline) -> None:
     idle = random_lora(pipe.loras.fuser.components, ["unet.attention"], "idle", scale=0.0)
     with pytest.warns(LatentpipeWarning, match="'idle' changes nothing"):
-        assert pipe.attach_lora(idle).parts["unet"].moved == 0
+        assert pipe.attach_lora(idle).parts["unet"].output_delta == 0
 
 
 def test_pipelines_that_share_a_network_do_not_mix(pipe: LatentPipeline, home: Path) -> None:

@@ -18,8 +18,7 @@ from latentpipe.checkpoints.tensor_source import PICKLES
 from latentpipe.lora.adapter import COMPONENTS, Lora, LoraLayer
 from latentpipe.lora.metadata import card, stated_base, trigger_words
 from latentpipe.lora.state_dict import cloneofsimo
-from latentpipe.lora.state_dict.key_parts import take_apart
-from latentpipe.lora.state_dict.keys import PEFT, Base, KeyResolver, flat, in_file, kohya_stem
+from latentpipe.lora.state_dict.keys import PEFT, Base, KeyResolver, flat, in_file, kohya_stem, take_apart
 from latentpipe.lora.state_dict.kohya import to_kohya
 from latentpipe.lora.state_dict.layers import LayerMetadata, build_layer
 from latentpipe.lora.state_dict.peft_config import ADAPTER_KEY, pack, read_configs

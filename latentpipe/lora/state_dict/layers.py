@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from latentpipe.lora.adapter import Kind, LoraLayer
-from latentpipe.lora.state_dict.key_parts import LOHA, LOKR
+from latentpipe.lora.state_dict.keys import LOHA, LOKR
 from latentpipe.lora.state_dict.kohya import as_magnitudes, fold, is_whole, magnitudes
 from latentpipe.utils.errors import UserError
 

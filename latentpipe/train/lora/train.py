@@ -14,7 +14,7 @@ from latentpipe.checkpoints.registry import find_lora, find_model, vae_of
 from latentpipe.data.image_folder import read_index
 from latentpipe.lora.state_dict.io import read_lora
 from latentpipe.pipelines.denoise import denoise, native_size, redraws, size_unit
-from latentpipe.pipelines.families import finish as finish_pictures
+from latentpipe.pipelines.hosting import finish as finish_pictures
 from latentpipe.pipelines.sampling import Settings, check_settings
 from latentpipe.train import loop, losses, picture_changes
 from latentpipe.train.config import TrainLora, config_from

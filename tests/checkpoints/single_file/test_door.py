@@ -21,7 +21,7 @@ from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.tensor_source import CONFIG_KEY
 from latentpipe.checkpoints.vae_io import open_vae, save_vae
 from latentpipe.cli.app import main
-from latentpipe.pipelines.swap import save_swapped
+from latentpipe.pipelines.save_swapped import save_swapped
 from latentpipe.pipelines.verdict_cache import verdict_on
 
 
