@@ -30,7 +30,7 @@ class LayerMetadata:
 def build_layer(
     where: str, roles: Mapping[str, torch.Tensor], told: LayerMetadata, exact: Mapping[str, object]
 ) -> LoraLayer | None:
-    """A layer from tensors by role (`key_parts.take_apart`); None where there is no factor of an update among them.
+    """A layer from tensors by role (`keys.take_apart`); None where there is no factor of an update among them.
 
     where  names the layer in messages
     told   of the file's peft config; a tensor ``alpha`` goes before it, and without either alpha is the rank
