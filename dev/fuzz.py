@@ -186,14 +186,14 @@ def _peft(at: Path) -> None:
 
 
 def _open_lora(at: Path) -> Any:
-    from latentpipe.cli.lora import facts, is_lora
+    from latentpipe.lora.state_dict.describe import is_lora, lora_facts
     from latentpipe.lora.state_dict.io import read_lora, stated_base, trigger_words
 
     path = at if (at / "adapter_config.json").exists() or (at / "adapter_model.safetensors").exists() else at / "a.safetensors"
     lora = read_lora(path, {"unet": ["conv_in"], "text_encoder": []})
     stated_base(lora), trigger_words(lora), lora.hash
     if is_lora(path):
-        json.dumps(facts(path), ensure_ascii=False)
+        json.dumps(lora_facts(path), ensure_ascii=False)
     return [[*layer.tensors.values(), layer.alpha, layer.scale] for _, _, layer in lora.layers()]
 
 

@@ -22,8 +22,8 @@ ROOMS = {
         reading images io
     """,
     "vae": """
-        entropy_model latent_space offload precision probe_images tiling.feature_map tiling.support tiling.tiled
-        memory stage protocol tiny
+        entropy_model latent_space offload precision probe_images tiny tiling.feature_map tiling.support tiling.tiled
+        memory stage protocol
     """,
     "checkpoints": """
         places.hub_cache places.invoke places.tool_folders places.glance pickles.child pickles.unpickle
@@ -39,7 +39,7 @@ ROOMS = {
     """,
     "lora": """
         adapter metadata merge prompt_tags state_dict.keys state_dict.cloneofsimo
-        state_dict.kohya state_dict.layers state_dict.peft_config state_dict.io target_modules injection delta
+        state_dict.kohya state_dict.layers state_dict.peft_config state_dict.io state_dict.describe target_modules injection delta
         extract matching fusion
     """,
     "pipelines": """

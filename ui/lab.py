@@ -12,10 +12,10 @@ from PIL import Image
 
 from latentpipe import UserError
 from latentpipe.checkpoints.registry import available
-from latentpipe.cli.fit_adapter import fit_and_save
 from latentpipe.engine.jobs import Done
 from latentpipe.evaluate.vae_lab import MOST, Laboratory, compare_pictures, decode_same, example_pictures
 from latentpipe.pipelines.metadata.recipe import save_png
+from latentpipe.train.latent_adapter import fit_and_save
 from latentpipe.ui import html as show
 from latentpipe.ui.lab_view import comparison_json, comparison_sheet, figures, pictures_html, pictures_of, summary, words_of
 from latentpipe.ui.state import HEAVY, LIGHT, App, json_field, toast_errors, wire_stop

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -169,17 +168,9 @@ def _place(out: Path, recipe: Any, n: int) -> Path:
     """Where a picture goes: a new file in the folder `out`; or the file `out`, of several each with its seed behind the name."""
     if is_picture(out):
         return out if n == 1 else out.with_stem(f"{out.stem}-{recipe.seed}")
+    from latentpipe.pipelines.picture import free_path
+
     return free_path(out, recipe.prompt, recipe.seed)
-
-
-def free_path(folder: Path, prompt: str, seed: int) -> Path:
-    """A file name from prompt and seed that does not exist yet."""
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
-    path, count = folder / f"{slug}-{seed}.png", 1
-    while path.exists():
-        count += 1
-        path = folder / f"{slug}-{seed}-{count}.png"
-    return path
 
 
 def replay(

@@ -79,14 +79,14 @@ def inspect(
     from latentpipe.checkpoints.single_file.describe import describe_file
     from latentpipe.checkpoints.single_file.gather import Stated
     from latentpipe.checkpoints.single_file.refusals import check_kind
-    from latentpipe.cli.lora import facts, is_lora
     from latentpipe.compatibility.latent_adapter import is_adapter, read_card
+    from latentpipe.lora.state_dict.describe import is_lora, lora_facts
 
     if file.is_file():
         check_kind(file)
     stated = Stated(family, prediction, config, parts)
     if is_lora(file):
-        print(as_json(facts(file)))
+        print(as_json(lora_facts(file)))
     else:
         card = asdict(read_card(file)) if file.is_file() and is_adapter(file) else None
         print(as_json(card or describe_file(available("models").get(path, Path(path)), stated) or describe(path)))

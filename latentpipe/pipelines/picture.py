@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from latentpipe.pipelines.families import family_of
 from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.sampling import Settings
 from latentpipe.utils.errors import expect
-from latentpipe.utils.io import printable
+from latentpipe.utils.io import free_name, printable
 
 
 @dataclass(frozen=True)
@@ -82,3 +83,9 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
         hashes={**pipe.hashes, **{f"lora:{name}": pipe.loras.fuser.loaded[name].hash for name in pipe.loras.weights}},
         machine=recipes.this_machine(str(pipe.host.device), str(denoiser.dtype).removeprefix("torch."), torch.get_num_threads()),
     )
+
+
+def free_path(folder: Path, prompt: str, seed: int) -> Path:
+    """A file name from prompt and seed that does not exist yet."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
+    return free_name(folder / f"{slug}-{seed}.png")

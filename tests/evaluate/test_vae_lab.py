@@ -19,7 +19,6 @@ from safetensors import safe_open
 from latentpipe import UserError, VAEStage
 from latentpipe.checkpoints.vae_io import save_vae
 from latentpipe.cli.app import main
-from latentpipe.cli.fit_adapter import fit_and_save
 from latentpipe.engine.jobs import Cancelled
 from latentpipe.evaluate.metrics import latents as latent
 from latentpipe.evaluate.metrics.latents import cycles, rebuild_batch
@@ -27,6 +26,7 @@ from latentpipe.evaluate.protocol import find_protocol
 from latentpipe.evaluate.reconstruction import evaluate_vae
 from latentpipe.evaluate.vae_lab import FEWEST, GAIN, MOST, Laboratory, Rebuilt, compare_pictures, decode_same, seam
 from latentpipe.pipelines.swap import stage_of
+from latentpipe.train.latent_adapter import fit_and_save
 from latentpipe.utils.images import to_images, to_pixels
 
 SIDE = 16
