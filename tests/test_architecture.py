@@ -30,7 +30,7 @@ ROOMS = {
         hub.choose hub.client hub.fetch hub.pull hub.importing
         config_ranges components fp16_rescale identify instantiate infer_config ldm_keys registry taesd_keys pickled
         tensor_source model_files vae_file convert single_file.parts single_file.unet single_file.families
-        single_file.prediction single_file.refusals single_file.identify single_file.tokenizers single_file.configs
+        single_file.prediction embedding single_file.refusals single_file.identify single_file.tokenizers single_file.configs
         single_file.gather single_file.tables single_file.tensors single_file.opening single_file.hashes
         single_file.folders single_file.describe single_file.vae vae_io fp16 pipeline_io in_memory
     """,
@@ -44,7 +44,8 @@ ROOMS = {
     """,
     "pipelines": """
         facade families hosting metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling denoise
-        lora_manager metadata.reader picture swap save_swapped verdict_cache vocabulary latent_pipeline
+        embeddings lora_manager metadata.reader picture swap save_swapped verdict_cache vocabulary prompt_notes memory_need
+        opening latent_pipeline
     """,
     "engine": """
         jobs engine replay pipeline_cache xy_grid.axes xy_grid.sheet xy_grid.plot
@@ -62,7 +63,7 @@ ROOMS = {
     """,
     "train": """
         checkpoint config.base config.denoiser config.lora config.vae distributed latent_adapter lora.data
-        lora.parameters lora.prompts losses picture_changes progress run_dir lora.export spike_guard state loop
+        lora.parameters lora.prompts losses picture_changes progress run_dir lora.export spike_guard optimizer state loop
         text_encoder vae.adversarial vae.augment vae.equivariance vae.kl vae.microbatch vae.model vae.perceptual
         vae.rate vae.objective vae.trainable weighted_order denoiser lora.loss lora.train vae.denoiser_outputs
         vae.distillation vae.export vae.train embedded_model
@@ -74,7 +75,7 @@ ROOMS = {
     """,
     "cli": """
         argument_checks argument_parser codec common completion anomaly data edit evaluate explore fit_adapter hub lora inspect
-        output_paths argument_rules generate grid train ui vae app
+        output_paths replayed argument_rules generate grid train ui vae app
     """,
 }
 MODULES = [f"{room}.{module}" for room, modules in ROOMS.items() for module in modules.split()]

@@ -54,6 +54,7 @@ class Form:
     lora: gr.Accordion
     rows: tuple[tuple[gr.Checkbox, gr.Dropdown, gr.Slider], ...]
     partial: gr.Checkbox
+    embeddings: gr.Dropdown
     refresh: gr.Button
     light: gr.HTML
     in_use: gr.HTML
@@ -64,6 +65,7 @@ class Form:
         named = (
             self.prompt, self.negative, self.model, self.vae, self.adapter, self.steps, self.guidance, self.low, self.high,
             self.scheduler, self.width, self.height, self.seed, self.batch, self.image, self.strength, self.partial,
+            self.embeddings,
         )  # fmt: skip
         return {*named, *(field for row in self.rows for field in row)}
 
@@ -83,6 +85,7 @@ class Form:
             "strength": float(values[self.strength]),
             "loras": self.loras(values),
             "lora_partial": bool(values[self.partial]),
+            "embeddings": list(values[self.embeddings] or ()),
         }
 
     def loras(self, values: Values) -> dict[str, float]:
@@ -141,10 +144,10 @@ def build_form(app: App, prompt: gr.Textbox, run: gr.Button, stop: gr.Button) ->
         image = picture_input("Picture to begin from", height=220, elem_id="lp-image")
         strength = gr.Slider(*STRENGTHS, STRENGTH, step=0.01, label="Strength", info="how far it may move from the picture")
     model, vae, adapter, refresh, light, in_use = _vae_fields(app)
-    lora, rows, partial = _lora_rows(app)
+    lora, rows, partial, embeddings = _lora_rows(app)
     return Form(
         prompt, run, stop, negative, model, vae, adapter, steps, guidance, low, high, scheduler, width, height, seed, dice,
-        reuse, batch, begin, image, strength, lora, rows, partial, refresh, light, in_use,
+        reuse, batch, begin, image, strength, lora, rows, partial, embeddings, refresh, light, in_use,
     )  # fmt: skip
 
 
@@ -160,10 +163,12 @@ def _vae_fields(app: App) -> tuple[gr.Dropdown, gr.Dropdown, gr.Dropdown, gr.But
     return model, vae, adapter, refresh, light, in_use
 
 
-def _lora_rows(app: App) -> tuple[gr.Accordion, tuple[tuple[gr.Checkbox, gr.Dropdown, gr.Slider], ...], gr.Checkbox]:
+def _lora_rows(
+    app: App,
+) -> tuple[gr.Accordion, tuple[tuple[gr.Checkbox, gr.Dropdown, gr.Slider], ...], gr.Checkbox, gr.Dropdown]:
     names = app.choices("lora")
     rows = []
-    with gr.Accordion("LoRA", open=False, elem_id="lp-lora") as lora:
+    with gr.Accordion("LoRA and embeddings", open=False, elem_id="lp-lora") as lora:
         for index in range(LORA_ROWS):
             with gr.Row():
                 on = gr.Checkbox(False, label=f"LoRA {index + 1} on", min_width=100)
@@ -174,4 +179,8 @@ def _lora_rows(app: App) -> tuple[gr.Accordion, tuple[tuple[gr.Checkbox, gr.Drop
             False, label="Take LoRA that fit in part", info="what is left out is told; also of those in the prompt",
             elem_id="lp-lora-partial",
         )  # fmt: skip
-    return lora, tuple(rows), partial
+        embeddings = gr.Dropdown(
+            app.choices("embeddings"), value=[], multiselect=True, label="Embeddings", elem_id="lp-embeddings",
+            info="textual inversion: their names in a prompt count; as <name> they do so without being chosen here",
+        )  # fmt: skip
+    return lora, tuple(rows), partial, embeddings

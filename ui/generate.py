@@ -12,15 +12,18 @@ from typing import Any
 import gradio as gr
 
 from latentpipe import Finished, StepDone
+from latentpipe.checkpoints.registry import find_model
 from latentpipe.compatibility.latent_adapter import own_adapters
 from latentpipe.engine.engine import Waiting
 from latentpipe.engine.jobs import Done
+from latentpipe.pipelines.memory_need import layout_of, need_of
 from latentpipe.pipelines.metadata.recipe import MAX_SEED, read
 from latentpipe.ui import html
 from latentpipe.ui.form import NO_ADAPTER, Form, Values, build_form, build_prompt
 from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, sentences_of, toast_errors, wire_stop
 from latentpipe.ui.theme import SAID, into_view
 from latentpipe.utils.errors import counted
+from latentpipe.vae.memory import available
 
 EMPTY = "No picture yet. Write a prompt, or choose an example, and press Generate."
 EXAMPLES = [
@@ -154,7 +157,10 @@ def _wire_form(app: App, form: Form, last_seed: gr.State, state: gr.HTML) -> Non
         looked = field.change(look, [form.model, form.vae, form.adapter], outputs, show_progress="hidden", **HEAVY)
         looked.failure(_not_usable, None, outputs, **LIGHT)
     form.refresh.click(
-        lambda: _refreshed(app, form), None, [form.model, form.vae, form.adapter, *(row[1] for row in form.rows)], **LIGHT
+        lambda: _refreshed(app, form),
+        None,
+        [form.model, form.vae, form.adapter, *(row[1] for row in form.rows), form.embeddings],
+        **LIGHT,
     )
     form.dice.click(lambda: secrets.randbelow(MAX_SEED + 1), None, [form.seed], **LIGHT)
     form.reuse.click(_seed_again, [last_seed], [form.seed], **LIGHT)
@@ -162,13 +168,14 @@ def _wire_form(app: App, form: Form, last_seed: gr.State, state: gr.HTML) -> Non
 
 def _refreshed(app: App, form: Form) -> list[Any]:
     """The fields with the names that are installed now."""
-    models, vaes, loras = (app.choices(kind) for kind in ("models", "vae", "lora"))
+    models, vaes, loras, embeddings = (app.choices(kind) for kind in ("models", "vae", "lora", "embeddings"))
     gr.Info(f"Found: {counted(len(models), 'model')}, {counted(len(vaes), 'VAE')}, {len(loras)} LoRA.", duration=5)
     return [
         gr.update(choices=models),
         gr.update(choices=[BUILT_IN, *vaes]),
         gr.update(choices=[NO_ADAPTER, *own_adapters()]),
         *(gr.update(choices=loras) for _ in form.rows),
+        gr.update(choices=embeddings),
     ]
 
 
@@ -200,8 +207,17 @@ def verdict_of(app: App, model: str, vae: str, adapter: str = NO_ADAPTER) -> tup
         if not verdict.fits:
             first = f"the VAE '{vae}' does not fit the model '{model}', and drawing with it is refused. Choose another one."
             return light, html.words("This VAE is not in use: drawing with it is refused."), html.light("red", first, "Not ready")
-    words = in_use(app.pipe(model, vae, None if adapter == NO_ADAPTER else adapter), decoder)
-    return light, html.words(words), html.light("green", words, "Ready")
+    pipe = app.pipe(model, vae, None if adapter == NO_ADAPTER else adapter)
+    words = in_use(pipe, decoder)
+    return light, html.words(f"{words} {takes(app, model, pipe)}"), html.light("green", words, "Ready")
+
+
+def takes(app: App, model: str, pipe: Any) -> str:
+    """What drawing with a model takes of the memory, in a sentence."""
+    layout = layout_of(find_model(app.named("models", model)))
+    own = sum(weight.nbytes for part in pipe.loras.fuser.components.values() for weight in part.parameters())
+    free = available(pipe.stage.device) + own  # which the model holds already
+    return f"Memory: {need_of(layout, model, pipe.stage.dtype, pipe.stage.device, free=free)}."
 
 
 def in_use(pipe: Any, decoder: bool = False) -> str:

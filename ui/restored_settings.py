@@ -45,7 +45,7 @@ def taken_over(app: App, form: Form, path: str | None, model: str) -> list[Any]:
         drawn_by = names[0] if isinstance(names[0], str) else model
         pipe = app.pipe(drawn_by)
         same = info.recipe is not None and info.model == drawn_by
-        have = fitted(info.settings, pipe.native_size, size_unit(pipe.host), same, changes)
+        have = fitted(info.settings, pipe.native_size, size_unit(pipe.host, pipe.stage), same, changes)
         low, high = have.get("guidance_interval", (0.0, 1.0))
         width, height = have.get("size", (0, 0))
         rows = _rows(app, form, info, changes)

@@ -16,6 +16,9 @@ INSTEAD = {
     "Put its file into $LATENTPIPE_HOME/lora, or give it with --lora.": (
         "Put its file into the server's LoRA folder, and press '↻ Look for new files'."
     ),
+    "Put its file into $LATENTPIPE_HOME/embeddings, or give it with --embedding.": (
+        "Put its file into the server's folder of embeddings, and press '↻ Look for new files'."
+    ),
     "give its file with --adapter": "install it on the server first",
     "Give the right ones with --lora NAME=FILE": "The server needs the LoRA file that it was drawn with",
     f"allow it: {PARTLY}": "tick 'Take LoRA that fit in part'",

@@ -12,6 +12,12 @@ from latentpipe.checkpoints.places.tool_folders import foreign as foreign
 from latentpipe.utils.errors import UserError, near
 from latentpipe.utils.io import SUFFIXES, folders_once, home, printable
 
+FILES = {"lora": "LoRA", "embeddings": "embedding"}  # kinds that are files, never folders
+PUT = {
+    "lora": "Put its file into $LATENTPIPE_HOME/lora, or give it with --lora.",
+    "embeddings": "Put its file into $LATENTPIPE_HOME/embeddings, or give it with --embedding.",
+}
+
 
 def bundled_weights_dir() -> Path:
     """The folder of the weights that ship with the project: in the wheel, or in a checkout (where it is a link)."""
@@ -19,19 +25,19 @@ def bundled_weights_dir() -> Path:
 
 
 def available(kind: str = "models") -> dict[str, Path]:
-    """Names and places of all `kind` ("models", "vae" or "lora"): the shipped ones, then people's own.
+    """Names and places of all `kind` ("models", "vae", "lora", "embeddings" or "parts"): the shipped ones, then people's own.
 
-    A model or a VAE is a folder, or a safetensors file named by its stem (by its whole name where a folder has that); a LoRA is
-    a safetensors file. What lies in a subfolder is named with it: "style/flat" (`lookup` also finds it as "flat").
+    A model or a VAE is a folder, or a safetensors file named by its stem (by its whole name where a folder has that); LoRA and
+    embeddings are safetensors files. What lies in a subfolder is named with it: "style/flat" (`lookup` also finds it as "flat").
     """
     found: dict[str, Path] = {}
-    if kind != "lora":
+    if kind not in FILES and kind != "parts":
         for path in sorted(bundled_weights_dir().glob("[!.]*/model_index.json")):
             found[path.parent.name] = path.parent if kind == "models" else path.parent / "vae"
         for name, path in _entries(home() / "models", "model_index.json").items():
             found[name] = path if kind == "models" else vae_of(path)
     for root in (bundled_weights_dir() / kind, home() / kind):
-        found |= _entries(root, {"lora": "", "vae": "config.json"}.get(kind, "model_index.json"))
+        found |= _entries(root, "" if kind in (*FILES, "parts") else {"vae": "config.json"}.get(kind, "model_index.json"))
     return found
 
 
@@ -130,27 +136,74 @@ def elsewhere(name: str, kind: str) -> Path | None:
 
 def find_lora(name: str | Path) -> Path:
     """The file that a name ('latentpipe ls lora') or a path means; UserError lists the names there are."""
+    return _find_file(name, "lora")
+
+
+def named_lora(name: str) -> Path:
+    """The file of an installed name; a path is none (names in prompts and pictures never open files elsewhere)."""
+    return _named_file(name, "lora")
+
+
+def find_embedding(name: str | Path) -> Path:
+    """The file of a textual inversion that a name, in whatever case, or a path means; UserError lists the names there are."""
+    return _find_file(name, "embeddings")
+
+
+def named_embedding(name: str) -> Path:
+    """The file of an installed embedding, in whatever case; a path is none."""
+    return _named_file(name, "embeddings")
+
+
+def is_installed_embedding(name: str) -> bool:
+    """Whether a name, in whatever case, is that of an installed embedding."""
+    return _installed(name, "embeddings", available("embeddings")) is not None
+
+
+def _find_file(name: str | Path, kind: str) -> Path:
+    what = FILES[kind]
     if not str(name).strip():
-        raise UserError("The LoRA has an empty name; give a name ('latentpipe ls lora') or a file.")
-    known = available("lora")
+        raise UserError(f"The {what} has an empty name; give a name ('latentpipe ls {kind}') or a file.")
+    known = available(kind)
     if str(name) in known:
         return known[str(name)]
     with suppress(OSError):  # a name too long for a file
         if Path(name).exists():
             return Path(name)
-    if (place := lookup(str(name), known, "LoRA") or elsewhere(str(name), "lora")) is not None:
+    if (place := _installed(str(name), kind, known)) is not None:
         return place
-    raise UserError(f"No LoRA '{name}': neither a file nor {one_of(known)}.{near(name, known)}{_pulled(str(name))}")
+    raise UserError(f"No {what} '{name}': neither a file nor {one_of(known)}.{near(name, known)}{_pulled(str(name))}")
 
 
-def named_lora(name: str) -> Path:
-    """The file of an installed name; a path is none (names in prompts and pictures never open files elsewhere)."""
-    known = available("lora")
-    place = lookup(name, known, "LoRA") or elsewhere(name, "lora")
+def _named_file(name: str, kind: str) -> Path:
+    known = available(kind)
+    place = _installed(name, kind, known)
     if place is None:
         raise UserError(
-            f"No LoRA '{name}' is installed; there are: {', '.join(known) or 'none'}. "
-            f"Put its file into $LATENTPIPE_HOME/lora, or give it with --lora.{near(name, known)}"
+            f"No {FILES[kind]} '{name}' is installed; there are: {', '.join(known) or 'none'}. {PUT[kind]}{near(name, known)}"
+        )
+    return place
+
+
+def _installed(name: str, kind: str, known: Mapping[str, Path]) -> Path | None:
+    """What a name means among the installed files of a kind, an embedding's in whatever case; None where there is none."""
+    place = lookup(name, known, FILES[kind]) or elsewhere(name, kind)
+    if place is None and kind == "embeddings":
+        lower = {whole.casefold(): path for whole, path in {**foreign(kind), **known}.items()}
+        place = lookup(name.casefold(), lower, FILES[kind])
+    return place
+
+
+def find_part(name: str | Path) -> Path:
+    """The file or folder of a part (a VAE, text encoders) that a path or an installed name means; UserError lists the names."""
+    if Path(name).exists():
+        return Path(name)
+    known = {**available("vae"), **available("parts")}
+    place = lookup(str(name), known, "part")
+    for kind in ("parts", "vae", "models") if place is None else ():
+        place = place or elsewhere(str(name), kind)
+    if place is None:
+        raise UserError(
+            f"No part '{name}': neither a file nor a folder nor {one_of(known)}.{near(str(name), known)}{_pulled(str(name))}"
         )
     return place
 

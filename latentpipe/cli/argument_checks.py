@@ -12,7 +12,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from latentpipe.checkpoints.registry import available, find_adapter, find_lora, find_model, named_lora, one_of
+from latentpipe.checkpoints.registry import (
+    available,
+    find_adapter,
+    find_embedding,
+    find_lora,
+    find_model,
+    named_lora,
+    one_of,
+)
+from latentpipe.checkpoints.registry import (
+    named_embedding as named_embedding,
+)
 from latentpipe.checkpoints.single_file.refusals import check_kind
 from latentpipe.utils.defaults import MAX_SEED
 from latentpipe.utils.errors import UserError, near
@@ -154,6 +165,12 @@ def loras(option: str, value: Iterable[str]) -> None:
         find_lora(name)
         if not math.isfinite(number):
             raise UserError(f"{option} {text}: the weight is not finite; expected NAME=WEIGHT, such as flat=0.7.")
+
+
+def embeddings(option: str, value: Iterable[str]) -> None:
+    """Names or files of textual inversions."""
+    for name in value:
+        find_embedding(name)
 
 
 def installed_loras(option: str, value: Iterable[str]) -> None:

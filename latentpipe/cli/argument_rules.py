@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from latentpipe.checkpoints.registry import available, find_model, is_installed, lookup, own_adapters
-from latentpipe.cli import argument_checks, output_paths
+from latentpipe.checkpoints.registry import available, find_model, is_installed, is_installed_embedding, lookup, own_adapters
+from latentpipe.cli import argument_checks, output_paths, replayed
 from latentpipe.cli.argument_checks import above, within
 from latentpipe.cli.output_paths import ending
 from latentpipe.utils.defaults import MAX_BATCH, MAX_SEED
@@ -29,6 +29,7 @@ RULES: dict[str, argument_checks.Rule | None] = {
     "detector": argument_checks.file,
     "device": argument_checks.device,
     "downscale": COUNT,
+    "embedding": argument_checks.embeddings,
     "false_alarms": within(0, 1),
     "feather": within(0),
     "features": argument_checks.metric,
@@ -103,6 +104,7 @@ RULES: dict[str, argument_checks.Rule | None] = {
     "lora merge.seed": within(0),
     "ls.fits": argument_checks.model,
     "make-fp16-safe.out": output_paths.empty,
+    "replay.embedding": None,
     "replay.lora": None,
     "replay.out": ending(*output_paths.PICTURES),
     "sample.n": within(1, 1024),
@@ -167,31 +169,6 @@ def _axes(values: dict[str, Any]) -> None:
             axis.put({"prompt": values["prompt"]}, axis.values[0])
 
 
-def _replayed(values: dict[str, Any]) -> None:
-    """The recipe, and what it needs that is not installed."""
-    from latentpipe.pipelines.metadata import recipe, stated
-
-    wrong = [text for text in values["lora"] if not text.partition("=")[2]]
-    if wrong:
-        raise UserError(f"--lora {wrong[0]}: expected NAME=FILE, with the name that the recipe gives it ('latentpipe inspect').")
-    for text in values["lora"]:
-        argument_checks.file("--lora", Path(text.partition("=")[2]))
-    old = recipe.read(values["picture"])
-    if old.source is not None and values["image"] is None:
-        raise UserError("This picture began from another one; give it with --image.")
-    given = {text.partition("=")[0] for text in values["lora"]}
-    for lora in set(old.loras) - given:
-        argument_checks.named_lora(lora)
-    for kind, option, name in (("models", "model", old.model), ("vae", "vae", old.vae)):
-        if name and values[option] is None and lookup(name, available(kind), option) is None and not is_installed(name, kind):
-            raise UserError(
-                f"The recipe names the {option} '{name}', which is not installed ('latentpipe ls' lists what is); "
-                f"give its folder with --{option}."
-            )
-    if find_model(values["model"] or old.model).is_file():
-        stated.check_completed(values["picture"], old.stated, values["config"], values["parts"])
-
-
 def _merged(values: dict[str, Any]) -> None:
     """A weight for each file."""
     if values["weights"] and len(values["weights"]) != len(values["files"]):
@@ -236,7 +213,7 @@ def _inspected(values: dict[str, Any]) -> None:
     name = values["path"]
     if Path(name).exists() or name in own_adapters() or lookup(name, available("lora"), "LoRA"):
         return
-    if any(is_installed(name, kind) for kind in ("vae", "lora")):
+    if any(is_installed(name, kind) for kind in ("vae", "lora")) or is_installed_embedding(name):
         return
     find_model(name)  # says what there is
 
@@ -280,7 +257,7 @@ def _fits_a_jpeg(values: dict[str, Any]) -> None:
 WHOLE: dict[str, tuple[Callable[[dict[str, Any]], None], ...]] = {
     "generate": (argument_checks.interval, argument_checks.drawn_size, _fits_a_jpeg),
     "grid": (_axes, argument_checks.drawn_size),
-    "replay": (_replayed,),
+    "replay": (replayed.check,),
     "emoji": (_rendered,),
     "lora merge": (_merged,),
     "convert": (_converted,),

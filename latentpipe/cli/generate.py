@@ -58,8 +58,11 @@ class Generate:
     """How far img2img may move from the picture, over 0 to 1."""
     device: str | None = None
     """cpu, cuda or mps; left out: the best one present."""
-    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """Precision of the weights; auto: as the file stores them."""
+    dtype: Literal["fp32", "bf16", "fp16", "stored", "auto"] = "fp32"
+    """Precision of the weights; stored: as the file has them; auto: bf16 where the device has units for it, else fp32, less where
+    that does not fit into memory."""
+    offload: Literal["none", "model", "sequential"] = "none"
+    """On CUDA: parts (model) or layers (sequential) are on the GPU only while they compute."""
     family: str | None = None
     """Family of a single file whose shapes fit several: flux-dev or flux-kontext, ..."""
     prediction: Literal["epsilon", "v", "v-zsnr"] | None = None
@@ -67,13 +70,16 @@ class Generate:
     config: Path | None = None
     """A diffusers folder with the configs of a single file that fits no known family."""
     parts: tuple[Path, ...] = ()
-    """Files or diffusers folders that hold what a single file lacks: a VAE, text encoders."""
+    """Names, files or diffusers folders of what a single file lacks: a VAE, text encoders."""
     lora: tuple[str, ...] = ()
     """Names or files of LoRA adapters, each with its weight: flat=0.7 (1 where none is given)."""
     lora_method: Literal["sum", Method] = "sum"
     """How several are put together: sum (at once, exactly), or a method of 'latentpipe lora merge', such as ties_svd."""
     lora_partial: bool = False
     """Take LoRA files (of --lora and of tags in the prompt) that fit in part; what is left out is told."""
+    embedding: tuple[str, ...] = ()
+    """Names or files of embeddings (textual inversion) that the prompts name, as <NAME> or as a plain word; installed ones
+    need no option as <NAME>."""
     adapter: str | None = None
     """Name or file of an adapter from the model's VAE to --vae ('latentpipe fit-adapter')."""
 
@@ -94,10 +100,20 @@ def run_generate(options: Generate) -> None:
 
     def opened() -> LatentPipeline:
         pipe = LatentPipeline.from_pretrained(
-            options.model, options.vae, options.device, options.dtype, options.adapter, options.force, stated
+            options.model,
+            options.vae,
+            options.device,
+            options.dtype,
+            options.adapter,
+            options.force,
+            stated,
+            options.offload,
         )
         for source, weight in loras:
             print(pipe.attach_lora(source, weight, partial=options.lora_partial, force=options.force), file=sys.stderr)
+        for source in options.embedding:
+            one = pipe.attach_embedding(source)
+            print(f"{one.name}: {counted(one.length, 'vector')}, in the prompt as <{one.name}>", file=sys.stderr)
         if options.lora_method != "sum":
             pipe.set_lora(pipe.loras.weights, method=options.lora_method)
         return pipe
@@ -180,6 +196,7 @@ def replay(
     vae: str | None = None,
     adapter: str | None = None,
     lora: tuple[str, ...] = (),
+    embedding: tuple[str, ...] = (),
     image: Path | None = None,
     device: str | None = None,
     out: Path | None = None,
@@ -194,6 +211,7 @@ def replay(
         vae: Name or folder of the VAE, likewise.
         adapter: Name or file of the adapter, likewise.
         lora: Files of LoRA that are not installed, each as NAME=FILE with its name in the recipe.
+        embedding: Files of embeddings (textual inversion), likewise.
         image: The picture that img2img began from.
         device: cpu, cuda or mps.
         out: Where to save the new picture; left out: only compare.
@@ -202,8 +220,10 @@ def replay(
     """
     from latentpipe import replay as run
 
-    files = {name: Path(file) for name, _, file in (text.partition("=") for text in lora)}
-    result = run(picture, model, vae, image, device, adapter, files, config=config, parts=parts)
+    loras, embeddings = (
+        {name: Path(file) for name, _, file in (text.partition("=") for text in given)} for given in (lora, embedding)
+    )
+    result = run(picture, model, vae, image, device, adapter, loras, config=config, parts=parts, embeddings=embeddings)
     if out is not None:
         result.picture.save(out)
         print(out)

@@ -7,7 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from latentpipe.checkpoints.registry import available, configs_folder, foreign, lookup, own_adapters
+from latentpipe.checkpoints.registry import (
+    available,
+    configs_folder,
+    foreign,
+    is_installed_embedding,
+    lookup,
+    named_embedding,
+    own_adapters,
+)
 from latentpipe.cli.common import as_json
 from latentpipe.utils.errors import begin
 from latentpipe.utils.io import SUFFIXES
@@ -37,6 +45,7 @@ def ls(kind: Kind = "all", /, fits: str | None = None) -> None:
     from latentpipe.checkpoints.hub.importing import rows_of
 
     rows = [("model", available("models")), ("vae", available("vae")), ("lora", available("lora")), ("adapter", own_adapters())]
+    rows += [("embedding", available("embeddings")), ("part", available("parts"))]
     rows.append(("config", {path.stem: path for path in configs_folder().glob("*.yaml")}))
     others = rows_of(kind)
     for what, found in rows:
@@ -70,11 +79,14 @@ def inspect(
     from latentpipe.utils.io import is_safetensors
 
     file = lookup(path, {**foreign("lora"), **available("lora")}, "LoRA") or own_adapters().get(path) or Path(path)
+    if not file.exists() and is_installed_embedding(path):
+        file = named_embedding(path)
     if file.is_file() and not (file.suffix in SUFFIXES or is_safetensors(file)):
         refuse_unreadable(file)
         print(_of_file(file))
         return
     begin(f"reading {path}")
+    from latentpipe.checkpoints.embedding import describe_embedding, is_embedding
     from latentpipe.checkpoints.pipeline_io import describe
     from latentpipe.checkpoints.single_file.describe import describe_file
     from latentpipe.checkpoints.single_file.gather import Stated
@@ -87,6 +99,8 @@ def inspect(
     stated = Stated(family, prediction, config, parts)
     if is_lora(file):
         print(as_json(lora_facts(file)))
+    elif is_embedding(file):
+        print(as_json(describe_embedding(file)))
     else:
         card = asdict(read_card(file)) if file.is_file() and is_adapter(file) else None
         print(as_json(card or describe_file(available("models").get(path, Path(path)), stated) or describe(path)))
@@ -108,8 +122,12 @@ def _of_file(file: Path) -> str:
     return info.recipe.model_dump_json(indent=2) if info.recipe else as_json(info.shortened())
 
 
-def env() -> None:
-    """Print versions, devices and folders, for a bug report."""
+def env(fits: bool = False) -> None:
+    """Print versions, devices and folders, for a bug report; and what fits into the memory.
+
+    Args:
+        fits: Say how much memory each family and each installed model takes, of what is free (some seconds).
+    """
     import torch
 
     from latentpipe.checkpoints.registry import bundled_weights_dir
@@ -118,4 +136,24 @@ def env() -> None:
     from latentpipe.utils.system import best_device
 
     machine = this_machine(best_device(), "fp32", torch.get_num_threads()).model_dump()
-    print(as_json({**machine, "python": sys.version.split()[0], "shipped": str(bundled_weights_dir()), "home": str(home())}))
+    facts = {**machine, "python": sys.version.split()[0], "shipped": str(bundled_weights_dir()), "home": str(home())}
+    print(as_json({**facts, "fits": _that_fit(best_device())} if fits else facts))
+
+
+def _that_fit(device: str) -> dict[str, list[str]]:
+    """What families and installed models take in the precision of `--dtype auto`."""
+    import torch
+
+    from latentpipe.pipelines import memory_need
+    from latentpipe.utils.errors import UserError
+    from latentpipe.utils.system import has_bf16_units
+
+    begin("predicting the memory that models take")
+    place, kind = torch.device(device), torch.bfloat16 if has_bf16_units(device) else torch.float32
+    models = []
+    for name, path in {**foreign("models"), **available("models")}.items():
+        try:
+            models.append(str(memory_need.need_of(memory_need.layout_of(path), name, kind, place)))
+        except UserError as error:
+            models.append(f"{name}: {error}")
+    return {"families": [str(need) for need in memory_need.families_that_fit(kind, place)], "models": models}

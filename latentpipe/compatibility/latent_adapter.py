@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -88,7 +88,10 @@ class BridgedStage(nn.Module):
     def __init__(self, encoder: VAEStage, adapter: LatentAdapter | None, decoder: VAEStage) -> None:
         super().__init__()
         self.encoder, self.adapter, self.decoder = encoder, adapter, decoder
-        self.space: LatentSpace = encoder.space
+        # a decoder alone may make larger or smaller pictures of the host's latents
+        self.space: LatentSpace = (
+            encoder.space if adapter is not None else replace(encoder.space, downscale=decoder.space.downscale)
+        )
 
     @property
     def decodes(self) -> bool:
@@ -115,7 +118,12 @@ class BridgedStage(nn.Module):
         self.decoder.check_memory(n, height, width)
 
     def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Images to the host's latents."""
+        """Images, of the size that the decoder makes, to the host's latents."""
+        factor = self.encoder.space.downscale / self.space.downscale
+        if factor < 1:
+            images = nn.functional.avg_pool2d(images, round(1 / factor))
+        elif factor > 1:
+            images = nn.functional.interpolate(images, scale_factor=factor, mode="bicubic", antialias=True).clamp(-1, 1)
         return self.encoder.encode(images, generator)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ DECODE_LOSS_DB = 2.0  # what a decoder of the same space may lose on the host's 
 DAMAGE_DB = 3.0  # what it may lose against the host's own decoder, as a small decoder does
 DECODER_DB = 2.0  # the same, where the encoder is another one, so that the decoder alone vouches for the space
 FEWEST = 4  # pictures that a verdict takes at least
+MOST_ENLARGED = 4  # times that one decoder may enlarge what the other does, from the same latents
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Linear:
 class SwapMeasurements:
     """What was measured on `n` pictures: PSNR in dB of every road, and the latents' statistics per channel.
 
+    side_px           side of the pictures that were compared: where one decoder makes larger ones, these are made smaller
     host, vae         each VAE's own round trip; None where it has no decoder
     vae_of_host       the VAE decodes the host's latents: what sampling will show
     host_of_vae       the host's VAE decodes the VAE's latents
@@ -145,25 +147,42 @@ def _roads(seen: SwapMeasurements) -> dict[str, float | None]:
     }
 
 
+def comparable(host: tuple[int, int], vae: tuple[int, int]) -> bool:
+    """Whether one denoiser can draw latents for both: the same channels, and pictures of one size or of 2 or 4 times the other's.
+
+    host, vae  channels and downscale
+    """
+    few, many = sorted((host[1], vae[1]))
+    return host[0] == vae[0] and many in (few, 2 * few, MOST_ENLARGED * few)
+
+
 @torch.no_grad()
 def measure(host: Any, vae: Any, images: torch.Tensor | None = None) -> SwapMeasurements:
-    """Encode the same images (B 3 H W; None: bundled probes) with two stages of one latent shape and decode every way."""
+    """Encode the same images (B 3 H W; None: bundled probes) with two stages and decode every way.
+
+    Their latent shapes are `comparable`. Where one makes pictures of twice the size from a latent, it takes the images as they
+    are and the other a reduced copy, so that both make latents of one size; pictures are compared at the smaller size.
+    """
     pictures = "pictures given" if images is not None else "bundled probes"
     if images is None:
         images = probe_images(PROBES, probe_side(host.space.downscale, vae.space.downscale))
     _check(images)
-    theirs, ours = (_each(stage.encode, images) for stage in (host, vae))
+    larger = max(host.space.downscale, vae.space.downscale)
+    smaller = min(host.space.downscale, vae.space.downscale)
+    theirs, ours = (_each(stage.encode, _reduced(images, larger // stage.space.downscale)) for stage in (host, vae))
+    side = images.shape[-1] * smaller // larger
+    pictures_of_vae, images = _reduced(images, larger // vae.space.downscale), _reduced(images, larger // smaller)
     truth = to_bytes(images)
-    by_host, by_vae = _decoded(host, theirs), _decoded(vae, ours)
+    by_host, by_vae = _decoded(host, theirs, side), _decoded(vae, ours, side)
     round_trip = _quality(by_vae, truth)
     flat = psnr(to_bytes(images.mean((2, 3), keepdim=True).expand_as(images)), truth).mean().item()
     unit = None
     if round_trip is not None and round_trip < flat + 6:
-        unit = _quality(_decoded(vae, _each(vae.encode, images / 2 + 0.5), unit=True), truth)
-    crossed = _decoded(vae, theirs)
+        unit = _quality(_decoded(vae, _each(vae.encode, pictures_of_vae / 2 + 0.5), side, unit=True), truth)
+    crossed = _decoded(vae, theirs, side)
     return SwapMeasurements(
         n=len(images),
-        side_px=images.shape[-1],
+        side_px=side,
         pictures=pictures,
         host=_quality(by_host, truth),
         vae=round_trip,
@@ -174,7 +193,7 @@ def measure(host: Any, vae: Any, images: torch.Tensor | None = None) -> SwapMeas
         vae_mean=ours.mean((0, 2, 3)).tolist(),
         vae_std=ours.std((0, 2, 3)).tolist(),
         vae_of_host=_quality(crossed, truth),
-        host_of_vae=_quality(_decoded(host, ours), truth),
+        host_of_vae=_quality(_decoded(host, ours, side), truth),
         decoders=None if by_host is None else _quality(crossed, by_host),
         linear=linear_relation(theirs, ours),
     )
@@ -243,11 +262,16 @@ def _each(function: Any, batch: torch.Tensor, size: int = 4) -> torch.Tensor:
     return torch.cat([function(part).float().cpu() for part in batch.split(size)])
 
 
-def _decoded(stage: Stage, latents: torch.Tensor, unit: bool = False) -> torch.Tensor | None:
-    """Latents as pixels (uint8, B 3 H W); None where the stage cannot decode. `unit`: it gives images in [0, 1]."""
+def _reduced(images: torch.Tensor, times: int) -> torch.Tensor:
+    return images if times == 1 else torch.nn.functional.avg_pool2d(images, times)
+
+
+def _decoded(stage: Stage, latents: torch.Tensor, side: int, unit: bool = False) -> torch.Tensor | None:
+    """Latents as pixels (uint8, B 3 H W) `side` wide; None where the stage cannot decode. `unit`: it gives images in [0, 1]."""
     if not stage.decodes:
         return None
     images = _each(stage.decode, latents)
+    images = _reduced(images, images.shape[-1] // side)
     return to_bytes(images * 2 - 1 if unit else images)
 
 

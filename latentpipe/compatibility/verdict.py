@@ -15,6 +15,7 @@ from latentpipe.compatibility.measure import (
     Outcome,
     SwapMeasurements,
     Verdict,
+    comparable,
 )
 from latentpipe.utils.errors import short
 from latentpipe.vae.latent_space import LatentSpace
@@ -28,7 +29,7 @@ REPAIR = "fetch or export this VAE again, or correct scaling_factor, shift_facto
 
 def decide_by_shapes(host: LatentSpace, vae: LatentSpace) -> Verdict | None:
     """The verdict where channels and downscale alone decide, so that nothing need be read or measured; else None."""
-    if (vae.channels, vae.downscale) == (host.channels, host.downscale):
+    if comparable((host.channels, host.downscale), (vae.channels, vae.downscale)):
         return None
     return Verdict(
         "other shape",
@@ -47,7 +48,7 @@ def decide_verdict(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) 
         found = rule(host, vae, seen)
         if found is not None:
             outcome, reason, step = found
-            return Verdict(outcome, reason + _remark(seen, outcome), step, host, vae, seen)
+            return Verdict(outcome, reason + _size_remark(host, vae) + _remark(seen, outcome), step, host, vae, seen)
     raise AssertionError("the last rule always answers")
 
 
@@ -207,6 +208,13 @@ def _other(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) -> Found
     moved = "its encoder has moved away from the host's" if fit.affine > 0.4 else "its latents are not the host's"
     reason = f"{moved} ({numbers}); it decodes the host's latents at {seen.vae_of_host:.1f} dB, its own at {seen.vae:.1f} dB."
     return "same shape, other space", reason, step
+
+
+def _size_remark(host: LatentSpace, vae: LatentSpace) -> str:
+    if host.downscale == vae.downscale:
+        return ""
+    times = vae.downscale / host.downscale
+    return f" Its pictures are {short(times)} times as wide as the host's, from the same latents; they were compared at one size."
 
 
 def _remark(seen: SwapMeasurements, outcome: Outcome) -> str:

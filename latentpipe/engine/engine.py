@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,6 +51,7 @@ class Engine:
         previews: bool = False,
         loras: Mapping[str, Weight] | None = None,
         lora_partial: bool = False,
+        embeddings: Sequence[str] = (),
         **settings: Any,
     ) -> Generator[Waiting | StepDone | Finished, None, None]:
         """Draw `prompt` in a worker thread and yield its events; the last one is `Finished`.
@@ -59,13 +60,15 @@ class Engine:
         previews  whether the events carry a picture of the estimate
         loras     installed adapters that are on for this job, beside those of the pipeline and of the prompt
         lora_partial  take these and the prompt's where they fit in part; what is left out is told in a warning
+        embeddings  installed textual inversions that the prompts may name without angle brackets too
         settings  arguments of `LatentPipeline.__call__`
         Closing the iterator cancels the job and waits until it has left its step. `Cancelled` where it was stopped while it
         waited for another job, in its first step, or while the pictures were decoded.
         """
         cancel = cancel or threading.Event()
         known = dict(loras or {})
-        return events_of(partial(self._draw, cancel, previews, prompt, known, lora_partial, settings), cancel, keeps=True)
+        work = partial(self._draw, cancel, previews, prompt, known, lora_partial, tuple(embeddings), settings)
+        return events_of(work, cancel, keeps=True)
 
     def _draw(
         self,
@@ -74,6 +77,7 @@ class Engine:
         prompt: str,
         loras: Mapping[str, Weight],
         lora_partial: bool,
+        embeddings: Sequence[str],
         settings: dict[str, Any],
         emit: Callable[[StepDone], None],
     ) -> Finished:
@@ -91,6 +95,6 @@ class Engine:
         if lora_partial:
             prompt, tagged = split_tags(prompt)
             loras = {**loras, **tagged}
-        with self.pipe.loras.more(loras, loras if lora_partial else ()):
+        with self.pipe.loras.more(loras, loras if lora_partial else ()), self.pipe.embeddings.more(embeddings):
             pictures = self.pipe(prompt, on_step=on_step, **settings)
         return Finished(pictures, time.monotonic() - begin)

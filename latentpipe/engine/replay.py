@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from latentpipe.checkpoints.registry import find_model, is_installed, named_lora
+from latentpipe.checkpoints.registry import find_model, is_installed, named_embedding, named_lora
 from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.compatibility.latent_adapter import own_adapter
 from latentpipe.pipelines.latent_pipeline import LatentPipeline, Picture
@@ -48,20 +48,21 @@ def replay(
     report: ProgressCallback | None = None,
     config: Path | None = None,
     parts: Sequence[Path] = (),
+    embeddings: Mapping[str, Path] | None = None,
 ) -> Replay:
     """Draw the picture in a file again from its recipe and compare.
 
     `model`, `vae` and `adapter` (names or places) stand in for the recipe's names, which resolve among the shipped and the
-    user's own only; `source` is the picture that img2img began from; `loras` gives the files of adapters by their names in the
-    recipe; `report` is called after each step. A single file is opened with the family and the prediction that were stated then;
-    `config` and `parts` (`Stated`) are to be given again, and a UserError says where they are needed. UserError names every
-    weight that differs.
+    user's own only; `source` is the picture that img2img began from; `loras` and `embeddings` give the files of adapters and of
+    textual inversions by their names in the recipe; `report` is called after each step. A single file is opened with the family
+    and the prediction that were stated then; `config` and `parts` (`Stated`) are to be given again, and a UserError says where
+    they are needed. UserError names every weight that differs.
     """
     expect("path", path, (str, Path), "the path of a picture that latentpipe wrote")
     old = recipes.read(Path(path))
     model = model or _name(old.model)
     stated = _stated(path, old, model, config, parts)
-    pipe = _as_then(path, old, model, stated, vae, device, adapter, loras or {})
+    pipe = _as_then(path, old, model, stated, vae, device, adapter, loras or {}, embeddings or {})
 
     def on_step(step: Step) -> bool:
         if report is not None:
@@ -92,6 +93,7 @@ def _as_then(
     device: str | None,
     adapter: str | Path | None,
     loras: Mapping[str, Path],
+    embeddings: Mapping[str, Path],
 ) -> LatentPipeline:
     """The pipeline that drew a picture; UserError names every weight that differs."""
     if old.vae and vae is None:
@@ -104,16 +106,22 @@ def _as_then(
     )
     for name in old.loras:
         lora = pipe.loras.open(loras.get(name) or named_lora(name))
-        pipe.loras.fuser.load(dataclasses.replace(lora, name=name), partial=True)
+        pipe.loras.load(dataclasses.replace(lora, name=name), partial=True)
     pipe.set_lora(old.loras, old.lora_fused, old.lora_method)
+    brought = pipe.embeddings.on  # by the adapters
+    for name in old.embeddings:
+        if name in embeddings or name not in brought:
+            pipe.embeddings.attach(embeddings.get(name) or named_embedding(name), name)
     now = {**pipe.hashes, **{f"lora:{name}": pipe.loras.fuser.loaded[name].hash for name in old.loras}}
+    now |= {f"embedding:{name}": one.hash for name, one in pipe.embeddings.on.items()}
     changed = [
         f"{part} is {now.get(part, 'missing')[:16]}, the picture's was {digest[:16]}"
         for part, digest in old.hashes.items()
         if now.get(part) != digest
     ]
     if changed:
-        options = "--lora NAME=FILE" if all(part.startswith("lora:") for part in changed) else "--model"
+        kinds = {part.partition(":")[0] if ":" in part else "model" for part in changed}
+        options = f"--{kinds.pop()} NAME=FILE" if kinds in ({"lora"}, {"embedding"}) else "--model"
         raise UserError(f"{path} was made with other weights: {'; '.join(changed)}. Give the right ones with {options}.")
     return pipe
 

@@ -70,7 +70,8 @@ def inpaint(
     begin = sized(old, size)
     source = begin if strength != 1 or made_for_masks(pipe) else None
     settings = Settings(negative_prompt, num_inference_steps, guidance_scale, size=size, image=source, strength=strength)
-    settings = check_settings(settings, pipe.native_size, size_unit(pipe.host)) if made_for_masks(pipe) else pipe.check(settings)
+    unit = size_unit(pipe.host, pipe.stage)
+    settings = check_settings(settings, pipe.native_size, unit) if made_for_masks(pipe) else pipe.check(settings)
     _note(pipe, prompt, negative_prompt, size, old.size)
     with pipe.loras.more(tagged, partial):
         if made_for_masks(pipe):
@@ -101,7 +102,7 @@ def made_for_masks(pipe: LatentPipeline) -> bool:
 
 def draw_size(pipe: LatentPipeline, size: tuple[int, int]) -> tuple[int, int]:
     """Width and height to draw a picture of `size` at: its shape, about the area that the denoiser was trained at."""
-    unit, native = size_unit(pipe.host), pipe.native_size
+    unit, native = size_unit(pipe.host, pipe.stage), pipe.native_size
     factor = math.sqrt(native[0] * native[1] / (size[0] * size[1]))
     most = LONGEST * max(native) // unit
     width, height = (min(most, max(1, round(side * factor / unit))) * unit for side in size)

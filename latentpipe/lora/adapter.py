@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from latentpipe.checkpoints.embedding import Embedding
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import content_hash
 
@@ -61,14 +62,16 @@ class Lora:
 
     Paths are those of diffusers' and transformers' modules; a text encoder's have no leading ``text_model.``.
 
-    metadata  of its file (safetensors: strings by name)
-    unread    keys of its file that belong to no layer that is known here
+    metadata    of its file (safetensors: strings by name)
+    unread      keys of its file that belong to no layer that is known here
+    embeddings  textual inversions that its file brings along
     """
 
     parts: Mapping[str, Mapping[str, LoraLayer]]
     name: str = "lora"
     metadata: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
 
     def layers(self) -> Iterator[tuple[str, str, LoraLayer]]:
         """Component, path and layer of each."""

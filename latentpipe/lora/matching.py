@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +12,10 @@ from torch import nn
 from latentpipe.lora.adapter import Lora, LoraLayer
 from latentpipe.lora.delta import delta, delta_shape
 from latentpipe.lora.target_modules import leaves
-from latentpipe.utils.errors import LatentpipeWarning, UserError, counted, short
+from latentpipe.utils.errors import UserError, counted, short
 
 SHOWN = 3
 PARTLY = "--lora-partial, <lora:NAME:WEIGHT:partial> or, in Python, partial=True"
-_BUNDLED = re.compile(r"bundle_emb\.(.+?)(?:\.(?:clip_[lg]|string_to_param.*|t5\w*))?")  # embeddings beside the layers
 _WITH_KERNEL = ("lora_A", "hada_t1", "hada_t2", "lokr_t2", "lokr_w2")
 
 
@@ -81,9 +78,7 @@ def fit(lora: Lora, components: Mapping[str, nn.Module], partial: bool = False) 
     UserError where nothing fits, or (unless `partial`) where not everything does.
     """
     kept: dict[str, dict[str, LoraLayer]] = {}
-    embeddings = sorted({found[1] for key in lora.unread if (found := _BUNDLED.fullmatch(key))})
-    unread = [key for key in lora.unread if not _BUNDLED.fullmatch(key)]
-    left: list[str] = [_unread(key) for key in unread]
+    left: list[str] = [_unread(key) for key in lora.unread]
     total = 0
     for component, layers in lora.parts.items():
         modules = leaves(components[component]) if component in components else {}
@@ -103,15 +98,10 @@ def fit(lora: Lora, components: Mapping[str, nn.Module], partial: bool = False) 
         )
     if left and not partial:
         raise UserError(
-            f"LoRA '{lora.name}' fits in part only: {matched} of {counted(total, 'layer')} and {len(unread)} other keys "
+            f"LoRA '{lora.name}' fits in part only: {matched} of {counted(total, 'layer')} and {len(lora.unread)} other keys "
             f"({shown})."
             f"{_made_for(lora)} To attach that part alone, allow it: {PARTLY}."
         )
-    if embeddings:
-        names = ", ".join(f"'{name}'" for name in embeddings)
-        told = f"LoRA '{lora.name}' brings a textual inversion ({names}), which is not loaded; its words are plain words here"
-        warnings.warn(LatentpipeWarning(told), stacklevel=3)
-        left.append(f"the textual inversion {names}")
     return replace(lora, parts=kept), tuple(left)
 
 

@@ -72,7 +72,9 @@ def merge(
     used = {"method": method, "sources": _sources(loras, weights), **_options(method, density, rank, seed, sign)}
     metadata = {MERGED_KEY: json.dumps(used)} | ({BASE: json.dumps(base)} if base else {})
     words = list(dict.fromkeys(word for lora in loras for word in trigger_words(lora)))
-    return Lora(parts, "+".join(lora.name for lora in loras), metadata | ({WORDS: json.dumps(words)} if words else {}))
+    metadata |= {WORDS: json.dumps(words)} if words else {}
+    brought = {one.name: one for lora in loras for one in lora.embeddings}
+    return Lora(parts, "+".join(lora.name for lora in loras), metadata, embeddings=tuple(brought.values()))
 
 
 def weight_at(weight: Weight, component: str, path: str) -> float:

@@ -46,18 +46,18 @@ def denoise(
     run = _guided if is_classic(host) else _plain
     with cancellation.interruptible(getattr(twin, families.family_of(host).denoiser)):
         latents, stopped = run(twin, prompts, settings, on_step, arguments)
-    return latents if stopped else hosting.unpack(host, latents, height, width)
+    return latents if stopped else hosting.unpack(twin, latents, height, width)
 
 
 @torch.no_grad()
 def probe_step(host: Any, stage: Stage, prompt: str, seed: int) -> torch.Tensor:
     """What one denoising step makes of seeded noise at the smallest size, to see whether weights matter (B C h w)."""
-    side = size_unit(host)
+    side = size_unit(host, stage)
     if not redraws(host) or not is_classic(host):
         return denoise(host, stage, [prompt], [seed], Settings(num_inference_steps=1, guidance_scale=1.0, size=(side, side)))
     with quiet():
         states, _ = prompt_weighting.encode(host, [prompt], False, "")
-    shape = (1, host.unet.config.in_channels, *[side // host.vae_scale_factor] * 2)
+    shape = (1, host.unet.config.in_channels, *[side // stage.space.downscale] * 2)
     noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)).to(host.unet.device, host.unet.dtype)
     return host.unet(noise, 500, states, return_dict=False)[0]
 
@@ -81,22 +81,24 @@ def redraws(host: Any) -> str:
     return f"does not draw from a prompt alone (its UNet takes {taken} channels, of which {drawn} are noise)"
 
 
-def native_size(host: Any) -> tuple[int, int]:
-    """Width and height in pixels that a host's denoiser was trained at."""
+def native_size(host: Any, stage: Any = None) -> tuple[int, int]:
+    """Width and height, in pixels of the stage's decoder (None: the host's own), that a host's denoiser was trained at."""
     config = getattr(host, families.family_of(host).denoiser).config
     sample = config.get("sample_size") or getattr(host, "default_sample_size", 128)
     height, width = sample if isinstance(sample, (tuple, list)) else (sample, sample)
-    return width * host.vae_scale_factor, height * host.vae_scale_factor
+    factor = stage.space.downscale if stage is not None else host.vae_scale_factor
+    return width * factor, height * factor
 
 
-def size_unit(host: Any) -> int:
-    """The number that both sides of a picture must be multiples of."""
+def size_unit(host: Any, stage: Any = None) -> int:
+    """The number that both sides of a picture of the stage's decoder (None: the host's own) must be multiples of."""
     family = families.family_of(host)
+    factor = stage.space.downscale if stage is not None else host.vae_scale_factor
     config = getattr(host, family.denoiser).config
     if family.denoiser == "unet":
         # Halving inside the UNet needs whole numbers too; the host itself asks for multiples of 8.
-        return math.lcm(8, host.vae_scale_factor * 2 ** (len(config.block_out_channels) - 1))
-    return host.vae_scale_factor * max(family.patch, config.get("patch_size") or 1)
+        return math.lcm(8, factor * 2 ** (len(config.block_out_channels) - 1))
+    return factor * max(family.patch, config.get("patch_size") or 1)
 
 
 def check_host(host: Any) -> None:

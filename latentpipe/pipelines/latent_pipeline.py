@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,25 +12,29 @@ from typing import Any
 import torch
 from PIL import Image
 
+from latentpipe.checkpoints.embedding import Embedding
 from latentpipe.checkpoints.in_memory import Computed, hashes_in_memory
 from latentpipe.checkpoints.model_files import read_preview
-from latentpipe.checkpoints.pipeline_io import check_reference, hashes, load_pipeline, move_pipeline
+from latentpipe.checkpoints.pipeline_io import check_reference, hashes
 from latentpipe.checkpoints.registry import find_model, name_of
 from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.tensor_source import CARD_FILE
 from latentpipe.checkpoints.vae_io import PREVIEW_FILE
 from latentpipe.compatibility.latent_adapter import BridgedStage, bridged, find_adapter, open_adapter
+from latentpipe.compatibility.measure import comparable
 from latentpipe.lora.adapter import Lora
 from latentpipe.lora.matching import MatchReport
 from latentpipe.lora.merge import Weight
-from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags, without_tags
-from latentpipe.pipelines import prompt_weighting, vocabulary
-from latentpipe.pipelines.denoise import check_family, check_host, denoise, is_classic, native_size, size_unit
+from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags
+from latentpipe.pipelines import prompt_notes, prompt_weighting, vocabulary
+from latentpipe.pipelines.denoise import check_family, check_host, denoise, native_size, size_unit
+from latentpipe.pipelines.embeddings import EmbeddingManager
 from latentpipe.pipelines.families import expected_latents
 from latentpipe.pipelines.hosting import finish
 from latentpipe.pipelines.lora_manager import LoraManager
 from latentpipe.pipelines.metadata import recipe as recipes
-from latentpipe.pipelines.picture import Picture, recipe_of, stated_in_recipe
+from latentpipe.pipelines.opening import check_arguments, host_from
+from latentpipe.pipelines.picture import Picture, preview_by, recipe_of, stated_in_recipe
 from latentpipe.pipelines.sampling import OnStep, Settings, Step, check_settings, drawn_seed, settings_of
 from latentpipe.pipelines.swap import host_stage, judge_stages, stage_of
 from latentpipe.pipelines.verdict_cache import judged, refuse_other_shape
@@ -39,13 +42,11 @@ from latentpipe.pipelines.vocabulary import known_words
 from latentpipe.utils.errors import LatentpipeWarning, UserError, counted, expect
 from latentpipe.utils.images import to_pixels
 from latentpipe.utils.io import content_hash, read_json
-from latentpipe.utils.system import best_device
 from latentpipe.utils.threads import run_in_thread
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.protocol import Stage
 from latentpipe.vae.stage import VAEStage
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": None}
 GIVEN = "(given)"  # the recipe's name for what came as an object: a replay asks for its file
 
 
@@ -72,12 +73,13 @@ class LatentPipeline:
     words: frozenset[str] = field(default=frozenset(), repr=False)
     stated: recipes.StatedModel | None = field(default=None, repr=False)
     loras: LoraManager = field(init=False, repr=False, compare=False)
+    embeddings: EmbeddingManager = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_host(self.host)
         self.stage = self.stage or host_stage(self.host)
         channels, downscale = expected_latents(self.host)
-        if self.stage.space.channels != channels or self.stage.space.downscale != downscale:
+        if not comparable((channels, downscale), (self.stage.space.channels, self.stage.space.downscale)):
             raise UserError(
                 f"VAE {self.vae_name or 'given'} makes {self.stage.space.channels}-channel latents at "
                 f"1/{self.stage.space.downscale} size; this denoiser takes {counted(channels, 'channel')} at 1/{downscale}. "
@@ -85,6 +87,7 @@ class LatentPipeline:
             )
         self.base = self.base or self.hashes
         self.loras = LoraManager(self.host, self.stage, self.base, self.hashes.get("vae"))
+        self.embeddings = EmbeddingManager(self.host, self.loras)
         if not self.hashes:
             self.hashes = Computed(partial(hashes_in_memory, self.host, self.stage))
 
@@ -98,35 +101,26 @@ class LatentPipeline:
         adapter: str | Path | None = None,
         force: bool = False,
         stated: Stated | None = None,
+        offload: str = "none",
     ) -> LatentPipeline:
         """Open a model by name, folder or single file (offline).
 
         vae      name, folder or file of another VAE to decode with; UserError with the verdict where it does not fit
         device   "cpu", "cuda", "mps"; None: the best that is present
-        dtype    "fp32", "bf16" or "fp16"; "auto": as the file stores it
+        dtype    "fp32", "bf16" or "fp16"; "stored": as the file has it; "auto": bf16 where the device has units for it, else
+                 fp32, and less where that does not fit into memory (`chosen_dtype`)
+        offload  "none"; on CUDA "model" or "sequential": parts, or layers, are there only while they compute
         adapter  name or file of an adapter to that VAE (`latentpipe fit-adapter`)
         force    decode with `vae` whatever the verdict, as long as the shapes agree
         stated   what a single file does not say itself: family, prediction, configs, other parts (`Stated`)
         """
-        expect("model", model, (str, Path), "a name, or the path of a folder or file")
-        for name, given in (("vae", vae), ("adapter", adapter)):
-            expect(name, given, (str, Path, type(None)), "a name, the path of a folder or file, or None")
-        expect("device", device, (str, type(None)), "cpu, mps, cuda or cuda:NUMBER")
-        if dtype not in DTYPES:
-            raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
-        device = device or best_device()
-        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-            raise UserError(f"device is {device!r}; expected cpu, mps, cuda or cuda:NUMBER.")
-        if adapter is not None and vae is None:
-            raise UserError(f"adapter '{adapter}' needs the VAE that it was fitted to; give that one as well (vae).")
-        if device == "cpu" and dtype == "fp16":
-            warnings.warn("CPUs compute fp16 very slowly; bf16 is as small and much faster", LatentpipeWarning, stacklevel=2)
+        device = check_arguments(model, vae, adapter, device, dtype, offload)
         folder = find_model(model)
         if vae is not None and adapter is None:
             refuse_other_shape(folder, vae)  # before anything is read
 
         def opened() -> LatentPipeline:
-            host = move_pipeline(load_pipeline(folder, DTYPES[dtype], stated), device)
+            host = host_from(folder, device, dtype, offload, stated)
             card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
             own = read_preview(folder / "vae" / PREVIEW_FILE, LatentSpace.of(host.vae).channels)
             kept = stated_in_recipe(folder, stated)
@@ -160,10 +154,8 @@ class LatentPipeline:
 
     def with_stage(self, stage: Stage) -> LatentPipeline:
         """The same denoiser around a stage that was opened elsewhere; UserError while LoRA is attached. See `swap_vae`."""
-        if self.loras.weights:
-            raise UserError(
-                f"LoRA is attached ({', '.join(self.loras.weights)}); take it off first (detach_lora), then swap the VAE."
-            )
+        if names := ", ".join(self.loras.weights):
+            raise UserError(f"LoRA is attached ({names}); take it off first (detach_lora), then swap the VAE.")
         decoder, adapter = stage.decoding, stage.adapter if isinstance(stage, BridgedStage) else None
         found = {**self.hashes, "vae": decoder.digest or content_hash(decoder.vae.state_dict(), decoder.space)}
         changes: dict[str, Any] = {"stage": stage, "vae_name": GIVEN}
@@ -175,7 +167,7 @@ class LatentPipeline:
     @property
     def native_size(self) -> tuple[int, int]:
         """Width and height in pixels that the denoiser was trained at."""
-        return native_size(self.host)
+        return native_size(self.host, self.stage)
 
     def __call__(
         self, prompt: str, n: int = 1, seed: int | None = None, on_step: OnStep | None = None, **settings: Any
@@ -183,6 +175,7 @@ class LatentPipeline:
         """Draw `n` pictures of a prompt; picture i has the seed `seed` + i (None: a random one).
 
         ``<lora:NAME:WEIGHT>`` in the prompt switches on an installed adapter for this call; with ``:partial``, one that fits so.
+        ``<NAME>`` in the prompt or the negative prompt stands for an attached or installed embedding (textual inversion).
 
         on_step(Step)  is called after each step; returning True stops there and keeps the partial pictures
         settings       the fields of `Settings`
@@ -192,12 +185,14 @@ class LatentPipeline:
         chosen = self.check(settings_of(settings))
         note_negative(chosen.negative_prompt)
         with self.loras.more(tagged, partial):
-            return self.literal(text, n, seed, on_step, chosen)
+            text, negative = self.embeddings.tagged(text), self.embeddings.tagged(chosen.negative_prompt)
+            with self.embeddings.more(self.embeddings.named_in(text, negative)):
+                return self.literal(text, n, seed, on_step, replace(chosen, negative_prompt=negative))
 
     def literal(self, prompt: str, n: int, seed: int | None, on_step: OnStep | None, chosen: Settings) -> list[Picture]:
-        """As a call, with checked settings and a prompt in which nothing is a tag, as a recipe's is."""
+        """As a call, with checked settings and a prompt as a recipe has it: no tag of it opens a file."""
         seed = drawn_seed(n, seed)
-        prompt_weighting.check(self.host, prompt, chosen.negative_prompt)
+        prompt_weighting.check(self.host, self.embeddings.spell(prompt), self.embeddings.spell(chosen.negative_prompt))
         assert chosen.size is not None
         self.stage.check_memory(n, *reversed(chosen.size))  # now, not after the sampling
         done = 0
@@ -208,6 +203,7 @@ class LatentPipeline:
             return bool(on_step and on_step(step))
 
         notes = self.notes_on(prompt) + self.notes_on(chosen.negative_prompt, "negative prompt")
+        notes += self.embeddings.idle(prompt, chosen.negative_prompt)
         for note in notes:
             warnings.warn(note, LatentpipeWarning, stacklevel=3)
         images = self.draw([prompt] * n, list(range(seed, seed + n)), chosen, watch)
@@ -242,6 +238,19 @@ class LatentPipeline:
         """Take off one adapter (None: all); the weights are then what they were, to the byte."""
         self.loras.forget(name)
 
+    def attach_embedding(self, embedding: str | Path | Embedding, *, name: str | None = None) -> Embedding:
+        """Open a textual inversion (name, file or `Embedding`), so that prompts may name it, as ``<NAME>`` or as a plain word.
+
+        name  what prompts call it, in whatever case; None: the file's name. The tokens that its file names stand for it too
+
+        UserError with both widths where it was made for other text encoders. Tokenizers and text encoders stay as they are.
+        """
+        return self.embeddings.attach(embedding, name)
+
+    def detach_embedding(self, name: str | None = None) -> None:
+        """Take off one embedding (None: all)."""
+        self.embeddings.forget(name)
+
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, on_step: OnStep | None = None
     ) -> list[Image.Image]:
@@ -257,43 +266,34 @@ class LatentPipeline:
         """Prompts to latents (B C h w) through the host; noise comes from one CPU generator for each seed."""
         self.loras.check_free()
         settings = settings if settings.size else replace(settings, size=self.native_size)
-        return denoise(self.host, self.stage, prompts, seeds, settings, on_step)
+        with self.embeddings.reading(*prompts, settings.negative_prompt) as host:
+            spelled = [self.embeddings.spell(prompt) for prompt in prompts]
+            settings = replace(settings, negative_prompt=self.embeddings.spell(settings.negative_prompt))
+            return denoise(host, self.stage, spelled, seeds, settings, on_step)
 
     def check(self, settings: Settings) -> Settings:
         """The settings with the size filled in; UserError says what is wrong, a warning says what is unusual."""
         check_family(self.host, settings)
-        return check_settings(settings, self.native_size, size_unit(self.host))
+        return check_settings(settings, self.native_size, size_unit(self.host, self.stage))
 
     def truncated_text(self, prompt: str) -> str:
         """The end of a prompt that is too long for the text encoder to read; empty when all of it is read."""
-        if not is_classic(self.host):
-            return ""  # the other families have several text encoders that cut at different places
-        tokenizer = self.host.tokenizer
-        ids = tokenizer(prompt_weighting.plain(prompt), add_special_tokens=False, verbose=False).input_ids
-        return tokenizer.decode(ids[tokenizer.model_max_length - 2 :]).strip()
+        return prompt_notes.truncated_text(self.host, self.embeddings, prompt)
 
     def unknown_words(self, prompt: str) -> dict[str, str]:
         """The words of a prompt that the model was never trained on, each with the nearest that it knows ("" where none is near).
 
         Empty where the model's card lists no words. Trigger words of the adapters that are on are known.
         """
-        return vocabulary.unknown_words(
-            prompt_weighting.plain(without_tags(prompt)), self.words and self.words | self.loras.words
-        )
+        return prompt_notes.never_seen(self.embeddings, prompt, self.words and self.words | self.loras.words)
 
     def notes_on(self, prompt: str, what: str = "prompt") -> list[str]:
         """What the text encoder cannot make use of in a prompt, in sentences."""
         found = [vocabulary.sentence(self.unknown_words(prompt), self.words, what)]
         if cut := self.truncated_text(prompt):
-            read = self.host.tokenizer.model_max_length - 2
-            found.append(f"the {what} is longer than the {read} tokens that the text encoder reads; cut: '{cut}'")
+            found.append(prompt_notes.too_long(self.host, what, cut))
         return [note for note in found if note]
 
     def preview(self, latents: torch.Tensor, side: int = 256) -> Image.Image | None:
         """A quick picture of the first latents by the VAE's linear latent-to-RGB map; None where it has no map."""
-        if self.preview_map is None:
-            return None
-        factors = torch.tensor(self.preview_map["factors"])
-        colours = torch.einsum("chw,cr->rhw", latents[0].float().cpu(), factors)
-        colours += torch.tensor(self.preview_map["bias"]).view(3, 1, 1)
-        return to_pixels(colours[None])[0].resize((side, side), Image.Resampling.BICUBIC)
+        return None if self.preview_map is None else preview_by(self.preview_map, latents[0], side)

@@ -26,6 +26,7 @@ from latentpipe.lora.metadata import trigger_words
 from latentpipe.lora.state_dict.io import read_lora, stated_base
 from latentpipe.lora.target_modules import DENOISERS, TEXT, leaves
 from latentpipe.pipelines.denoise import probe_step, size_unit
+from latentpipe.pipelines.embeddings import misfit
 from latentpipe.pipelines.families import family_of
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.io import HASH_LENGTH
@@ -61,10 +62,14 @@ class LoraManager:
         return self.fuser.weights
 
     @property
+    def on(self) -> list[Lora]:
+        """The adapters that are on."""
+        return [self.fuser.loaded[name] for name in self.weights if name in self.fuser.loaded]
+
+    @property
     def words(self) -> set[str]:
         """The trigger words of the adapters that are on, lower case, one by one."""
-        on = [trigger_words(self.fuser.loaded[name]) for name in self.weights if name in self.fuser.loaded]
-        return {word for phrases in on for phrase in phrases for word in phrase.lower().split()}
+        return {word for phrases in map(trigger_words, self.on) for phrase in phrases for word in phrase.lower().split()}
 
     def attach(
         self, source: Lora | str | Path, weight: Weight, name: str | None = None, partial: bool = False, force: bool = False
@@ -76,7 +81,7 @@ class LoraManager:
             raise UserError(f"A LoRA '{lora.name}' is attached already; set_lora changes its weight, detach_lora takes it off.")
         self.check_free()
         checked = self._check_base(lora, force)
-        report = self.fuser.load(lora, partial)
+        report = self.load(lora, partial)
         self._files.pop(lora.name, None)
         self._left.pop(lora.name, None)
         try:
@@ -117,7 +122,7 @@ class LoraManager:
                     path = named_lora(name)
                     lora = replace(self.open(path), name=name)
                     self._check_base(lora, force=False)
-                    left_out = self.fuser.load(lora, name in partial).left_out
+                    left_out = self.load(lora, name in partial).left_out
                     self._left[name] = left_out if name in partial else ()
                     self._files[name] = path, _state_of(path)
                     opened.append(name)
@@ -170,6 +175,21 @@ class LoraManager:
         """An adapter from a name or a file."""
         paths = {name: list(leaves(model)) for name, model in self.fuser.components.items()}
         return read_lora(find_lora(source), base=paths)
+
+    def load(self, lora: Lora, partial: bool = False) -> MatchReport:
+        """Match an adapter (`LoraFuser.load`); an embedding beside it that does not fit is left out, with a note."""
+        if any(weight.is_meta for model in self.fuser.components.values() for weight in model.parameters()):
+            raise UserError("LoRA needs the weights in memory, and offload 'sequential' keeps them away; take offload 'model'.")
+        report = self.fuser.load(lora, partial)
+        problems = {one.name: misfit(self.host, one) for one in lora.embeddings}
+        for name, problem in problems.items():
+            if problem:
+                told = f"LoRA '{lora.name}' brings the embedding '{name}', which was left out: {problem.rstrip('.')}"
+                warnings.warn(LatentpipeWarning(told), stacklevel=4)
+        fitting = tuple(one for one in lora.embeddings if not problems[one.name])
+        self.fuser.loaded[lora.name] = replace(self.fuser.loaded[lora.name], embeddings=fitting)
+        left = tuple(f"the embedding '{name}'" for name, problem in problems.items() if problem)
+        return replace(report, left_out=(*report.left_out, *left))
 
     def _is_stale(self, name: str) -> bool:
         """Whether the file of an adapter that was opened by name is another one by now."""
@@ -243,7 +263,7 @@ class LoraManager:
     def _outputs(self, wanted: Collection[str]) -> dict[str, torch.Tensor]:
         """A step from seeded noise at the smallest size, the latents of a picture, and a decode of seeded latents."""
         found: dict[str, torch.Tensor] = {}
-        side = size_unit(self.host)
+        side = size_unit(self.host, self.stage)
         if "step" in wanted:
             found["step"] = probe_step(self.host, self.stage, PROBE, 0).float().cpu()
         if "encode" in wanted:

@@ -16,7 +16,9 @@ from latentpipe.pipelines.families import family_of
 from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.sampling import Settings
 from latentpipe.utils.errors import expect
+from latentpipe.utils.images import to_pixels
 from latentpipe.utils.io import free_name, printable
+from latentpipe.vae.offload import device_of
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,20 @@ class Picture:
 
 
 def stated_in_recipe(model: Path, stated: Stated | None) -> recipes.StatedModel | None:
-    """What a recipe keeps of what was stated on a model's single file; None where that changed nothing, and for a folder."""
-    if stated is None or not model.is_file():
+    """What a recipe keeps of what was stated on a model's single file, by a person or by a YAML file beside it.
+
+    None where that changed nothing, and for a folder.
+    """
+    if not model.is_file():
         return None
-    config = None if stated.config is None else _name(stated.config)
-    parts = completing(open_file(model, stated), stated) if stated.parts else {}
+    stated = stated or Stated()
+    opened = open_file(model, stated)
+    predicts = opened.identity.prediction if stated.config is None else None  # whose scheduler counts
     kept = recipes.StatedModel(
         family=stated.family,
-        prediction=stated.prediction,  # type: ignore[arg-type]  # opening the file refuses any other
-        config=config,
-        parts={component: _name(place) for component, place in parts.items()},
+        prediction=stated.prediction or (predicts.beside if predicts else "") or None,  # type: ignore[arg-type]  # checked when opened
+        config=None if stated.config is None else _name(stated.config),
+        parts={component: _name(place) for component, place in completing(opened, stated).items()},
     )
     return None if kept == recipes.StatedModel() else kept
 
@@ -60,6 +66,9 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
         source = recipes.Source(sha256=recipes.pixel_hash(settings.image), strength=settings.strength)
     assert settings.size is not None
     denoiser = getattr(pipe.host, family_of(pipe.host).denoiser)
+    used = pipe.embeddings.used(prompt, settings.negative_prompt)
+    hashes = {f"lora:{name}": pipe.loras.fuser.loaded[name].hash for name in pipe.loras.weights}
+    hashes |= {f"embedding:{name}": one.hash for name, one in used.items()}
     return recipes.Recipe(
         prompt=prompt,
         negative=settings.negative_prompt,
@@ -80,9 +89,19 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
         loras={name: dict(weight) if isinstance(weight, Mapping) else weight for name, weight in pipe.loras.weights.items()},
         lora_method=pipe.loras.fuser.method,
         lora_fused=pipe.loras.fuser.fused,
-        hashes={**pipe.hashes, **{f"lora:{name}": pipe.loras.fuser.loaded[name].hash for name in pipe.loras.weights}},
-        machine=recipes.this_machine(str(pipe.host.device), str(denoiser.dtype).removeprefix("torch."), torch.get_num_threads()),
+        embeddings=list(used),
+        hashes={**pipe.hashes, **hashes},
+        machine=recipes.this_machine(
+            str(device_of(denoiser)), str(denoiser.dtype).removeprefix("torch."), torch.get_num_threads()
+        ),
     )
+
+
+def preview_by(linear: Mapping[str, list], latents: torch.Tensor, side: int) -> Image.Image:
+    """Latents (C h w) as a quick picture of `side` pixels, by a VAE's linear map to RGB: `factors` (C 3) and `bias` (3)."""
+    colours = torch.einsum("chw,cr->rhw", latents.float().cpu(), torch.tensor(linear["factors"]))
+    colours += torch.tensor(linear["bias"]).view(3, 1, 1)
+    return to_pixels(colours[None])[0].resize((side, side), Image.Resampling.BICUBIC)
 
 
 def free_path(folder: Path, prompt: str, seed: int) -> Path:

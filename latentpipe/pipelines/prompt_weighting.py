@@ -109,7 +109,7 @@ def encode(host: Any, prompts: Sequence[str], guided: bool, negative: str) -> tu
     read = [parse(prompt) for prompt in prompts]
     read_negative = parse(negative)
     texts, against = (["".join(text for text, _ in pieces) for pieces in each] for each in (read, [read_negative]))
-    positive, unwanted = host.encode_prompt(texts, host.device, 1, guided, against * len(texts) if guided else None)
+    positive, unwanted = host.encode_prompt(texts, host._execution_device, 1, guided, against * len(texts) if guided else None)
     positive = torch.stack([_weigh(row, token_weights(host, pieces)) for row, pieces in zip(positive, read, strict=True)])
     if not guided:
         return positive, None

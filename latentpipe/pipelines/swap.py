@@ -11,7 +11,7 @@ from torch import nn
 from latentpipe.checkpoints.registry import find_model
 from latentpipe.checkpoints.vae_io import declared_space, open_vae
 from latentpipe.compatibility.latent_adapter import BridgedStage, LatentAdapter, bridged, find_adapter, open_adapter
-from latentpipe.compatibility.measure import Verdict, measure
+from latentpipe.compatibility.measure import Verdict, comparable, measure
 from latentpipe.compatibility.verdict import decide_by_shapes, decide_verdict
 from latentpipe.pipelines import families, hosting
 from latentpipe.pipelines.facade import behind, with_factors
@@ -82,7 +82,7 @@ def check_swap(pipe: Any, vae: VAE, images: torch.Tensor | None = None) -> Verdi
 
 
 def judge_stages(host: VAEStage, stage: VAEStage, images: torch.Tensor | None = None) -> Verdict:
-    """The verdict on a stage beside the host's own; measured where their shapes are the same."""
+    """The verdict on a stage beside the host's own; measured where one denoiser can draw for both."""
     return decide_by_shapes(host.space, stage.space) or decide_verdict(host.space, stage.space, measure(host, stage, images))
 
 
@@ -133,7 +133,7 @@ def hashes_of(stage: VAEStage) -> set[str]:
 
 def refuse_shape(host: LatentSpace, vae: LatentSpace) -> None:
     """UserError where the latents of two VAEs have other shapes, which nothing but an adapter can mend."""
-    if (host.channels, host.downscale) != (vae.channels, vae.downscale):
+    if not comparable((host.channels, host.downscale), (vae.channels, vae.downscale)):
         raise UserError(
             f"Not even force can swap this: {host.difference(vae)} Fit an adapter ('latentpipe fit-adapter'), or choose "
             "another VAE."

@@ -44,16 +44,19 @@ def saved(work: Path) -> list[Path]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's state as flat named tensors (parameter order is the module's)."""
+    """The optimizer's state as flat named tensors (parameter order is the module's)."""
     state = optimizer.state_dict()["state"]
     return {f"optimizer.{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
+    """The inverse of `optimizer_tensors`; a parameter that another optimizer moved before begins without a state."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".")
             state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    matrices = getattr(optimizer, "matrices", ())
+    kept = {index: entry for index, entry in state.items() if ("momentum" in entry) == (id(parameters[index]) in matrices)}
+    optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,6 +24,7 @@ from latentpipe.train.progress import TrainingLog
 from latentpipe.train.spike_guard import TRIES
 from latentpipe.train.state import State, Stateful
 from latentpipe.utils.errors import UserError, counted
+from latentpipe.utils.system import has_bf16_units
 
 Losses = dict[str, torch.Tensor]
 Figures = dict[str, float]
@@ -63,14 +63,6 @@ def learning_rate(optim: Optimization, step: int) -> float:
         return optim.learning_rate * (min(1.0, (optim.steps - step) / falling) if falling else 1.0)
     span = max(1, optim.steps - optim.warmup_steps)
     return optim.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - optim.warmup_steps) / span))
-
-
-def has_bf16_units() -> bool:
-    """Whether this machine computes bf16 faster than fp32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    flags = Path("/proc/cpuinfo")
-    return flags.is_file() and any(name in flags.read_text() for name in ("avx512_bf16", "amx_bf16", " bf16 "))
 
 
 @contextmanager

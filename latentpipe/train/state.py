@@ -15,6 +15,7 @@ from torch import nn
 
 from latentpipe.train import checkpoint
 from latentpipe.train.config import Optimization, Run
+from latentpipe.train.optimizer import new_optimizer
 from latentpipe.train.spike_guard import SpikeGuard
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import atomic_file, read_tensors
@@ -63,10 +64,8 @@ class State:
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if not parameters:
             raise UserError("Nothing trains: every parameter of the model is frozen.")
-        device = parameters[0].device
-        fused = device.type in ("cpu", "cuda")  # one kernel for all weights
-        optimizer = torch.optim.AdamW(parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=fused)
-        scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
+        optimizer = new_optimizer(module, optim)
+        scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=run.precision == "fp16")
         slow = None if optim.ema_decay_slow is None else _average(parameters, optim.ema_decay_slow)
         return cls(module, optimizer, _average(parameters, optim.ema_decay), scaler, extras, slow=slow)
 

@@ -6,6 +6,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,15 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def has_bf16_units(device: str = "") -> bool:
+    """Whether a kind of device ("cpu", "cuda"; "": the best that is present) computes bf16 faster than fp32."""
+    if device == "cuda" or (not device and torch.cuda.is_available()):
+        return torch.cuda.is_bf16_supported()
+    flags = Path("/proc/cpuinfo")
+    known = ("avx512_bf16", "amx_bf16", " bf16 ")
+    return device in ("", "cpu") and flags.is_file() and any(name in flags.read_text() for name in known)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,33 +36,41 @@ SPARE = 1.04  # what is too small to be counted
 _known: dict[Any, int] = {}
 
 
-def predict(vae: Any, direction: Direction, shape: Shape, rows: int | None = None) -> int:
+def predict(vae: Any, direction: Direction, shape: Shape, rows: int | None = None, device: str | None = None) -> int:
     """Peak bytes above the weights and the input, for images (encode) or raw latents (decode) of `shape`.
 
-    `rows`: the height of a band; None: the whole picture at once, as diffusers does it, within
-    `utils.system.release_freed_memory`. (Without that, what glibc keeps of maps
-    below 32 MB comes to it, which depends on what ran before: up to 40 % were measured.)
+    rows    height of a band; None: the whole picture at once, as diffusers does it, within `utils.system.release_freed_memory`
+            (without that, what glibc keeps of maps below 32 MB comes to it, which depends on what ran before: up to 40 % were
+            measured)
+    device  the kind that it will run on ("cpu", "cuda"); None: where the weights are
     """
     tensors = [*vae.named_parameters(), *vae.named_buffers()]
     weights = tuple((name, tensor.shape, tensor.dtype, str(tensor.device)) for name, tensor in tensors)
-    key = (type(vae), weights, direction, tuple(shape), rows, torch.get_num_threads())
+    device = device or next(vae.parameters()).device.type
+    key = (type(vae), weights, direction, tuple(shape), rows, device, torch.get_num_threads())
     if key not in _known:
         if len(_known) > 1000:
             _known.clear()
-        _known[key] = _predict(vae, direction, shape, rows)
+        _known[key] = _predict(vae, direction, shape, rows, device)
     return _known[key]
 
 
 @torch.no_grad()
-def _predict(vae: Any, direction: Direction, shape: Shape, rows: int | None) -> int:
+def _predict(vae: Any, direction: Direction, shape: Shape, rows: int | None, device: str) -> int:
     first = next(vae.parameters())
     tensors = [*vae.parameters(), *vae.buffers()]
     bare = [_on_meta(tensor) for tensor in tensors]
     # deepcopy takes the memo's tensors in place of real ones, so nothing is allocated
     twin = copy.deepcopy(unhooked(vae), {id(tensor): twin for tensor, twin in zip(tensors, bare, strict=True)})
     given = torch.empty(shape, dtype=first.dtype, device="meta")
-    with _FusedAttention(), _Peak([*bare, given], first.device.type) as peak:
-        result = getattr(twin if rows is None else tiled, direction)(*((given,) if rows is None else (twin, given, rows)))
+    call = getattr(twin if rows is None else tiled, direction)
+    return peak_of(lambda: call(*((given,) if rows is None else (twin, given, rows))), [*bare, given], device)
+
+
+def peak_of(call: Callable[[], Any], given: list[torch.Tensor], device: str) -> int:
+    """Peak bytes of a call on meta tensors above those in `given`, as a device of that type ("cpu", "cuda") would take them."""
+    with torch.no_grad(), _FusedAttention(), _Peak(given, device) as peak:
+        result = call()
         del result
     return int(peak.most * SPARE)
 
@@ -76,7 +85,7 @@ class _FusedAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return torch.empty_like(args[0])
+            return torch.empty_like(args[0] if args else kwargs["query"])
         return func(*args, **(kwargs or {}))
 
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentpipe import Engine, Finished, LatentPipeline, UserError
+from latentpipe import Engine, Finished, LatentPipeline, UserError, replay
+from latentpipe.checkpoints.embedding import Embedding
 from latentpipe.cli.app import main
 from latentpipe.explore.inpaint import inpaint
 from latentpipe.explore.interpolate import between_prompts
 from latentpipe.lora.prompt_tags import split_tags
-from latentpipe.lora.state_dict.io import read_lora
+from latentpipe.lora.state_dict.io import read_lora, write_lora
 from latentpipe.pipelines.metadata.reader import TAG
 from latentpipe.utils.errors import LatentpipeWarning
 
@@ -101,12 +102,11 @@ def test_case_35_an_alpha_of_whole_numbers_is_read(
 
 
 @pytest.mark.parametrize("end", ["clip_l", "clip_g", "string_to_param.*"])
-def test_case_16_a_bundled_embedding_is_one_note_and_the_adapter_draws(
+def test_case_16_a_bundled_embedding_that_does_not_fit_is_one_note_and_the_adapter_draws(
     pipe: LatentPipeline, own_home: Path, reference: np.ndarray, end: str, capsys: Any
 ) -> None:
-    bundle = {f"bundle_emb.my thing.{end}": torch.randn(1, 8)}
-    path = put(own_home, "bundled", named(pipe, kohya) | bundle)
-    with pytest.warns(LatentpipeWarning, match=r"textual inversion \('my thing'\), which is not loaded") as notes:
+    path = put(own_home, "bundled", named(pipe, kohya) | {f"bundle_emb.my thing.{end}": torch.randn(1, 8)})
+    with pytest.warns(LatentpipeWarning, match=r"brings the embedding 'my thing', which was left out: .* width 8, and") as notes:
         picture = drawn(pipe, "red circle <lora:bundled:0.7>")
     assert len([note for note in notes if "bundled" in str(note.message)]) == 1
     assert np.array_equal(picture, reference)
@@ -114,9 +114,31 @@ def test_case_16_a_bundled_embedding_is_one_note_and_the_adapter_draws(
         warnings.simplefilter("ignore", LatentpipeWarning)
         report = pipe.attach_lora(path)
         pipe.detach_lora()
-    assert report.left_out == ("the textual inversion 'my thing'",)
+    assert report.left_out == ("the embedding 'my thing'",)
     assert main(["lora", "inspect", str(path)]) == 0
-    assert json.loads(capsys.readouterr().out)["unread"] == [f"bundle_emb.my thing.{end}"]
+    assert json.loads(capsys.readouterr().out)["embeddings"] == ["my thing"]
+
+
+@pytest.mark.parametrize("end", ["emb_params", "clip_l", "string_to_param.*"])
+def test_case_16_a_bundled_embedding_is_on_with_its_adapter_and_is_replayed(
+    pipe: LatentPipeline, model_folder: Path, own_home: Path, tmp_path: Path, end: str
+) -> None:
+    vectors = torch.randn(2, pipe.host.text_encoder.config.hidden_size)
+    path = put(own_home, "bundled", named(pipe, kohya) | {f"bundle_emb.My.Thing.{end}": vectors})
+    picture = pipe("red <my.thing> <lora:bundled:0.7>", seed=1, steps=2)[0]
+    assert picture.recipe.embeddings == ["My.Thing"]
+    assert pipe.embeddings.on == {}
+    picture.save(tmp_path / "x.png")
+    assert replay(tmp_path / "x.png", model_folder, device="cpu").difference == 0
+    alone = Embedding("x", {"": {"": vectors}} if end != "clip_l" else {"": {"text_encoder": vectors}})
+    pipe.attach_lora("bundled", 0.7)
+    pipe.attach_embedding(alone)
+    same = [pipe(f"red <{name}>", seed=1, steps=2)[0] for name in ("x", "My.Thing")]
+    assert same[0].image.tobytes() == same[1].image.tobytes() == picture.image.tobytes()
+    for layout in ("kohya", "diffusers", "peft"):
+        write_lora(read_lora(path), tmp_path / f"{layout}.safetensors", layout)  # type: ignore[arg-type]
+        (back,) = read_lora(tmp_path / f"{layout}.safetensors").embeddings
+        assert (back.name, back.hash) == ("My.Thing", alone.hash)
 
 
 def test_case_16_partial_can_be_asked_for_everywhere(

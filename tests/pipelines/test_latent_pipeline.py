@@ -394,9 +394,9 @@ def test_a_vae_of_another_shape_is_refused(pipe: LatentPipeline) -> None:
     with pytest.raises(UserError, match="8-channel latents at 1/2 size; this denoiser takes 4 channels at 1/2"):
         LatentPipeline(pipe.host, wide)
     deep = tiny_vae(
-        block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3
+        block_out_channels=(8,) * 5, down_block_types=("DownEncoderBlock2D",) * 5, up_block_types=("UpDecoderBlock2D",) * 5
     )
-    with pytest.raises(UserError, match="1/4 size"):
+    with pytest.raises(UserError, match="1/16 size"):
         LatentPipeline(pipe.host, VAEStage(deep))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from latentpipe.checkpoints.registry import find_part
 from latentpipe.checkpoints.single_file import configs as config_sets
 from latentpipe.checkpoints.single_file import prediction
 from latentpipe.checkpoints.single_file.configs import PASSIVE, Configs
@@ -25,7 +26,7 @@ class Stated:
     family      name of a family, where the shapes fit several
     prediction  "epsilon", "v" or "v-zsnr", over what the file says
     config      a diffusers folder with the configs of an odd model; its weights fill in what the file lacks
-    parts       files (or diffusers folders) that complete the file: a VAE, text encoders
+    parts       files (or diffusers folders), or names of installed ones, that complete the file: a VAE, text encoders
     """
 
     family: str | None = None
@@ -74,7 +75,7 @@ def open_file(path: Path, stated: Stated | None = None) -> Opened:
 def completing(opened: Opened, stated: Stated) -> dict[str, Path]:
     """The components of a file that stated parts complete, each with its file or folder."""
     places = {name: source.path if isinstance(source, Part) else source.parent for name, source in opened.sources.items()}
-    given = [Path(path) for path in stated.parts]
+    given = [find_part(path) for path in stated.parts]
     return {name: place for name, place in places.items() if place in given and place != opened.path}
 
 
@@ -91,11 +92,11 @@ def _hint(found: Identity) -> str:
 def _complete(found: Identity, configs: Configs, stated: Stated) -> Opened:
     pools: list[Mapping[str, Part]] = [found.parts]
     folders: list[Path] = [stated.config] if stated.config is not None else []
-    for path in stated.parts:
-        if Path(path).is_dir():
-            folders.append(Path(path))
+    for path in map(find_part, stated.parts):
+        if path.is_dir():
+            folders.append(path)
         else:
-            pools.append(_parts_of(Path(path)))
+            pools.append(_parts_of(path))
     sources: dict[str, Part | Path] = {}
     missing, without = [], []
     for component, source in configs.index.items():

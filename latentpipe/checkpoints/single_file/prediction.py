@@ -13,6 +13,7 @@ from latentpipe.utils.io import read_tensors
 from latentpipe.utils.reading import read_yaml
 
 KINDS = {"epsilon": ("epsilon", False), "v": ("v_prediction", False), "v-zsnr": ("v_prediction", True)}
+BESIDE = "beside the file"
 SD2_MARK = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 SD2_SPREAD = 0.09  # of that bias: above it the published models of Stable Diffusion 2 predict v, below it noise
 _SD2_DIFFUSERS = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
@@ -30,6 +31,12 @@ class Prediction:
     kind: str
     zero: bool
     source: str
+
+    @property
+    def beside(self) -> str:
+        """The name of `KINDS` that a YAML file beside the model says, which is no part of it; empty where another source does."""
+        names = {both: name for name, both in KINDS.items()}
+        return names.get((self.kind, self.zero), "") if self.source.endswith(BESIDE) else ""
 
     def scheduler(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A scheduler's config with this prediction in it."""
@@ -90,7 +97,7 @@ def _beside(path: Path) -> Prediction | None:
     scaling = str(params.get("denoiser_config", ""))
     v = params.get("parameterization") == "v" or "VScaling" in scaling
     zero = bool(params.get("zsnr") or params.get("ztsnr") or params.get("rescale_betas_zero_snr"))
-    return Prediction("v_prediction" if v else "epsilon", zero, f"{place.name} beside the file")
+    return Prediction("v_prediction" if v else "epsilon", zero, f"{place.name} {BESIDE}")
 
 
 def _by_metadata(metadata: Mapping[str, str]) -> Prediction | None:

@@ -13,7 +13,7 @@ from latentpipe.lora.state_dict.io import read_lora, stated_base, trigger_words
 from latentpipe.utils.io import SUFFIXES, is_safetensors, read_header
 from latentpipe.utils.reading import parse_json
 
-OWN = "latentpipe."
+OWN, SHOWN_APART = "latentpipe.", {"base", "trigger_words", "layers", "component"}
 
 
 def lora_facts(path: Path) -> dict[str, Any]:
@@ -22,7 +22,6 @@ def lora_facts(path: Path) -> dict[str, Any]:
     tensors = [tensor for _, _, layer in lora.layers() for tensor in layer.tensors.values()]
     size = sum(file.stat().st_size for file in path.glob("adapter_model.safetensors")) if path.is_dir() else path.stat().st_size
     own = {name.removeprefix(OWN): _parsed(value) for name, value in lora.metadata.items() if name.startswith(OWN)}
-    known = {"base", "trigger_words", "layers", "component"}
     return {
         "file": str(path),
         "layout": layout(path),
@@ -34,9 +33,10 @@ def lora_facts(path: Path) -> dict[str, Any]:
         "components": {component: _component(layers.values()) for component, layers in lora.parts.items()},
         "base": stated_base(lora),
         "trigger_words": trigger_words(lora),
-        **{name: value for name, value in own.items() if name not in known},
+        **{name: value for name, value in own.items() if name not in SHOWN_APART},
         "metadata": {name: _parsed(value) for name, value in lora.metadata.items() if name.startswith(("ss_", "modelspec."))},
         "unread": list(lora.unread),
+        "embeddings": [one.name for one in lora.embeddings],
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from latentpipe.checkpoints.embedding import Embedding, as_tensors, assembled
 from latentpipe.checkpoints.pickles.unpickle import unpickled
 from latentpipe.checkpoints.tensor_source import PICKLES
 from latentpipe.lora.adapter import COMPONENTS, Lora, LoraLayer
@@ -33,6 +35,9 @@ Roles = dict[str, tuple[str, torch.Tensor]]  # key and tensor by role
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LAYERS = "latentpipe.layers"  # what the keys and tensors of a layout do not give back, by the stem of its keys
 COMPONENT = "latentpipe.component"  # of keys that name none
+BUNDLED = re.compile(
+    r"bundle_emb\.(.+?)(?:\.(clip_[lg]|emb_params|string_to_param.*|\*|<[^<>]*>))?"
+)  # A1111's, beside the layers
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _OURS = (ADAPTER_KEY, LAYERS, COMPONENT, "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
@@ -49,8 +54,10 @@ def read_lora(path: Path, base: Base | None = None, pickles: bool = False) -> Lo
     """
     path = Path(path)
     tensors, metadata = _open(path, pickles)
+    bundled = {key: tensors.pop(key) for key in list(tensors) if BUNDLED.fullmatch(key)}
     try:
         lora = _assemble(tensors, metadata, base)
+        lora = dataclasses.replace(lora, embeddings=_embeddings(bundled))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if not lora.parts:
@@ -95,7 +102,10 @@ def write_lora(
     if to == "peft" and len(lora.parts) == 1:
         own[COMPONENT] = next(iter(lora.parts))
     _say(lora, to, path)
-    _save(tensors, _completed(lora, stems, tensors, own), path)
+    metadata = _completed(lora, stems, tensors, own)
+    for one in lora.embeddings:
+        tensors |= {f"bundle_emb.{one.name}.{key}": value.cpu().clone().contiguous() for key, value in as_tensors(one).items()}
+    _save(tensors, metadata, path)
     return lora.hash
 
 
@@ -162,6 +172,16 @@ def _grouped(
             raise UserError(f"it names the module {'.'.join(place)} twice, as {other} and as {key}; keep one of them.")
         modules[place][role] = (key, tensors[key])
     return modules, stems, [key for key, found in apart.items() if found is None]
+
+
+def _embeddings(bundled: Mapping[str, torch.Tensor]) -> tuple[Embedding, ...]:
+    """The textual inversions that lie beside the layers, as A1111 bundles them: ``bundle_emb.NAME.KEY``."""
+    found: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for key, value in bundled.items():
+        match = BUNDLED.fullmatch(key)
+        assert match is not None
+        found[match[1]][match[2] or "*"] = value
+    return tuple(assembled(tensors, printable(name), f"its embedding '{name}'") for name, tensors in found.items())
 
 
 def _exact(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:

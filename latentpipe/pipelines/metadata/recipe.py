@@ -11,7 +11,8 @@ import io
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -99,6 +100,8 @@ class Recipe(BaseModel):
     """How they were put together."""
     lora_fused: bool = True
     """Whether they were added to the weights, or lay beside them."""
+    embeddings: list[Annotated[str, Field(max_length=200)]] = Field(default_factory=list, max_length=64)
+    """Textual inversions that the prompts name; left out of the JSON where there is none."""
     source: Source | None = None
     stopped_after: int | None = Field(None, ge=0)
     """Steps done when the job was cancelled; None for a finished picture."""
@@ -116,8 +119,9 @@ class Recipe(BaseModel):
     @model_serializer(mode="wrap")
     def _written(self, write: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         found = write(self)
-        if self.stated is None:
-            found.pop("stated", None)  # such a recipe is then read by versions that do not know the field
+        for name in ("stated", "embeddings"):
+            if not getattr(self, name):
+                found.pop(name, None)  # such a recipe is then read by versions that do not know the field
         return found
 
 
@@ -252,9 +256,19 @@ def a1111_text(recipe: Recipe) -> str:
     plain = {name: weight for name, weight in recipe.loras.items() if not isinstance(weight, dict)}
     if recipe.loras:
         pairs["Lora hashes"] = ", ".join(f"{name}: {recipe.hashes.get(f'lora:{name}', 'unknown')[:12]}" for name in recipe.loras)
-    prompt = " ".join([recipe.prompt, *(f"<lora:{name}:{weight:g}>" for name, weight in plain.items())])
-    lines = [prompt] + ([f"Negative prompt: {recipe.negative}"] if recipe.negative else [])
+    if recipe.embeddings:
+        digests = {name: recipe.hashes.get(f"embedding:{name}", "unknown")[:12] for name in recipe.embeddings}
+        pairs["TI hashes"] = ", ".join(f"{name}: {digest}" for name, digest in digests.items())
+    words, against = (_plain_names(text, recipe.embeddings) for text in (recipe.prompt, recipe.negative))
+    prompt = " ".join([words, *(f"<lora:{name}:{weight:g}>" for name, weight in plain.items())])
+    lines = [prompt] + ([f"Negative prompt: {against}"] if against else [])
     return "\n".join([*lines, ", ".join(f"{key}: {_quoted(str(value))}" for key, value in pairs.items())])
+
+
+def _plain_names(text: str, names: Sequence[str]) -> str:
+    """A prompt with the names of embeddings as other programs write them, without angle brackets."""
+    either = "|".join(map(re.escape, names))
+    return re.sub(rf"<\s*({either})\s*>", r"\1", text, flags=re.IGNORECASE) if names else text
 
 
 def _quoted(value: str) -> str:

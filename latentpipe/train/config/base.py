@@ -42,12 +42,14 @@ class PictureData(Strict):
 
 
 class Optimization(Strict):
-    """AdamW with a linear warm-up and a decay to zero, EMA of the weights."""
+    """AdamW or Muon with a linear warm-up and a decay to zero, EMA of the weights."""
 
     steps: Positive
     """Optimizer steps in all."""
     batch_size: Width = 32
     """Pictures in each step, over all processes and parts."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: Muon for the matrices and convolutions inside of the model, AdamW for the rest, at one learning rate."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     warmup_steps: int = Field(100, ge=0, le=10**9)
@@ -57,7 +59,7 @@ class Optimization(Strict):
     decay_share: float = Field(0.0, ge=0, le=1)
     """Share of the steps, the last ones, in which a constant rate falls linearly to zero; 0: it stays."""
     weight_decay: float = Field(0.01, ge=0)
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     clip_norm: float = Field(1.0, gt=0)
     """Largest norm of the whole gradient."""
     ema_decay: float = Field(0.999, ge=0, lt=1)

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sized
 from PIL import Image
 from safetensors.torch import load_file
 from written import write
 
 from latentpipe import LatentPipeline, UserError, replay
-from latentpipe.checkpoints.single_file.gather import Stated
+from latentpipe.checkpoints.single_file.gather import Stated, open_file
 from latentpipe.cli.app import main
 from latentpipe.pipelines.metadata import recipe as recipes
+from latentpipe.pipelines.picture import stated_in_recipe
 
 
 def drawn(model: Path, out: Path, stated: Stated | None) -> dict[str, Any]:
@@ -94,3 +96,30 @@ def test_a_crafted_statement_is_refused(made: Any, tmp_path: Path, stated: Any) 
     recipes.save_png(Image.new("RGB", (32, 32)), out, None, {recipes.CHUNK: json.dumps(raw)})
     with pytest.raises(UserError, match=r"damaged in: stated|'x'"):
         replay(out, file, device="cpu", config=config)
+
+
+@pytest.mark.parametrize(("text", "kept"), [("parameterization: v", "v"), ("parameterization: v\n    zsnr: true", "v-zsnr")])
+def test_what_a_yaml_beside_the_file_says_is_kept_as_if_it_was_stated(tmp_path: Path, text: str, kept: str) -> None:
+    file = sized.hollow(sized.whole("sd1"), tmp_path / "mine.safetensors")
+    assert stated_in_recipe(file, None) is None
+    with_yaml = sized.hollow(sized.whole("sd1"), tmp_path / "other.safetensors")
+    (tmp_path / "other.yaml").write_text(f"model:\n  params:\n    {text}\n")
+    found = stated_in_recipe(with_yaml, None)
+    assert found is not None
+    assert found.prediction == kept
+    both = ((with_yaml, None), (file, Stated(prediction=kept)))
+    schedulers = [open_file(path, stated).configs.scheduler for path, stated in both]
+    assert schedulers[0] == schedulers[1] != open_file(file).configs.scheduler
+
+
+def test_parts_are_found_by_their_names(made: Any, own_home: Path, tmp_path: Path) -> None:
+    _, config, file = made("sd1")
+    tensors = load_file(file)
+    vae = {name: value for name, value in tensors.items() if name.startswith("first_stage_model.")}
+    rest = write({name: value for name, value in tensors.items() if name not in vae}, tmp_path / "rest.safetensors")
+    (own_home / "parts").mkdir()
+    write(vae, own_home / "parts" / "ae.safetensors")
+    raw = drawn(rest, tmp_path / "x.png", Stated(config=config, parts=(Path("ae"),)))
+    assert raw["stated"]["parts"] == {"vae": "ae.safetensors"}
+    with pytest.raises(UserError, match=r"No part 'ea': neither a file nor a folder nor one of .*ae"):
+        drawn(rest, tmp_path / "x.png", Stated(config=config, parts=(Path("ea"),)))
