@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,15 +32,8 @@ class MuonAdamW(torch.optim.AdamW):
         self.matrices = {id(matrix) for matrix in matrices}
         self.dtype = torch.bfloat16 if has_bf16_units() else torch.float32
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of all parameters, from their gradients; returns the loss of `closure`, where one is given."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update from the gradients in place."""
         held = []
         for group in self.param_groups:
