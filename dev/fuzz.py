@@ -399,6 +399,23 @@ def _open_pickle(at: Path) -> Any:
     return names
 
 
+def _embedding(at: Path) -> None:
+    save_file({"emb_params": torch.randn(3, 8)}, at / "one.safetensors")
+    save_file({"clip_l": torch.randn(2, 8), "clip_g": torch.randn(2, 12).half()}, at / "two.safetensors")
+    save_file({"<a>": torch.randn(8), "<b>": torch.randn(2, 8)}, at / "words.safetensors")
+
+
+def _open_embedding(at: Path) -> Any:
+    from latentpipe.checkpoints.embedding import describe_embedding, read_embedding
+
+    found = []
+    for path in sorted(at.glob("*.safetensors")):
+        one = read_embedding(path)
+        describe_embedding(path)
+        found += [rows for vectors in one.words.values() for rows in vectors.values()]
+    return found
+
+
 def _tools(at: Path) -> None:
     import sqlite3
     from contextlib import closing
@@ -441,6 +458,7 @@ READERS: dict[str, Reader] = {
     "single-file": Reader(_single_file, _open_single_file),
     "lora": Reader(_lora, _open_lora),
     "lora-kohya": Reader(lambda at: _lora(at, "kohya"), _open_lora),
+    "embedding": Reader(_embedding, _open_embedding),
     "peft": Reader(_peft, _open_lora),
     "adapter": Reader(_adapter, _open_adapter),
     "cache": Reader(_cache, _open_cache),

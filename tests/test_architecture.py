@@ -18,7 +18,8 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, s
 # A room imports from those above it; a module from those before it in its own room, and from its own package.
 ROOMS = {
     "utils": """
-        atomic defaults errors setting_names cancellation logging out_of_memory progress signals system threads yaml_loader
+        atomic defaults deferred_imports errors setting_names cancellation logging out_of_memory progress signals system
+        threads yaml_loader
         reading images io
     """,
     "vae": """
@@ -28,11 +29,11 @@ ROOMS = {
     "checkpoints": """
         places.hub_cache places.invoke places.tool_folders places.glance pickles.child pickles.unpickle
         hub.choose hub.client hub.fetch hub.pull hub.importing
-        config_ranges components fp16_rescale identify instantiate infer_config ldm_keys registry taesd_keys pickled
+        config_ranges components fp16_rescale identify instantiate infer_config ldm_keys registry taesd_keys pickled text_names
         tensor_source model_files vae_file convert single_file.parts single_file.unet single_file.families
         single_file.prediction embedding single_file.refusals single_file.identify single_file.tokenizers single_file.configs
         single_file.gather single_file.tables single_file.tensors single_file.opening single_file.hashes
-        single_file.folders single_file.describe single_file.vae vae_io fp16 pipeline_io in_memory
+        single_file.folders single_file.describe single_file.vae vae_io fp16 plain_text pipeline_io in_memory
     """,
     "compatibility": """
         latent_adapter measure verdict
@@ -44,8 +45,8 @@ ROOMS = {
     """,
     "pipelines": """
         facade families hosting metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling denoise
-        embeddings lora_manager metadata.reader picture swap save_swapped verdict_cache vocabulary prompt_notes memory_need
-        opening latent_pipeline
+        batches embeddings lora_manager metadata.reader picture swap save_swapped verdict_cache vocabulary prompt_notes 
+        memory_need opening latent_pipeline
     """,
     "engine": """
         jobs engine replay pipeline_cache xy_grid.axes xy_grid.sheet xy_grid.plot
@@ -75,7 +76,7 @@ ROOMS = {
     """,
     "cli": """
         argument_checks argument_parser codec common completion anomaly data edit evaluate explore fit_adapter hub lora inspect
-        output_paths replayed argument_rules generate grid train ui vae app
+        output_paths prompt_file replayed argument_rules generate grid train ui vae app
     """,
 }
 MODULES = [f"{room}.{module}" for room, modules in ROOMS.items() for module in modules.split()]

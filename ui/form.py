@@ -70,13 +70,17 @@ class Form:
         return {*named, *(field for row in self.rows for field in row)}
 
     def settings(self, values: Values) -> dict[str, Any]:
-        """Arguments of `Engine.run` but the prompt; UserError for a picture that cannot be read, or a LoRA chosen twice."""
-        width, height, seed = (values[field] for field in (self.width, self.height, self.seed))
+        """Arguments of `Engine.run` but the prompt; UserError for fields that do not go together, or a bad picture."""
+        width, height, seed, low, high = (values[one] for one in (self.width, self.height, self.seed, self.low, self.high))
+        if bool(width) != bool(height):
+            raise UserError(f"Width is {width or 0} and Height {height or 0}; give both, or 0 for both: the model's own.")
+        if low > high:
+            raise UserError(f"Guidance from is {low:g} and Guidance to {high:g}; expected an end after the beginning.")
         return {
             "negative_prompt": values[self.negative] or "",
             "num_inference_steps": int(values[self.steps]),
             "guidance_scale": float(values[self.guidance]),
-            "guidance_interval": (float(values[self.low]), float(values[self.high])),
+            "guidance_interval": (float(low), float(high)),
             "scheduler": None if values[self.scheduler] == OWN else values[self.scheduler],
             "size": (int(width), int(height)) if width and height else None,
             "seed": None if seed is None or int(seed) < 0 else int(seed),
@@ -103,7 +107,8 @@ def build_prompt() -> tuple[gr.Textbox, gr.Button, gr.Button]:
     """The prompt with its buttons, where they shall stand."""
     prompt = gr.Textbox(
         label="Prompt", placeholder="What to draw, such as: red apple", lines=2, max_lines=6, autofocus=True,
-        max_length=MAX_PROMPT, elem_id="lp-prompt", info="Ctrl+Enter draws. (word:1.3) weighs a part, <lora:name:0.7> adds one.",
+        max_length=MAX_PROMPT, elem_id="lp-prompt",
+        info="Ctrl+Enter draws. (word:1.3) weighs a part, <lora:name:0.7> adds a LoRA.",
     )  # fmt: skip
     with gr.Row():
         run = gr.Button("Generate", variant="primary", scale=3, min_width=120, elem_id="lp-generate", elem_classes=RUN)

@@ -19,6 +19,7 @@ from latentpipe.engine.jobs import Done
 from latentpipe.pipelines.memory_need import layout_of, need_of
 from latentpipe.pipelines.metadata.recipe import MAX_SEED, read
 from latentpipe.ui import html
+from latentpipe.ui.failures import remembered, said_why
 from latentpipe.ui.form import NO_ADAPTER, Form, Values, build_form, build_prompt
 from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, sentences_of, toast_errors, wire_stop
 from latentpipe.ui.theme import SAID, into_view
@@ -90,7 +91,7 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
     chosen, past, last_seed = kept
 
     def draw(values: Values, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        with toast_errors() as notes:
+        with remembered(app, request), toast_errors() as notes:
             prompt = values[form.prompt] or ""
             adapter = values[form.adapter]
 
@@ -136,7 +137,7 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
     drawing = gr.on(
         [form.run.click, form.prompt.submit], draw, inputs, outputs, show_progress="hidden", trigger_mode="once", **HEAVY
     )
-    drawing.failure(lambda: html.words("Nothing was drawn."), None, [status], **LIGHT)
+    drawing.failure(said_why(app, "Nothing was drawn."), None, [status], **LIGHT)
     wire_stop(app, form.stop)
 
 
@@ -162,6 +163,8 @@ def _wire_form(app: App, form: Form, last_seed: gr.State, state: gr.HTML) -> Non
         [form.model, form.vae, form.adapter, *(row[1] for row in form.rows), form.embeddings],
         **LIGHT,
     )
+    for on, *told in form.rows:  # who turns a row's knobs wants its LoRA
+        gr.on([field.input for field in told], lambda: True, None, [on], **LIGHT)  # type: ignore[attr-defined]
     form.dice.click(lambda: secrets.randbelow(MAX_SEED + 1), None, [form.seed], **LIGHT)
     form.reuse.click(_seed_again, [last_seed], [form.seed], **LIGHT)
 
@@ -214,7 +217,8 @@ def verdict_of(app: App, model: str, vae: str, adapter: str = NO_ADAPTER) -> tup
 
 def takes(app: App, model: str, pipe: Any) -> str:
     """What drawing with a model takes of the memory, in a sentence."""
-    layout = layout_of(find_model(app.named("models", model)))
+    place = find_model(app.named("models", model))
+    layout = layout_of(place, app.models.stated.get(place))
     own = sum(weight.nbytes for part in pipe.loras.fuser.components.values() for weight in part.parameters())
     free = available(pipe.stage.device) + own  # which the model holds already
     return f"Memory: {need_of(layout, model, pipe.stage.dtype, pipe.stage.device, free=free)}."
@@ -236,7 +240,7 @@ def _choose(event: gr.SelectData) -> tuple[str | None, Any]:
 
 
 def _caption(recipe: Any) -> str:
-    return f"{recipe.prompt}, seed {recipe.seed}"
+    return f"{recipe.prompt.strip() or 'no prompt'}, seed {recipe.seed}"
 
 
 NOTHING = "There is no picture yet: generate one first."

@@ -19,6 +19,7 @@ from latentpipe.engine.xy_grid.plot import Grid, plot, read_grid, redraw
 from latentpipe.pipelines.metadata.recipe import MAX_PROMPT, MAX_SEED
 from latentpipe.pipelines.sampling import SCHEDULERS
 from latentpipe.ui import html
+from latentpipe.ui.failures import remembered, said_why
 from latentpipe.ui.form import OWN, Values
 from latentpipe.ui.state import BUILT_IN, HEAVY, LIGHT, App, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
@@ -167,10 +168,9 @@ def _wire_run(
         def work(report: ProgressCallback) -> Grid:
             model = values[rest["model"]]
             _allow(app, app.pipe(model).native_size, settings["num_inference_steps"], axes)
-            assert axes[0] is not None  # refused below
-            return plot(lambda vae: app.pipe(model, vae), values[prompt] or "", axes[0], axes[1], report=report, **settings)
+            return plot(lambda vae: app.pipe(model, vae), values[prompt] or "", *axes, report=report, **settings)  # type: ignore[arg-type]
 
-        with toast_errors() as notes:
+        with remembered(app, request), toast_errors() as notes:
             axes = (x.axis(app, values), y.axis(app, values))
             if axes[0] is None:
                 raise UserError("Nothing varies along X; choose what does.")
@@ -184,7 +184,7 @@ def _wire_run(
         [run.click, prompt.submit, x.text.submit, y.text.submit], draw, fields, list(shown), show_progress="hidden",
         trigger_mode="once", **HEAVY,
     )  # fmt: skip
-    drawing.failure(lambda: html.empty(EMPTY), None, [shown[0]], **LIGHT)
+    drawing.failure(said_why(app, "No grid was drawn."), None, [shown[0]], **LIGHT)
 
 
 def settings_of(rest: dict[str, Any], values: Values) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def settings_of(rest: dict[str, Any], values: Values) -> dict[str, Any]:
 
 def _wire_again(app: App, image: gr.Image, again: gr.Button, shown: tuple[Any, ...]) -> None:
     def draw(path: str | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        with toast_errors() as notes:
+        with remembered(app, request), toast_errors() as notes:
             before = picture_of(path)
 
             def work(report: ProgressCallback) -> Grid:
@@ -223,7 +223,7 @@ def _wire_again(app: App, image: gr.Image, again: gr.Button, shown: tuple[Any, .
         yield {shown[0]: html.empty(EMPTY)}
 
     drawing = again.click(draw, [image], list(shown), show_progress="hidden", trigger_mode="once", **HEAVY)
-    drawing.failure(lambda: html.empty(EMPTY), None, [shown[0]], **LIGHT)
+    drawing.failure(said_why(app, "No grid was drawn."), None, [shown[0]], **LIGHT)
 
 
 def _allow(app: App, size: tuple[int, int], steps: int, axes: tuple[Axis | None, ...]) -> None:

@@ -14,6 +14,7 @@ from latentpipe.engine.jobs import Done
 from latentpipe.explore import playground
 from latentpipe.pipelines.metadata.recipe import MAX_PROMPT, MAX_SEED
 from latentpipe.ui import html
+from latentpipe.ui.failures import remembered, said_why
 from latentpipe.ui.playground_inputs import PlaygroundInputs, result, shown_event
 from latentpipe.ui.state import HEAVY, LIGHT, App, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, STOP
@@ -48,7 +49,7 @@ def build(app: App, given: PlaygroundInputs) -> None:
     fields = [given.first, given.second, given.vae, ends, way, form, one, two, seed, steps, count]
 
     def draw(values: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
-        with toast_errors() as notes:
+        with remembered(app, request), toast_errors() as notes:
             work, alt = _path_work(app, given, dict(zip(NAMES, (values[field] for field in fields), strict=True)))
             for event in app.jobs.run(request, work, notes):
                 if isinstance(event, Done):
@@ -64,7 +65,7 @@ def build(app: App, given: PlaygroundInputs) -> None:
         yield {status: html.empty(EMPTY)}
 
     drawing = run.click(draw, set(fields), [status, picture, download], show_progress="hidden", trigger_mode="once", **HEAVY)
-    drawing.failure(lambda: html.empty(EMPTY), None, [status], **LIGHT)
+    drawing.failure(said_why(app, "Nothing was drawn."), None, [status], **LIGHT)
     wire_stop(app, stop)
 
 

@@ -17,9 +17,11 @@ from latentpipe.evaluate.vae_lab import MOST, Laboratory, compare_pictures, deco
 from latentpipe.pipelines.metadata.recipe import save_png
 from latentpipe.train.latent_adapter import fit_and_save
 from latentpipe.ui import html as show
+from latentpipe.ui.failures import remembered, said_why
 from latentpipe.ui.lab_view import comparison_json, comparison_sheet, figures, pictures_html, pictures_of, summary, words_of
 from latentpipe.ui.state import HEAVY, LIGHT, App, json_field, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
+from latentpipe.ui.uploads import readable
 from latentpipe.utils.errors import counted
 from latentpipe.utils.images import fit_square, to_images
 from latentpipe.utils.progress import ProgressCallback
@@ -75,6 +77,7 @@ def build(app: App, model: gr.Dropdown) -> Lab:
             pictures = gr.HTML(elem_id="lp-lab-pictures")
     found = gr.State(None)
     wired = _Parts(files, vaes, side, model, status, verdicts, numbers, pair, first, second, which, slider, pictures, found)
+    files.upload(readable, [files], [files], **LIGHT)
     examples.click(lambda: _example_files(app), None, [files], **LIGHT)
     refresh.click(lambda: _refreshed(app), None, [vaes, target], **LIGHT)
     _wire_compare(app, run, wired)
@@ -112,7 +115,7 @@ class _Parts:
 
 def _wire_compare(app: App, run: gr.Button, parts: _Parts) -> None:
     def compare(files: list[str] | None, vaes: list[str], side: str, model: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        with toast_errors() as notes:
+        with remembered(app, request), toast_errors() as notes:
             given, names = pictures_of(files), [app.named("vae", name) for name in vaes or []]
             if len(names) < 2:
                 raise UserError("Choose two or more VAEs to compare.")
@@ -146,12 +149,12 @@ def _wire_compare(app: App, run: gr.Button, parts: _Parts) -> None:
         parts.pictures, parts.found,
     ]  # fmt: skip
     done = run.click(compare, inputs, outputs, show_progress="hidden", trigger_mode="once", **HEAVY)
-    done.failure(lambda: show.words("Nothing was compared."), None, [parts.status], **LIGHT)
+    done.failure(said_why(app, "Nothing was compared."), None, [parts.status], **LIGHT)
 
 
 def _wire_decode(app: App, same: gr.Button, parts: _Parts) -> None:
     def decode(files: list[str] | None, vaes: list[str], side: str, model: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        with toast_errors() as notes:
+        with remembered(app, request), toast_errors() as notes:
             given, names = pictures_of(files), [app.named("vae", name) for name in vaes or []]
             source = _own_vae(app, model)
 
@@ -186,7 +189,7 @@ def _wire_decode(app: App, same: gr.Button, parts: _Parts) -> None:
     inputs = [parts.files, parts.vaes, parts.side, parts.model]
     outputs = [parts.status, parts.verdicts, parts.numbers, parts.pair, parts.slider, parts.pictures, parts.found]
     done = same.click(decode, inputs, outputs, show_progress="hidden", trigger_mode="once", **HEAVY)
-    done.failure(lambda: show.words("Nothing was decoded."), None, [parts.status], **LIGHT)
+    done.failure(said_why(app, "Nothing was decoded."), None, [parts.status], **LIGHT)
 
 
 def _own_vae(app: App, model: str) -> Path:
@@ -196,7 +199,7 @@ def _own_vae(app: App, model: str) -> Path:
 
 def _wire_fit(app: App, fit: gr.Button, parts: _Parts, target: gr.Dropdown, ladder: gr.HTML) -> None:
     def run(files: list[str] | None, model: str, name: str | None, request: gr.Request) -> Iterator[str]:
-        with toast_errors() as notes:
+        with remembered(app, request), toast_errors() as notes:
             given = pictures_of(files)
             source, to = _own_vae(app, model), app.named("vae", name or "")
 
@@ -220,7 +223,7 @@ def _wire_fit(app: App, fit: gr.Button, parts: _Parts, target: gr.Dropdown, ladd
         yield show.words("Stopped; nothing was saved.")
 
     done = fit.click(run, [parts.files, parts.model, target], [ladder], show_progress="hidden", trigger_mode="once", **HEAVY)
-    done.failure(lambda: show.words("No adapter was fitted."), None, [ladder], **LIGHT)
+    done.failure(said_why(app, "No adapter was fitted."), None, [ladder], **LIGHT)
 
 
 def _verdicts(app: App, model: str, names: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from latentpipe.engine.jobs import Done, Waiting
 from latentpipe.explore import playground
 from latentpipe.pipelines.metadata.recipe import MAX_SEED
 from latentpipe.ui import html, interpolate
+from latentpipe.ui.failures import remembered, said_why
 from latentpipe.ui.playground_inputs import PlaygroundInputs, build_inputs, result, shown_event
 from latentpipe.ui.state import HEAVY, LIGHT, App, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
@@ -61,9 +62,9 @@ def _live(app: App, given: PlaygroundInputs) -> tuple[gr.Dropdown, gr.Dropdown]:
         pairs.append((name, far))
     with gr.Row():
         learn = gr.Button("Find directions", elem_id="lp-play-learn", elem_classes=RUN)
+        stop = gr.Button("Stop", scale=0, min_width=90, elem_id="lp-play-stop", elem_classes=STOP)
         reset = gr.Button("Back to the picture", elem_id="lp-play-reset")
     learned = gr.HTML(elem_id="lp-play-learned", elem_classes=SAID)
-    sliders = [share, scale, noise, pairs[0][1], pairs[1][1]]
     fields = [given.first, given.second, given.vae, share, scale, noise, seed, *(field for pair in pairs for field in pair)]
 
     def live(
@@ -94,9 +95,9 @@ def _live(app: App, given: PlaygroundInputs) -> tuple[gr.Dropdown, gr.Dropdown]:
         [field.change for field in fields if field is not given.vae], live, fields, [status, picture], show_progress="hidden",
         trigger_mode="always_last", **HEAVY,
     )  # fmt: skip
-    reset.click(_back, None, sliders, **LIGHT)
+    reset.click(_back, None, [share, scale, noise, pairs[0][1], pairs[1][1]], **LIGHT)
     names = (pairs[0][0], pairs[1][0])
-    _wire_learn(app, given, learn, learned, names)
+    _wire_learn(app, given, (learn, stop), learned, names)
     # another VAE has other directions: they go first, then the picture is decoded anew
     forgotten = given.vae.input(lambda: [gr.update(choices=[NONE], value=NONE)] * 2 + [""], None, [*names, learned], **LIGHT)
     forgotten.then(live, fields, [status, picture], show_progress="hidden", **HEAVY)
@@ -117,7 +118,11 @@ def _words(share: float, scale: float, noise: float, moves: Any) -> str:
 
 
 def _wire_learn(
-    app: App, given: PlaygroundInputs, learn: gr.Button, learned: gr.HTML, names: tuple[gr.Dropdown, gr.Dropdown]
+    app: App,
+    given: PlaygroundInputs,
+    buttons: tuple[gr.Button, gr.Button],
+    learned: gr.HTML,
+    names: tuple[gr.Dropdown, gr.Dropdown],
 ) -> None:
     def found(vae: str, request: gr.Request) -> Iterator[tuple[Any, Any, Any]]:
         with toast_errors() as notes:
@@ -136,6 +141,8 @@ def _wire_learn(
             return
         yield html.words("No directions were found."), gr.skip(), gr.skip()
 
+    learn, stop = buttons
+    wire_stop(app, stop)
     learn.click(found, [given.vae], [learned, *names], show_progress="hidden", trigger_mode="once", **HEAVY)
 
 
@@ -158,7 +165,7 @@ def _traverse(app: App, given: PlaygroundInputs, names: tuple[gr.Dropdown, gr.Dr
     def draw(
         first: str | None, vae: str, what: str, count: float, most: float, one: str, other: str, request: gr.Request
     ) -> Iterator[tuple[Any, Any, Any]]:
-        with toast_errors() as notes:
+        with remembered(app, request), toast_errors() as notes:
             picture = picture_of(first)
 
             def work(report: ProgressCallback) -> Image.Image:
@@ -178,7 +185,7 @@ def _traverse(app: App, given: PlaygroundInputs, names: tuple[gr.Dropdown, gr.Dr
         draw, [given.first, given.vae, what, count, most, *names], list(shown), show_progress="hidden", trigger_mode="once",
         **HEAVY,
     )  # fmt: skip
-    drawing.failure(lambda: html.empty(NO_SHEET), None, [shown[0]], **LIGHT)
+    drawing.failure(said_why(app, "No sheet was drawn."), None, [shown[0]], **LIGHT)
     wire_stop(app, stop)
 
 

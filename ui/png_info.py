@@ -14,6 +14,7 @@ from latentpipe.engine.jobs import Done, Progress, Waiting
 from latentpipe.pipelines.metadata.reader import Info, read_info
 from latentpipe.pipelines.metadata.recipe import read
 from latentpipe.ui import html
+from latentpipe.ui.failures import remembered, said_why
 from latentpipe.ui.form import Form
 from latentpipe.ui.restored_settings import fields_of, taken_over
 from latentpipe.ui.state import HEAVY, LIGHT, App, toast_errors, wire_stop
@@ -59,7 +60,7 @@ def build(app: App, form: Form, said: gr.HTML) -> PngInfo:
         yield from _replay(app, path, other, request)
 
     done = again.click(run, [image, source], [verdict, replayed], show_progress="hidden", trigger_mode="once", **HEAVY)
-    done.failure(lambda: html.words("It was not drawn again."), None, [verdict], **LIGHT)
+    done.failure(said_why(app, "It was not drawn again."), None, [verdict], **LIGHT)
     wire_stop(app, stop)
     restored = restore.click(
         lambda path, model: taken_over(app, form, path, model), [image, form.model], [*fields_of(form), said], **LIGHT
@@ -113,7 +114,7 @@ def _words(value: Any) -> str:
 def _replay(app: App, path: str | None, source: str | None, request: gr.Request) -> Iterator[tuple[Any, Any]]:
     """Draw the picture again and say how far it is from the old one."""
     hidden = gr.update(visible=False)
-    with toast_errors() as notes:
+    with remembered(app, request), toast_errors() as notes:
         if path is None:
             gr.Info("Drop a picture first.")
             return

@@ -35,7 +35,9 @@ def check_arguments(page: gr.Blocks) -> None:
         try:
             return await prepare(fn, inputs, *rest, **named)
         except Error as error:
-            error.print_exception = False  # a value beyond a field's limits
+            if words := beyond(fn, inputs):
+                raise gr.Error(words, duration=20, print_exception=False) from None
+            error.print_exception = False
             raise
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, OSError):
             raise gr.Error("These values are not what the fields of this page send. Reload it.", print_exception=False) from None
@@ -59,6 +61,18 @@ def wrong(fn: Any, inputs: list[Any]) -> str:
         for path in _paths(value):
             if not _was_sent(path):
                 return f"{Path(path).name[:80]} was not uploaded here; upload the file first."
+    return ""
+
+
+def beyond(fn: Any, inputs: list[Any]) -> str:
+    """Which number of an event lies beyond its field's limits, and these; "" where none does."""
+    for field, value in zip(fn.inputs, inputs, strict=True):
+        if isinstance(field, gr.Number | gr.Slider) and isinstance(value, int | float):
+            low, high = field.minimum, field.maximum
+            if (low is not None and value < low) or (high is not None and value > high):
+                least = "up" if low is None else f"{low:.10g}"
+                limits = f"{least} or more" if high is None else f"{least} to {high:.10g}"
+                return f"{field.label} is {value:.12g}; expected {limits}."
     return ""
 
 

@@ -16,6 +16,7 @@ from gradio.utils import get_upload_folder
 
 from latentpipe import UserError
 from latentpipe.checkpoints.registry import bundled_weights_dir, find_model
+from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.ui import app as pages
 from latentpipe.ui import serving, sessions, theme
 from latentpipe.ui.allowed_hosts import AllowedHosts, is_loopback, names_for
@@ -45,6 +46,7 @@ def serve(
     root_path: str = "",
     max_work: float = MAX_WORK,
     block: bool = True,
+    stated: Stated | None = None,
 ) -> Served:
     """Serve the interface; returns what serves it where `block` is off, else after Ctrl-C or SIGTERM.
 
@@ -54,6 +56,7 @@ def serve(
     root_path   path that a reverse proxy serves it at, such as /draw
     auth_file   lines of ``user:password``; the variable LATENTPIPE_UI_LOGIN holds one such line
     max_work    the most that one request may ask for: pixels x steps x pictures, in millions
+    stated      what the single file of `model` does not say itself
     mcp         offer the endpoints to language models as tools as well (needs the extra)
     out         where pictures are kept; None: nowhere but in the visitor's browser
     """
@@ -63,13 +66,14 @@ def serve(
     root_path = _root_of(root_path)
     if not max_work > 0:
         raise UserError(f"--max-work is {max_work:g}; expected more than 0 (millions of pixels x steps x pictures).")
-    find_model(model)  # a wrong name is said now
+    place = find_model(model)  # a wrong name is said now
     _refuse_hidden(Path(get_upload_folder()))
     sockets = serving.sockets_for(host, port)
     collect_notes()
     sys.setswitchinterval(SWITCH_S)
     state = App(model=model, out=out, jobs=Jobs(max_work, listeners := Listeners()))
     state.models.device, state.models.dtype = device, dtype
+    state.models.stated |= {place: stated} if stated is not None and place.is_file() else {}
     page = pages.build(state).queue(default_concurrency_limit=8, api_open=False)
     sessions.lighten(page)
     page.max_threads = page._queue.max_thread_count = THREADS

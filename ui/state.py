@@ -175,6 +175,8 @@ class App:
     jobs: Jobs = field(default_factory=Jobs)
     failure: str = ""
     """Why the model could not be loaded."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why the last job of a visitor failed, by session, until it is shown (`failures`)."""
     shown: Path = field(default_factory=lambda: _folder_for_shown())
     """Inside gradio's own folder: a file there is not copied once more, and is removed after a day (`delete_cache`)."""
 

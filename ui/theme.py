@@ -26,7 +26,7 @@ CSS = """
 .lp-light::before { content: ""; flex: none; width: .7rem; height: .7rem; border-radius: 50%; background: #888; }
 .lp-green::before { background: #1a9850; } .lp-amber::before { background: #e08e0b; } .lp-red::before { background: #d73027; }
 .lp-wait::before { background: #4575b4; }
-.lp-status { min-height: 1.6rem; color: var(--body-text-color); }
+.lp-status { min-height: 1.6rem; color: var(--body-text-color); overflow-wrap: anywhere; }
 .lp-status progress { width: 100%; height: .5rem; accent-color: var(--color-accent); }
 .lp-status img { display: block; width: min(100%, 24rem); aspect-ratio: 1; margin: .5rem auto; border-radius: var(--radius-lg);
   image-rendering: auto; }
@@ -46,14 +46,16 @@ CSS = """
 .lp-grid { display: grid !important; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); grid-template-rows: auto 1fr; }
 .lp-grid > :nth-child(2) { grid-row: span 2; }
 .lp-tight { gap: .5rem !important; }
-#lp-gallery .grid-wrap { max-height: none; height: auto; min-height: 0; }
+#lp-gallery .grid-wrap { max-height: none; height: auto; min-height: 0; overflow: visible; }
 #lp-gallery .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; padding: 0; }
 #lp-gallery img { max-height: 26rem; }
 .thumbnail-item { height: auto !important; aspect-ratio: auto !important; display: flex !important; flex-direction: column; }
 .thumbnail-item img { width: 100%; aspect-ratio: 1; flex: none; object-fit: contain !important; }
 .thumbnail-item .caption-label { position: static !important; max-width: 100% !important; width: 100%; border: 0 !important;
-  border-radius: 0 !important; text-align: left; }
+  border-radius: 0 !important; text-align: left; padding: .6rem .6rem .5rem !important; }
 #lp-history .caption-label { display: none; }
+#lp-history .grid-wrap { padding-top: 1.9rem; } /* below the label */
+#lp-history .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; }
 .image-container .image-frame { padding-top: 1.9rem; box-sizing: border-box; } /* below the label */
 .lp-large img { width: 100% !important; height: 100% !important; object-fit: contain !important; }
 footer { flex-wrap: wrap; }

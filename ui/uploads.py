@@ -14,6 +14,7 @@ from latentpipe.ui.state import LIGHT
 from latentpipe.utils.images import open_picture, picture_file
 
 MAX_PIXELS = 4096 * 4096
+MOST_TOLD = 3  # files that a toast names
 
 
 def picture_of(path: str | None) -> Image.Image:
@@ -72,3 +73,19 @@ def _path(payload: Any) -> str | None:
     if payload.path is None:
         raise gr.Error("The picture came without a file; upload one.", print_exception=False)
     return str(payload.path)
+
+
+def readable(paths: list[str] | None) -> Any:
+    """For the upload of a field of several pictures: those that can be read; the others are told in one toast."""
+    kept, told = [], []
+    for path in paths or []:
+        try:
+            check_picture(path)
+            kept.append(path)
+        except UserError as error:
+            told.append(str(error))
+    if not told:
+        return gr.skip()
+    more = f" And {len(told) - MOST_TOLD} more." if len(told) > MOST_TOLD else ""
+    gr.Warning(" ".join(told[:MOST_TOLD]) + more, duration=12)
+    return kept or None

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentpipe.checkpoints.config_ranges import leaves
+from latentpipe.utils.deferred_imports import active
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.out_of_memory import refuse
 from latentpipe.utils.reading import validated
@@ -139,7 +140,7 @@ def built_within(build: Callable[[], Built], elements: int, tensors: int) -> Bui
     before that is known. Every other error goes through.
     """
     why = "it asks for many times the values that the weights beside it hold."
-    with _Within(FACTOR * elements + SPARE_ELEMENTS, FACTOR * tensors + SPARE_TENSORS, why):
+    with _Within(FACTOR * elements + SPARE_ELEMENTS, FACTOR * tensors + SPARE_TENSORS, why, unfilled=active()):
         return build()
 
 
@@ -163,14 +164,20 @@ class TooLarge(UserError):
 
 
 class _Within(TorchDispatchMode):
-    """Stops at the tensor by which what is made exceeds the limits; inside, torch makes tensors as usual."""
+    """Stops at the tensor by which what is made exceeds the limits; inside, torch makes tensors as usual.
 
-    def __init__(self, elements: int, tensors: int, why: str) -> None:
+    unfilled  leave out the random numbers of new weights, which the weights file replaces anyway
+    """
+
+    def __init__(self, elements: int, tensors: int, why: str, unfilled: bool = False) -> None:
         super().__init__()
         self.elements, self.tensors, self.why = elements, tensors, why
+        self.unfilled = unfilled
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         count = _made(func._schema.name, args)
+        if self.unfilled and func._schema.name in _FILLING:
+            return args[0]
         if count is not None:
             self.elements -= count
             self.tensors -= 1
@@ -179,6 +186,7 @@ class _Within(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+_FILLING = {f"aten::{name}" for name in ("uniform_", "normal_")}
 _SIZED = {f"aten::{name}" for name in ("empty", "zeros", "ones", "rand", "randn", "full", "empty_strided")}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from latentpipe.checkpoints.model_files import tokenizer_hash
+from latentpipe.checkpoints.text_names import as_hashed
 from latentpipe.checkpoints.vae_io import refuse_wrapped
 from latentpipe.utils.io import content_hash
 
@@ -47,10 +48,7 @@ def hashes_in_memory(pipe: Any, stage: Any) -> dict[str, str]:
     found = {"vae": stage.digest or content_hash(_as_in_file(stage.vae), stage.space)}
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module) and name != "vae":
-            tensors = _as_in_file(part)
-            if type(part).__name__ == "CLIPTextModel":
-                tensors = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in tensors.items()}
-            found[name] = content_hash(tensors)
+            found[name] = content_hash(as_hashed(_as_in_file(part), type(part).__name__))
         elif name.startswith("tokenizer") and part is not None:
             found[name] = (
                 tokenizer_hash(Path(part.name_or_path))

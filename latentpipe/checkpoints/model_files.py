@@ -101,6 +101,19 @@ def _is_vocabulary(model: Any) -> bool:
     return isinstance(vocab, dict) and bool(vocab) and all(type(each) is int and 0 <= each < TOKENS for each in vocab.values())
 
 
+def check_parts(folder: Path) -> None:
+    """UserError where a part is missing; transformers would otherwise come up with an empty tokenizer."""
+    tokenizer = folder / "tokenizer"
+    complete = (tokenizer / "tokenizer.json").is_file() or all(
+        (tokenizer / name).is_file() for name in ("vocab.json", "merges.txt")
+    )
+    missing = [] if complete else ["tokenizer/tokenizer.json (or vocab.json and merges.txt)"]
+    files = ["scheduler/scheduler_config.json", "unet/config.json", "text_encoder/config.json", "vae/config.json"]
+    missing += [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} is not a complete model; missing: {', '.join(missing)}. Fetch or export it again.")
+
+
 def tokenizer_hash(folder: Path) -> str:
     """sha256 over a tokenizer's files; "" where the folder has none of them."""
     digest, files = hashlib.sha256(), [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
@@ -113,6 +126,9 @@ def check_tokenizer(pipe: Any, folder: Path) -> Any:
     """The pipeline; UserError where a Stable Diffusion model's tokenizer gives numbers that its text encoder has no row for."""
     if type(pipe).__name__ != "StableDiffusionPipeline":
         return pipe
+    lacking = [name for name in ("text_encoder", "tokenizer") if getattr(pipe, name, None) is None]
+    if lacking:
+        raise UserError(f"{folder}: the configs of this model name no {' and no '.join(lacking)}; give complete ones.")
     config, tokenizer = pipe.text_encoder.config, pipe.tokenizer
     rows, length = config.vocab_size, config.max_position_embeddings
     largest = max(tokenizer.get_vocab().values(), default=-1)

@@ -15,14 +15,24 @@ import torch
 
 from latentpipe.checkpoints.components import built_within, check_config, telling
 from latentpipe.checkpoints.config_ranges import check_network_config, check_schedule, check_scheduler_config
-from latentpipe.checkpoints.model_files import STABLE_DIFFUSION, check_small_files, check_tokenizer, read_card, tokenizer_hash
+from latentpipe.checkpoints.model_files import (
+    STABLE_DIFFUSION,
+    check_parts,
+    check_small_files,
+    check_tokenizer,
+    read_card,
+    tokenizer_hash,
+)
+from latentpipe.checkpoints.plain_text import PlainTextEncoder, plain_pipeline, plain_text
 from latentpipe.checkpoints.registry import find_model
 from latentpipe.checkpoints.single_file import opening as single_file
 from latentpipe.checkpoints.single_file.folders import check_folder
 from latentpipe.checkpoints.single_file.gather import Stated
-from latentpipe.checkpoints.single_file.hashes import file_hashes
+from latentpipe.checkpoints.single_file.hashes import file_hashes, former_file_hash
 from latentpipe.checkpoints.tensor_source import CARD_FILE, VAE_FILE, offline, weight_files
+from latentpipe.checkpoints.text_names import as_hashed, as_named_by, restore_prefix
 from latentpipe.checkpoints.vae_io import PREVIEW_FILE, load_vae, open_vae, refuse_wrapped, vae_hash
+from latentpipe.utils.deferred_imports import active
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import HASH_LENGTH, atomic_folder, content_hash, load_strictly, read_header, read_json, read_tensors
 from latentpipe.utils.logging import quiet
@@ -33,8 +43,14 @@ TEXT_FILE = "model.safetensors"
 PARTS = {"vae": VAE_FILE, "unet": VAE_FILE, "text_encoder": TEXT_FILE}  # of a Stable Diffusion folder
 
 
-def load_pipeline(folder: Path, dtype: torch.dtype | None = torch.float32, stated: Stated | None = None) -> Any:
-    """A diffusers pipeline from its folder or single file, offline; every network is checked. `dtype` None: as it is stored."""
+def load_pipeline(
+    folder: Path, dtype: torch.dtype | None = torch.float32, stated: Stated | None = None, to_draw: bool = False
+) -> Any:
+    """A diffusers pipeline from its folder or single file, offline; every network is checked.
+
+    dtype    None: as it is stored
+    to_draw  it is not saved: where imports are put off, its text side may be one that needs no transformers
+    """
     folder = Path(folder)
     if folder.is_file():
         with quiet():
@@ -51,15 +67,20 @@ def load_pipeline(folder: Path, dtype: torch.dtype | None = torch.float32, state
                 f"{folder} holds a {str(name)[:80]}; expected a pipeline with a VAE of diffusers {diffusers.__version__}."
             )
         if name in STABLE_DIFFUSION:  # Stable Diffusion 1 and 2: text to image, img2img, inpainting
-            _check_parts(folder)
+            check_parts(folder)
         check_small_files(folder)
         _check_numbers(folder, index)
         enforce_chain(folder)
-        parts = {part: _network(folder / part, *source, dtype) for part, source in networks(index).items() if part != "vae"}
+        length = plain_text(folder, index) if to_draw and active() else None
+        told = {part: source for part, source in networks(index).items() if part != "vae"}
+        parts = {part: _network(folder / part, *source, dtype, plain=length is not None) for part, source in told.items()}
         options = {"requires_safety_checker": index.get("requires_safety_checker", True)} if "safety_checker" in index else {}
-        vae = load_vae(folder / "vae", dtype)
+        parts["vae"] = load_vae(folder / "vae", dtype)
         try:
-            pipe = cls.from_pretrained(folder, vae=vae, **parts, **options, local_files_only=True, use_safetensors=True)
+            if length is not None:
+                pipe = plain_pipeline(cls, folder, index["scheduler"][1], length, parts)
+            else:
+                pipe = cls.from_pretrained(folder, **parts, **options, local_files_only=True, use_safetensors=True)
         except Exception as error:  # of diffusers, transformers and tokenizers, for a file that is missing or damaged
             refuse(error, str(folder))
             reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
@@ -104,7 +125,7 @@ def networks(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return {name: source for name, source in found.items() if not source[1].endswith(passive) and "okenizer" not in name}
 
 
-def _network(folder: Path, library: str, name: str, dtype: torch.dtype) -> Any:
+def _network(folder: Path, library: str, name: str, dtype: torch.dtype, plain: bool = False) -> Any:
     """A part with its weights, strictly, in eval mode."""
     import diffusers
     import transformers
@@ -112,6 +133,8 @@ def _network(folder: Path, library: str, name: str, dtype: torch.dtype) -> Any:
     headers = [read_header(file) for file in sorted(folder.glob("*.safetensors"))]  # says what is wrong with a damaged one
     config = read_json(folder / "config.json")
     check_config(config, folder / "config.json")
+    if plain and name == "CLIPTextModel":
+        return _filled(lambda: PlainTextEncoder(config), name, folder, dtype)
     if library == "transformers" and name == "CLIPTextModel":
         read = transformers.CLIPTextConfig.from_pretrained
         return _filled(lambda: transformers.CLIPTextModel(read(folder)), name, folder, dtype)
@@ -137,19 +160,6 @@ def _network(folder: Path, library: str, name: str, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def _check_parts(folder: Path) -> None:
-    """UserError where a part is missing; transformers would otherwise come up with an empty tokenizer."""
-    tokenizer = folder / "tokenizer"
-    complete = (tokenizer / "tokenizer.json").is_file() or all(
-        (tokenizer / name).is_file() for name in ("vocab.json", "merges.txt")
-    )
-    missing = [] if complete else ["tokenizer/tokenizer.json (or vocab.json and merges.txt)"]
-    files = ["scheduler/scheduler_config.json", "unet/config.json", "text_encoder/config.json", "vae/config.json"]
-    missing += [name for name in files if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"{folder} is not a complete model; missing: {', '.join(missing)}. Fetch or export it again.")
-
-
 def _filled(build: Callable[[], Any], name: str, folder: Path, dtype: torch.dtype) -> Any:
     """What `build` makes, with the weights of `folder`, in eval mode."""
     source = folder / PARTS[folder.name]
@@ -158,7 +168,7 @@ def _filled(build: Callable[[], Any], name: str, folder: Path, dtype: torch.dtyp
     tensors = tensors_of_part(folder)
     with telling(folder, name):
         model = built_within(build, sum(map(torch.numel, tensors.values())), len(tensors))
-    load_strictly(model, _as_named_by(model, tensors), source if source.is_file() else folder)
+    load_strictly(model, as_named_by(model, tensors), source if source.is_file() else folder)
     return torch.nn.Module.to(model, dtype).eval()
 
 
@@ -176,7 +186,7 @@ def save_pipeline(pipe: Any, folder: Path, card: Mapping[str, Any], vae_folder: 
         config = read_json(text / "config.json")
         config["dtype"] = "float32"  # else transformers comes up in fp16 beside a UNet in fp32
         (text / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _restore_prefix(text / PARTS["text_encoder"])
+        restore_prefix(text / PARTS["text_encoder"])
         for name in (CARD_FILE, PREVIEW_FILE):
             if (vae_folder / name).is_file():
                 shutil.copy(vae_folder / name, part / "vae" / name)
@@ -193,14 +203,23 @@ def hashes(folder: Path, stated: Stated | None = None) -> Mapping[str, str]:
         return file_hashes(folder, stated)  # each is computed when it is asked for
     found = {"vae": vae_hash(folder / "vae")}
     index = read_json(folder / "model_index.json")
-    for part in networks(index):
+    for part, (_, cls) in networks(index).items():
         if part != "vae":
-            found[part] = content_hash(tensors_of_part(folder / part))
+            found[part] = content_hash(as_hashed(tensors_of_part(folder / part), cls))
     for part in sorted(path.name for path in folder.glob("tokenizer*") if path.is_dir()):
         found[part] = tokenizer_hash(folder / part) or hashlib.sha256().hexdigest()
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", infinite=True)
     scheduler.pop("_diffusers_version", None)
     return found | {"scheduler": hashlib.sha256(json.dumps(scheduler, sort_keys=True).encode()).hexdigest()}
+
+
+def former_hash(folder: Path, stated: Stated | None, part: str) -> str | None:
+    """The hash of a text encoder as recipes and LoRA files of before have it: of its tensors by their stored names."""
+    if not part.startswith("text_encoder"):
+        return None
+    if folder.is_file():
+        return former_file_hash(folder, stated, part)
+    return content_hash(tensors_of_part(folder / part)) if (folder / part).is_dir() else None
 
 
 def tensors_of_part(folder: Path) -> dict[str, torch.Tensor]:
@@ -241,24 +260,6 @@ def check_reference(folder: Path) -> None:
             f"{folder}: its VAE was put in {how} ({swapped.get('name')}), so other VAEs cannot be judged beside it. "
             f"Its denoiser was trained on VAE {str(card.get('vae_hash'))[:HASH_LENGTH]}; give the model that has that one."
         )
-
-
-def _restore_prefix(path: Path) -> None:
-    """transformers >= 5.6 writes CLIP text encoders without ``text_model.``; older readers need it."""
-    from safetensors.torch import save_file
-
-    tensors = read_tensors(path)
-    named = {name if name.startswith("text_model.") else f"text_model.{name}": value for name, value in tensors.items()}
-    save_file(named, path, metadata={"format": "pt"})
-
-
-def _as_named_by(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors with or without the prefix ``text_model.``, whichever `model` uses; position ids are no weights."""
-    tensors = {name: value for name, value in tensors.items() if not name.endswith("position_ids")}
-    prefixed = any(name.startswith("text_model.") for name in model.state_dict())
-    if prefixed:
-        return tensors
-    return {name.removeprefix("text_model."): value for name, value in tensors.items()}
 
 
 def describe(name: str | Path) -> dict[str, Any]:

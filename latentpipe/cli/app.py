@@ -174,7 +174,7 @@ def _run(arguments: list[str] | None) -> int:
         return _fail(_plain(error))
     except Exception as error:
         # safetensors and torch wrap what the system said
-        if "No space left" in str(error) or is_shortage(error):
+        if "No space left" in str(error) or "I/O error" in str(error) or is_shortage(error):
             return _fail(_plain(error))
         raise
 

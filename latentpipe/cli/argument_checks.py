@@ -7,7 +7,9 @@ whether a file is whole) is decided later, by the functions that read them.
 from __future__ import annotations
 
 import math
+import os
 import re
+import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -267,3 +269,29 @@ def interval(values: dict[str, Any]) -> None:
     low, high = values["guidance_interval"]
     if not 0 <= low <= high <= 1:
         raise UserError(f"--guidance-interval is {low:g} {high:g}; expected two shares of the steps, 0 <= low <= high <= 1.")
+
+
+def tagged(values: dict[str, Any]) -> None:
+    """UserError for a tag of the prompt that is none, or names a LoRA that is not installed."""
+    from latentpipe.lora.prompt_tags import split_tags
+
+    varied = any(str(values.get(axis)).startswith("prompt=") for axis in ("x", "y"))  # then other prompts are drawn
+    files = any(weighted(text)[0] not in available("lora") for text in values.get("lora", ()))  # whose names stand inside
+    for name in split_tags(values["prompt"])[1]:
+        if not varied and not files:
+            named_lora(name)
+
+
+def free_port(values: dict[str, Any]) -> None:
+    """UserError where another program on this machine listens at the port."""
+    port = values["port"]
+    if port is None or values["host"] is not None:
+        return
+    with socket.socket() as probe:
+        if os.name == "posix":  # as the server itself does: a port that was just left is free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            why = (error.strerror or "").lower()
+            raise UserError(f"--port {port} is taken or not allowed ({why}); choose another one.") from None

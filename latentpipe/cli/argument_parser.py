@@ -9,17 +9,23 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from latentpipe.utils.errors import UserError, near
 
 NUMBERS = {int: "a whole number", float: "a number"}
 NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
+
+
+Given = TypeVar("Given")
+Positional = Annotated[Given, "positional"]  # a word of its own, without a flag; `explain` puts tyro's in its place
+arg = dataclasses.make_dataclass("arg", ["name"], frozen=True)  # the name that people call a parameter by; likewise
 
 
 class Word(str):
@@ -77,6 +83,8 @@ def explain(prog: str, target: Any, **named: Any) -> None:
     """Print what a target takes, as the parser sets it out, and leave."""
     import tyro
 
+    place = vars(sys.modules[target.__module__])  # annotations are texts, read by what these names mean there
+    place.update({name: getattr(tyro.conf, name) for name in ("Positional", "arg") if name in place})
     tyro.cli(target, prog=prog, args=["--help"], **named)
 
 
@@ -265,7 +273,7 @@ def _take_positional(prog: str, options: list[Option], call: Call) -> None:
 
 
 def _value(prog: str, option: Option, word: str) -> Any:
-    if option.optional and word == "None":
+    if option.optional and word == "None" and not option.positional:
         return None
     if option.choices:
         if word not in option.choices:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from latentpipe.checkpoints.registry import available, find_model, is_installed, is_installed_embedding, lookup, own_adapters
-from latentpipe.cli import argument_checks, output_paths, replayed
+from latentpipe.cli import argument_checks, output_paths, prompt_file, replayed
 from latentpipe.cli.argument_checks import above, within
 from latentpipe.cli.output_paths import ending
 from latentpipe.utils.defaults import MAX_BATCH, MAX_SEED
 from latentpipe.utils.errors import UserError
 
-COUNT = within(1)
-PNG = ending(".png")
+COUNT, PNG = within(1), ending(".png")
 
 # By parameter, or by verb and parameter where it means something else there; None: nothing is asked.
 RULES: dict[str, argument_checks.Rule | None] = {
@@ -54,6 +53,7 @@ RULES: dict[str, argument_checks.Rule | None] = {
     "picture": argument_checks.picture,
     "port": within(1, 65535),
     "probe": within(0),
+    "prompts": argument_checks.file,
     "rank": above(0),
     "rows": COUNT,
     "scale": within(0, 3),
@@ -118,11 +118,7 @@ RULES: dict[str, argument_checks.Rule | None] = {
 
 # What does nothing without another option: it was meant to do something.
 NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "generate": {
-        "adapter": ("vae",),
-        "lora_method": ("lora",),
-        "strength": ("image",),
-    },
+    "generate": {"adapter": ("vae",), "lora_method": ("lora",), "strength": ("image",)},
     "edit": {"share": ("mix",), "amount": ("along",), "feather": ("mask",)},
     "lora convert": {"rank": ("plain",)},
 }
@@ -249,14 +245,21 @@ def _fits_a_jpeg(values: dict[str, Any]) -> None:
     """A JPEG holds a recipe of 64 KB."""
     from json import dumps
 
-    text = values["prompt"] + values["negative"]
+    text = (values["prompt"] or "") + values["negative"]
     if values["out"].suffix.lower() in (".jpg", ".jpeg") and len(dumps(text)) + 4 * len(text) > 50_000:
         raise UserError(f"--out {values['out']}: a JPEG has no room for a prompt of this length; name a .png or a .webp.")
 
 
 WHOLE: dict[str, tuple[Callable[[dict[str, Any]], None], ...]] = {
-    "generate": (argument_checks.interval, argument_checks.drawn_size, _fits_a_jpeg),
-    "grid": (_axes, argument_checks.drawn_size),
+    "generate": (
+        prompt_file.prompted,
+        argument_checks.interval,
+        argument_checks.drawn_size,
+        argument_checks.tagged,
+        _fits_a_jpeg,
+    ),
+    "grid": (_axes, argument_checks.drawn_size, argument_checks.tagged),
+    "inpaint": (argument_checks.tagged,),
     "replay": (replayed.check,),
     "emoji": (_rendered,),
     "lora merge": (_merged,),
@@ -271,7 +274,7 @@ WHOLE: dict[str, tuple[Callable[[dict[str, Any]], None], ...]] = {
     "health": (argument_checks.vae_size,),
     "encode": (argument_checks.vae_size, output_paths.cached),
     "swap": (output_paths.swapped,),
-    "ui": (output_paths.kept,),
+    "ui": (output_paths.kept, argument_checks.free_port),
     "fit-codec": (output_paths.learnt,),
     "fit-adapter": (output_paths.fitted,),
 }

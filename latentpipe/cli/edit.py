@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tyro.conf import Positional
-
+from latentpipe.cli.argument_parser import Positional
 from latentpipe.utils.defaults import GUIDANCE, STEPS
 
 if TYPE_CHECKING:

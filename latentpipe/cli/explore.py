@@ -98,15 +98,15 @@ def traverse(
     """
     from latentpipe.data import image_set
     from latentpipe.explore import traverse as run
-    from latentpipe.utils.errors import UserError
+    from latentpipe.explore.attributes import labels
     from latentpipe.utils.images import open_picture
 
-    if rows < 1 or most < 2:
-        raise UserError(f"Given --rows {rows}, --most {most}; expected rows from 1 and most from 2.")
     check_png(out)
     given = None if picture is None else open_picture(picture)
     stage, name, side = open_stage(vae, size, device)
     known = image_set.read_set(images, side, most)
+    for one in attribute:
+        labels(known.captions, one)  # what captions do not name is said before they are encoded
     with progress_bar() as report:
         latents = image_set.encode(stage, known.images, report)
         found = run.ranked(stage, latents[:8], run.candidates(latents, known.captions, attribute, report), 2.0, report)[:rows]

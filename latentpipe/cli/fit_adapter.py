@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import arg
-
+from latentpipe.cli.argument_parser import arg
 from latentpipe.cli.common import pictures_of
 from latentpipe.utils.errors import UserError
 

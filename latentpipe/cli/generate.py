@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tyro.conf import Positional
-
 from latentpipe.cli.argument_checks import size_of, weighted
+from latentpipe.cli.argument_parser import Positional
 from latentpipe.cli.lora import Method
 from latentpipe.cli.output_paths import is_picture
 from latentpipe.utils.defaults import GUIDANCE, STEPS, STRENGTH
@@ -26,10 +25,12 @@ from latentpipe.utils.threads import run_in_thread
 class Generate:
     """Draw pictures of a prompt and print their paths."""
 
-    prompt: Positional[str]
+    prompt: Positional[str | None] = None
     """What to draw."""
+    prompts: Path | None = None
+    """Instead: a text file with one prompt a line, or SEED<TAB>PROMPT; lines without a seed count on from SEED."""
     n: int = 1
-    """How many pictures (also -n); picture i has the seed SEED + i."""
+    """How many pictures (also -n), of each prompt; picture i has the seed SEED + i."""
     seed: int | None = None
     """0 to 4294967295; left out, or -1: a random one, which is told."""
     out: Path = Path("out")
@@ -89,11 +90,11 @@ def run_generate(options: Generate) -> None:
     loras = [weighted(text) for text in options.lora]
     from latentpipe.utils.images import open_picture
 
-    names = ("n", "seed", "negative", "steps", "guidance", "guidance_interval", "scheduler", "strength", "lora_partial")
+    names = ("negative", "steps", "guidance", "guidance_interval", "scheduler", "strength", "lora_partial")
     settings = in_python({name: getattr(options, name) for name in names})
     settings["size"] = size_of(options.size)
     settings["image"] = open_picture(options.image) if options.image is not None else None
-    from latentpipe import Engine, LatentPipeline
+    from latentpipe import LatentPipeline
     from latentpipe.checkpoints.single_file.gather import Stated
 
     stated = Stated(options.family, options.prediction, options.config, options.parts)
@@ -118,36 +119,68 @@ def run_generate(options: Generate) -> None:
             pipe.set_lora(pipe.loras.weights, method=options.lora_method)
         return pipe
 
-    pictures, stop = _watch(Engine(run_in_thread(opened)), options.prompt, settings)
-    for picture in pictures:
-        print(picture.save(_place(options.out, picture.recipe, len(pictures))))
-    if (done := pictures[0].recipe.stopped_after) is not None:
+    _draw(options, run_in_thread(opened), settings)
+
+
+def _draw(options: Generate, pipe: Any, settings: dict[str, Any]) -> None:
+    """Draw batch after batch, and save each as it is done."""
+    from tqdm import tqdm
+
+    from latentpipe import Engine
+
+    parts = _parts(options, pipe, settings)
+    engine, count, last = Engine(pipe), sum(len(part) for part in parts), None
+    with stop_on_interrupt() as stop, tqdm(total=options.steps, unit="step", disable=None, file=sys.stderr) as bar:
+        for number, part in enumerate(parts):
+            stop.token = threading.Event()  # a job sets its token when it ends
+            if stop.number:
+                break
+            own = {**settings, "n": len(part), "seed": part[0][1]} if options.prompts is None else settings
+            asked = part[0][0] if options.prompts is None else part
+            pictures = _watch(engine, asked, own, stop, bar, (number, len(parts)))
+            bar.clear()
+            for picture in pictures:
+                print(picture.save(_place(options.out, picture.recipe, count)), flush=True)
+            last = pictures[0].recipe.stopped_after
+    if last is not None:
         what = "it is" if len(pictures) == 1 else "they are"
-        print(f"latentpipe: {counted(len(pictures), 'unfinished picture')} kept: {what} of step {done}", file=sys.stderr)
+        print(f"latentpipe: {counted(len(pictures), 'unfinished picture')} kept: {what} of step {last}", file=sys.stderr)
     stop.heed()
 
 
-def _watch(engine: Any, prompt: str, settings: dict[str, Any]) -> tuple[list[Any], Stop]:
-    """Show a job's steps; the first Ctrl-C (or SIGTERM) stops it and keeps the partial pictures, the second leaves at once."""
-    from tqdm import tqdm
+def _parts(options: Generate, pipe: Any, settings: dict[str, Any]) -> list[list[tuple[str, int]]]:
+    """Prompt and seed of each picture, in batches; UserError names the line of a prompt that this model cannot draw."""
+    from latentpipe.cli.prompt_file import prompted_pictures, read_prompts, told
+    from latentpipe.pipelines import prompt_weighting
+    from latentpipe.pipelines.batches import batches
 
+    assert options.seed is not None  # it was drawn where the call gives none
+    if options.prompts is None:
+        found = [(options.prompt or "", options.seed + i) for i in range(options.n)]
+    else:
+        lines = read_prompts(options.prompts, options.n)
+        for line in lines:
+            with told(options.prompts, line.number):
+                prompt_weighting.check(pipe.host, pipe.embeddings.spell(line.prompt), options.negative)
+        found = prompted_pictures(lines, options.n, options.seed)
+    return list(batches(found, settings["size"] or pipe.native_size))
+
+
+def _watch(engine: Any, prompt: Any, settings: dict[str, Any], stop: Stop, bar: Any, part: tuple[int, int]) -> list[Any]:
+    """Show a job's steps; the first Ctrl-C (or SIGTERM) stops it and keeps the partial pictures, the second leaves at once."""
     from latentpipe.engine.engine import Finished, StepDone
     from latentpipe.utils.errors import Cancelled
 
-    with (
-        stop_on_interrupt() as stop,
-        tqdm(total=settings["num_inference_steps"], unit="step", disable=None, file=sys.stderr) as bar,
-    ):
-        try:
-            for event in engine.run(prompt, cancel=stop.token, **settings):
-                if isinstance(event, Finished):
-                    return event.pictures, stop
-                if isinstance(event, StepDone):
-                    bar.total = event.steps
-                    bar.update(event.step - bar.n)
-        except Cancelled:
-            stop.heed()
-            raise
+    try:
+        for event in engine.run(prompt, cancel=stop.token, **settings):
+            if isinstance(event, Finished):
+                return event.pictures
+            if isinstance(event, StepDone):
+                bar.total = part[1] * event.steps
+                bar.update(part[0] * event.steps + event.step - bar.n)
+    except Cancelled:
+        stop.heed()
+        raise
     raise RuntimeError("the engine ended without a result")
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tyro.conf import Positional
-
 from latentpipe.cli.argument_checks import size_of, weighted
+from latentpipe.cli.argument_parser import Positional
 from latentpipe.cli.generate import Stop, stop_on_interrupt
 from latentpipe.utils.defaults import GUIDANCE, STEPS
 from latentpipe.utils.setting_names import in_python

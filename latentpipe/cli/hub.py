@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import arg
-
 from latentpipe.checkpoints.places.hub_cache import parse_id
+from latentpipe.cli.argument_parser import arg
 from latentpipe.utils.errors import UserError
 
 if TYPE_CHECKING:

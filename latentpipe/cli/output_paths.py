@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,11 @@ def room(option: str, value: Path) -> None:
     if not there.is_dir():
         what = "a file" if there.exists() else "a link that leads nowhere"
         raise UserError(f"{option} {value}: cannot be made a folder, since {there} is {what}.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{option} {value}: nothing can be written in {there}.")
+    try:
+        with tempfile.TemporaryFile(dir=there):  # permissions tell root nothing: /proc grants them, and takes no file
+            pass
+    except OSError:
+        raise UserError(f"{option} {value}: nothing can be written in {there}; name another place.") from None
 
 
 def written(option: str, value: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import FlagCreatePairsOff
 
 from latentpipe.utils.errors import UserError
 
@@ -15,16 +17,20 @@ def ui(
     port: int | None = None,
     listen: bool = False,
     auth_file: Path | None = None,
-    no_auth: bool = False,
+    no_auth: Annotated[bool, FlagCreatePairsOff] = False,
     out: Path = Path("out"),
     save: bool = True,
     device: str | None = None,
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+    dtype: Literal["fp32", "bf16", "fp16", "stored", "auto"] = "fp32",
     mcp: bool = False,
     host: str | None = None,
     allow_host: tuple[str, ...] = (),
     root_path: str = "",
     max_work: float = 300,
+    family: str | None = None,
+    prediction: Literal["epsilon", "v", "v-zsnr"] | None = None,
+    config: Path | None = None,
+    parts: tuple[Path, ...] = (),
 ) -> None:
     """Open the interface in a browser: generate, VAE lab, playground, grid, PNG info; and its HTTP endpoints.
 
@@ -37,18 +43,29 @@ def ui(
         out: Folder where pictures are kept, by date.
         save: Keep pictures; --no-save leaves them in the browser only.
         device: cpu, cuda or mps.
-        dtype: Precision of the weights.
+        dtype: Precision of the weights, as for 'latentpipe generate'.
         mcp: Offer the endpoints to language models as tools (Model Context Protocol); needs latentpipe[mcp].
         host: Address or name of this machine to listen at, such as :: or 192.168.1.5; other machines need a login, as --listen.
         allow_host: Further names that the server answers to, such as that of a reverse proxy or of this machine.
         root_path: Path that a reverse proxy serves the interface at, such as /draw (ui/API.md has an example).
         max_work: The most that one request may ask for: pixels x steps x pictures, in millions.
+        family: Of the single file that --model names, as for 'latentpipe generate'.
+        prediction: Likewise.
+        config: Likewise.
+        parts: Likewise.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("The interface needs gradio, which is not installed: pip install 'latentpipe[ui]'.")
-    print("Starting the interface ...", file=sys.stderr, flush=True)
+    _begin()
+    from latentpipe.checkpoints.single_file.gather import Stated
     from latentpipe.ui.server import serve
 
     serve(
-        model, port, listen, auth_file, no_auth, out if save else None, device, dtype, mcp, host, allow_host, root_path, max_work
-    )
+        model, port, listen, auth_file, no_auth, out if save else None, device, dtype, mcp, host, allow_host, root_path, max_work,
+        stated=Stated(family, prediction, config, parts),
+    )  # fmt: skip
+
+
+def _begin() -> None:
+    """Say that it starts; UserError where gradio is not installed."""
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("The interface needs gradio, which is not installed: pip install 'latentpipe[ui]'.")
+    print("Starting the interface ...", file=sys.stderr, flush=True)

@@ -106,32 +106,41 @@ def swap(
     images: Path | None = None,
     force: bool = False,
     json: bool = False,
+    family: str | None = None,
+    prediction: Literal["epsilon", "v", "v-zsnr"] | None = None,
+    config: Path | None = None,
+    parts: tuple[Path, ...] = (),
 ) -> None:
     """Does this VAE fit this model? Measure it, print the verdict, and with --out save the swapped pipeline.
 
     Args:
         vae: Name, folder or file of the VAE.
-        model: Name or folder of a diffusers pipeline.
+        model: Name, diffusers folder or single file of a model.
         out: Folder for the pipeline with the VAE swapped in.
         images: Folder of pictures to measure on; left out: pictures made by code.
         force: Save it whatever the verdict, as long as the shapes agree.
         json: Print one JSON object only.
+        family: Of a model's single file, as for 'latentpipe generate'.
+        prediction: Likewise.
+        config: Likewise.
+        parts: Likewise.
     """
     from json import dumps
 
     from latentpipe.checkpoints.registry import find_model
+    from latentpipe.checkpoints.single_file.gather import Stated
     from latentpipe.pipelines.save_swapped import save_swapped
     from latentpipe.pipelines.verdict_cache import verdict_on
     from latentpipe.utils.io import refuse_name
 
     if out is not None:
         refuse_name(out)
-    folder = find_model(model)
-    verdict = verdict_on(folder, vae, _verdict_images(images, folder, vae) if images else None)
+    folder, stated = find_model(model), Stated(family, prediction, config, parts)
+    verdict = verdict_on(folder, vae, _verdict_images(images, folder, vae) if images else None, stated)
     if out is None or verdict.fits or force:
         print(dumps(verdict.as_dict(), indent=2) if json else verdict)
     if out is not None:
-        save_swapped(folder, vae, out, verdict, force)
+        save_swapped(folder, vae, out, verdict, force, stated)
         if not json:
             print(out)
     elif not verdict.fits:

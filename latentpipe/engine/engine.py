@@ -46,7 +46,7 @@ class Engine:
 
     def run(
         self,
-        prompt: str,
+        prompt: str | Sequence[tuple[str, int]],
         cancel: threading.Event | None = None,
         previews: bool = False,
         loras: Mapping[str, Weight] | None = None,
@@ -56,6 +56,7 @@ class Engine:
     ) -> Generator[Waiting | StepDone | Finished, None, None]:
         """Draw `prompt` in a worker thread and yield its events; the last one is `Finished`.
 
+        prompt    one text; or several, each with its seed, which are drawn in one batch (`LatentPipeline.several`)
         cancel    setting it stops within the current step and keeps the partial pictures of the step before
         previews  whether the events carry a picture of the estimate
         loras     installed adapters that are on for this job, beside those of the pipeline and of the prompt
@@ -74,7 +75,7 @@ class Engine:
         self,
         cancel: threading.Event,
         previews: bool,
-        prompt: str,
+        prompt: str | Sequence[tuple[str, int]],
         loras: Mapping[str, Weight],
         lora_partial: bool,
         embeddings: Sequence[str],
@@ -92,9 +93,12 @@ class Engine:
             emit(StepDone(step.step, step.steps, (now - begin) / step.step * (step.steps - step.step), preview))
             return cancel.is_set()
 
-        if lora_partial:
+        if lora_partial and isinstance(prompt, str):
             prompt, tagged = split_tags(prompt)
             loras = {**loras, **tagged}
         with self.pipe.loras.more(loras, loras if lora_partial else ()), self.pipe.embeddings.more(embeddings):
-            pictures = self.pipe(prompt, on_step=on_step, **settings)
+            if isinstance(prompt, str):
+                pictures = self.pipe(prompt, on_step=on_step, **settings)
+            else:
+                pictures = self.pipe.several(prompt, on_step=on_step, **settings)
         return Finished(pictures, time.monotonic() - begin)

@@ -6,10 +6,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.compatibility.latent_adapter import own_adapter
 from latentpipe.compatibility.measure import Verdict
 from latentpipe.pipelines.latent_pipeline import LatentPipeline
@@ -25,11 +27,14 @@ class PipelineCache:
     most    models that are kept, and VAEs beside them
     device, dtype  as for `LatentPipeline.from_pretrained`
 
+    stated  what single files do not say themselves, by their places
+
     Pipelines of one model share its denoiser. A file that has changed is opened again.
     """
 
     def __init__(self, most: int = 2, device: str | None = None, dtype: str = "fp32") -> None:
         self.most, self.device, self.dtype = most, device, dtype
+        self.stated: dict[Path, Stated] = {}
         self._lock = threading.Lock()
         self._models: OrderedDict[Any, LatentPipeline] = OrderedDict()
         self._swapped: OrderedDict[Any, LatentPipeline] = OrderedDict()
@@ -54,7 +59,7 @@ class PipelineCache:
         """Whether a VAE fits a model: measured once; the model itself need not be open."""
         with self._lock:
             key = (*_state(find_model(model)), *_state(find_model(vae, "vae")))
-            return _kept(self._verdicts, key, 256, lambda: verdict_on(model, vae))
+            return _kept(self._verdicts, key, 256, lambda: verdict_on(model, vae, stated=self.stated.get(find_model(model))))
 
     def stage(self, vae: str | Path) -> VAEStage:
         """The stage of a VAE alone, whether it fits a model or not."""
@@ -69,9 +74,9 @@ class PipelineCache:
     def _base(self, model: str | Path) -> LatentPipeline:
         folder = find_model(model)
         key = _state(folder)
-        found = _kept(
-            self._models, key, self.most, lambda: LatentPipeline.from_pretrained(folder, device=self.device, dtype=self.dtype)
-        )
+        stated = self.stated.get(folder)
+        opened = partial(LatentPipeline.from_pretrained, folder, device=self.device, dtype=self.dtype, stated=stated)
+        found = _kept(self._models, key, self.most, opened)
         for swapped in [other for other in self._swapped if other[:2] not in self._models]:
             del self._swapped[swapped]  # a dropped model must not live on in these
         return found

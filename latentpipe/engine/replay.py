@@ -117,7 +117,7 @@ def _as_then(
     changed = [
         f"{part} is {now.get(part, 'missing')[:16]}, the picture's was {digest[:16]}"
         for part, digest in old.hashes.items()
-        if now.get(part) != digest
+        if now.get(part) != digest and pipe.former(part) != digest
     ]
     if changed:
         kinds = {part.partition(":")[0] if ":" in part else "model" for part in changed}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL import Image
 from latentpipe.checkpoints.embedding import Embedding
 from latentpipe.checkpoints.in_memory import Computed, hashes_in_memory
 from latentpipe.checkpoints.model_files import read_preview
-from latentpipe.checkpoints.pipeline_io import check_reference, hashes
+from latentpipe.checkpoints.pipeline_io import check_reference, former_hash, hashes
 from latentpipe.checkpoints.registry import find_model, name_of
 from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.tensor_source import CARD_FILE
@@ -25,8 +24,9 @@ from latentpipe.compatibility.measure import comparable
 from latentpipe.lora.adapter import Lora
 from latentpipe.lora.matching import MatchReport
 from latentpipe.lora.merge import Weight
-from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags
-from latentpipe.pipelines import prompt_notes, prompt_weighting, vocabulary
+from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags, without_tags
+from latentpipe.pipelines import prompt_notes, vocabulary
+from latentpipe.pipelines.batches import drawn
 from latentpipe.pipelines.denoise import check_family, check_host, denoise, native_size, size_unit
 from latentpipe.pipelines.embeddings import EmbeddingManager
 from latentpipe.pipelines.families import expected_latents
@@ -35,19 +35,17 @@ from latentpipe.pipelines.lora_manager import LoraManager
 from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.opening import check_arguments, host_from
 from latentpipe.pipelines.picture import Picture, preview_by, recipe_of, stated_in_recipe
-from latentpipe.pipelines.sampling import OnStep, Settings, Step, check_settings, drawn_seed, settings_of
-from latentpipe.pipelines.swap import host_stage, judge_stages, stage_of
+from latentpipe.pipelines.sampling import OnStep, Settings, check_settings, drawn_seed, settings_of
+from latentpipe.pipelines.swap import as_given, host_stage, judge_stages, stage_of
 from latentpipe.pipelines.verdict_cache import judged, refuse_other_shape
 from latentpipe.pipelines.vocabulary import known_words
-from latentpipe.utils.errors import LatentpipeWarning, UserError, counted, expect
+from latentpipe.utils.errors import UserError, counted, expect
 from latentpipe.utils.images import to_pixels
 from latentpipe.utils.io import content_hash, read_json
 from latentpipe.utils.threads import run_in_thread
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.protocol import Stage
 from latentpipe.vae.stage import VAEStage
-
-GIVEN = "(given)"  # the recipe's name for what came as an object: a replay asks for its file
 
 
 @dataclass
@@ -60,6 +58,7 @@ class LatentPipeline:
              asked for); `base`: of the parts that the host came with in its files
     words    those that the model was trained on, where its card lists them
     stated   what was stated on the model's single file, as a recipe keeps it
+    former   the hash that a part had in recipes and LoRA files of before; None where it had no other
     """
 
     host: Any
@@ -72,6 +71,7 @@ class LatentPipeline:
     preview_map: dict[str, list] | None = None
     words: frozenset[str] = field(default=frozenset(), repr=False)
     stated: recipes.StatedModel | None = field(default=None, repr=False)
+    former: Callable[[str], str | None] = field(default=lambda part: None, repr=False, compare=False)
     loras: LoraManager = field(init=False, repr=False, compare=False)
     embeddings: EmbeddingManager = field(init=False, repr=False, compare=False)
 
@@ -86,7 +86,7 @@ class LatentPipeline:
                 "Choose a VAE of the same space ('latentpipe ls vae --fits MODEL' lists them), or train a denoiser for this one."
             )
         self.base = self.base or self.hashes
-        self.loras = LoraManager(self.host, self.stage, self.base, self.hashes.get("vae"))
+        self.loras = LoraManager(self.host, self.stage, self.base, self.hashes.get("vae"), self.former)
         self.embeddings = EmbeddingManager(self.host, self.loras)
         if not self.hashes:
             self.hashes = Computed(partial(hashes_in_memory, self.host, self.stage))
@@ -116,7 +116,8 @@ class LatentPipeline:
         """
         device = check_arguments(model, vae, adapter, device, dtype, offload)
         folder = find_model(model)
-        if vae is not None and adapter is None:
+        whole = stated is None or not (stated.parts or stated.config)  # else its VAE may be another file's
+        if vae is not None and adapter is None and whole:
             refuse_other_shape(folder, vae)  # before anything is read
 
         def opened() -> LatentPipeline:
@@ -125,7 +126,13 @@ class LatentPipeline:
             own = read_preview(folder / "vae" / PREVIEW_FILE, LatentSpace.of(host.vae).channels)
             kept = stated_in_recipe(folder, stated)
             pipe = cls(
-                host, name=name_of(folder), hashes=hashes(folder, stated), preview_map=own, words=known_words(card), stated=kept
+                host,
+                name=name_of(folder),
+                hashes=hashes(folder, stated),
+                preview_map=own,
+                words=known_words(card),
+                stated=kept,
+                former=partial(former_hash, folder, stated),
             )
             return pipe if vae is None else pipe.with_vae(vae, folder, adapter, force)
 
@@ -139,8 +146,7 @@ class LatentPipeline:
         place = find_model(vae, "vae")
         changes: dict[str, Any] = {"vae_name": name_of(place, "vae"), "stage": stage}
         if adapter is not None:
-            path = find_adapter(adapter)
-            mapping = open_adapter(path, [self.hashes["vae"]], [found["vae"]])
+            mapping = open_adapter(path := find_adapter(adapter), [self.hashes["vae"]], [found["vae"]])
             found["adapter"] = content_hash(mapping.state_dict())
             changes |= {"stage": bridged(own, stage, mapping), "adapter_name": path.stem}
         elif found["vae"] != self.hashes["vae"] and not force:
@@ -156,13 +162,7 @@ class LatentPipeline:
         """The same denoiser around a stage that was opened elsewhere; UserError while LoRA is attached. See `swap_vae`."""
         if names := ", ".join(self.loras.weights):
             raise UserError(f"LoRA is attached ({names}); take it off first (detach_lora), then swap the VAE.")
-        decoder, adapter = stage.decoding, stage.adapter if isinstance(stage, BridgedStage) else None
-        found = {**self.hashes, "vae": decoder.digest or content_hash(decoder.vae.state_dict(), decoder.space)}
-        changes: dict[str, Any] = {"stage": stage, "vae_name": GIVEN}
-        if adapter is not None:
-            found["adapter"] = content_hash(adapter.state_dict())
-            changes["adapter_name"] = GIVEN
-        return replace(self, **changes, hashes=found)
+        return replace(self, stage=stage, **as_given(stage, self.hashes))
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -192,24 +192,23 @@ class LatentPipeline:
     def literal(self, prompt: str, n: int, seed: int | None, on_step: OnStep | None, chosen: Settings) -> list[Picture]:
         """As a call, with checked settings and a prompt as a recipe has it: no tag of it opens a file."""
         seed = drawn_seed(n, seed)
-        prompt_weighting.check(self.host, self.embeddings.spell(prompt), self.embeddings.spell(chosen.negative_prompt))
-        assert chosen.size is not None
-        self.stage.check_memory(n, *reversed(chosen.size))  # now, not after the sampling
-        done = 0
-
-        def watch(step: Step) -> bool:
-            nonlocal done
-            done = step.step
-            return bool(on_step and on_step(step))
-
-        notes = self.notes_on(prompt) + self.notes_on(chosen.negative_prompt, "negative prompt")
-        notes += self.embeddings.idle(prompt, chosen.negative_prompt)
-        for note in notes:
-            warnings.warn(note, LatentpipeWarning, stacklevel=3)
-        images = self.draw([prompt] * n, list(range(seed, seed + n)), chosen, watch)
-        base = recipe_of(self, prompt, seed, n, chosen, done if done < chosen.steps_to_run else None)
+        images, notes, stopped = drawn(self, [prompt] * n, list(range(seed, seed + n)), on_step, chosen)
+        base = recipe_of(self, prompt, seed, n, chosen, stopped)
         own = [base.model_copy(update={"seed": seed + i, "batch_index": i}) for i in range(len(images))]
-        return [Picture(image, recipe, tuple(notes)) for image, recipe in zip(images, own, strict=True)]
+        return [Picture(image, recipe, notes[prompt]) for image, recipe in zip(images, own, strict=True)]
+
+    def several(self, pictures: Sequence[tuple[str, int]], on_step: OnStep | None = None, **settings: Any) -> list[Picture]:
+        """A picture of each prompt and seed, in one batch, each with a recipe of its own; all say the same of LoRA adapters."""
+        chosen = self.check(settings_of(settings))
+        note_negative(chosen.negative_prompt)
+        with self.loras.more(split_tags(pictures[0][0])[1], partial_tags(pictures[0][0])):
+            prompts = [self.embeddings.tagged(split_tags(prompt)[0]) for prompt, _ in pictures]
+            chosen = replace(chosen, negative_prompt=self.embeddings.tagged(chosen.negative_prompt))
+            with self.embeddings.more(self.embeddings.named_in(*prompts, chosen.negative_prompt)):
+                images, notes, stopped = drawn(self, prompts, [seed for _, seed in pictures], on_step, chosen)
+                one = zip(prompts, pictures, strict=True)
+                own = [recipe_of(self, prompt, seed, 1, chosen, stopped) for prompt, (_, seed) in one]
+        return [Picture(image, recipe, notes[prompt]) for image, recipe, prompt in zip(images, own, prompts, strict=True)]
 
     def attach_lora(
         self,
@@ -290,6 +289,8 @@ class LatentPipeline:
     def notes_on(self, prompt: str, what: str = "prompt") -> list[str]:
         """What the text encoder cannot make use of in a prompt, in sentences."""
         found = [vocabulary.sentence(self.unknown_words(prompt), self.words, what)]
+        if what == "prompt" and not without_tags(prompt).strip():
+            found.append("the prompt is empty: what is drawn is chance")
         if cut := self.truncated_text(prompt):
             found.append(prompt_notes.too_long(self.host, what, cut))
         return [note for note in found if note]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -45,10 +45,12 @@ class LoraManager:
 
     hashes  content hashes of the host's own parts, where they are known: an adapter that names others is refused
     vae     content hash of the stage's VAE, which may be another one than the host's
+    former  the hash that a part of the host has in files of before
     """
 
-    def __init__(self, host: Any, stage: Stage, hashes: Mapping[str, str], vae: str | None = None) -> None:
+    def __init__(self, host: Any, stage: Stage, hashes: Mapping[str, str], vae: str | None = None, former: Any = None) -> None:
         self.host, self.stage, self.hashes, self.vae = host, stage, hashes, vae
+        self.former: Callable[[str], str | None] = former or (lambda part: None)
         self._lock = threading.RLock()  # a tag changes the weights for the time of a call
         self._left: dict[str, tuple[str, ...]] = {}  # what was left out of the adapters that were opened by name
         self._files: dict[str, tuple[Path, tuple[float, int]]] = {}  # of the adapters that were opened by name, and their state
@@ -215,7 +217,7 @@ class LoraManager:
             pairs.append(("vae", self.hashes.get("vae")))  # the one whose latents the denoiser draws, whatever decodes them
         known = [(name, wanted[name], own) for name, own in pairs if name in wanted and own]
         for name, trained, own in known:
-            if trained != own and not force:
+            if trained != own and not force and trained != self.former(name):
                 raise UserError(
                     f"LoRA '{lora.name}' was trained with {name} {trained[:HASH_LENGTH]}, this model's is {own[:HASH_LENGTH]}; "
                     "choose one for this model (force attaches it anyhow)."

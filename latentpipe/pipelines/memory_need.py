@@ -5,9 +5,11 @@ Weights by their headers, and the larger of one denoising pass and one decode, w
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from latentpipe.checkpoints.single_file.tokenizers import DATA
 from latentpipe.utils.errors import LatentpipeWarning
 from latentpipe.utils.io import read_header
 from latentpipe.utils.logging import quiet
-from latentpipe.utils.reading import read_json
+from latentpipe.utils.reading import parse_object, read_json
 from latentpipe.utils.system import has_bf16_units
 from latentpipe.vae import memory
 from latentpipe.vae.latent_space import downscale_of
@@ -201,10 +203,18 @@ def _decode(vae: Any, shape: tuple[int, int, int, int], device: str, free: int) 
 
 
 def _pass(network: tuple[str, Mapping[str, Any]], dtype: torch.dtype, device: str, n: int, height: int, width: int) -> int:
-    """Bytes of one pass of the denoiser, with guidance where its family draws so; 0 for a class that is not known here."""
+    """Bytes of one pass of the denoiser, with guidance where its family draws so; 0 for one whose inputs are not known here."""
     cls, config = network
-    if cls not in ("UNet2DConditionModel", *T5_TOKENS):
+    odd = [config.get(key) for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "encoder_hid_dim")]
+    plain = not any(odd) and config.get("addition_embed_type") in (None, "text_time")
+    if cls not in ("UNet2DConditionModel", *T5_TOKENS) or not plain:
         return 0
+    return _known_pass(cls, json.dumps(dict(config), sort_keys=True), dtype, device, n, height, width)
+
+
+@lru_cache(maxsize=256)
+def _known_pass(cls: str, described: str, dtype: torch.dtype, device: str, n: int, height: int, width: int) -> int:
+    config = parse_object(described)
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -213,7 +223,7 @@ def _pass(network: tuple[str, Mapping[str, Any]], dtype: torch.dtype, device: st
     batch = n if cls == "FluxTransformer2DModel" else 2 * n
     given: dict[str, Any] = {"timestep": empty(batch)}
     if cls == "UNet2DConditionModel":
-        given |= {"sample": empty(batch, config["in_channels"], height, width)}
+        given |= {"sample": empty(batch, model.config.in_channels, height, width)}
         given |= {"encoder_hidden_states": empty(batch, CLIP_TOKENS, model.config.cross_attention_dim)}
         if config.get("addition_embed_type") == "text_time":
             ids = 5 if config["projection_class_embeddings_input_dim"] == 2560 else 6

@@ -46,7 +46,7 @@ def check_arguments(model: Any, vae: Any, adapter: Any, device: Any, dtype: Any,
 def host_from(folder: Path, device: str, dtype: str, offload: str, stated: Stated | None) -> Any:
     """The diffusers pipeline of a folder or single file on a device, in the precision that was asked for or chosen."""
     kind = chosen_dtype(folder, torch.device(device), stated) if dtype == "auto" else DTYPES[dtype]
-    host = load_pipeline(folder, kind, stated)
+    host = load_pipeline(folder, kind, stated, to_draw=offload == "none")
     return move_pipeline(host, device) if offload == "none" else offloaded(host, device, offload)
 
 

@@ -10,6 +10,8 @@ from latentpipe.pipelines import prompt_weighting, vocabulary
 from latentpipe.pipelines.denoise import is_classic
 from latentpipe.pipelines.embeddings import EmbeddingManager
 
+MOST_SHOWN = 60  # characters of a prompt that a note repeats
+
 
 def truncated_text(host: Any, embeddings: EmbeddingManager, prompt: str) -> str:
     """The end of a prompt that is too long for a host's text encoder; each vector of an embedding counts as a token."""
@@ -27,7 +29,8 @@ def truncated_text(host: Any, embeddings: EmbeddingManager, prompt: str) -> str:
 def too_long(host: Any, what: str, cut: str) -> str:
     """The sentence on the words that were cut; `what` they were cut from."""
     read = host.tokenizer.model_max_length - 2
-    return f"the {what} is longer than the {read} tokens that the text encoder reads; cut: '{cut}'"
+    shown = cut if len(cut) <= MOST_SHOWN else f"{cut[:MOST_SHOWN]} ..."
+    return f"the {what} is longer than the {read} tokens that the text encoder reads; cut: '{shown}'"
 
 
 def never_seen(embeddings: EmbeddingManager, prompt: str, known: Collection[str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_SIDE = 4096
+STRETCH = 1.1  # how far a picture's sides may go apart before that is said
 SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
     "ddim": "DDIMScheduler",
@@ -154,6 +155,8 @@ def check_settings(settings: Settings, native: tuple[int, int], unit: int) -> Se
         wrong = f"the size is {width} x {height} pixels; sides must be multiples of {unit}. Try {near[0]} x {near[1]}."
     if wrong:
         raise UserError(wrong)
+    if settings.image is not None and (told := stretched(settings.image.size, (width, height))):
+        warnings.warn(told, LatentpipeWarning, stacklevel=4)
     if (width, height) != native:
         warnings.warn(
             f"the model was trained at {native[0]} x {native[1]} pixels; {width} x {height} may look wrong",
@@ -161,6 +164,15 @@ def check_settings(settings: Settings, native: tuple[int, int], unit: int) -> Se
             stacklevel=4,
         )
     return replace(settings, size=(width, height))
+
+
+def stretched(given: tuple[int, int], drawn: tuple[int, int]) -> str:
+    """What to tell where img2img pulls a picture to another shape, sizes as width and height; "" up to a tenth."""
+    ratio = (given[0] * drawn[1]) / (given[1] * drawn[0])
+    if max(ratio, 1 / ratio) <= STRETCH:
+        return ""
+    sizes = [f"{width:,} x {height:,}" for width, height in (given, drawn)]
+    return f"the picture of {sizes[0]} pixels is stretched to {sizes[1]}; crop it first, or draw at a size of its shape"
 
 
 class GuidanceCallback:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from latentpipe.checkpoints.model_files import read_card
-from latentpipe.checkpoints.pipeline_io import load_pipeline
-from latentpipe.checkpoints.registry import find_model, name_of, vae_of
+from latentpipe.checkpoints.pipeline_io import hashes, load_pipeline
+from latentpipe.checkpoints.registry import find_model, name_of
+from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.tensor_source import CARD_FILE
 from latentpipe.checkpoints.vae_io import PREVIEW_FILE, open_vae, vae_hash
 from latentpipe.compatibility.measure import Verdict
@@ -47,11 +48,13 @@ def saveable(pipe: Any, vae: VAE) -> Any:
     )
 
 
-def save_swapped(folder: Path, vae: str | Path, out: Path, verdict: Verdict, force: bool = False) -> None:
+def save_swapped(
+    folder: Path, vae: str | Path, out: Path, verdict: Verdict, force: bool = False, stated: Stated | None = None
+) -> None:
     """Write the pipeline folder again, with `vae` in the place of its own; stock diffusers opens it.
 
     UserError with the verdict where it does not fit, unless `force`; a warning where its decoder alone fits. The card names
-    the VAE that the denoiser was trained on and the one that was swapped in, each by its hash.
+    the VAE that the denoiser was trained on and the one that was swapped in, each by its hash. `stated`: of a single file.
     """
     if Path(out).exists() or Path(out).resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--out {out} exists already, or lies within the model; name a folder that does not.")
@@ -69,12 +72,12 @@ def save_swapped(folder: Path, vae: str | Path, out: Path, verdict: Verdict, for
             ),
             stacklevel=2,
         )
-    twin = saveable(load_pipeline(folder), opened.build())
+    twin = saveable(load_pipeline(folder, stated=stated), opened.build())
     stored = next((tensor.dtype for tensor in opened.tensors.values() if tensor.is_floating_point()), torch.float32)
     kept = LatentSpace.of(twin) == opened.space  # else it was folded, which fp16 would round
     with atomic_folder(out) as part, quiet():
         if folder.is_file():
-            load_pipeline(folder, None).save_pretrained(part, safe_serialization=True)
+            load_pipeline(folder, None, stated).save_pretrained(part, safe_serialization=True)
             shutil.rmtree(part / "vae")
         else:
             shutil.copytree(folder, part, dirs_exist_ok=True, ignore=lambda at, names: ["vae"] if Path(at) == folder else [])
@@ -87,7 +90,7 @@ def save_swapped(folder: Path, vae: str | Path, out: Path, verdict: Verdict, for
         card = read_card(folder) or {}
         proof = {"outcome": verdict.outcome, "reason": verdict.reason, "forced": force}
         new = vae_hash(part / "vae")
-        card["vae_hash"] = card.get("vae_hash") or vae_hash(vae_of(folder))
+        card["vae_hash"] = card.get("vae_hash") or hashes(folder, stated)["vae"]
         card["swapped_vae"] = {"name": name_of(place, "vae"), "hash": new, "verdict": proof}
         if "hashes" in card:
             card["hashes"] = card["hashes"] | {"vae": new}

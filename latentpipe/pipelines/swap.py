@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +23,7 @@ from latentpipe.vae.protocol import Stage
 from latentpipe.vae.stage import VAEStage
 
 VAE = str | Path | nn.Module
+GIVEN = "(given)"  # the recipe's name for what came as an object: a replay asks for its file
 
 
 def stage_of(vae: VAE, like: VAEStage | None = None) -> VAEStage:
@@ -116,6 +118,16 @@ def swap_vae(
         if not verdict.encodes:
             return _with_stage(pipe, BridgedStage(host, None, stage))
     return _with_stage(pipe, stage)
+
+
+def as_given(stage: Stage, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of a LatentPipeline around a stage that came as an object: its names, and `hashes` with those of the stage."""
+    decoder = stage.decoding
+    found = {**hashes, "vae": decoder.digest or content_hash(decoder.vae.state_dict(), decoder.space)}
+    if not isinstance(stage, BridgedStage) or stage.adapter is None:
+        return {"vae_name": GIVEN, "hashes": found}
+    found["adapter"] = content_hash(stage.adapter.state_dict())
+    return {"vae_name": GIVEN, "adapter_name": GIVEN, "hashes": found}
 
 
 def hashes_of(stage: VAEStage) -> set[str]:

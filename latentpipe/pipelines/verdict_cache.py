@@ -12,6 +12,7 @@ import torch
 
 from latentpipe.checkpoints.pipeline_io import check_reference, enforce_chain, load_pipeline
 from latentpipe.checkpoints.registry import available, find_model, vae_of
+from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.vae_io import declared_space
 from latentpipe.compatibility.measure import Verdict
 from latentpipe.compatibility.verdict import decide_by_shapes
@@ -25,17 +26,20 @@ from latentpipe.vae.stage import VAEStage
 VERSION = 1  # of what is measured and judged: a verdict of another version is measured again
 
 
-def verdict_on(model: str | Path, vae: str | Path, images: torch.Tensor | None = None) -> Verdict:
+def verdict_on(model: str | Path, vae: str | Path, images: torch.Tensor | None = None, stated: Stated | None = None) -> Verdict:
     """Whether a VAE file decodes what a model draws, without opening the model's other parts.
 
     model   name or folder of a model
     vae     name, folder or file of a VAE
     images  B 3 H W in [-1, 1]; None: bundled probes, and what was measured of the same weights before is read again
+    stated  what a single file does not say itself; its VAE may be another file's, so that the model is opened
 
     UserError where the model's own VAE cannot be the reference, or a file cannot be read.
     """
     folder, place = find_model(model), find_model(vae, "vae")
     check_reference(folder)
+    if stated not in (None, Stated()) and folder.is_file():
+        return check_swap(load_pipeline(folder, stated=stated), place, images)
     own = declared_space(vae_of(folder))
     if not _fits_itself(folder, own):
         return check_swap(load_pipeline(folder), place, images)  # which says what is wrong

@@ -203,7 +203,10 @@ def _finite(tensor: torch.Tensor) -> bool:
     """Whether all values are finite, also as the 32-bit floats that they are computed in."""
     import torch
 
-    return bool(torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor).all())
+    if not tensor.numel():
+        return True
+    low, high = (tensor.float() if tensor.dtype == torch.float64 else tensor).aminmax()  # one pass; NaN where any value is
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def content_hash(tensors: Mapping[str, torch.Tensor], space: Normalization | None = None) -> str:

@@ -219,7 +219,10 @@ def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
     """A folder that cannot be written in is refused before the work; nothing is made to find out."""
     from latentpipe.cli import output_paths
 
-    monkeypatch.setattr(os, "access", lambda place, mode: False)  # a superuser may write everywhere
+    def refused(dir: Path) -> None:  # as tempfile has it; a superuser may write everywhere
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
     for rule, value in (
         (output_paths.ending(".png"), "a/b.png"),
         (output_paths.empty, "x"),

@@ -123,6 +123,8 @@ def test_any_text_is_an_axis_or_one_sentence(kind: str, text: str, name: str) ->
         ("seed=-1", "0 to 4294967295"),
         ("seed=1.5", "no whole number"),
         ("seed=1_0", "no number"),
+        ("seed=99999999999", "too many digits"),
+        ("guidance=1:2.00000001", "too many digits"),
         ("seed=٣", "no number"),
         ("seed=nan", "no number"),
         ("seed=1,,2", "no number"),

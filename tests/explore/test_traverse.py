@@ -328,6 +328,16 @@ def test_the_verb_on_a_picture_and_a_folder_with_an_attribute(
     assert Path(found["out"]).is_file()
 
 
+def test_an_attribute_that_no_caption_names_is_said_before_the_pictures_are_encoded(
+    tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Any] = []
+    monkeypatch.setattr("latentpipe.data.image_set.encode", lambda *_: begun.append(1))
+    assert app.main(["traverse", "--vae", tiny, "--size", "16", "--most", "30", "--attribute", "zebras"]) == 2
+    assert "'zebras': 0 of 30 captions" in capsys.readouterr().err
+    assert not begun
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--rows", "0"], "--rows is 0"),
     (["--most", "1"], "--most is 1"),

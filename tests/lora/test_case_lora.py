@@ -125,7 +125,7 @@ def test_case_16_a_bundled_embedding_is_on_with_its_adapter_and_is_replayed(
 ) -> None:
     vectors = torch.randn(2, pipe.host.text_encoder.config.hidden_size)
     path = put(own_home, "bundled", named(pipe, kohya) | {f"bundle_emb.My.Thing.{end}": vectors})
-    picture = pipe("red <my.thing> <lora:bundled:0.7>", seed=1, steps=2)[0]
+    picture = pipe("red <my.thing> <lora:bundled:0.7>", seed=1, num_inference_steps=2)[0]
     assert picture.recipe.embeddings == ["My.Thing"]
     assert pipe.embeddings.on == {}
     picture.save(tmp_path / "x.png")
@@ -133,7 +133,7 @@ def test_case_16_a_bundled_embedding_is_on_with_its_adapter_and_is_replayed(
     alone = Embedding("x", {"": {"": vectors}} if end != "clip_l" else {"": {"text_encoder": vectors}})
     pipe.attach_lora("bundled", 0.7)
     pipe.attach_embedding(alone)
-    same = [pipe(f"red <{name}>", seed=1, steps=2)[0] for name in ("x", "My.Thing")]
+    same = [pipe(f"red <{name}>", seed=1, num_inference_steps=2)[0] for name in ("x", "My.Thing")]
     assert same[0].image.tobytes() == same[1].image.tobytes() == picture.image.tobytes()
     for layout in ("kohya", "diffusers", "peft"):
         write_lora(read_lora(path), tmp_path / f"{layout}.safetensors", layout)  # type: ignore[arg-type]

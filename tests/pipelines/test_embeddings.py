@@ -321,3 +321,17 @@ def test_what_is_no_embedding_is_refused(tmp_path: Path, broken: str) -> None:
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=sentence):
         read_embedding(tmp_path / "x.safetensors")
+
+
+def test_those_of_other_tools_are_found_by_their_names(
+    pipe: LatentPipeline, width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "ComfyUI" / "models" / "embeddings" / "negative"
+    folder.mkdir(parents=True)
+    save_file({"emb_params": vectors(3, width)}, folder / "Bad.safetensors")
+    assert main(["import", str(tmp_path / "ComfyUI"), "--from", "comfyui"]) == 0
+    drawn = pipe("red <bad>", **QUICK)[0]
+    assert drawn.recipe.embeddings == ["bad"]
+    assert pipe.attach_embedding("comfyui/negative/Bad", name="bad").length == 3
+    assert main(["inspect", "bad"]) == 0
+    assert json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))["vectors"] == 3

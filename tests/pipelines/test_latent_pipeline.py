@@ -16,7 +16,8 @@ from PIL import Image
 
 from latentpipe import LatentPipeline, UserError, VAEStage
 from latentpipe.pipelines.denoise import host_for
-from latentpipe.pipelines.sampling import SCHEDULERS, Settings
+from latentpipe.pipelines.sampling import SCHEDULERS, Settings, stretched
+from latentpipe.utils.errors import LatentpipeWarning
 
 PROMPT = "red circle"
 
@@ -374,7 +375,7 @@ def test_a_prompt_that_is_too_long_says_what_was_cut(pipe: LatentPipeline) -> No
     cut = pipe.truncated_text(prompt)
     assert cut
     assert prompt.endswith(cut)
-    with pytest.warns(UserWarning, match=f"cut: '{cut}'"):
+    with pytest.warns(UserWarning, match=f"cut: '{cut[:60]}"):
         picture = pipe(prompt, seed=1, num_inference_steps=1)[0]
     assert picture.recipe.prompt == prompt
     with warnings.catch_warnings():
@@ -386,7 +387,36 @@ def test_a_prompt_that_is_too_long_says_what_was_cut(pipe: LatentPipeline) -> No
 
 def test_empty_and_odd_prompts_draw(pipe: LatentPipeline) -> None:
     for prompt in ("", "  ", "日本 🍎 \x00", "a" * 10):
-        assert pipe(prompt, seed=0, num_inference_steps=1)[0].recipe.prompt == prompt
+        (picture,) = pipe(prompt, seed=0, num_inference_steps=1)
+        assert picture.recipe.prompt == prompt
+        assert ("the prompt is empty: what is drawn is chance" in picture.notes) == (not prompt.strip())
+
+
+def test_a_note_repeats_a_part_of_what_was_cut(pipe: LatentPipeline) -> None:
+    (note,) = [one for one in pipe.notes_on("circle " * 500) if "cut: " in one]
+    assert note.endswith(" ...'")
+    assert len(note) < 160
+
+
+@pytest.mark.parametrize(
+    ("given", "drawn", "said"),
+    [
+        ((4000, 3000), (64, 64), "4,000 x 3,000 pixels is stretched to 64 x 64"),
+        ((20, 3000), (64, 64), "20 x 3,000 pixels is stretched"),
+        ((500, 500), (64, 64), ""),
+        ((105, 100), (64, 64), ""),
+        ((64, 128), (32, 64), ""),
+    ],
+)
+def test_img2img_says_where_it_stretches(given: tuple[int, int], drawn: tuple[int, int], said: str) -> None:
+    assert said in stretched(given, drawn)
+    assert bool(said) == bool(stretched(given, drawn))
+
+
+def test_the_note_on_stretching_reaches_whoever_draws(pipe: LatentPipeline) -> None:
+    wide = Image.new("RGB", (90, 30))
+    with pytest.warns(LatentpipeWarning, match="90 x 30 pixels is stretched to"):
+        pipe("circle", seed=0, num_inference_steps=2, image=wide)
 
 
 def test_a_vae_of_another_shape_is_refused(pipe: LatentPipeline) -> None:

@@ -104,6 +104,11 @@ def test_the_families_that_ship_have_their_true_sizes() -> None:
     assert little.working < need.working
 
 
+def test_a_denoiser_with_other_inputs_is_counted_by_its_weights() -> None:
+    for odd in ({"class_embed_type": "projection"}, {"addition_embed_type": "image"}, {"encoder_hid_dim_type": "image_proj"}):
+        assert memory_need._pass(("UNet2DConditionModel", UNET | odd), torch.float32, "cpu", 1, 8, 8) == 0
+
+
 def test_a_need_is_one_sentence() -> None:
     assert str(Need("a", (64, 64), 10 * 2**20, 2**20, GIB)) == "a at 64 px: 11 MiB of 1.0 GiB"
     assert str(Need("b", (64, 96), 3 * GIB, GIB, 2 * GIB)) == "b at 64 x 96 px: 4.0 of 2.0 GiB, which is too much"

@@ -134,7 +134,7 @@ def test_every_button_answers_where_something_is_wrong(watched: Any, tmp_path: P
     took |= press_all(page, "Generate", "wrong", "lp-")
     open_tab(page, "VAE lab")
     page.set_input_files("#lp-lab-files input[type=file]", str(words))
-    page.wait_for_selector("#lp-lab-files >> text=no-picture")
+    page.get_by_text("no-picture.png cannot be read as a picture").first.wait_for()
     took |= press_all(page, "VAE lab", "wrong", "lp-")
     open_tab(page, "Playground")
     page.set_input_files("#lp-play-first input[type=file]", str(words))

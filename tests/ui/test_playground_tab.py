@@ -189,6 +189,18 @@ def test_stop_ends_ones_own_job_only(app: App, page: Any, paths: tuple[str, str]
     assert not app.jobs._tokens
 
 
+def test_what_takes_long_has_a_stop_beside_it(
+    app: App, page: Any, paths: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(gr, "Info", lambda sentence, **_: told.append(sentence))
+    events = handler(page, "lp-play-learn").fn("Built-in", VISITOR)
+    next(events)
+    handler(page, "lp-play-stop").fn(VISITOR)
+    assert "No directions" in list(events)[-1][0]
+    assert told == ["Stopping ...", "Stopped."]
+
+
 def test_examples_are_pictures_of_the_bank(app: App) -> None:
     for pair in playground_inputs.PAIRS:
         for path, caption in zip(playground_inputs._pair(app, pair), pair, strict=True):

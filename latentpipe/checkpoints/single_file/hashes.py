@@ -9,6 +9,7 @@ from pathlib import Path
 
 from latentpipe.checkpoints.single_file.gather import Opened, Stated, open_file
 from latentpipe.checkpoints.single_file.opening import part_tensors
+from latentpipe.checkpoints.text_names import as_hashed
 from latentpipe.utils.io import content_hash
 from latentpipe.vae.latent_space import LatentSpace
 
@@ -44,11 +45,17 @@ def file_hashes(path: Path, stated: Stated | None = None) -> Hashes:
     return Hashes(jobs)
 
 
+def former_file_hash(path: Path, stated: Stated | None, component: str) -> str | None:
+    """The hash of a text encoder over its tensors as they are named where they lie, as it was taken before."""
+    opened = open_file(path, stated)
+    return content_hash(part_tensors(opened, component)) if component in opened.sources else None
+
+
 def _network(opened: Opened, component: str) -> str:
     tensors = part_tensors(opened, component)
     if component == "vae":
         return content_hash(tensors, LatentSpace.from_config(opened.config("vae")))
-    return content_hash(tensors)
+    return content_hash(as_hashed(tensors, str(opened.configs.index[component][1])))
 
 
 def _tokenizer(opened: Opened, name: str) -> str:

@@ -26,6 +26,7 @@ MAX_TEXT = 20_000
 _WHOLE = {"seed": (0, MAX_SEED), "steps": (1, 1000)}
 _REAL = {"guidance": (0.0, 100.0), "lora": (-LIMIT, LIMIT)}
 _PART = re.compile(r'\s*+"((?:[^"]|"")*+)"\s*+,|([^",]*+),')  # possessive: a long text of blanks costs no more than others
+_LONG = re.compile(r"[+-]?[0-9]+(?:\.[0-9]*)?")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,10}(?:\.[0-9]{0,6})?|\.[0-9]{1,6})")
 
 
@@ -141,7 +142,9 @@ def _numbers(kind: str, part: str) -> list[int | float]:
     """One number, or those of a range."""
     pieces = [piece.strip() for piece in part.split(":")]
     if len(pieces) > 3 or not all(_NUMBER.fullmatch(piece) for piece in pieces):
-        raise UserError(f"'{part[:80]}' on the {kind} axis is no number; expected such as {_example(kind)}.")
+        long = len(pieces) <= 3 and all(_LONG.fullmatch(piece) for piece in pieces)
+        what = "has too many digits" if long else "is no number"
+        raise UserError(f"'{part[:80]}' on the {kind} axis {what}; expected such as {_example(kind)}.")
     first, *rest = (Decimal(piece) for piece in pieces)
     if kind in _WHOLE and any(number != int(number) for number in (first, *rest)):
         raise UserError(f"'{part[:80]}' on the {kind} axis is no whole number; expected such as {_example(kind)}.")

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import sized
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from written import write
 
-from latentpipe import LatentPipeline, UserError, check_swap
-from latentpipe.checkpoints.pipeline_io import hashes, load_pipeline
+from latentpipe import LatentPipeline, UserError, check_swap, replay
+from latentpipe.checkpoints.pipeline_io import former_hash, hashes, load_pipeline
 from latentpipe.checkpoints.registry import available, find_model
 from latentpipe.checkpoints.single_file.gather import Stated
-from latentpipe.checkpoints.tensor_source import CONFIG_KEY
 from latentpipe.checkpoints.vae_io import open_vae, save_vae
 from latentpipe.cli.app import main
-from latentpipe.pipelines.save_swapped import save_swapped
+from latentpipe.engine.pipeline_cache import PipelineCache
+from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.verdict_cache import verdict_on
 
 
@@ -117,17 +117,25 @@ def test_a_vae_is_judged_beside_a_file_and_swapped_into_a_folder(made: Any, tmp_
     assert not verdict_on(sized.hollow(sized.whole("sd1"), tmp_path / "whole.safetensors"), narrow).fits
 
 
-def test_a_vae_is_swapped_into_a_file_which_becomes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Any) -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_vae_is_swapped_into_a_file_which_becomes_a_folder(tmp_path: Path, made: Any, apart: bool) -> None:
     folder, config, file = made("sd1")
-    stated = Stated(config=config)  # a tiny model is of no known family
-    monkeypatch.setattr(
-        "latentpipe.pipelines.swap.load_pipeline", lambda place, dtype=torch.float32: load_pipeline(place, dtype, stated)
-    )
-    own = write(load_file(file), tmp_path / "model.safetensors", None, {CONFIG_KEY: (folder / "vae" / "config.json").read_text()})
-    verdict = check_swap(load_pipeline(folder), folder / "vae")
-    save_swapped(own, folder / "vae", tmp_path / "out", verdict)
+    tensors = load_file(file)
+    vae = {name: value for name, value in tensors.items() if name.startswith("first_stage_model.")}
+    kept = {name: value for name, value in tensors.items() if not (apart and name in vae)}
+    own, part = write(kept, tmp_path / "model.safetensors"), write(vae, tmp_path / "ae.safetensors")
+    verb = ["swap", "--model", str(own), "--vae", str(folder / "vae"), "--config", str(config)]
+    verb += ["--parts", str(part)] if apart else []
+    assert main(verb) == 0
+    assert main([*verb, "--out", str(tmp_path / "out")]) == 0
     ours, whole = load_pipeline(tmp_path / "out").unet.state_dict(), load_pipeline(folder).unet.state_dict()
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["vae_hash"] == hashes(own, Stated(config=config, parts=(part,)))["vae"]
+    assert card["swapped_vae"]["verdict"]["outcome"] == "same space"
+    if apart:
+        pipe = LatentPipeline.from_pretrained(own, folder / "vae", device="cpu", stated=Stated(config=config, parts=(part,)))
+        assert pipe.vae_name == "vae"
 
 
 def test_folders_with_fp16_variants_and_shards_open_and_pickles_alone_name_convert(made: Any, tmp_path: Path) -> None:
@@ -165,3 +173,41 @@ def test_a_suffix_and_a_name_decide_nothing(made: Any, tmp_path: Path) -> None:
     for name in ("model.sft", "model", "model.ckpt", "sd15-inpainting-v_pred.bin"):
         copy = write(load_file(file), tmp_path / "again.safetensors").rename(tmp_path / name)
         assert type(load_pipeline(copy, stated=Stated(config=config))).__name__ == "StableDiffusionXLPipeline"
+
+
+def test_text_encoders_have_one_hash_whatever_names_their_tensors_have(made: Any, tmp_path: Path) -> None:
+    folder, config, file = made("sd1")
+    stated = Stated(config=config)
+    bare, named = (Path(shutil.copytree(folder, tmp_path / name)) for name in ("bare", "named"))
+    source = "text_encoder/model.safetensors"
+    tensors = {name.removeprefix("text_model."): value for name, value in load_file(folder / source).items()}
+    save_file(tensors, bare / source)
+    save_file({f"text_model.{name}": value for name, value in tensors.items()}, named / source)
+    found = [hashes(place, given)["text_encoder"] for place, given in ((bare, None), (named, None), (file, stated))]
+    pipe = LatentPipeline(load_pipeline(bare))
+    assert len({*found, pipe.hashes["text_encoder"]}) == 1
+    before = former_hash(bare, None, "text_encoder")
+    assert before not in (found[0], None)
+    assert former_hash(named, None, "text_encoder") == former_hash(file, stated, "text_encoder") == found[0]
+    assert former_hash(bare, None, "unet") is None
+    drawn = LatentPipeline.from_pretrained(bare, device="cpu")("red", seed=1, num_inference_steps=1, size=(32, 32))[0]
+    old = drawn.recipe.model_copy(update={"hashes": {**drawn.recipe.hashes, "text_encoder": before}})
+    recipes.save(drawn.image, tmp_path / "x.png", old)
+    for place, given in ((bare, {}), (named, {}), (file, {"config": config})):
+        if place == bare:  # as it was then
+            assert replay(tmp_path / "x.png", place, device="cpu", **given).difference == 0
+        else:
+            with pytest.raises(UserError, match="text_encoder is"):
+                replay(tmp_path / "x.png", place, device="cpu", **given)
+
+
+def test_the_page_opens_a_file_that_others_complete(made: Any, own_home: Path) -> None:
+    folder, config, file = made("sd1")
+    (own_home / "models").mkdir()
+    place = Path(shutil.copy(file, own_home / "models" / "mine.safetensors"))
+    cache = PipelineCache(device="cpu")
+    with pytest.raises(UserError):
+        cache.open("mine")  # a tiny model is of no known family
+    cache.stated[place] = Stated(config=config)
+    assert cache.open("mine").stated is not None
+    assert cache.verdict("mine", folder / "vae").fits
