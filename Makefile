@@ -41,7 +41,6 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
-	$(BIN)/mypy examples
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -n -q docs docs/_build/html

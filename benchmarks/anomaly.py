@@ -28,12 +28,12 @@ from latentpipe import VAEStage
 from latentpipe.checkpoints.registry import find_model
 from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.data import defects, image_set
-from latentpipe.data.given_pictures import read_given_pictures
+from latentpipe.data.image_set import read_given_pictures
 from latentpipe.evaluate.metrics.features import open_features
 from latentpipe.evaluate.metrics.posterior import kl_values
 from latentpipe.explore.anomaly import detector as anomaly
 from latentpipe.explore.anomaly.conformal import auprc, auroc, with_interval
-from latentpipe.explore.anomaly.heatmap import page
+from latentpipe.explore.anomaly.heatmap import heatmap_page
 from latentpipe.utils.images import to_arrays
 from latentpipe.vae.latent_space import LatentSpace
 
@@ -48,7 +48,7 @@ def small_vae(numbers: int, seed: int) -> VAEStage:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
-    vae = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(4, 8, 16, 32),
@@ -152,8 +152,8 @@ def plot(curve: dict[int, dict[str, Any]], path: Path) -> None:
     """Latent size against mean AUROC."""
     from PIL import ImageDraw, ImageFont
 
-    page = Image.new("RGB", (640, 400), (255, 255, 255))
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+    heatmap_page = Image.new("RGB", (640, 400), (255, 255, 255))
+    draw, font = ImageDraw.Draw(heatmap_page), ImageFont.load_default(13)
     names = {"pixel": (0, 114, 178), "kl": (213, 94, 0), "all four": (0, 158, 115), "PCA 8": (140, 140, 140)}
     values = [row[name] for row in curve.values() for name in names]
     low, high = 5 * np.floor(min(values) / 5), 100
@@ -176,7 +176,7 @@ def plot(curve: dict[int, dict[str, Any]], path: Path) -> None:
         draw.text((90 + rank * 140, 36), name, fill=(60, 60, 60), font=font)
     draw.text((70, 10), "One-class digits, 8 x 8: mean AUROC over ten digits (%)", fill=(0, 0, 0), font=font)
     draw.text((70, 366), "numbers in the latent (PCA: always 8 components, no network)", fill=(60, 60, 60), font=font)
-    page.save(path, optimize=True)
+    heatmap_page.save(path, optimize=True)
 
 
 def embedded() -> VAEStage:
@@ -287,7 +287,9 @@ def planted(out: Path) -> dict[str, Any]:
             print(f"  {name:28} {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
         found[kind] = {"n": len(images), "flagged": float(result.anomalous.mean()), "scores": rows, "where": where}
         shown += [(images[i], maps[i], kind) for i in (0, 3)]
-    sheet = page(torch.stack([x for x, _, _ in shown]), torch.stack([x for _, x, _ in shown]), [x for _, _, x in shown], 4)
+    sheet = heatmap_page(
+        torch.stack([x for x, _, _ in shown]), torch.stack([x for _, x, _ in shown]), [x for _, _, x in shown], 4
+    )
     sheet.save(out / "defects.png", optimize=True)
     return found
 

@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +32,9 @@ WHOLE = 5  # scales of MS-SSIM
 def conventional(kind: str, picture: Image.Image, quality: int, folder: Path) -> tuple[int, Image.Image, float, float]:
     """Bytes on disk, the picture that comes back, and the seconds of both ways."""
     path = folder / f"picture.{kind.lower()}"
-    more = {"WebP": {"method": 6}, "JPEG": {"optimize": True}}.get(kind, {})
+    options: dict[str, dict[str, Any]] = {"WebP": {"method": 6}, "JPEG": {"optimize": True}}
     started = time.perf_counter()
-    picture.save(path, kind, quality=quality, **more)
+    picture.save(path, kind, quality=quality, **options.get(kind, {}))
     middle = time.perf_counter()
     with Image.open(path) as opened:
         back = opened.convert("RGB")

@@ -12,6 +12,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ from latentpipe.vae.stage import VAEStage
 
 HERE = Path(__file__).parent / "collapse"
 BETA = 64.0
-RUNS = {
+RUNS: dict[str, dict[str, Any]] = {
     "beta 64": {"kl": BETA},
     "beta 64, 0.25 free bits": {"kl": BETA, "free_bits": 0.25},
     "beta 64, cyclical": {"kl": BETA, "schedule": "cyclical", "cycles": 4, "ramp": 0.9},

@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -45,7 +46,8 @@ def plain(vae: object, folder: Path, size: int) -> dict[str, float]:
                 ("ssim", ssim, {"reduction": "none"}),
                 ("ms_ssim", ms_ssim, {"reduction": "none", "betas": (0.0448, 0.2856, 0.3001)}),
             ):
-                found[name] += metric(second, first, data_range=255.0, **options).tolist()
+                values: Any = metric(second, first, data_range=255.0, **options)
+                found[name] += values.tolist()
     return {name: statistics.fmean(values) for name, values in found.items()}
 
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 
 def median_seconds(call: Callable[[], object], runs: int) -> float:
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     runs = parser.parse_args().runs
     command = [sys.executable, "-m", "latentpipe"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}
     with tempfile.TemporaryDirectory() as out:
         print(f"latentpipe --help           {median_seconds(lambda: subprocess.run([*command, '--help'], **quiet), runs):7.2f} s")
         cold = median_seconds(lambda: subprocess.run([*command, "generate", "red apple", "--out", out], **quiet), min(runs, 3))

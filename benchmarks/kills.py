@@ -289,7 +289,10 @@ def prepare(root: Path) -> tuple[Path, Path, Path, Path]:
     (pictures / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     at.mkdir()
     optim = {"steps": 2, "batch_size": 4, "warmup_steps": 1, "ema_decay": 0.9}
-    vae = {"data": {"train": str(pictures), "read_size_px": 24}, "model": {"channels": 4, "blocks": [8, 16], "norm_groups": 4}}
+    vae: dict[str, Any] = {
+        "data": {"train": str(pictures), "read_size_px": 24},
+        "model": {"channels": 4, "blocks": [8, 16], "norm_groups": 4},
+    }
     vae |= {
         "run": {"out": str(at / "vae"), "work": str(at / "work-vae"), "precision": "fp32"},
         "optim": optim,

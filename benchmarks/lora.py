@@ -377,7 +377,7 @@ def main() -> None:
 def ranked(bench: Bench, path: Path) -> dict[str, Any]:
     """The flat style by an adapter of another rank."""
     name = bench.load(path)
-    part = next(iter(bench.pipe.loras.mixer.loaded[name].parts.values()))
+    part = next(iter(bench.pipe.loras.fuser.loaded[name].parts.values()))
     row = bench.style("flat", "held_out", {name: 1.0})
     row |= {
         "rank": next(iter(part.values())).rank,

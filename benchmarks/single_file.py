@@ -50,14 +50,14 @@ def written(file: Path) -> None:
         writer.write(tensors, file)
     folder = file.with_suffix("")
     if not folder.is_dir():
-        from latentpipe.checkpoints.single_file.tokenizers import DATA, shipped
+        from latentpipe.checkpoints.single_file.tokenizers import DATA, bundled_tokenizer
 
         stored = json.loads((DATA / "sd1.json").read_text())
         for part in ("unet", "vae", "text_encoder", "scheduler"):
             (folder / part).mkdir(parents=True, exist_ok=True)
             (folder / part / f"{'scheduler_' if part == 'scheduler' else ''}config.json").write_text(json.dumps(stored[part]))
         (folder / "model_index.json").write_text(json.dumps(stored["index"]))
-        shipped(stored["tokenizer"]).save_pretrained(folder / "tokenizer")
+        bundled_tokenizer(stored["tokenizer"]).save_pretrained(folder / "tokenizer")
 
 
 def one(who: str, file: Path, dtype: str) -> None:

@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), medians[49], medians[1949]
 
 
-def row(name: str, ratios: list[Time], note: str = "") -> None:
+def row(name: str, ratios: Sequence[tuple[float, ...]], note: str = "") -> None:
     """Print one line of the table."""
     cells = ["{:.2f} ({:.2f} to {:.2f})".format(*interval(list(column))) for column in zip(*ratios, strict=True)]
     print(f"| {name} | {cells[0]} | {cells[1] if len(cells) > 1 else ''} | {len(ratios)} | {note} |", flush=True)

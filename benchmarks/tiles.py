@@ -36,7 +36,8 @@ def load(folder: str | None) -> Any:
         return load_vae(Path(folder))
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    return AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512).eval()
+    vae: Any = AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512)
+    return vae.eval()
 
 
 def given(vae: Any, direction: str, side: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -79,7 +80,7 @@ def watch(steps: int) -> tuple[list[int], list[float]]:
             at.append(number)
             resident.append(resident_mb())
 
-    TrainingLog.step = step  # type: ignore[method-assign]
+    TrainingLog.step = step  # type: ignore[method-assign, assignment]
     try:
         with tempfile.TemporaryDirectory() as place, open(os.devnull, "w") as nowhere:
             work = Path(place)
@@ -101,7 +102,7 @@ def memory(steps: int, out: Path) -> None:
     sentence = f"step {at[settled]:,}: {resident[settled]:,.1f} MB, step {at[-1]:,}: {resident[-1]:,.1f} MB, {growth:+.1f} MB"
     print(f"{sentence}, {late:+.1f} MB of it since step {at[(len(at) - 1) // 2]:,}; at most {max(resident):,.1f} MB")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    found = {"from_step": at[settled], "to_step": at[-1], "growth_mb": round(growth, 3)}
+    found: dict[str, Any] = {"from_step": at[settled], "to_step": at[-1], "growth_mb": round(growth, 3)}
     found |= {"second_half_mb": round(late, 3), "torch": torch.__version__, "threads": torch.get_num_threads()}
     found |= {"steps": at, "resident_mb": [round(value, 3) for value in resident]}
     (out / "memory.json").write_text(json.dumps(found) + "\n")

@@ -191,10 +191,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     runs = {"ours": config, "ours, no warps": unwarped, "ours, fp32": variant(unwarped, run__precision="fp32")}
     steps = {"plain": plain_step(config, images), "peer": peer_step(config, images)}
     with tempfile.TemporaryDirectory() as work:
-        contenders: dict[str, Callable[[int], float]] = {
-            name: lambda number, run=run: ours(run, Path(work), args.warmup, number)  # type: ignore[misc]
-            for name, run in runs.items()
-        } | {name: lambda number, step=step: timed(step, args.steps, args.warmup) for name, step in steps.items()}  # type: ignore[misc]
+        contenders: dict[str, Any] = {
+            name: lambda number, run=run: ours(run, Path(work), args.warmup, number) for name, run in runs.items()
+        } | {name: lambda number, step=step: timed(step, args.steps, args.warmup) for name, step in steps.items()}
         found: dict[str, list[float]] = {name: [] for name in contenders}
         for number in range(args.rounds):
             for name, contender in contenders.items():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,10 @@ def edits(stage: VAEStage, everything: image_set.PictureSet) -> tuple[dict[str, 
     rebuilt, ceiling = (image_set.decode(stage, latents[rows]) for rows in (sources, targets))
     wanted = [everything.captions[row][0] for row in targets]
     (one,) = directions.supervised(latents[known], {"skin tone": tones})
-    ways = {"one direction": one, "local": attributes.local(latents[sources], latents[known], tones, "skin tone")}
+    ways: dict[str, directions.Direction | Sequence[directions.Direction]] = {
+        "one direction": one,
+        "local": attributes.local(latents[sources], latents[known], tones, "skin tone"),
+    }
     found: dict[str, Any] = {"kinds": len(pairs), "learnt_from": len(known)}
     shown = []
     for name, way in ways.items():
@@ -96,7 +99,7 @@ def disentanglement(codes: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
 def factor_rows(folders: list[Path], out: Path) -> dict[str, Any]:
     """Every VAE on every drawn picture, and three codes to read the figures against."""
     truth = factor_shapes.grid()
-    images = bytes_to_images(torch.from_numpy(factor_shapes.draw(truth, SIZE)).permute(0, 3, 1, 2))
+    images = bytes_to_images(torch.from_numpy(factor_shapes.draw_factors(truth, SIZE)).permute(0, 3, 1, 2))
     small = torch.nn.functional.avg_pool2d(images, 4).flatten(1).double()
     axes, _ = directions.components(small)
     random = np.random.default_rng(0)

@@ -23,6 +23,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,8 @@ def measure(address: str, pid: int, home: Path, clients: int, seconds: float) ->
     """Run the clients, watch the server, judge both."""
     from ui import health
 
-    tally, samples = Tally(), []
+    tally = Tally()
+    samples: list[tuple[float, ...]] = []
     with_config = Visit(address, 0, 0, random.Random(0))
     config = json.loads(with_config._get("/config"))
     [fn_index] = [each["id"] for each in config["dependencies"] if each["api_name"] == "txt2img"]
@@ -251,7 +253,7 @@ def settle(address: str, pid: int, threads: int) -> tuple[dict[str, int], int, f
         time.sleep(1)
 
 
-def judged_memory(samples: list[tuple[float, int, int]], seconds: float) -> dict[str, Any]:
+def judged_memory(samples: Sequence[tuple[float, ...]], seconds: float) -> dict[str, Any]:
     """Mean resident memory (MB) of the first and last third after the warm-up, and of every tenth of the time."""
     first = seconds * WARM_UP
     third = (seconds - first) / 3

@@ -51,7 +51,7 @@ class Reader:
     """
 
     make: Callable[[Path], Any]
-    read: Callable[[Path], Any]
+    read_lpz: Callable[[Path], Any]
 
 
 @dataclass
@@ -186,14 +186,14 @@ def _peft(at: Path) -> None:
 
 
 def _open_lora(at: Path) -> Any:
-    from latentpipe.cli.lora import facts, is_lora
-    from latentpipe.lora.state_dict.io import base_of, read_lora, trigger_words
+    from latentpipe.lora.state_dict.describe import is_lora, lora_facts
+    from latentpipe.lora.state_dict.io import read_lora, stated_base, trigger_words
 
     path = at if (at / "adapter_config.json").exists() or (at / "adapter_model.safetensors").exists() else at / "a.safetensors"
     lora = read_lora(path, {"unet": ["conv_in"], "text_encoder": []})
-    base_of(lora), trigger_words(lora), lora.hash
+    stated_base(lora), trigger_words(lora), lora.hash
     if is_lora(path):
-        json.dumps(facts(path), ensure_ascii=False)
+        json.dumps(lora_facts(path), ensure_ascii=False)
     return [[*layer.tensors.values(), layer.alpha, layer.scale] for _, _, layer in lora.layers()]
 
 
@@ -229,12 +229,12 @@ def _open_cache(at: Path) -> Any:
 
 def _codec(at: Path) -> Any:
     from latentpipe.explore.codec.codec import compress, open_codec
-    from latentpipe.explore.codec.fit import integers, write
+    from latentpipe.explore.codec.fit import integers, write_codec
     from latentpipe.vae.entropy_model import ContextModel
 
     _vae_folder(at)
     torch.manual_seed(0)
-    write(integers(ContextModel(4, hidden=16), 1.0), at / "vae")
+    write_codec(integers(ContextModel(4, hidden=16), 1.0), at / "vae")
     shutil.copytree(at / "vae", at.parent / "sound-codec", dirs_exist_ok=True)
     (at / "p.lpz").write_bytes(compress(draw_shape("red", "circle", 20), open_codec(at / "vae")))
     for name in ("config.json", "card.json", "latent_rgb.json"):
@@ -244,15 +244,15 @@ def _codec(at: Path) -> Any:
 
 
 def _open_codec(at: Path) -> Any:
-    from latentpipe.cli.codec import facts, read
+    from latentpipe.cli.codec import lpz_facts, read_lpz
     from latentpipe.explore.codec.codec import decompress, open_codec
     from latentpipe.explore.codec.static_model import read as read_weights
 
     global _known_codec
     _known_codec = _known_codec or open_codec(at.parent / "sound-codec")
     read_weights(at / "codec.safetensors")
-    facts(at / "p.lpz")
-    return np.asarray(decompress(read(at / "p.lpz"), _known_codec)).sum().item()
+    lpz_facts(at / "p.lpz")
+    return np.asarray(decompress(read_lpz(at / "p.lpz"), _known_codec)).sum().item()
 
 
 _known_codec: Any = None

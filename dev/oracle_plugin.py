@@ -34,11 +34,11 @@ def pytest_configure(config: Any) -> None:
 
 
 def put_in_place() -> None:
-    """Whatever VAE a pipeline registers, it gets what `families.hosted` would give it."""
+    """Whatever VAE a pipeline registers, it gets what `hosting.hosted` would give it."""
     from diffusers import DiffusionPipeline
 
     from latentpipe import UserError, VAEStage
-    from latentpipe.pipelines import families
+    from latentpipe.pipelines import families, hosting
 
     call = VAEStage.call
 
@@ -53,7 +53,7 @@ def put_in_place() -> None:
         vae = parts.get("vae")
         if vae is not None and not isinstance(vae, (tuple, list)):
             try:
-                parts["vae"] = families.facade(type(self), families.behind(vae), vae)
+                parts["vae"] = hosting.facade(type(self), families.behind(vae), vae)
             except UserError as error:
                 refused = f"refused {type(self).__name__}"
                 USED[refused] = USED.get(refused, 0) + 1

@@ -8,7 +8,7 @@ from latentpipe import compare_vaes
 
 def main(folder: str, first: str = "emoji", second: str = "emoji-decoder-ft", out: str = "out/examples/report.html") -> None:
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    found = compare_vaes([first, second], Path(folder), most=64, out=Path(out))
+    found = compare_vaes([first, second], Path(folder), max_images=64, out=Path(out))
     for name, outcome in found.outcomes.items():
         print(f"{name}: {outcome}")
     # each evaluation holds its set, its N and the interval of every score

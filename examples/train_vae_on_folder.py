@@ -18,8 +18,8 @@ def main(folder: str, steps: str = "300", out: str = "out/examples/small-vae") -
             "crops": {"size_px": 64, "whole": 1.0, "flip": False},
         }
     )
-    print(evaluate_vae(trained, Path(folder), most=64).scores["PSNR"])
-    for sentence in diagnose_vae(trained, Path(folder), size=64, most=64).alarms:
+    print(evaluate_vae(trained, Path(folder), max_images=64).scores["PSNR"])
+    for sentence in diagnose_vae(trained, Path(folder), size=64, max_images=64).alarms:
         print("ALARM:", sentence)
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from latentpipe.checkpoints.vae_io import load_vae
     from latentpipe.compatibility.measure import Verdict
     from latentpipe.data.latent_cache import encode_folder
-    from latentpipe.engine.engine import Engine, Finished, Replay, StepDone, replay
+    from latentpipe.engine.engine import Engine, Finished, StepDone
+    from latentpipe.engine.replay import Replay, replay
     from latentpipe.evaluate.compare_vaes import compare_vaes
     from latentpipe.evaluate.comparison import Comparison
     from latentpipe.evaluate.diagnosis import Diagnosis, diagnose_vae
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from latentpipe.train.vae.train import train_vae
     from latentpipe.utils.errors import UserError
     from latentpipe.vae.latent_space import LatentSpace
+    from latentpipe.vae.protocol import Stage
     from latentpipe.vae.stage import VAEStage
 
 _HOME = {
@@ -46,8 +48,9 @@ _HOME = {
     "LatentSpace": "vae.latent_space",
     "Picture": "pipelines.latent_pipeline",
     "Recipe": "pipelines.metadata.recipe",
-    "Replay": "engine.engine",
+    "Replay": "engine.replay",
     "Settings": "pipelines.sampling",
+    "Stage": "vae.protocol",
     "StepDone": "engine.engine",
     "UserError": "utils.errors",
     "VAEStage": "vae.stage",
@@ -60,7 +63,7 @@ _HOME = {
     "find_model": "checkpoints.registry",
     "fit_adapter": "train.latent_adapter",
     "load_vae": "checkpoints.vae_io",
-    "replay": "engine.engine",
+    "replay": "engine.replay",
     "swap_vae": "pipelines.swap",
     "train_denoiser": "train.denoiser",
     "train_lora": "train.lora.train",
@@ -79,6 +82,7 @@ __all__ = [
     "Recipe",
     "Replay",
     "Settings",
+    "Stage",
     "StepDone",
     "UserError",
     "VAEStage",

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import NoReturn
 
-from latentpipe.utils.signals import interruptible, leave, say, status_of
+from latentpipe.utils.signals import leave, say, status_of, terminable
 
 TRAINS, SERVES = "train", "ui"  # verbs that use most of what others leave alone
 LARGE = (
@@ -27,7 +27,7 @@ def main() -> NoReturn:
     Taking torch and its modules apart would take seconds, and nothing of that is needed.
     """
     try:
-        with interruptible():
+        with terminable():
             from latentpipe.cli.app import main as run
 
             _prepare(sys.argv[1] if sys.argv[1:] else "")

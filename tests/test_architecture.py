@@ -23,14 +23,14 @@ ROOMS = {
         reading images io
     """,
     "vae": """
-        entropy_model latent_space offload precision probe_images tiling.feature_map tiling.support tiling.tiled
-        memory stage tiny
+        entropy_model latent_space offload precision probe_images tiny tiling.feature_map tiling.support tiling.tiled
+        memory stage protocol
     """,
     "checkpoints": """
         places.hub_cache places.invoke places.tool_folders places.glance pickles.child pickles.unpickle
         hub.choose hub.client hub.fetch hub.pull hub.importing
         config_ranges components fp16_rescale identify instantiate infer_config ldm_keys registry taesd_keys pickled text_names
-        tensor_source merge model_files vae_file convert single_file.parts single_file.unet single_file.families
+        tensor_source model_files vae_file convert single_file.parts single_file.unet single_file.families
         single_file.prediction embedding single_file.refusals single_file.identify single_file.tokenizers single_file.configs
         single_file.gather single_file.tables single_file.tensors single_file.opening single_file.hashes
         single_file.folders single_file.describe single_file.vae vae_io fp16 plain_text pipeline_io in_memory
@@ -39,26 +39,26 @@ ROOMS = {
         latent_adapter measure verdict
     """,
     "lora": """
-        adapter metadata merge prompt_tags state_dict.key_parts state_dict.keys state_dict.cloneofsimo
-        state_dict.kohya state_dict.layers state_dict.peft_config state_dict.io target_modules injection delta factor
+        adapter metadata merge prompt_tags state_dict.keys state_dict.cloneofsimo
+        state_dict.kohya state_dict.layers state_dict.peft_config state_dict.io state_dict.describe target_modules injection delta
         extract matching fusion
     """,
     "pipelines": """
-        facade families metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling denoise batches
-        embeddings lora_manager metadata.reader picture swap verdict_cache vocabulary prompt_notes memory_need opening
-        latent_pipeline
+        facade families hosting metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling denoise
+        batches embeddings lora_manager metadata.reader picture swap save_swapped verdict_cache vocabulary prompt_notes 
+        memory_need opening latent_pipeline
     """,
     "engine": """
-        jobs engine pipeline_cache xy_grid.axes xy_grid.sheet xy_grid.plot
+        jobs engine replay pipeline_cache xy_grid.axes xy_grid.sheet xy_grid.plot
     """,
     "data": """
         defects emoji emoji_sets emoji_hands emoji_bank emoji_hands_bank factor_shapes listing image_folder
-        given_pictures image_set latent_cache shapes streaming
+        image_set latent_cache shapes streaming
     """,
     "evaluate": """
         metrics.emoji_words metrics.frechet metrics.inception metrics.posterior metrics.spectrum metrics.ssim
         metrics.train_emoji_words metrics.weights metrics.features metrics.lpips health diagnosis protocol
-        metrics.latents preprocessing report.axes report.svg speed statistics results accumulator report.wording
+        metrics.latents preprocessing report.axes report.svg speed statistics results accumulator
         report.text comparison reconstruction report.crops report.figures report.html compare_vaes style_adherence
         prompt_adherence vae_lab
     """,
@@ -75,7 +75,7 @@ ROOMS = {
         disentanglement interpolate prior sample smoothness traverse edit inpaint playground
     """,
     "cli": """
-        argument_checks argument_parser codec common anomaly data edit evaluate explore fit_adapter hub lora inspect
+        argument_checks argument_parser codec common completion anomaly data edit evaluate explore fit_adapter hub lora inspect
         output_paths prompt_file replayed argument_rules generate grid train ui vae app
     """,
 }
@@ -115,6 +115,7 @@ PUBLIC = {
     "Recipe",
     "Replay",
     "Settings",
+    "Stage",
     "StepDone",
     "VAEStage",
 }
@@ -178,6 +179,27 @@ def test_no_private_name_crosses_modules(name: str) -> None:
 def test_no_module_is_too_small_to_be_found() -> None:
     lines = {module(name): len((ROOT / name).read_text().splitlines()) for name in NAMES if module(name) in RANK}
     assert {name for name, count in lines.items() if count < 25} == set(BELOW_25_LINES)
+
+
+SAME_IN_EVERY_TAB = {"build"}  # of the page: what lays a tab out
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "ui"])
+def test_public_names_are_unique_in_a_room(room: str) -> None:
+    """Of functions, classes and types; a constant in capitals is its module's own."""
+    folder = ROOT / "ui" if room == "ui" else PACKAGE / room
+    homes: dict[str, list[str]] = {}
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names = [node.name]
+            for name in names:
+                if not name.startswith("_") and not name.isupper():
+                    homes.setdefault(name, []).append(path.relative_to(folder).as_posix())
+    several = {name: places for name, places in homes.items() if len(places) > 1}
+    assert {name: places for name, places in several.items() if room != "ui" or name not in SAME_IN_EVERY_TAB} == {}
 
 
 def test_there_are_no_cycles_within_a_room() -> None:
@@ -245,6 +267,8 @@ def test_everything_public_is_explained(name: str) -> None:
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     inside = [node for owner in classes if not owner.name.startswith("_") for node in owner.body]
     for node in [*tree.body, *inside]:
+        if any(ast.unparse(mark) == "overload" for mark in getattr(node, "decorator_list", ())):
+            continue
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             if node in inside and node.name == "forward" and not ast.get_docstring(node):
                 pytest.fail(f"{name}:{node.lineno} forward has no docstring")

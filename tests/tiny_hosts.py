@@ -277,6 +277,7 @@ def complete(name: str) -> Any:
             head_dim=4, pad_token_id=0, eos_token_id=1, bos_token_id=1,
         )  # fmt: skip
         text = {"text_encoder": Gemma2Model(gemma).eval(), "tokenizer": words()}
-    from latentpipe.pipelines import families
 
-    return families.rebuild(pipe, **parts | text)
+    from latentpipe.pipelines import hosting
+
+    return hosting.rebuild(pipe, **parts | text)

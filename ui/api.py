@@ -15,8 +15,8 @@ import gradio as gr
 from latentpipe import Finished
 from latentpipe.checkpoints.registry import available
 from latentpipe.checkpoints.vae_io import open_vae
-from latentpipe.cli.lora import facts
 from latentpipe.engine.jobs import Waiting
+from latentpipe.lora.state_dict.describe import lora_facts
 from latentpipe.pipelines.metadata.recipe import MAX_SEED
 from latentpipe.ui import lab
 from latentpipe.ui import png_info as reading
@@ -147,7 +147,7 @@ def _reading(app: App) -> None:
         with toast_errors():
             if image is None:
                 raise UserError("image is missing; give an uploaded file.")
-            return reading.as_json(reading.info_of(image))
+            return reading.info_json(reading.info_of(image))
         raise AssertionError
 
     gr.Button().click(png_info, [picture_input("image", said=False)], [gr.JSON(label="settings")], api_name="png_info", **PUBLIC)
@@ -160,7 +160,7 @@ def _lists(app: App) -> None:
 
     def lora_list() -> list[dict[str, Any]]:
         """Installed LoRA files: name, and what each says about itself."""
-        return [{"name": name, **facts(path)} for name, path in available("lora").items()]
+        return [{"name": name, **lora_facts(path)} for name, path in available("lora").items()]
 
     def stop(request: gr.Request) -> int:
         """Stop the jobs of this session (session_hash); returns how many there were. Pictures with steps done are returned."""

@@ -164,7 +164,7 @@ def _wire_form(app: App, form: Form, last_seed: gr.State, state: gr.HTML) -> Non
         **LIGHT,
     )
     for on, *told in form.rows:  # who turns a row's knobs wants its LoRA
-        gr.on([field.input for field in told], lambda: True, None, [on], **LIGHT)
+        gr.on([field.input for field in told], lambda: True, None, [on], **LIGHT)  # type: ignore[attr-defined]
     form.dice.click(lambda: secrets.randbelow(MAX_SEED + 1), None, [form.seed], **LIGHT)
     form.reuse.click(_seed_again, [last_seed], [form.seed], **LIGHT)
 
@@ -219,7 +219,7 @@ def takes(app: App, model: str, pipe: Any) -> str:
     """What drawing with a model takes of the memory, in a sentence."""
     place = find_model(app.named("models", model))
     layout = layout_of(place, app.models.stated.get(place))
-    own = sum(weight.nbytes for part in pipe.loras.mixer.components.values() for weight in part.parameters())
+    own = sum(weight.nbytes for part in pipe.loras.fuser.components.values() for weight in part.parameters())
     free = available(pipe.stage.device) + own  # which the model holds already
     return f"Memory: {need_of(layout, model, pipe.stage.dtype, pipe.stage.device, free=free)}."
 

@@ -168,7 +168,7 @@ def _wire_run(
         def work(report: ProgressCallback) -> Grid:
             model = values[rest["model"]]
             _allow(app, app.pipe(model).native_size, settings["num_inference_steps"], axes)
-            return plot(lambda vae: app.pipe(model, vae), values[prompt] or "", *axes, report=report, **settings)
+            return plot(lambda vae: app.pipe(model, vae), values[prompt] or "", *axes, report=report, **settings)  # type: ignore[arg-type]
 
         with remembered(app, request), toast_errors() as notes:
             axes = (x.axis(app, values), y.axis(app, values))

@@ -50,7 +50,7 @@ def verdict(found: Verdict, name: str = "") -> str:
         "same space": "Fits", "decoder fits": "Fits (decoder)", "same shape, other space": "Needs an adapter",
     }  # fmt: skip
     head = heads.get(found.outcome, "Does not fit")
-    return light(found.light, found.reason, name + head.lower() if name else head)
+    return light(found.status, found.reason, name + head.lower() if name else head)
 
 
 def empty(text: str) -> str:

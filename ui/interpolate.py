@@ -15,7 +15,7 @@ from latentpipe.explore import playground
 from latentpipe.pipelines.metadata.recipe import MAX_PROMPT, MAX_SEED
 from latentpipe.ui import html
 from latentpipe.ui.failures import remembered, said_why
-from latentpipe.ui.playground_inputs import PlaygroundInputs, result, waiting
+from latentpipe.ui.playground_inputs import PlaygroundInputs, result, shown_event
 from latentpipe.ui.state import HEAVY, LIGHT, App, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, STOP
 from latentpipe.ui.uploads import picture_of
@@ -60,7 +60,7 @@ def build(app: App, given: PlaygroundInputs) -> None:
                         download: gr.update(value=path, interactive=True),
                     }
                 else:
-                    yield {status: waiting(event)}
+                    yield {status: shown_event(event)}
             return
         yield {status: html.empty(EMPTY)}
 
@@ -100,7 +100,7 @@ def _path_work(app: App, given: PlaygroundInputs, chosen: dict[str, Any]) -> tup
             playground.write_clip(next(iter(found.values())), path)
         else:
             path = app.place("sheet.png")
-            playground.page(found).save(path)
+            playground.playground_page(found).save(path)
         return path
 
     return work, alt

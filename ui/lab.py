@@ -12,13 +12,13 @@ from PIL import Image
 
 from latentpipe import UserError
 from latentpipe.checkpoints.registry import available
-from latentpipe.cli.fit_adapter import fit_and_save
 from latentpipe.engine.jobs import Done
 from latentpipe.evaluate.vae_lab import MOST, Laboratory, compare_pictures, decode_same, example_pictures
 from latentpipe.pipelines.metadata.recipe import save_png
+from latentpipe.train.latent_adapter import fit_and_save
 from latentpipe.ui import html as show
 from latentpipe.ui.failures import remembered, said_why
-from latentpipe.ui.lab_view import as_json, comparison_sheet, figures, pictures_html, pictures_of, summary, words_of
+from latentpipe.ui.lab_view import comparison_json, comparison_sheet, figures, pictures_html, pictures_of, summary, words_of
 from latentpipe.ui.state import HEAVY, LIGHT, App, json_field, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
 from latentpipe.ui.uploads import readable
@@ -275,7 +275,7 @@ def add_endpoint(app: App) -> None:
                 if isinstance(event, Done):
                     path = app.place("compare.png")
                     save_png(comparison_sheet(event.result), path)
-                    yield as_json(event.result), str(path)
+                    yield comparison_json(event.result), str(path)
                 else:
                     yield None, None
 

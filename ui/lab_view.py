@@ -99,7 +99,7 @@ def comparison_sheet(lab: Laboratory) -> Image.Image:
     return sheet(cells, 1 + 2 * len(lab.vaes), labels)
 
 
-def as_json(lab: Laboratory) -> dict[str, Any]:
+def comparison_json(lab: Laboratory) -> dict[str, Any]:
     """The figures for a program."""
     vaes = [
         {

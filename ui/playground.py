@@ -13,7 +13,7 @@ from latentpipe.explore import playground
 from latentpipe.pipelines.metadata.recipe import MAX_SEED
 from latentpipe.ui import html, interpolate
 from latentpipe.ui.failures import remembered, said_why
-from latentpipe.ui.playground_inputs import PlaygroundInputs, build_inputs, result, waiting
+from latentpipe.ui.playground_inputs import PlaygroundInputs, build_inputs, result, shown_event
 from latentpipe.ui.state import HEAVY, LIGHT, App, toast_errors, wire_stop
 from latentpipe.ui.theme import RUN, SAID, STOP
 from latentpipe.ui.uploads import picture_of
@@ -82,7 +82,7 @@ def _live(app: App, given: PlaygroundInputs) -> tuple[gr.Dropdown, gr.Dropdown]:
             pictures = picture_of(first), picture_of(second) if second is not None else None
 
             def work(report: ProgressCallback) -> Image.Image:
-                return playground.edited(given.stage(app, vae), *pictures, edit)
+                return playground.edited_picture(given.stage(app, vae), *pictures, edit)
 
             for event in app.jobs.run(request, work, notes):
                 if isinstance(event, Done):
@@ -137,7 +137,7 @@ def _wire_learn(
                     choices = [NONE, *event.result]
                     yield html.words(words), gr.update(choices=choices, value=first), gr.update(choices=choices, value=second)
                 else:
-                    yield waiting(event), gr.skip(), gr.skip()
+                    yield shown_event(event), gr.skip(), gr.skip()
             return
         yield html.words("No directions were found."), gr.skip(), gr.skip()
 
@@ -200,4 +200,4 @@ def _watched(
             done = html.words(f"Done in {event.seconds:.1f} s.")
             yield done, gr.update(value=str(path), visible=True, alt_text=alt), gr.update(value=str(path), interactive=True)
         else:
-            yield waiting(event), gr.skip(), gr.skip()
+            yield shown_event(event), gr.skip(), gr.skip()

@@ -52,7 +52,7 @@ def _pair(app: App, captions: tuple[str, str]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def waiting(event: Waiting | Progress) -> str:
+def shown_event(event: Waiting | Progress) -> str:
     """The status of a job that waits or works."""
     if isinstance(event, Waiting):
         return html.waiting(event.ahead)

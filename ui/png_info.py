@@ -85,7 +85,11 @@ def look(path: str | None) -> tuple[str, str, str, Any]:
     except gr.Error as error:  # a line that stays, in place of a toast that goes
         return html.light("red", str(error.message), "Not read"), "", "", hidden
     else:
-        rows = [("Written by", info.source), ("Prompt", info.prompt), ("Negative prompt", info.negative_prompt or "-")]
+        rows: list[tuple[str, str | int]] = [
+            ("Written by", info.source),
+            ("Prompt", info.prompt),
+            ("Negative prompt", info.negative_prompt or "-"),
+        ]
         rows += [(name.replace("_", " ").capitalize(), _words(value)) for name, value in shortened(info.settings).items()]
         rows += [("Seed", "-" if info.seed is None else info.seed), ("Picture", f"{info.width} x {info.height} pixels")]
         rows += [("Model", info.model or "-"), ("VAE", info.vae or "built in")]
@@ -96,7 +100,7 @@ def look(path: str | None) -> tuple[str, str, str, Any]:
         return html.table("Settings of this picture", ["Setting", "Value"], rows), info.raw, "", hidden
 
 
-def as_json(info: Info) -> dict[str, Any]:
+def info_json(info: Info) -> dict[str, Any]:
     """The settings for a program."""
     found = info.shortened()
     found["recipe"] = info.recipe.model_dump(mode="json") if info.recipe else None

@@ -42,7 +42,7 @@ def check_arguments(page: gr.Blocks) -> None:
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, OSError):
             raise gr.Error("These values are not what the fields of this page send. Reload it.", print_exception=False) from None
 
-    page.preprocess_data = checked  # type: ignore[method-assign]
+    page.preprocess_data = checked  # type: ignore[method-assign, assignment]
 
 
 def wrong(fn: Any, inputs: list[Any]) -> str:

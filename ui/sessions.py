@@ -21,7 +21,8 @@ class _Bare:
     """A page as a new session sees it: all of it, but no blocks to copy the description of."""
 
     def __init__(self, page: gr.Blocks) -> None:
-        self._page, self.blocks = page, {}
+        self._page = page
+        self.blocks: dict[int, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._page, name)

@@ -21,9 +21,9 @@ from gradio.utils import get_upload_folder
 
 from latentpipe import Engine, Finished, LatentPipeline, Picture, StepDone, UserError
 from latentpipe.checkpoints.registry import available
-from latentpipe.cli.generate import free_path
 from latentpipe.engine.jobs import Cancelled, Done, Progress, Waiting, device, run_job
 from latentpipe.engine.pipeline_cache import PipelineCache
+from latentpipe.pipelines.picture import free_path
 from latentpipe.ui.listeners import Listeners
 from latentpipe.ui.wording import in_words_of_the_page
 from latentpipe.utils.defaults import STEPS

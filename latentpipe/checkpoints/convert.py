@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 
 from latentpipe.checkpoints import ldm_keys
-from latentpipe.checkpoints.tensor_source import CARD_FILE, CONFIG_KEY, VAE_FILE, Source, open_source, pair
+from latentpipe.checkpoints.tensor_source import CARD_FILE, CONFIG_KEY, VAE_FILE, Source, open_source, pair, read_pickle
 from latentpipe.checkpoints.vae_file import StatedConfig, VAEFile, resolve
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.images import psnr, to_bytes
-from latentpipe.utils.io import atomic_file, atomic_folder, content_hash, file_hash
+from latentpipe.utils.io import SUFFIXES, atomic_file, atomic_folder, content_hash, file_hash, is_safetensors, read_tensors
 from latentpipe.utils.reading import parse_object
 from latentpipe.vae.probe_images import probe_images
 from latentpipe.vae.stage import VAEStage
@@ -123,3 +123,28 @@ def _write_ldm(vae: VAEFile, out: Path, card: dict[str, Any]) -> None:
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(vae.config, sort_keys=True), CARD_KEY: json.dumps(card)}
     with atomic_file(out) as part:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
+
+
+def merge_tensors(sources: Sequence[Path], out: Path) -> str:
+    """Write the tensors of all `sources` into the file `out`, atomically; returns their content hash.
+
+    UserError where two files hold one name with other values, or `out` exists or is no safetensors file.
+    """
+    from safetensors.torch import save_file
+
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out} with --to tensors: expected a file that ends in .safetensors.")
+    if out.exists() or out.is_symlink():
+        raise UserError(f"--out {out} exists already; choose another name, or remove it first.")
+    merged: dict[str, torch.Tensor] = {}
+    for path in map(Path, sources):
+        found = read_tensors(path) if path.suffix in SUFFIXES or is_safetensors(path) else read_pickle(path)
+        for name, tensor in found.items():
+            if name in merged and not torch.equal(merged[name], tensor):
+                raise UserError(f"{path}: '{name}' is in an earlier file too, with other values: they do not belong together.")
+            merged[name] = tensor.contiguous()
+    origin = [{"file": Path(path).name, "sha256": file_hash(path)} for path in sources]
+    with atomic_file(out) as part:
+        save_file(merged, part, metadata={"format": "pt", "latentpipe.source": json.dumps(origin)})
+    return content_hash(merged)

@@ -124,7 +124,7 @@ def is_embedding(path: Path) -> bool:
     """Whether a safetensors file has the keys of an embedding alone."""
     if not path.is_file() or not is_safetensors(path):
         return False
-    return parts.is_embedding(read_header(path).shapes)
+    return parts.names_an_embedding(read_header(path).shapes)
 
 
 def describe_embedding(path: Path) -> dict[str, Any]:

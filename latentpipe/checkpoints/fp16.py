@@ -123,7 +123,7 @@ def make_fp16_safe(vae: Any, images: torch.Tensor) -> tuple[Any, Fp16Report]:
     return nn.Module.to(new, next(vae.parameters()).dtype).train(vae.training), report
 
 
-def convert(
+def convert_fp16_safe(
     path: Path, images: Callable[[int], torch.Tensor], image_set: str, out: Path | None, device: str = "cpu"
 ) -> Fp16Report:
     """`make_fp16_safe` for the VAE at `path`, on ``images(side in pixels)``; `out` gets the new one, in fp16.

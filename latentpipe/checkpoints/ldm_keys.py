@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-Shapes = Mapping[str, tuple[int, ...]]
+from latentpipe.checkpoints.places.glance import Shapes
 
 RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "conv_shortcut"}
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -76,7 +76,7 @@ def to_ldm(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def config_of(shapes: Shapes) -> dict[str, Any]:
+def ldm_config(shapes: Shapes) -> dict[str, Any]:
     """The AutoencoderKL config that shapes (diffusers names) tell; norm_num_groups, which they do not, is absent.
 
     KeyError where a tensor that every AutoencoderKL has is missing.

@@ -165,7 +165,7 @@ def _filled(build: Callable[[], Any], name: str, folder: Path, dtype: torch.dtyp
     source = folder / PARTS[folder.name]
     if not any(folder.glob("*.safetensors")):
         read_header(source)  # says that there is none
-    tensors = part_tensors(folder)
+    tensors = tensors_of_part(folder)
     with telling(folder, name):
         model = built_within(build, sum(map(torch.numel, tensors.values())), len(tensors))
     load_strictly(model, as_named_by(model, tensors), source if source.is_file() else folder)
@@ -205,7 +205,7 @@ def hashes(folder: Path, stated: Stated | None = None) -> Mapping[str, str]:
     index = read_json(folder / "model_index.json")
     for part, (_, cls) in networks(index).items():
         if part != "vae":
-            found[part] = content_hash(as_hashed(part_tensors(folder / part), cls))
+            found[part] = content_hash(as_hashed(tensors_of_part(folder / part), cls))
     for part in sorted(path.name for path in folder.glob("tokenizer*") if path.is_dir()):
         found[part] = tokenizer_hash(folder / part) or hashlib.sha256().hexdigest()
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", infinite=True)
@@ -219,10 +219,10 @@ def former_hash(folder: Path, stated: Stated | None, part: str) -> str | None:
         return None
     if folder.is_file():
         return former_file_hash(folder, stated, part)
-    return content_hash(part_tensors(folder / part)) if (folder / part).is_dir() else None
+    return content_hash(tensors_of_part(folder / part)) if (folder / part).is_dir() else None
 
 
-def part_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def tensors_of_part(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a part's weights: its file, the shards that an index names, or its one variant (such as fp16)."""
     known = (weight_files(folder, name) for name in (VAE_FILE, TEXT_FILE))
     files = next((found for found in known if found[0].is_file() or len(found) > 1), ())
@@ -271,7 +271,7 @@ def describe(name: str | Path) -> dict[str, Any]:
     card = read_card(folder)
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
-        parts = {part: _count(part_tensors(folder / part)) for part in networks(index) if part != "vae"}
+        parts = {part: _count(tensors_of_part(folder / part)) for part in networks(index) if part != "vae"}
         vae = open_vae(folder / "vae")
         return {
             "folder": str(folder),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +10,7 @@ from latentpipe.checkpoints.places.hub_cache import cached, default_cache, id_of
 from latentpipe.checkpoints.places.tool_folders import caches, pickle_named
 from latentpipe.checkpoints.places.tool_folders import foreign as foreign
 from latentpipe.utils.errors import UserError, near
-from latentpipe.utils.io import SUFFIXES, home, printable
+from latentpipe.utils.io import SUFFIXES, folders_once, home, printable
 
 FILES = {"lora": "LoRA", "embeddings": "embedding"}  # kinds that are files, never folders
 PUT = {
@@ -49,19 +48,12 @@ def _entries(root: Path, index: str) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     files: dict[str, Path] = {}
-    seen: set[str] = set()
-    for at, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(at)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        if real in seen:
-            continue
-        seen.add(real)
-        place = Path(at)
+    for place, folders, names in folders_once(root):
         if index and index in names and place != root:
             found[printable(place.relative_to(root).as_posix())] = place
             folders.clear()  # its parts are no entries
         elif not (index == "model_index.json" and index in names):
-            weights = (place / name for name in sorted(names) if not name.startswith("."))
+            weights = (place / name for name in names if not name.startswith("."))
             files |= {printable(path.relative_to(root).as_posix()): path for path in weights if path.suffix in SUFFIXES}
     found = dict(sorted(found.items()))
     for name, path in sorted(files.items()):

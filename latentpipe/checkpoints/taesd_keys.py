@@ -12,15 +12,14 @@ The decoder's index 0 is the clamp ``3 tanh(z / 3)``; diffusers counts from the 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from latentpipe.checkpoints.places.glance import Shapes
 from latentpipe.utils.errors import UserError, counted
 
-Shapes = Mapping[str, tuple[int, ...]]
-Layers = list[list[Any]]
+BlockLayers = list[list[Any]]
 
 
 def own_names(shapes: Shapes) -> dict[str, str]:
@@ -45,7 +44,7 @@ def own_names(shapes: Shapes) -> dict[str, str]:
     return found | {name: name for name in shapes if name not in known}  # a strict load names the others
 
 
-def config_of(shapes: Shapes, downscale: int | None, path: Path) -> dict[str, Any]:
+def taesd_config(shapes: Shapes, downscale: int | None, path: Path) -> dict[str, Any]:
     """The config that shapes (our names) tell: AutoencoderTiny where diffusers has all of its layers, else our TinyVAE.
 
     The keys tell no strides of leading convolutions: the decoder's upsamplings do, or `downscale` where there is none.
@@ -79,14 +78,14 @@ def config_of(shapes: Shapes, downscale: int | None, path: Path) -> dict[str, An
     return {"_class_name": "TinyVAE", **config, **ours, "act_fn": OPENS_HERE_ONLY}
 
 
-def _layers(shapes: Shapes, side: str, path: Path) -> Layers:
+def _layers(shapes: Shapes, side: str, path: Path) -> BlockLayers:
     """The layers of one half, strides of leading convolutions 1 for now; empty where the half is absent."""
     entries: dict[int, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         match = re.fullmatch(rf"{side}\.layers\.(\d+)\.(.+)", name)
         if match:
             entries.setdefault(int(match[1]), {})[match[2]] = shape
-    layers: Layers = []
+    layers: BlockLayers = []
     for index in range(max(entries, default=-1) + 1):
         tensors = entries.get(index)
         before_plain = "weight" in entries.get(index + 1, {}) and "bias" not in entries.get(index + 1, {})
@@ -105,7 +104,7 @@ def _layers(shapes: Shapes, side: str, path: Path) -> Layers:
     return layers
 
 
-def _check_chain(layers: Layers, side: str, path: Path) -> None:
+def _check_chain(layers: BlockLayers, side: str, path: Path) -> None:
     weighted = [layer for layer in layers if len(layer) > 1]
     for first, second in pairwise(weighted):
         if first[2] != second[1]:
@@ -114,7 +113,7 @@ def _check_chain(layers: Layers, side: str, path: Path) -> None:
         raise UserError(f"{path}: its {side} does not begin and end with a convolution; the file is incomplete.")
 
 
-def _set_strides(encoder: Layers, downscale: int, path: Path) -> None:
+def _set_strides(encoder: BlockLayers, downscale: int, path: Path) -> None:
     """Give the convolutions before the first block stride 2 where `downscale` needs it, in place."""
     known = 2 ** sum(layer[0] == "conv" and layer[3] == 2 for layer in encoder)
     first_block = next((index for index, layer in enumerate(encoder) if layer[0] == "block"), len(encoder) - 1)
@@ -130,7 +129,7 @@ def _set_strides(encoder: Layers, downscale: int, path: Path) -> None:
         layer[3] = 2
 
 
-def _stock(encoder: Layers, decoder: Layers) -> dict[str, Any]:
+def _stock(encoder: BlockLayers, decoder: BlockLayers) -> dict[str, Any]:
     """AutoencoderTiny's config of these layers; empty where it has none."""
     if not decoder:
         return {}
@@ -145,7 +144,7 @@ def _stock(encoder: Layers, decoder: Layers) -> dict[str, Any]:
         "num_decoder_blocks": counts["decoder"],
         "act_fn": "relu",
     }
-    built: dict[str, Layers] = {}
+    built: dict[str, BlockLayers] = {}
     for side, numbers in counts.items():
         last = len(numbers) - 1
         built[side] = [["conv", encoder[0][1], width, 1, True]] if side == "encoder" else []
@@ -161,7 +160,7 @@ def _stock(encoder: Layers, decoder: Layers) -> dict[str, Any]:
     return config if built == {"encoder": encoder, "decoder": decoder} else {}
 
 
-def _counts(layers: Layers) -> list[int]:
+def _counts(layers: BlockLayers) -> list[int]:
     """How many blocks follow each change of resolution."""
     counts = [0]
     for layer in layers:

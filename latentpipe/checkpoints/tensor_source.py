@@ -21,7 +21,7 @@ PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 CONFIG_KEY = "latentpipe.config"  # in the metadata of a safetensors file: the VAE's config.json
 VARIANT = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([a-z]\w*))?(?:-\d+-of-\d+)?(?:\.([a-z]\w*))?\.safetensors")
 
-Read = Callable[[Iterable[str]], dict[str, torch.Tensor]]
+ReadTensors = Callable[[Iterable[str]], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Source:
     files: tuple[Path, ...]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
-    read: Read
+    read: ReadTensors
     config: dict[str, Any] | None = None
     folder: Path | None = None
 

@@ -65,12 +65,12 @@ class VAEFile:
 _measured: dict[tuple[Any, ...], dict[str, Any]] = {}  # completed configs, by file and what was given
 
 
-def open_vae(path: Path, given: StatedConfig | None = None) -> VAEFile:
+def open_vae_file(path: Path, given: StatedConfig | None = None) -> VAEFile:
     """A diffusers folder or a safetensors file as a VAEFile. What the file does not say is measured, or asked for."""
     return resolve(open_source(path), given or StatedConfig())
 
 
-def declared_space(path: Path) -> LatentSpace:
+def space_of_file(path: Path) -> LatentSpace:
     """Channels and downscale of a VAE's latents by its config or the shapes in its header: no weight is read.
 
     Factors that the file does not state are 1 here.
@@ -81,7 +81,7 @@ def declared_space(path: Path) -> LatentSpace:
 
 
 def resolve(source: Source, given: StatedConfig) -> VAEFile:
-    """As `open_vae`, of a Source."""
+    """As `open_vae_file`, of a Source."""
     config, names = _identify(source, given)
     _check_header(source, names)
     stored = source.read(names.values())
@@ -136,14 +136,14 @@ def _vocabulary(shapes: ldm_keys.Shapes, source: Source, given: StatedConfig) ->
         own = {mine: tuple(shapes[name]) for mine, name in names.items()}
         own = {name: shape[:2] if ".attentions." in name else shape for name, shape in own.items()}
         try:
-            return ldm_keys.config_of(own), names
+            return ldm_keys.ldm_config(own), names
         except (KeyError, IndexError) as error:
             reason = f"has no {error.args[0]}" if isinstance(error, KeyError) else "has tensors of another rank"
             raise UserError(f"{source.path} is not a complete AutoencoderKL: it {reason}.") from None
     names = taesd_keys.own_names(shapes)
     if names:
         own = {mine: shapes[name] for mine, name in names.items()}
-        return taesd_keys.config_of(own, given.downscale, source.path), names
+        return taesd_keys.taesd_config(own, given.downscale, source.path), names
     return None
 
 

@@ -39,7 +39,7 @@ def open_vae(
     """
     given = StatedConfig(scaling_factor, shift_factor, downscale, norm_groups)
     with quiet():
-        found = formats.open_vae(Path(path), given if scaling_factor else with_family(Path(path), given))
+        found = formats.open_vae_file(Path(path), given if scaling_factor else with_family(Path(path), given))
     check_space(found.space.scale, found.space.shift, Path(path))
     check_network_config(found.config, Path(path))
     return found
@@ -47,7 +47,7 @@ def open_vae(
 
 def declared_space(path: Path) -> LatentSpace:
     """Channels and downscale of a VAE's latents, from its config or header alone; factors that it does not state are 1."""
-    return formats.declared_space(Path(path))
+    return formats.space_of_file(Path(path))
 
 
 def load_vae(path: Path, dtype: torch.dtype = torch.float32, **given: Any) -> Any:

@@ -11,7 +11,7 @@ from latentpipe.utils.errors import counted
 if TYPE_CHECKING:
     import torch
 
-    from latentpipe.data.given_pictures import GivenPictures
+    from latentpipe.data.image_set import GivenPictures
     from latentpipe.explore.anomaly.detector import Detector, Scores
 
 MOST_SHOWN = 60  # pictures on the sheet
@@ -95,8 +95,7 @@ def _find(
     import torch
 
     from latentpipe.cli.common import open_stage, progress_bar
-    from latentpipe.data.given_pictures import read_given_pictures
-    from latentpipe.data.image_set import read_set
+    from latentpipe.data.image_set import read_given_pictures, read_set
     from latentpipe.explore.anomaly import detector as run
     from latentpipe.utils.errors import LatentpipeWarning
 
@@ -129,7 +128,7 @@ def _order(found: Found) -> list[int]:
 
 def _sheet(found: Found) -> Any:
     """The page of the strangest pictures."""
-    from latentpipe.explore.anomaly.heatmap import page
+    from latentpipe.explore.anomaly.heatmap import heatmap_page
 
     shown = _order(found)[:MOST_SHOWN]
     labels = [
@@ -137,7 +136,7 @@ def _sheet(found: Found) -> Any:
         + ("ANOMALY" if found.scores.anomalous[row] else "normal")
         for row in shown
     ]
-    return page(found.given.images[shown], found.heat[shown], labels)
+    return heatmap_page(found.given.images[shown], found.heat[shown], labels)
 
 
 def _rows(found: Found) -> list[dict[str, Any]]:

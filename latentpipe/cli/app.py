@@ -15,6 +15,7 @@ from latentpipe.cli import (
     argument_parser,
     argument_rules,
     codec,
+    completion,
     data,
     edit,
     evaluate,
@@ -32,19 +33,19 @@ from latentpipe.cli.generate import Generate
 from latentpipe.cli.grid import Grid
 from latentpipe.utils.errors import LatentpipeWarning, UserError, begin, near
 from latentpipe.utils.out_of_memory import is_shortage, sentence
-from latentpipe.utils.signals import interruptible, say, status_of
+from latentpipe.utils.signals import say, status_of, terminable
 
 
 def _generate(options: Generate) -> None:
-    from latentpipe.cli.generate import run
+    from latentpipe.cli.generate import run_generate
 
-    run(options)
+    run_generate(options)
 
 
 def _grid(options: Grid) -> None:
-    from latentpipe.cli.grid import run
+    from latentpipe.cli.grid import run_grid
 
-    run(options)
+    run_grid(options)
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ OTHER_WORDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 2 for a mistake in the call or its data, 130 for Ctrl-C, 143 for SIGTERM."""
     try:
-        with interruptible():
+        with terminable():
             return _run(arguments)
     except KeyboardInterrupt as error:
         say(error)
@@ -205,6 +206,9 @@ def _verb(arguments: list[str]) -> tuple[str | None, list[str]]:
 
         print(VERSION)
         raise SystemExit(0)
+    if arguments[0] in completion.FLAGS:
+        print(completion.script(arguments[1] if arguments[1:] else "", {name: verb.target for name, verb in VERBS.items()}))
+        raise SystemExit(0)
     for words in (2, 1):
         name = " ".join(arguments[:words])
         if name in VERBS:
@@ -234,7 +238,7 @@ def _help() -> str:
     lines.append("usage: latentpipe VERB ...")
     for group, verbs in GROUPS.items():
         lines += [f"\n{group}:", *(f"  {name:18}{verb.summary}" for name, verb in verbs.items())]
-    return "\n".join([*lines, "\n'latentpipe VERB --help' explains a verb."])
+    return "\n".join([*lines, "\n'latentpipe VERB --help' explains a verb; --print-completion SHELL writes a completion script."])
 
 
 def _show_warning(message: Any, category: Any, *_: Any) -> None:

@@ -62,9 +62,9 @@ def decompress(file: Path, out: Path, /, vae: str | None = None) -> None:
     Image.init()
     if Image.EXTENSION.get(out.suffix.lower()) not in Image.SAVE:
         raise UserError(f"{out}: '{out.suffix}' is no kind of picture that is written here; expected .png, .webp, .jpg ...")
-    content = container.unpack(read(file), str(file))
+    content = container.unpack(read_lpz(file), str(file))
     codec = files.find_codec(content.identity) if vae is None else files.open_codec(vae)
-    picture = files.decompress(read(file), codec, str(file), progress=_bar)
+    picture = files.decompress(read_lpz(file), codec, str(file), progress=_bar)
     with atomic_file(out) as part:
         picture.save(part, Image.EXTENSION[out.suffix.lower()])
     print(f"{out}: {picture.width} x {picture.height} pixels")
@@ -95,16 +95,16 @@ def fit_codec(
         raise UserError(f"--step is {step}; expected 0.03 to 32, in units of the latents.")
     codec = files.open_codec(vae)
     print(f"Latents of {folder} at {', '.join(map(str, size))} pixels ...")
-    sets = [fit.latents_of(codec.stage, folder, side) for side in size]
+    sets = [fit.latents_of_folder(codec.stage, folder, side) for side in size]
     net = fit.learn(sets, step, steps, progress=lambda parts: tqdm(parts, unit="step"))
-    print(fit.write(fit.integers(net, step), out or find_model(vae, "vae")))
+    print(fit.write_codec(fit.integers(net, step), out or find_model(vae, "vae")))
 
 
-def facts(file: Path) -> dict[str, object]:
+def lpz_facts(file: Path) -> dict[str, object]:
     """What an .lpz file says about itself."""
     from latentpipe.explore.codec import container
 
-    content = container.unpack(read(file), str(file))
+    content = container.unpack(read_lpz(file), str(file))
     return {
         "kind": "compressed picture (.lpz)",
         "version": container.VERSION,
@@ -127,7 +127,7 @@ def is_lpz(file: Path) -> bool:
         return is_container(stream.read(4))
 
 
-def read(file: Path) -> bytes:
+def read_lpz(file: Path) -> bytes:
     """A file's bytes; UserError where there is none, or where it is larger than any that compress writes."""
     from latentpipe.explore.codec.container import LARGEST_FILE
 

@@ -78,7 +78,7 @@ def progress_bar() -> Iterator[ProgressCallback]:
         bar.close()
 
 
-def pictures_of(folder: Path, side: int, most: int | None = None) -> Any:
+def pictures_of(folder: Path, side: int, max_images: int | None = None) -> Any:
     """Pictures of a folder (the first `most`) as images of `side` pixels; the files that were skipped are told."""
     import warnings
 
@@ -86,7 +86,7 @@ def pictures_of(folder: Path, side: int, most: int | None = None) -> Any:
     from latentpipe.utils.errors import LatentpipeWarning
     from latentpipe.utils.images import to_images
 
-    pictures = read_pictures(folder, side, most)
+    pictures = read_pictures(folder, side, max_images)
     if pictures.skipped:
         warnings.warn(LatentpipeWarning(f"{folder}: {pictures.report()}"), stacklevel=2)
     return to_images(pictures.pixels)

@@ -62,7 +62,7 @@ def interpolate(
         pipe = LatentPipeline.from_pretrained(model, device=device)
         with progress_bar() as report:
             found = run.between_prompts(pipe, first, second, n, way, seed, steps, report, guidance)
-    clips.write(found, out, fps)
+    clips.write_clip(found, out, fps)
     print(out)
 
 

@@ -54,7 +54,7 @@ def evaluate_vae(
     _check_file(csv, "--csv", ".csv")
     _check_file(sheet, "--sheet", ".png")
     way, where = find_protocol(protocol, posterior, rounding, size), device or best_device()
-    found = run(vae, images, protocol=way, most=most, features=features, full=full, probe=probe, device=where, sheet=sheet)
+    found = run(vae, images, protocol=way, max_images=most, features=features, full=full, probe=probe, device=where, sheet=sheet)
     _tell(found, csv, sheet, json)
 
 
@@ -106,10 +106,10 @@ def evaluate_prompts(
         objects: Also score so many of the training prompts that name no skin tone and no flag; 0: all.
         json: Print one JSON object only.
     """
-    from latentpipe.evaluate.prompt_adherence import evaluate, table
+    from latentpipe.evaluate.prompt_adherence import adherence_table, evaluate
 
     result = evaluate(model, seen, held_out, steps, guidance, device, grid, styles, objects)
-    print(as_json(result) if json else table(result))
+    print(as_json(result) if json else adherence_table(result))
 
 
 def compare(
@@ -149,7 +149,7 @@ def compare(
     words += ["--protocol", protocol, *(word for key, value in given.items() if value for word in (f"--{key}", str(value)))]
     where, command = device or best_device(), shlex.join(words)
     comparison = compare_vaes(
-        vaes, images, protocol=protocol, size=size, most=most, features=features, device=where, out=out, command=command
+        vaes, images, protocol=protocol, size=size, max_images=most, features=features, device=where, out=out, command=command
     )
     print(dumps(comparison.as_dict(), indent=2, allow_nan=False) if json else f"{comparison}\n\n{out}")
 

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    pass
+    import torch
+    from PIL import Image
+
+    from latentpipe.vae.protocol import Stage
 
 from latentpipe.cli.common import check_png, open_stage, print_result, progress_bar, save_png
 
@@ -115,7 +118,7 @@ def traverse(
     print_result(facts, _ranking(facts), out, json)
 
 
-def _latents(stage: Any, picture: Any, side: int) -> Any:
+def _latents(stage: Stage, picture: Image.Image, side: int) -> torch.Tensor:
     """A picture's latents, of its centred square."""
     from latentpipe.data import image_set
     from latentpipe.utils.images import fit_square, to_images

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -86,7 +85,7 @@ class Generate:
     """Name or file of an adapter from the model's VAE to --vae ('latentpipe fit-adapter')."""
 
 
-def run(options: Generate) -> None:
+def run_generate(options: Generate) -> None:
     """Draw, save and print the paths; KeyboardInterrupt (`Terminated`) after partial pictures were saved."""
     loras = [weighted(text) for text in options.lora]
     from latentpipe.utils.images import open_picture
@@ -151,7 +150,7 @@ def _draw(options: Generate, pipe: Any, settings: dict[str, Any]) -> None:
 
 def _parts(options: Generate, pipe: Any, settings: dict[str, Any]) -> list[list[tuple[str, int]]]:
     """Prompt and seed of each picture, in batches; UserError names the line of a prompt that this model cannot draw."""
-    from latentpipe.cli.prompt_file import pictures_of, read_prompts, told
+    from latentpipe.cli.prompt_file import prompted_pictures, read_prompts, told
     from latentpipe.pipelines import prompt_weighting
     from latentpipe.pipelines.batches import batches
 
@@ -163,7 +162,7 @@ def _parts(options: Generate, pipe: Any, settings: dict[str, Any]) -> list[list[
         for line in lines:
             with told(options.prompts, line.number):
                 prompt_weighting.check(pipe.host, pipe.embeddings.spell(line.prompt), options.negative)
-        found = pictures_of(lines, options.n, options.seed)
+        found = prompted_pictures(lines, options.n, options.seed)
     return list(batches(found, settings["size"] or pipe.native_size))
 
 
@@ -218,17 +217,9 @@ def _place(out: Path, recipe: Any, n: int) -> Path:
     """Where a picture goes: a new file in the folder `out`; or the file `out`, of several each with its seed behind the name."""
     if is_picture(out):
         return out if n == 1 else out.with_stem(f"{out.stem}-{recipe.seed}")
+    from latentpipe.pipelines.picture import free_path
+
     return free_path(out, recipe.prompt, recipe.seed)
-
-
-def free_path(folder: Path, prompt: str, seed: int) -> Path:
-    """A file name from prompt and seed that does not exist yet."""
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
-    path, count = folder / f"{slug}-{seed}.png", 1
-    while path.exists():
-        count += 1
-        path = folder / f"{slug}-{seed}-{count}.png"
-    return path
 
 
 def replay(

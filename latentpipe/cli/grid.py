@@ -57,7 +57,7 @@ class Grid:
     """Precision of the weights."""
 
 
-def run(options: Grid) -> None:
+def run_grid(options: Grid) -> None:
     """Draw, save and print the path; KeyboardInterrupt (`Terminated`) after a stopped plot was saved."""
     names = ("seed", "vae", "negative", "steps", "guidance", "scheduler", "lora_partial")
     settings = in_python({name: getattr(options, name) for name in names})

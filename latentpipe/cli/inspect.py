@@ -91,14 +91,14 @@ def inspect(
     from latentpipe.checkpoints.single_file.describe import describe_file
     from latentpipe.checkpoints.single_file.gather import Stated
     from latentpipe.checkpoints.single_file.refusals import check_kind
-    from latentpipe.cli.lora import facts, is_lora
     from latentpipe.compatibility.latent_adapter import is_adapter, read_card
+    from latentpipe.lora.state_dict.describe import is_lora, lora_facts
 
     if file.is_file():
         check_kind(file)
     stated = Stated(family, prediction, config, parts)
     if is_lora(file):
-        print(as_json(facts(file)))
+        print(as_json(lora_facts(file)))
     elif is_embedding(file):
         print(as_json(describe_embedding(file)))
     else:
@@ -108,12 +108,12 @@ def inspect(
 
 def _of_file(file: Path) -> str:
     """What an .lpz file, a grid or another picture says, as JSON."""
-    from latentpipe.cli.codec import facts, is_lpz
+    from latentpipe.cli.codec import is_lpz, lpz_facts
     from latentpipe.pipelines.metadata.reader import read_info
     from latentpipe.pipelines.metadata.recipe import GRID_CHUNK, text_in
 
     if is_lpz(file):
-        return as_json(facts(file))
+        return as_json(lpz_facts(file))
     if text_in(file, GRID_CHUNK) is not None:
         from latentpipe.engine.xy_grid.plot import read_grid
 

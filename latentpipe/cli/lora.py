@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from latentpipe.lora.adapter import Lora, LoraLayer
+    from latentpipe.lora.adapter import Lora
 
 Layout = Literal["diffusers", "kohya", "peft"]
 DType = Literal["fp32", "fp16", "bf16"]
@@ -27,7 +25,6 @@ Method = Literal[
     "magnitude_prune_svd",
 ]
 CONVERTED_KEY = "latentpipe.converted"  # in the metadata: the file that an adapter was converted from
-OWN, SHOWN_APART = "latentpipe.", {"base", "trigger_words", "layers", "component"}
 
 
 def lora_inspect(path: str, /) -> None:
@@ -39,8 +36,9 @@ def lora_inspect(path: str, /) -> None:
     from json import dumps
 
     from latentpipe.checkpoints.registry import find_lora
+    from latentpipe.lora.state_dict.describe import lora_facts
 
-    print(dumps(facts(find_lora(path)), indent=2, ensure_ascii=False))
+    print(dumps(lora_facts(find_lora(path)), indent=2, ensure_ascii=False))
 
 
 def lora_convert(
@@ -68,7 +66,7 @@ def lora_convert(
     from json import dumps
 
     from latentpipe.checkpoints.registry import find_lora
-    from latentpipe.lora.factor import as_plain
+    from latentpipe.lora.delta import as_plain
     from latentpipe.lora.state_dict.io import read_lora
     from latentpipe.utils.errors import LatentpipeWarning, UserError
     from latentpipe.utils.io import file_hash
@@ -132,12 +130,12 @@ def lora_merge(
 
 
 def _merged_card(lora: Lora, loras: list[Lora], weights: list[Any]) -> dict[str, str]:
-    from latentpipe.lora.state_dict.io import base_of, card, trigger_words
+    from latentpipe.lora.state_dict.io import card, stated_base, trigger_words
 
     return card(
         lora,
         title=lora.name,
-        base_hashes=base_of(lora),
+        base_hashes=stated_base(lora),
         trigger_words=trigger_words(lora),
         base_model=_agreed(loras, "ss_base_model_version"),
         architecture=_agreed(loras, "modelspec.architecture"),
@@ -159,96 +157,14 @@ def lora_extract(
         dtype: What to store the weights as.
     """
     from latentpipe.lora.extract import explained, extract_models
-    from latentpipe.lora.state_dict.io import base_of, card
+    from latentpipe.lora.state_dict.io import card, stated_base
 
     _check_out(out)
     lora = extract_models(before, after, int(rank) if float(rank).is_integer() else float(rank))
-    said = card(lora, title=lora.name, base_hashes=base_of(lora), base_model=lora.metadata.get("latentpipe.base_model", ""))
+    said = card(lora, title=lora.name, base_hashes=stated_base(lora), base_model=lora.metadata.get("latentpipe.base_model", ""))
     _write(lora, out, to, dtype, said)
     for component, held in explained(lora).items():
         print(f"{component}: {held}")
-
-
-def facts(path: Path) -> dict[str, Any]:
-    """What a LoRA file is: layout, layers by component, hashes, and what its metadata says; UserError as `read_lora`."""
-    from latentpipe.lora.state_dict.io import base_of, read_lora, trigger_words
-
-    lora = read_lora(path)
-    tensors = [tensor for _, _, layer in lora.layers() for tensor in layer.tensors.values()]
-    size = sum(file.stat().st_size for file in path.glob("adapter_model.safetensors")) if path.is_dir() else path.stat().st_size
-    own = {name.removeprefix(OWN): _parsed(value) for name, value in lora.metadata.items() if name.startswith(OWN)}
-    return {
-        "file": str(path),
-        "layout": layout(path),
-        "bytes": size,
-        "hash": lora.hash,
-        "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
-        "finite": all(bool(tensor.isfinite().all()) for tensor in tensors),
-        "parameters": sum(tensor.numel() for tensor in tensors),
-        "components": {component: _component(layers.values()) for component, layers in lora.parts.items()},
-        "base": base_of(lora),
-        "trigger_words": trigger_words(lora),
-        **{name: value for name, value in own.items() if name not in SHOWN_APART},
-        "metadata": {name: _parsed(value) for name, value in lora.metadata.items() if name.startswith(("ss_", "modelspec."))},
-        "unread": list(lora.unread),
-        "embeddings": [one.name for one in lora.embeddings],
-    }
-
-
-def is_lora(path: Path) -> bool:
-    """Whether a safetensors file has the keys of an adapter."""
-    from latentpipe.utils.io import SUFFIXES, is_safetensors, read_header
-
-    if not path.is_file() or not (path.suffix in SUFFIXES or is_safetensors(path)):
-        return False
-    marks = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".hada_w1", ".lokr_w", ".lora.", "_lora.")
-    return any(mark in name for name in read_header(path).shapes for mark in marks)
-
-
-def layout(path: Path) -> str:
-    """Which program's way of naming a file's keys have: peft, diffusers, kohya or cloneofsimo."""
-    from latentpipe.lora.state_dict.cloneofsimo import is_ancestral
-    from latentpipe.utils.io import read_header
-
-    if path.is_dir():
-        return "peft (folder)"
-    names = list(read_header(path).shapes)
-    if is_ancestral(names):
-        return "cloneofsimo"
-    if any("base_model.model." in name for name in names):
-        return "peft"
-    if any("processor." in name or "_lora." in name for name in names):
-        return "diffusers (attention processors)"
-    if any(name.startswith(("lora_", "lycoris_")) for name in names):
-        return "kohya"
-    known = ("unet.", "transformer.", "text_encoder", "vae.")
-    return "diffusers" if any(name.startswith(known) for name in names) else "peft (no component in its keys)"
-
-
-def _component(layers: Iterable[LoraLayer]) -> dict[str, Any]:
-    """Layers of one component: how many, and how many of each rank, alpha and kind."""
-    from collections import Counter
-
-    layers = list(layers)
-    kinds = Counter("dora" if layer.dora else layer.kind for layer in layers)
-    return {
-        "modules": len(layers),
-        "kinds": dict(kinds),
-        "ranks": {str(rank): count for rank, count in sorted(Counter(layer.rank for layer in layers).items())},
-        "alphas": {f"{alpha:g}": count for alpha, count in sorted(Counter(layer.alpha for layer in layers).items())},
-        "rslora": any(layer.rslora for layer in layers),
-        "parameters": sum(layer.parameters for layer in layers),
-    }
-
-
-def _parsed(text: str) -> Any:
-    """The value of a metadata entry that is JSON; the text itself where it is none."""
-    from latentpipe.utils.reading import parse_json
-
-    try:
-        return parse_json(text, foreign=True) if text[:1] in "[{" else text
-    except ValueError:
-        return text
 
 
 def _check_out(out: Path) -> None:

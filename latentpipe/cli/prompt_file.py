@@ -93,7 +93,7 @@ def prompted(values: dict[str, Any]) -> None:
             tagged({**values, "prompt": line.prompt})
 
 
-def pictures_of(lines: Sequence[Line], n: int, first: int) -> list[tuple[str, int]]:
+def prompted_pictures(lines: Sequence[Line], n: int, first: int) -> list[tuple[str, int]]:
     """Prompt and seed of each picture: `n` of each line; UserError where the seeds that count on from `first` end too high."""
     found = []
     for place, line in enumerate(lines):

@@ -32,7 +32,7 @@ def make_fp16_safe(
 
     import torch
 
-    from latentpipe.checkpoints.fp16 import convert
+    from latentpipe.checkpoints.fp16 import convert_fp16_safe
     from latentpipe.checkpoints.registry import find_model
     from latentpipe.utils.system import best_device
     from latentpipe.vae.probe_images import probe_images
@@ -41,7 +41,7 @@ def make_fp16_safe(
         return probe_images(16, min(side, 128)) if images is None else pictures_of(images, side, most)
 
     image_set = "probes" if images is None else images.resolve().name
-    report = convert(find_model(vae, "vae"), measured, image_set, out, device or best_device())
+    report = convert_fp16_safe(find_model(vae, "vae"), measured, image_set, out, device or best_device())
     print(dumps(asdict(report), indent=2) if json else report.table())
     if not json:
         print(out or "nothing was written; --out DIR writes the rescaled VAE")
@@ -78,7 +78,7 @@ def convert(
         dtype: What to store the weights as; left out: as they are.
     """
     from latentpipe.checkpoints.convert import convert as run
-    from latentpipe.checkpoints.merge import merge
+    from latentpipe.checkpoints.convert import merge_tensors
     from latentpipe.checkpoints.pickled import whole
     from latentpipe.checkpoints.registry import find_model
     from latentpipe.checkpoints.vae_file import StatedConfig
@@ -86,7 +86,7 @@ def convert(
     from latentpipe.utils.logging import quiet
 
     if to == "tensors":
-        digest = merge([Path(name) for name in (source, source2) if name is not None], out)
+        digest = merge_tensors([Path(name) for name in (source, source2) if name is not None], out)
         print(f"{out}  {digest[:HASH_LENGTH]}")
         return
     places = [Path(name) if Path(name).exists() else find_model(name, "vae") for name in (source, source2) if name is not None]
@@ -129,7 +129,7 @@ def swap(
 
     from latentpipe.checkpoints.registry import find_model
     from latentpipe.checkpoints.single_file.gather import Stated
-    from latentpipe.pipelines.swap import save_swapped
+    from latentpipe.pipelines.save_swapped import save_swapped
     from latentpipe.pipelines.verdict_cache import verdict_on
     from latentpipe.utils.io import refuse_name
 

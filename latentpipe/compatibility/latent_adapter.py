@@ -85,14 +85,23 @@ class BridgedStage(nn.Module):
     (None) the other VAE's decoder reads the host's latents as they are.
     """
 
-    def __init__(self, encoder: Any, adapter: LatentAdapter | None, decoder: Any) -> None:
+    def __init__(self, encoder: VAEStage, adapter: LatentAdapter | None, decoder: VAEStage) -> None:
         super().__init__()
         self.encoder, self.adapter, self.decoder = encoder, adapter, decoder
         # a decoder alone may make larger or smaller pictures of the host's latents
         self.space: LatentSpace = (
             encoder.space if adapter is not None else replace(encoder.space, downscale=decoder.space.downscale)
         )
-        self.decodes = True
+
+    @property
+    def decodes(self) -> bool:
+        """True: one without a decoder cannot be bridged."""
+        return True
+
+    @property
+    def decoding(self) -> VAEStage:
+        """The half that decodes."""
+        return self.decoder
 
     @property
     def dtype(self) -> torch.dtype:

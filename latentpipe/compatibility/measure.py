@@ -16,6 +16,7 @@ from latentpipe.utils.errors import UserError, short
 from latentpipe.utils.images import psnr, to_bytes
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.probe_images import probe_images
+from latentpipe.vae.protocol import Stage
 
 Outcome = Literal["same space", "decoder fits", "same shape, other space", "other shape", "broken"]
 PROBES = 12
@@ -105,7 +106,7 @@ class Verdict:
         return self.outcome == "same space"
 
     @property
-    def light(self) -> Literal["green", "amber", "red"]:
+    def status(self) -> Literal["green", "amber", "red"]:
         """For a glance: swap it; an adapter can bring it here; leave it."""
         return "green" if self.fits else "amber" if self.outcome == "same shape, other space" else "red"
 
@@ -265,7 +266,7 @@ def _reduced(images: torch.Tensor, times: int) -> torch.Tensor:
     return images if times == 1 else torch.nn.functional.avg_pool2d(images, times)
 
 
-def _decoded(stage: Any, latents: torch.Tensor, side: int, unit: bool = False) -> torch.Tensor | None:
+def _decoded(stage: Stage, latents: torch.Tensor, side: int, unit: bool = False) -> torch.Tensor | None:
     """Latents as pixels (uint8, B 3 H W) `side` wide; None where the stage cannot decode. `unit`: it gives images in [0, 1]."""
     if not stage.decodes:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass, field
 from typing import Any
 
 from latentpipe.compatibility.measure import (
@@ -27,6 +28,22 @@ COPY = 0.998  # R^2 of a per-channel map between the latents of two copies of on
 REPAIR = "fetch or export this VAE again, or correct scaling_factor, shift_factor, latents_mean, latents_std in its config.json."
 
 
+@dataclass(frozen=True)
+class SameShapeMeasurements(SwapMeasurements):
+    """Of two VAEs that both encode and decode: what the rules for one shape of latents read is always there."""
+
+    vae: float
+    vae_of_host: float = field(kw_only=True)
+    linear: Linear = field(kw_only=True)
+
+    @classmethod
+    def of(cls, seen: SwapMeasurements) -> SameShapeMeasurements:
+        """The same measurements; ValueError where a VAE that does not work left some of them out."""
+        if seen.vae is None or seen.vae_of_host is None or seen.linear is None:
+            raise ValueError("A VAE without an encoder or a decoder was measured; there is nothing to compare it by.")
+        return cls(**vars(seen))
+
+
 def decide_by_shapes(host: LatentSpace, vae: LatentSpace) -> Verdict | None:
     """The verdict where channels and downscale alone decide, so that nothing need be read or measured; else None."""
     if comparable((host.channels, host.downscale), (vae.channels, vae.downscale)):
@@ -44,15 +61,20 @@ def decide_by_shapes(host: LatentSpace, vae: LatentSpace) -> Verdict | None:
 
 def decide_verdict(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) -> Verdict:
     """The verdict on a VAE of space `vae` beside a host whose own VAE has the space `host`, of the same shape."""
-    for rule in (_faulty, _normalization, _decoder, _same, _decoder_alone, _other):
-        found = rule(host, vae, seen)
-        if found is not None:
-            outcome, reason, step = found
-            return Verdict(outcome, reason + _size_remark(host, vae) + _remark(seen, outcome), step, host, vae, seen)
-    raise AssertionError("the last rule always answers")
+    outcome, reason, step = _faulty(host, vae, seen) or _compared(host, vae, SameShapeMeasurements.of(seen))
+    return Verdict(outcome, reason + _size_remark(host, vae) + _remark(seen, outcome), step, host, vae, seen)
 
 
-Found = tuple[Outcome, str, str] | None
+Answer = tuple[Outcome, str, str]
+Found = Answer | None
+
+
+def _compared(host: LatentSpace, vae: LatentSpace, seen: SameShapeMeasurements) -> Answer:
+    """The answer of the first rule that has one, on two VAEs that both work."""
+    for rule in (_normalization, _decoder, _same, _decoder_alone):
+        if found := rule(host, vae, seen):
+            return found
+    return _other(host, vae, seen)
 
 
 def _faulty(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) -> Found:
@@ -78,10 +100,9 @@ def _faulty(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) -> Foun
     return None
 
 
-def _normalization(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) -> Found:
+def _normalization(host: LatentSpace, vae: LatentSpace, seen: SameShapeMeasurements) -> Found:
     """The same latents up to a gain and an offset in each channel: the declared normalization is off."""
     fit = seen.linear
-    assert fit is not None
     if fit.affine < COPY:
         return None
     tolerance = 0.02
@@ -129,11 +150,9 @@ def _diagnosis(vae: LatentSpace, fit: Linear, tolerance: float) -> str:
     )
 
 
-def _decoder(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) -> Found:
+def _decoder(host: LatentSpace, vae: LatentSpace, seen: SameShapeMeasurements) -> Found:
     """The host's encoder, but a decoder that makes less of the host's latents than a smaller one would."""
     fit = seen.linear
-    assert fit is not None
-    assert seen.vae_of_host is not None
     if fit.identity < SAME_SPACE or seen.host is None:
         return None
     if _blind(seen) and (seen.decoders or 0) < BLIND_DB:
@@ -158,12 +177,9 @@ def _blind(seen: SwapMeasurements) -> bool:
     return seen.host is not None and seen.host < seen.flat
 
 
-def _same(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) -> Found:
+def _same(host: LatentSpace, vae: LatentSpace, seen: SameShapeMeasurements) -> Found:
     """The same encoder (to rounding), or one near it with a decoder that reads the host's latents as well as its own."""
     fit = seen.linear
-    assert fit is not None
-    assert seen.vae is not None
-    assert seen.vae_of_host is not None
     loss = seen.vae - seen.vae_of_host
     reads = loss <= DECODE_LOSS_DB and seen.vae_of_host >= seen.flat
     if fit.identity >= SAME_ENCODER and loss <= DECODE_LOSS_DB:
@@ -178,11 +194,10 @@ def _same(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) -> Found:
     return None
 
 
-def _decoder_alone(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) -> Found:
+def _decoder_alone(host: LatentSpace, vae: LatentSpace, seen: SameShapeMeasurements) -> Found:
     """Another encoder, but a decoder that makes of the host's latents nearly what the host's own makes of them."""
     fit = seen.linear
-    assert fit is not None
-    if seen.host is None or seen.vae_of_host is None or _blind(seen):
+    if seen.host is None or _blind(seen):
         return None
     if seen.vae_of_host < max(seen.host - DECODER_DB, seen.flat):
         return None
@@ -195,11 +210,8 @@ def _decoder_alone(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) 
     )
 
 
-def _other(host: LatentSpace, vae: LatentSpace, seen: SwapMeasurements) -> Found:
+def _other(host: LatentSpace, vae: LatentSpace, seen: SameShapeMeasurements) -> Answer:
     fit = seen.linear
-    assert fit is not None
-    assert seen.vae is not None
-    assert seen.vae_of_host is not None
     if fit.permutation is not None:
         reason = f"its channels are the host's in another order: {fit.permutation}."
         return "same shape, other space", reason, f"reorder them; the linear rung of an adapter does it exactly ({FIT})."

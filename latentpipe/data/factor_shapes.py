@@ -32,7 +32,7 @@ def grid() -> np.ndarray:
     return np.array(list(itertools.product(*(range(count) for count in FACTORS.values()))))
 
 
-def draw(factors: np.ndarray, size_px: int = 64) -> np.ndarray:
+def draw_factors(factors: np.ndarray, size_px: int = 64) -> np.ndarray:
     """Pictures of the given factors, edges anti-aliased.
 
     factors  N x 5 integers, each below its count in `FACTORS`
@@ -68,12 +68,12 @@ def captions(factors: np.ndarray) -> list[str]:
     return [f"{SIZES[size]} {HUES[hue]} {SHAPES[shape]}" for shape, size, _, _, hue in np.asarray(factors)]
 
 
-def write(folder: Path, size_px: int = 64) -> int:
+def write_factors(folder: Path, size_px: int = 64) -> int:
     """Write every picture of `grid` and metadata.jsonl (file_name, text, factors) into `folder`; returns how many."""
     with atomic_if_new(folder) as at:
         chosen = grid()
         lines = []
-        for row, pixels, text in zip(chosen, draw(chosen, size_px), captions(chosen), strict=True):
+        for row, pixels, text in zip(chosen, draw_factors(chosen, size_px), captions(chosen), strict=True):
             name = "-".join(str(value) for value in row) + ".png"
             Image.fromarray(pixels).save(at / name)
             lines.append(json.dumps({"file_name": name, "text": text, "factors": row.tolist()}) + "\n")
@@ -83,4 +83,4 @@ def write(folder: Path, size_px: int = 64) -> int:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1] if len(sys.argv) > 1 else "factors")
-    print(f"{target}: {counted(write(target), 'picture')}")
+    print(f"{target}: {counted(write_factors(target), 'picture')}")

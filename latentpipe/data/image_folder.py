@@ -71,7 +71,7 @@ def _items(folder: Path, found: Listing) -> list[Item]:
     return [Item(folder / name, tuple(texts), found.kinds.get(name, "")) for name, texts in found.captions.items()]
 
 
-def read_pictures(folder: Path, size_px: int, most: int | None = None, column: str | None = None) -> Pictures:
+def read_pictures(folder: Path, size_px: int, max_images: int | None = None, column: str | None = None) -> Pictures:
     """Every readable picture (or the first `most` files) as an upright RGB square of `size_px` (alpha on white, Lanczos).
 
     Bad files are skipped and listed with the reason; UserError when nothing is left. `column` as for `read_index`.
@@ -80,7 +80,7 @@ def read_pictures(folder: Path, size_px: int, most: int | None = None, column: s
     folder = Path(folder)
     found = _listed(folder, column, True)
     result = Pictures(np.empty((0, size_px, size_px, 3), np.uint8), [], [], source=found.summary())
-    for item in _items(folder, found)[:most]:
+    for item in _items(folder, found)[:max_images]:
         name = item.path.relative_to(folder).as_posix()
         try:
             arrays.append(read_square(item.path, size_px))

@@ -63,12 +63,12 @@ class PictureStream:
         self._ahead = {int(index): self._submit(int(index)) for index in ahead}
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
-    def sample(self, most: int) -> list[int]:
+    def sample(self, max_images: int) -> list[int]:
         """At most `most` indices of readable pictures: all of them in order, or a fixed random choice."""
         good = [index for index in range(len(self.items)) if self._known[index] != 2]
-        if len(good) <= most:
+        if len(good) <= max_images:
             return good
-        return sorted(np.random.default_rng(0).choice(good, most, replace=False).tolist())
+        return sorted(np.random.default_rng(0).choice(good, max_images, replace=False).tolist())
 
     def _submit(self, index: int) -> Future[np.ndarray | None]:
         return self._pool.submit(self._try, index)

@@ -38,7 +38,7 @@ def compare_vaes(
     *,
     protocol: str = "latentpipe",
     size: int | None = None,
-    most: int | None = None,
+    max_images: int | None = None,
     features: str = "emoji-words",
     cost: bool = True,
     device: str = "cpu",
@@ -48,7 +48,7 @@ def compare_vaes(
     """Evaluate each VAE (name, folder or file) on the pictures of `folder`, and compare all pairs.
 
     protocol  name of a protocol;  size: side of the pictures in pixels, left out: as the protocol or the pictures say
-    most      the first so many files only
+    max_images      the first so many files only
     features  the network of the Frechet and kernel distances
     cost      measure time and memory as well
     out       an HTML page to write: figures, intervals and crops, self-contained
@@ -59,24 +59,26 @@ def compare_vaes(
     folder = Path(folder)
     if out is not None and (out.suffix.lower() not in (".html", ".htm") or out.is_dir()):
         raise UserError(f"--out {out}: expected the name of an HTML file, as report.html.")
-    found, strips = compare_with_crops(vaes, folder, find_protocol(protocol, size_px=size), most, features, cost, device)
+    found, strips = compare_with_crops(vaes, folder, find_protocol(protocol, size_px=size), max_images, features, cost, device)
     if out is not None:
         write_report(out, found, strips, command)
     return found
 
 
 def compare_with_crops(
-    vaes: Sequence[str | Path], folder: Path, protocol: Protocol, most: int | None, features: str, cost: bool, device: str
+    vaes: Sequence[str | Path], folder: Path, protocol: Protocol, max_images: int | None, features: str, cost: bool, device: str
 ) -> tuple[Comparison, list[Strip]]:
     """As `compare_vaes`; with the crops of the pictures that the page shows."""
     if len(vaes) < 2:
         raise UserError(f"A comparison takes two VAEs or more; given {len(vaes)}. Name another.")
     paths = [find_model(vae, "vae") for vae in vaes]
     stages = [open_stage(path, device) for path in paths]
-    chosen = common_protocol(protocol, stages, folder, most)
+    chosen = common_protocol(protocol, stages, folder, max_images)
     evaluations = [
         replace(
-            evaluate_vae(stage, folder, protocol=chosen, most=most, features=features, full=True, cost=False, device=device),
+            evaluate_vae(
+                stage, folder, protocol=chosen, max_images=max_images, features=features, full=True, cost=False, device=device
+            ),
             name=short_name(path),
         )
         for path, stage in zip(paths, stages, strict=True)
@@ -107,15 +109,15 @@ def short_name(path: Path) -> str:
     return path.resolve().parent.name if name == "vae" else name
 
 
-def common_protocol(protocol: Protocol, stages: Sequence[VAEStage], folder: Path, most: int | None) -> Protocol:
+def common_protocol(protocol: Protocol, stages: Sequence[VAEStage], folder: Path, max_images: int | None) -> Protocol:
     """The protocol at a size that every VAE takes: VAEs of different downscales would else crop the pictures differently."""
     factors = [stage.space.downscale for stage in stages]
     if protocol.size_px is not None or len(set(factors)) == 1:
         return protocol
-    both = preprocessing.plan(folder, protocol, math.lcm(*factors), most)
+    both = preprocessing.plan(folder, protocol, math.lcm(*factors), max_images)
     if all(
         (plan.height, plan.width) == (both.height, both.width)
-        for plan in (preprocessing.plan(folder, protocol, factor, most) for factor in set(factors))
+        for plan in (preprocessing.plan(folder, protocol, factor, max_images) for factor in set(factors))
     ):
         return protocol
     if both.height != both.width:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from latentpipe.evaluate.report.wording import figure, heading, size_words
+from latentpipe.evaluate.report.text import figure, heading, size_words
 from latentpipe.evaluate.results import Evaluation, Score
 from latentpipe.evaluate.statistics import holm, least_p, p_of_interval, paired, sign_flip
 from latentpipe.utils.errors import UserError, counted

@@ -52,24 +52,24 @@ class Diagnosis:
         return "\n".join([f"{self.health}\nmeasured at {self.size_px} px", *lines])
 
 
-def diagnose_vae(vae: str | Path, folder: Path, size: int | None = None, most: int = 256) -> Diagnosis:
+def diagnose_vae(vae: str | Path, folder: Path, size: int | None = None, max_images: int = 256) -> Diagnosis:
     """Measure how much each latent channel of a VAE says, on pictures of a folder, and judge it.
 
     vae     name, folder or file
     folder  pictures; those that cannot be read are told in a warning
     size    side in pixels that they are measured at; None: 128, or the next multiple that the VAE takes
-    most    the first so many files only
+    max_images    the first so many files only
     """
     path = find_model(vae, "vae")
     file = open_vae(path)
     unit = file.space.downscale
     side = -(-SIDE_PX // unit) * unit if size is None else size
-    if side % unit or side < 1 or most < 1:
+    if side % unit or side < 1 or max_images < 1:
         raise UserError(
-            f"Given --size {side}, --most {most}; expected a size that is a multiple of {unit} (this VAE's "
+            f"Given --size {side}, --most {max_images}; expected a size that is a multiple of {unit} (this VAE's "
             f"downscale), and at least one picture."
         )
-    pictures = read_pictures(Path(folder), side, most)
+    pictures = read_pictures(Path(folder), side, max_images)
     if pictures.skipped:
         warnings.warn(LatentpipeWarning(f"{folder}: {pictures.report()}"), stacklevel=2)
     found = measure(VAEStage(file.build(), file.space), to_images(pictures.pixels).split(BATCH))

@@ -43,15 +43,15 @@ class Plan:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def plan(folder: Path, protocol: Protocol, downscale: int, most: int | None = None) -> Plan:
+def plan(folder: Path, protocol: Protocol, downscale: int, max_images: int | None = None) -> Plan:
     """Choose files (the first `most` of the index) and the size of the pictures, from the files' headers alone.
 
     The size is the protocol's; else the one that all pictures share, cropped to a multiple of the VAE's `downscale`; else a
     square of 256 pixels, or smaller where more than a tenth of the pictures are. Smaller pictures are skipped and named,
     unless the protocol enlarges them. UserError: no pictures, or a size that this VAE does not take.
     """
-    if most is not None and most < 1:
-        raise UserError(f"most is {most}; expected at least 1 picture.")
+    if max_images is not None and max_images < 1:
+        raise UserError(f"max_images is {max_images}; expected at least 1 picture.")
     size = protocol.size_px
     if size is not None and (size < 1 or size % downscale):
         near = max(downscale, round(size / downscale) * downscale)
@@ -59,7 +59,7 @@ def plan(folder: Path, protocol: Protocol, downscale: int, most: int | None = No
     folder = Path(folder)
     skipped: dict[str, str] = {}
     sizes: dict[str, tuple[int, int]] = {}
-    for item in read_index(folder, captions=False)[:most]:
+    for item in read_index(folder, captions=False)[:max_images]:
         name = item.path.relative_to(folder).as_posix()
         try:
             sizes[name] = upright_size(item.path)

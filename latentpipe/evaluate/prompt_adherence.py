@@ -193,7 +193,7 @@ def save_grid(bank: Bank, rows: dict[str, list[int]], drawn: dict[str, list[Imag
         sheet(pictures, 8, labels).save(part, format="PNG")
 
 
-def table(result: dict[str, Any]) -> str:
+def adherence_table(result: dict[str, Any]) -> str:
     """The scores as text."""
     lines = [f"{'':34}{'n':>5}  top-1                  top-5"]
     entries: list[tuple[str, Any]] = [(name, result[name]) for name in ("seen", "objects", "held_out") if name in result]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Posterior = Literal["mode", "sample"]
 Rounding = Literal["nearest", "truncate"]
 Resize = Literal["lanczos", "adm", "tensor"]
-Values = Literal["bytes", "floats"]
+ValueKind = Literal["bytes", "floats"]
 
 RESIZES: dict[Resize, str] = {
     "lanczos": "centre square by Pillow's antialiased Lanczos filter, on uint8",
@@ -51,10 +51,10 @@ class Protocol:
     resize: Resize = "lanczos"
     size_px: int | None = None
     enlarge: bool = False
-    ssim_on: Values = "bytes"
+    ssim_on: ValueKind = "bytes"
     ssim_mirrored: bool = False
     lpips_net: Literal["alex", "vgg"] = "alex"
-    lpips_on: Values = "bytes"
+    lpips_on: ValueKind = "bytes"
     open: tuple[str, ...] = ()
 
     def to_bytes(self, images: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ def evaluate_vae(
     folder: Path,
     *,
     protocol: Protocol | str = "latentpipe",
-    most: int | None = None,
+    max_images: int | None = None,
     features: str = "emoji-words",
     full: bool = False,
     probe: int = PROBED,
@@ -50,7 +50,7 @@ def evaluate_vae(
     vae       a name, folder or file, computed in fp32 on `device`; or a stage, as it is
     folder    pictures of any size and kind; broken ones are skipped and named
     protocol  a Protocol, or the name of one
-    most      the first so many files only
+    max_images      the first so many files only
     features  the network of the Frechet and kernel distances (`features.metric_names`)
     full      measure round trips, equivariance and interpolation as well, which encode and decode each picture a dozen times
     probe     with `full`: so many pictures for round trips and equivariance
@@ -67,7 +67,7 @@ def evaluate_vae(
     stage, name, digest = _open(vae, device)
     if not stage.decodes:
         raise UserError(f"{name} is an encoder alone; it has no decoder, so nothing can be rebuilt. Give one that has both.")
-    plan = preprocessing.plan(Path(folder), chosen, stage.space.downscale, most)
+    plan = preprocessing.plan(Path(folder), chosen, stage.space.downscale, max_images)
     with torch.no_grad():
         found = _measure(stage, plan, chosen, features, probe if full else 0, sheet)
         spent = measure_cost(stage, plan.height, plan.width) if full and cost else {}

@@ -17,7 +17,7 @@ from latentpipe.explore.directions import Direction, supervised
 from latentpipe.utils.errors import UserError, counted
 from latentpipe.utils.images import to_bytes, to_pixels
 from latentpipe.utils.progress import ProgressCallback
-from latentpipe.vae.stage import VAEStage
+from latentpipe.vae.protocol import Stage
 
 LEAST = 5  # pictures of either kind that a direction is learnt from
 TONES = ("light", "medium light", "medium", "medium dark", "dark")
@@ -65,7 +65,7 @@ def _label(text: str, attribute: str) -> float:
 
 
 def edit(
-    stage: VAEStage,
+    stage: Stage,
     images: torch.Tensor,
     direction: Direction | Sequence[Direction],
     strength: float = 1.0,

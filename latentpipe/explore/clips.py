@@ -17,7 +17,7 @@ SUFFIXES = (".png", ".gif", *CODECS)
 MISSING = "Videos are written by PyAV, which is not installed; run: pip install av. A .gif or .png needs nothing more."
 
 
-def write(frames: Sequence[Image.Image], path: Path, fps: int = 12) -> None:
+def write_clip(frames: Sequence[Image.Image], path: Path, fps: int = 12) -> None:
     """Write frames of one size, RGB, to `path` atomically; its suffix says how.
 
     .png         one row of pictures on white, as they are
@@ -45,7 +45,7 @@ def write(frames: Sequence[Image.Image], path: Path, fps: int = 12) -> None:
 
 
 def check(path: Path, fps: int = 12) -> None:
-    """UserError for what `write` could not write, before the frames are computed."""
+    """UserError for what `write_clip` could not write, before the frames are computed."""
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES or Path(path).is_dir():
         raise UserError(f"{path}: expected the name of a file that ends in one of {', '.join(SUFFIXES)}.")

@@ -24,7 +24,7 @@ from latentpipe.explore.directions import Direction
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.images import flatten, picture_file, to_images, to_pixels
 from latentpipe.utils.progress import ProgressCallback
-from latentpipe.vae.stage import VAEStage
+from latentpipe.vae.protocol import Stage
 
 MAX_SEED = 2**32 - 1
 ONE_COLOUR, TWO_TONE = 16, 0.9  # grey levels that strokes of one colour differ by; share of a mask that is black or white
@@ -70,7 +70,7 @@ def blend(first: torch.Tensor, second: torch.Tensor, share: torch.Tensor) -> tor
 
 
 def edited(
-    stage: VAEStage,
+    stage: Stage,
     picture: Image.Image,
     change: Callable[[torch.Tensor], torch.Tensor],
     mask: Image.Image | None = None,
@@ -93,7 +93,7 @@ def edited(
     return new if soft is None else composite(old, new, soft)
 
 
-def work_size(stage: VAEStage, size: tuple[int, int]) -> tuple[int, int]:
+def work_size(stage: Stage, size: tuple[int, int]) -> tuple[int, int]:
     """Width and height in pixels nearest to `size` that a VAE takes."""
     unit = stage.space.downscale
     width, height = (max(1, round(side / unit)) * unit for side in size)

@@ -18,7 +18,7 @@ from latentpipe.explore.edit import canvas, composite, feathered, hole_of, laten
 from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags
 from latentpipe.pipelines import prompt_weighting
 from latentpipe.pipelines.denoise import host_for, is_classic, redraws, size_unit
-from latentpipe.pipelines.families import finish
+from latentpipe.pipelines.hosting import finish
 from latentpipe.pipelines.latent_pipeline import LatentPipeline
 from latentpipe.pipelines.sampling import GuidanceCallback, Settings, Step, check_settings
 from latentpipe.utils.defaults import GUIDANCE, STEPS
@@ -90,7 +90,7 @@ def _note(pipe: LatentPipeline, prompt: str, negative: str, drawn: tuple[int, in
     if drawn[0] < size[0] or drawn[1] < size[1]:
         message = f"the new part is drawn at {drawn[0]} x {drawn[1]} pixels and enlarged to {size[0]} x {size[1]}"
         warnings.warn(LatentpipeWarning(message), stacklevel=3)
-    if cut := pipe.cut_words(prompt):
+    if cut := pipe.truncated_text(prompt):
         warnings.warn(LatentpipeWarning(f"the prompt is longer than what the text encoder reads; cut: '{cut}'"), stacklevel=3)
     note_negative(negative)
 

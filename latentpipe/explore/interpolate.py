@@ -24,7 +24,7 @@ from latentpipe.utils.images import fit_square, to_images, to_pixels
 from latentpipe.utils.logging import quiet
 from latentpipe.utils.progress import ProgressCallback
 from latentpipe.utils.setting_names import takes_settings
-from latentpipe.vae.stage import VAEStage
+from latentpipe.vae.protocol import Stage
 
 LINES = ("slerp", "lerp")  # they need nothing but the ends
 WAYS = (*LINES, "density")
@@ -143,7 +143,7 @@ def energy(points: torch.Tensor, known: Density, rest: float = 0.0) -> torch.Ten
 
 
 def between_pictures(
-    stage: VAEStage,
+    stage: Stage,
     first: Image.Image,
     second: Image.Image,
     n: int = 9,
@@ -215,7 +215,7 @@ def between_prompts(
     return [picture for latents in found for picture in to_pixels(pipe.stage.decode(latents))]
 
 
-def latents_of(stage: VAEStage, picture: Image.Image, size_px: int | None = None) -> torch.Tensor:
+def latents_of(stage: Stage, picture: Image.Image, size_px: int | None = None) -> torch.Tensor:
     """The latents (1 C h w, on the CPU) of a picture's centred square, at `size_px` or the side of `image_set.side_for`."""
     return encode(stage, to_images(fit_square(picture, side_for(stage.space.downscale, size_px))))
 

@@ -16,23 +16,34 @@ from latentpipe.data.emoji_bank import SIDE, open_bank
 from latentpipe.data.image_set import decode, encode, read_set, side_for
 from latentpipe.explore import edit as latent_edit
 from latentpipe.explore import traverse
-from latentpipe.explore.clips import write as write_clip
+from latentpipe.explore.clips import write_clip as write_clip
 from latentpipe.explore.directions import Direction
 from latentpipe.explore.interpolate import LINES as WAYS
 from latentpipe.explore.interpolate import between_pictures, between_prompts, latents_of
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.images import to_pixels
 from latentpipe.utils.progress import ProgressCallback
-from latentpipe.vae.stage import VAEStage
+from latentpipe.vae.protocol import Stage
 
 PICTURES = 200  # of the emoji bank that directions are learned from
 LIMIT_SD = 10.0
 TITLE_PX = 18
 __all__ = [
-    "WAYS", "Edit", "bank_picture", "between_pictures", "between_prompts", "direction", "directions", "edited", "latents_of",
-    "page", "plane", "traversal", "write_clip",
+    "WAYS",
+    "Edit",
+    "bank_picture",
+    "between_pictures",
+    "between_prompts",
+    "direction",
+    "directions",
+    "edited_picture",
+    "latents_of",
+    "plane",
+    "playground_page",
+    "traversal",
+    "write_clip",
 ]  # fmt: skip
-_known: WeakKeyDictionary[VAEStage, dict[str, Direction]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Stage, dict[str, Direction]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ class Edit:
                 raise UserError(f"{name} is {value}; expected {low:g} to {high:g}.")
 
 
-def edited(stage: VAEStage, first: Image.Image, second: Image.Image | None, edit: Edit) -> Image.Image:
+def edited_picture(stage: Stage, first: Image.Image, second: Image.Image | None, edit: Edit) -> Image.Image:
     """A picture (its centred square, at the side of `image_set.side_for`) after an edit of its latents.
 
     second  what `edit.share` mixes in; UserError where it is missing, or for a direction that is not known
@@ -80,7 +91,7 @@ def edited(stage: VAEStage, first: Image.Image, second: Image.Image | None, edit
     return to_pixels(decode(stage, latents))[0]
 
 
-def directions(stage: VAEStage, report: ProgressCallback | None = None) -> list[str]:
+def directions(stage: Stage, report: ProgressCallback | None = None) -> list[str]:
     """Names of the directions that are known of a VAE, those that change pictures most first.
 
     Channels, principal components and captions' words, learned once from PICTURES emoji.
@@ -93,7 +104,7 @@ def directions(stage: VAEStage, report: ProgressCallback | None = None) -> list[
     return list(_known[stage])
 
 
-def direction(stage: VAEStage, name: str) -> Direction:
+def direction(stage: Stage, name: str) -> Direction:
     """A direction by its name; UserError where it is not known yet (`directions` learns them)."""
     known = _known.get(stage, {})
     if name not in known:
@@ -102,7 +113,7 @@ def direction(stage: VAEStage, name: str) -> Direction:
 
 
 def traversal(
-    stage: VAEStage,
+    stage: Stage,
     picture: Image.Image,
     names: Sequence[str],
     columns: int = 7,
@@ -115,7 +126,7 @@ def traversal(
 
 
 def plane(
-    stage: VAEStage,
+    stage: Stage,
     picture: Image.Image,
     names: tuple[str, str],
     side: int = 5,
@@ -137,7 +148,7 @@ def plane(
     return titled
 
 
-def page(rows: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
+def playground_page(rows: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
     """Rows of pictures by their names; the columns are shares of the second end."""
     count = len(next(iter(rows.values())))
     return traverse.page(list(rows.values()), list(rows), [f"{index / (count - 1):.0%}" for index in range(count)])

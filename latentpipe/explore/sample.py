@@ -19,7 +19,7 @@ from latentpipe.explore.prior import Prior, aggregate, normal
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.images import bytes_to_images, sheet, to_bytes, to_pixels
 from latentpipe.utils.progress import ProgressCallback
-from latentpipe.vae.stage import VAEStage
+from latentpipe.vae.protocol import Stage
 
 REBUILT, OTHERS = "reconstructions", "other real pictures"
 
@@ -44,7 +44,7 @@ class Samples:
 
 
 def sample(
-    stage: VAEStage,
+    stage: Stage,
     size_px: int,
     n: int = 16,
     seed: int = 0,
@@ -74,7 +74,7 @@ def sample(
     return Samples(page, source.name, figures(scores, some, size_px, network))
 
 
-def draw(stage: VAEStage, prior: Prior, n: int, seed: int = 0, report: ProgressCallback | None = None) -> torch.Tensor:
+def draw(stage: Stage, prior: Prior, n: int, seed: int = 0, report: ProgressCallback | None = None) -> torch.Tensor:
     """`n` pictures of a prior's latents: images n 3 H W on the CPU; picture i depends on ``seed + i`` alone."""
     return decode(stage, prior.sample(n, seed), report)
 
@@ -98,7 +98,7 @@ def frechet_between(real: np.ndarray, drawn: np.ndarray, seed: int = 0) -> Score
 
 
 def distances(
-    stage: VAEStage,
+    stage: Stage,
     priors: Mapping[str, Prior],
     real: PictureSet,
     features: Features,
@@ -128,7 +128,7 @@ def _rounded(images: torch.Tensor) -> torch.Tensor:
     return bytes_to_images(to_bytes(images))
 
 
-def positions_note(stage: VAEStage, name: str, size_px: int) -> str | None:
+def positions_note(stage: Stage, name: str, size_px: int) -> str | None:
     """Why draws from N(0, I) are no pictures where a picture has several positions of latents; None where it has one."""
     side = size_px // stage.space.downscale
     if side == 1:

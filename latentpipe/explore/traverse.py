@@ -15,14 +15,14 @@ from latentpipe.explore.directions import Direction, channels, principal, superv
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.images import to_bytes, to_pixels, wrap
 from latentpipe.utils.progress import ProgressCallback
-from latentpipe.vae.stage import VAEStage
+from latentpipe.vae.protocol import Stage
 
 AMOUNTS = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 LABEL_PX = 112
 
 
 def walk(
-    stage: VAEStage,
+    stage: Stage,
     latents: torch.Tensor,
     direction: Direction,
     amounts: Sequence[float] = AMOUNTS,
@@ -38,7 +38,7 @@ def walk(
 
 
 def sheet(
-    stage: VAEStage,
+    stage: Stage,
     latents: torch.Tensor,
     directions: Sequence[Direction],
     amounts: Sequence[float] = AMOUNTS,
@@ -80,7 +80,7 @@ def candidates(
 
 
 def changes(
-    stage: VAEStage,
+    stage: Stage,
     latents: torch.Tensor,
     directions: Sequence[Direction],
     amount: float = 2.0,
@@ -102,7 +102,7 @@ def changes(
 
 
 def ranked(
-    stage: VAEStage,
+    stage: Stage,
     latents: torch.Tensor,
     directions: Sequence[Direction],
     amount: float = 2.0,

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from latentpipe.checkpoints.pipeline_io import hashes, networks, part_tensors
+from latentpipe.checkpoints.pipeline_io import hashes, networks, tensors_of_part
 from latentpipe.checkpoints.registry import find_model, name_of
 from latentpipe.checkpoints.vae_io import open_vae, vae_hash
 from latentpipe.lora.adapter import COMPONENTS, Lora, LoraLayer
-from latentpipe.lora.factor import plain_layer
+from latentpipe.lora.delta import plain_layer
 from latentpipe.lora.metadata import BASE
 from latentpipe.lora.target_modules import PREFIX
 from latentpipe.utils.errors import LatentpipeWarning, UserError, counted
@@ -272,4 +272,4 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of one component's folder, whole or in shards."""
     if folder.name == "vae":
         return open_vae(folder).tensors
-    return part_tensors(folder)
+    return tensors_of_part(folder)

@@ -56,7 +56,7 @@ class LoraFuser:
             if foreign(model):
                 raise UserError(f"{component} has adapters on it that are not ours; take them off first (unload_lora_weights).")
         kept, left_out = matching.fit(lora, self.components, partial)
-        with self.lifted():
+        with self.adapters_disabled():
             parts = matching.describe(kept, lora, self.components)
         for component, part in parts.items():
             if not part.change <= MOST_CHANGE:  # also where it is not a number
@@ -87,7 +87,7 @@ class LoraFuser:
         self.set({})
 
     @contextmanager
-    def lifted(self) -> Iterator[None]:
+    def adapters_disabled(self) -> Iterator[None]:
         """Every adapter is off inside."""
         before = self._active, self.fused
         self._switch([], True)

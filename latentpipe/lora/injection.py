@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from latentpipe.lora.adapter import LoraLayer
-from latentpipe.lora.target_modules import PREFIX, base_of
+from latentpipe.lora.target_modules import PREFIX, base_layer_of
 
 KEY = "lora"  # what peft calls the one adapter of a wrapper; several adapters on a module are wrappers around wrappers
 _NAMES = {
@@ -61,7 +61,7 @@ def filled(base: nn.Module, layer: LoraLayer, name: str, weight: float = 1.0) ->
     config = _config(layer.kind, layer.rank, layer.dora, layer.rslora, effective)
     with torch.random.fork_rng(devices=[]):  # peft draws values that are replaced below
         wrapper = _wrapper(base, layer.kind, config, layer.rank, layer.alpha)
-    weights: Any = base_of(base).weight
+    weights: Any = base_layer_of(base).weight
     tensors = {key: value.to(weights.device, weights.dtype) for key, value in layer.tensors.items()}
     if layer.kind == "lora":
         square = weights.ndim == 4
@@ -97,7 +97,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     for path in {path for path, _ in wrappers(model)}:
         chain = list(_chain(submodule(model, path)))
         kept = [] if name is None else [wrapper for wrapper in chain if wrapper.latentpipe_name != name]
-        inner = base_of(chain[-1])
+        inner = base_layer_of(chain[-1])
         for wrapper in reversed(kept):
             wrapper.base_layer = inner
             inner = wrapper
@@ -153,7 +153,7 @@ def _wrapper(base: nn.Module, kind: str, config: Any, rank: int, alpha: float) -
     from peft.tuners.lokr import layer as lokr
     from peft.tuners.lora import layer as lora
 
-    inner = base_of(base)
+    inner = base_layer_of(base)
     name = "Conv2d" if isinstance(inner, nn.Conv2d) else "Linear"
     if kind == "lora":
         wrapper = getattr(lora, name)(inner, KEY, config=config, r=rank, lora_alpha=alpha)

@@ -27,7 +27,7 @@ class Part:
     ranks       smallest and largest; alphas likewise
     parameters  of the adapter; `share`: relative to the component's own
     change      ||dW|| / ||W|| over the matched layers together, at weight 1
-    moved       how far one denoising step, or one encode or decode, moves, relative (root mean square); None: not tried
+    output_delta  how far one denoising step, or one encode or decode, moves, relative (root mean square); None: not tried
     """
 
     matched: int
@@ -38,7 +38,7 @@ class Part:
     parameters: int
     share: float
     change: float
-    moved: float | None = None
+    output_delta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ class MatchReport:
         for component, part in self.parts.items():
             moved = (
                 ""
-                if part.moved is None
-                else f", moves one {'encode or decode' if component == 'vae' else 'step'} by {short(100 * part.moved, 2)} %"
+                if part.output_delta is None
+                else f", moves one {'encode or decode' if component == 'vae' else 'step'} "
+                f"by {short(100 * part.output_delta, 2)} %"
             )
             lines.append(
                 f"{self.name}: {component} {part.matched} of {counted(part.layers, 'layer')}, {'/'.join(part.kinds)} "

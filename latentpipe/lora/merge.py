@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from latentpipe.lora.adapter import Lora, LoraLayer
-from latentpipe.lora.metadata import BASE, WORDS, base_of, trigger_words
+from latentpipe.lora.metadata import BASE, WORDS, stated_base, trigger_words
 from latentpipe.utils.defaults import LORA_LIMIT as LIMIT
 from latentpipe.utils.errors import UserError
 
@@ -161,7 +161,7 @@ def _common_base(loras: Sequence[Lora]) -> dict[str, str]:
     """Hashes of the base by component, where adapters name one; UserError where two name different ones."""
     found: dict[str, tuple[str, str]] = {}
     for lora in loras:
-        for component, digest in base_of(lora).items():
+        for component, digest in stated_base(lora).items():
             known, name = found.setdefault(component, (digest, lora.name))
             if known != digest:
                 raise UserError(

@@ -64,7 +64,7 @@ def card(
     return {name: value for name, value in metadata.items() if value}
 
 
-def base_of(lora: Lora) -> dict[str, str]:
+def stated_base(lora: Lora) -> dict[str, str]:
     """Content hashes by component of the base that it was made for; empty where the file names none."""
     value = _stored(lora, BASE, {})
     if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):

@@ -38,7 +38,7 @@ def leaves(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
 
     def walk(module: nn.Module, path: str) -> None:
-        base = base_of(module)
+        base = base_layer_of(module)
         if isinstance(base, nn.Linear | nn.Conv2d):
             if getattr(base, "groups", 1) == 1:
                 found[path.removeprefix(PREFIX)] = base
@@ -50,7 +50,7 @@ def leaves(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def base_of(module: nn.Module) -> nn.Module:
+def base_layer_of(module: nn.Module) -> nn.Module:
     """The module that adapters are wrapped around; itself where there is none."""
     while isinstance(getattr(module, "base_layer", None), nn.Module):
         module = module.base_layer  # type: ignore[assignment]

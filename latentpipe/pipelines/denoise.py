@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from PIL import Image
 
-from latentpipe.pipelines import families, prompt_weighting
+from latentpipe.pipelines import families, hosting, prompt_weighting
 from latentpipe.pipelines.sampling import SCHEDULER_OPTIONS, SCHEDULERS, GuidanceCallback, OnStep, Settings, Step
 from latentpipe.utils import cancellation
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.images import flatten
 from latentpipe.utils.logging import quiet
+from latentpipe.vae.protocol import Stage
 
 
 def denoise(
-    host: Any, stage: Any, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, on_step: OnStep | None = None
+    host: Any, stage: Stage, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, on_step: OnStep | None = None
 ) -> torch.Tensor:
     """Prompts to latents (B C h w) through the host; noise comes from one CPU generator for each seed.
 
@@ -45,11 +46,11 @@ def denoise(
     run = _guided if is_classic(host) else _plain
     with cancellation.interruptible(getattr(twin, families.family_of(host).denoiser)):
         latents, stopped = run(twin, prompts, settings, on_step, arguments)
-    return latents if stopped else families.unpack(twin, latents, height, width)
+    return latents if stopped else hosting.unpack(twin, latents, height, width)
 
 
 @torch.no_grad()
-def probe_step(host: Any, stage: Any, prompt: str, seed: int) -> torch.Tensor:
+def probe_step(host: Any, stage: Stage, prompt: str, seed: int) -> torch.Tensor:
     """What one denoising step makes of seeded noise at the smallest size, to see whether weights matter (B C h w)."""
     side = size_unit(host, stage)
     if not redraws(host) or not is_classic(host):
@@ -157,7 +158,7 @@ def _plain(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnSte
     width, height = settings.size or native_size(twin)
 
     def watch(host: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        latents = families.unpack(host, tensors["latents"], height, width)
+        latents = hosting.unpack(host, tensors["latents"], height, width)
         last[:] = [Step(step + 1, settings.steps_to_run, latents)]
         if on_step is not None and on_step(last[0]) and step + 1 < settings.steps_to_run:
             host._interrupt = True
@@ -178,7 +179,7 @@ def _plain(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnSte
     return (last[0].latents, True) if ended else (latents, False)
 
 
-def host_for(host: Any, stage: Any, settings: Settings, cls: type | None = None) -> Any:
+def host_for(host: Any, stage: Stage, settings: Settings, cls: type | None = None) -> Any:
     """The host, or its img2img twin (or one of `cls`), around the stage; with a fresh scheduler: the lent one keeps its state."""
     import diffusers
 
@@ -188,7 +189,7 @@ def host_for(host: Any, stage: Any, settings: Settings, cls: type | None = None)
         parts["scheduler"] = getattr(diffusers, name).from_config(host.scheduler.config, **SCHEDULER_OPTIONS.get(name, {}))
     family = families.family_of(host)  # the folder of an img2img or inpainting pipeline draws from a prompt as well
     cls = cls or getattr(diffusers, family.text if settings.image is None else family.image, None)
-    twin = families.rebuild(host, cls, vae=families.normalized(cls or type(host), stage, host.vae), **parts)
+    twin = hosting.rebuild(host, cls, vae=hosting.normalized(cls or type(host), stage, host.vae), **parts)
     twin.set_progress_bar_config(disable=True)
     return twin
 

@@ -20,7 +20,7 @@ import torch
 
 from latentpipe.checkpoints.embedding import Embedding, Vectors, bare, read_embedding
 from latentpipe.checkpoints.registry import find_embedding, is_installed_embedding, named_embedding
-from latentpipe.pipelines import families
+from latentpipe.pipelines import families, hosting
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -165,7 +165,7 @@ class EmbeddingManager:
             for component in _encoders(self.host):
                 rows = torch.cat([rows[component if component in rows else ""] for _, rows, _ in table.values()])
                 handles += _hooked(getattr(self.host, component), rows, _ids(tokenizers[TOKENIZERS[component]], len(rows)))
-            yield families.rebuild(self.host, **tokenizers)
+            yield hosting.rebuild(self.host, **tokenizers)
         finally:
             for handle in handles:
                 handle.remove()

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from latentpipe.compatibility.latent_adapter import BridgedStage
 from latentpipe.utils.errors import UserError
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.offload import HOOKED, unhooked
+from latentpipe.vae.protocol import Stage
 from latentpipe.vae.stage import NAMES, VAEStage
 
 
@@ -126,7 +128,7 @@ class VAEFacade(Facade):
 class Encoded:
     """The output of an encoder, and its own `latent_dist`: `sample` and `mode` give latents."""
 
-    def __init__(self, stage: Any, images: torch.Tensor) -> None:
+    def __init__(self, stage: Stage, images: torch.Tensor) -> None:
         self._stage, self._images = stage, images
         self.latent_dist = self
 
@@ -153,14 +155,16 @@ def staged(stage: VAEStage, vae: Any = None) -> Any:
     return _build(Staged, vae, _apart(stage, vae), True)
 
 
-def facade_of(stage: Any, own: bool = False) -> Any:
+def facade_of(stage: Stage, own: bool = False) -> Any:
     """A stage (or two halves of one) as a VAE whose raw values are the latents; `own`: of the VAE that the pipeline came with."""
     if isinstance(stage, VAEStage):
         facade = _build(VAEFacade, stage.vae, _apart(stage), own)
-    else:
-        stage = type(stage)(_apart(stage.encoder), stage.adapter, _apart(stage.decoder))
+    elif isinstance(stage, BridgedStage):
+        stage = BridgedStage(_apart(stage.encoder), stage.adapter, _apart(stage.decoder))
         facade = _build(VAEFacade, stage.decoder.vae, stage, False)
         vars(facade)["_modules"] = {**facade._modules, "_halves": stage}  # both move with it
+    else:
+        raise UserError(f"{type(stage).__name__} has no VAE that a pipeline could call; expected a VAEStage or a BridgedStage.")
     levels = (1,) * (1 + round(math.log2(stage.space.downscale)))  # pipelines count them to get the downscale
     facts: dict[str, Any] = {"latent_channels": stage.space.channels, "scaling_factor": 1.0, "shift_factor": 0.0}
     facts |= {"latents_mean": None, "latents_std": None, "force_upcast": False}
@@ -182,8 +186,8 @@ def _apart(stage: VAEStage, vae: Any = None) -> VAEStage:
     return VAEStage(inner, stage.space, stage.digest, stage.tile)
 
 
-def _build(kind: type, vae: Any, stage: Any, own: bool) -> Any:
-    inner = stage.vae if isinstance(stage, VAEStage) else stage.decoder.vae
+def _build(kind: type, vae: Any, stage: Stage, own: bool) -> Any:
+    inner = stage.decoding.vae
     facade: Any = object.__new__(_class(kind, type(vae)))
     hook = {"_hf_hook": vars(vae)["_hf_hook"]} if "_hf_hook" in vars(vae) else {}
     vars(facade).update({**vars(inner), **hook, "_stage": stage, "own": own})

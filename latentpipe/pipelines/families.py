@@ -6,18 +6,15 @@ one inverse pair serves every path of every host: text-to-image, img2img and inp
 
 from __future__ import annotations
 
-import copy
 import inspect
-import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from latentpipe.checkpoints.model_files import STABLE_DIFFUSION
-from latentpipe.pipelines.facade import Facade, VAEFacade, behind, declared, facade_of, form, staged, with_factors
+from latentpipe.pipelines.facade import Facade, VAEFacade, behind, declared, form
 from latentpipe.utils.errors import UserError
 from latentpipe.vae.latent_space import LatentSpace
+from latentpipe.vae.protocol import Stage
 from latentpipe.vae.stage import VAEStage
 
 
@@ -136,7 +133,7 @@ def family_of(pipe: Any) -> PipelineFamily:
     return row(type(pipe))
 
 
-def unsupported_reason(cls: type, stage: Any, own: Any) -> str:
+def unsupported_reason(cls: type, stage: Stage, own: Any) -> str:
     """Empty when the code of a pipeline class encodes and decodes this stage's VAE right, else the reason; `own`: the VAE it has.
 
     Beside what its family honours: in diffusers 0.42 SD3 inpaint decodes without the shift, and SDXL inpaint encodes
@@ -169,108 +166,3 @@ def expected_latents(pipe: Any) -> tuple[int, int]:
     if not counts:
         raise UserError(f"{host.name} has no {host.denoiser} that says how many channels it takes; expected in_channels.")
     return min(counts) // host.patch**2, pipe.vae_scale_factor if host.listed else behind(pipe.vae).space.downscale
-
-
-def rebuild(pipe: Any, cls: type | None = None, **parts: Any) -> Any:
-    """A pipeline of `pipe`'s class (or `cls`) with its components and flags, some replaced; `pipe` is left as it was.
-
-    Built anew because a pipeline keeps values that it derived from its VAE (vae_scale_factor, image_processor).
-    The scheduler is a copy; configs that a constructor rewrites in place are put back.
-    """
-    cls = cls or type(pipe)
-    components = {**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler), **parts}
-    wanted = inspect.signature(cls).parameters
-    flags = {name: pipe.config[name] for name in wanted if name in pipe.config and name not in components}
-    if "add_watermarker" in wanted:
-        flags["add_watermarker"] = getattr(pipe, "watermark", None) is not None
-    if components.get("safety_checker") is None and "requires_safety_checker" in wanted:
-        flags["requires_safety_checker"] = False  # else it advises at every build
-    before = {name: part._internal_dict for name, part in components.items() if hasattr(part, "_internal_dict")}
-    try:
-        new = cls(**{name: part for name, part in components.items() if name in wanted}, **flags)
-    finally:
-        for name, config in before.items():
-            if components[name] is not parts.get(name):
-                components[name]._internal_dict = config
-    if "requires_safety_checker" in flags and "requires_safety_checker" in pipe.config:
-        new.register_to_config(requires_safety_checker=pipe.config["requires_safety_checker"])
-    if isinstance(new.vae, VAEFacade) and not new.vae.own:
-        new.save_pretrained = new.vae.save_pretrained  # diffusers would write a folder without a VAE
-    new.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
-    return new
-
-
-def hosted(pipe: Any, stage: Any = None, cls: type | None = None) -> Any:
-    """The pipeline rebuilt around a stage (default: its own VAE), as its own class or another: it draws what stock draws."""
-    family_of(pipe)
-    return rebuild(pipe, cls, vae=facade(cls or type(pipe), stage or behind(pipe.vae), pipe.vae))
-
-
-def facade(cls: type, stage: Any, own: Any) -> Any:
-    """A stage as the VAE of a pipeline class: in raw units where its code reads these right, else in latents.
-
-    own  the VAE that the pipeline has. UserError where the pipeline can be right neither way.
-    """
-    if not unsupported_reason(cls, stage, own):
-        return staged(stage, with_factors(stage.vae, stage.space, row(cls)))
-    return normalized(cls, stage, own)
-
-
-def normalized(cls: type, stage: Any, own: Any) -> Any:
-    """A stage as the VAE of a pipeline class, in latents."""
-    if cls.__name__ in RAW:
-        raise UserError(
-            f"{cls.__name__} gives its denoiser the raw values of the picture, without the factor of the VAE, and "
-            f"{unsupported_reason(cls, stage, own) or 'here they are normalized'}. Use its own VAE, or one that declares "
-            "the same factors."
-        )
-    mine = isinstance(stage, VAEStage) and [*stage.vae.children()] == [*own.children()] and getattr(own, "own", True)
-    return facade_of(stage, mine)
-
-
-def unpack(pipe: Any, latents: torch.Tensor, height: int | None = None, width: int | None = None) -> torch.Tensor:
-    """Latents as a host returns them to B C h w; `height` and `width` of the picture in pixels, None: the host's default."""
-    host, (channels, downscale) = family_of(pipe), expected_latents(pipe)
-    if host.patch > 1 and latents.ndim == 3:
-        side = pipe.default_sample_size * downscale
-        height, width = height or side, width or side
-        tokens = math.prod(int(each) // (downscale * host.patch) for each in (height, width))
-        if latents.shape[1] != tokens:
-            raise UserError(
-                f"{type(pipe).__name__} returns {latents.shape[1]} tokens, and a picture of {width} x {height} pixels has "
-                f"{tokens}; give the height and width that it draws in."
-            )
-        latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
-    if latents.ndim != 4 or latents.shape[1] != channels:
-        raise UserError(
-            f"{type(pipe).__name__} returns latents of shape {tuple(latents.shape)}; expected (B, {channels}, h, w). "
-            f"This family needs a row of its own in latentpipe.pipelines.families.FAMILIES; known are: "
-            f"{', '.join(h.name for h in FAMILIES)}."
-        )
-    return latents
-
-
-@torch.no_grad()
-def draw(pipe: Any, stage: Any = None, **call: Any) -> torch.Tensor:
-    """Call a host with `call` and decode its latents by a stage (default: its own VAE): images, B 3 H W, [-1, 1].
-
-    What the host does after decoding is done here too: Sana's resize, SD's safety checker, SDXL's watermark.
-    """
-    stage = stage or behind(pipe.vae)
-    returned = hosted(pipe, stage)(**call, output_type="latent", return_dict=False)[0]
-    latents = unpack(pipe, returned, call.get("height"), call.get("width"))
-    images = stage.decode(latents.to(stage.dtype))  # Sana returns wider ones than it decodes
-    return finish(pipe, images, call)
-
-
-def finish(pipe: Any, images: torch.Tensor, call: dict[str, Any]) -> torch.Tensor:
-    """What the host's own tail does to decoded images (B 3 H W)."""
-    if family_of(pipe).bins and call.get("use_resolution_binning", True):
-        defaults = inspect.signature(type(pipe).__call__).parameters
-        width, height = (call.get(name, defaults[name].default) for name in ("width", "height"))
-        images = pipe.image_processor.resize_and_crop_tensor(images, width, height)
-    if getattr(pipe, "watermark", None) is not None:
-        images = pipe.watermark.apply_watermark(images)
-    if getattr(pipe, "safety_checker", None) is not None:
-        images, _ = pipe.run_safety_checker(images, images.device, images.dtype)
-    return images

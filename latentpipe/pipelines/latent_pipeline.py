@@ -29,13 +29,14 @@ from latentpipe.pipelines import prompt_notes, vocabulary
 from latentpipe.pipelines.batches import drawn
 from latentpipe.pipelines.denoise import check_family, check_host, denoise, native_size, size_unit
 from latentpipe.pipelines.embeddings import EmbeddingManager
-from latentpipe.pipelines.families import expected_latents, finish
+from latentpipe.pipelines.families import expected_latents
+from latentpipe.pipelines.hosting import finish
 from latentpipe.pipelines.lora_manager import LoraManager
 from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.opening import check_arguments, host_from
-from latentpipe.pipelines.picture import Picture, recipe_of, stated_in_recipe
+from latentpipe.pipelines.picture import Picture, preview_by, recipe_of, stated_in_recipe
 from latentpipe.pipelines.sampling import OnStep, Settings, check_settings, drawn_seed, settings_of
-from latentpipe.pipelines.swap import host_stage, judge_stages, stage_of
+from latentpipe.pipelines.swap import as_given, host_stage, judge_stages, stage_of
 from latentpipe.pipelines.verdict_cache import judged, refuse_other_shape
 from latentpipe.pipelines.vocabulary import known_words
 from latentpipe.utils.errors import UserError, counted, expect
@@ -43,6 +44,7 @@ from latentpipe.utils.images import to_pixels
 from latentpipe.utils.io import content_hash, read_json
 from latentpipe.utils.threads import run_in_thread
 from latentpipe.vae.latent_space import LatentSpace
+from latentpipe.vae.protocol import Stage
 from latentpipe.vae.stage import VAEStage
 
 
@@ -60,7 +62,7 @@ class LatentPipeline:
     """
 
     host: Any
-    stage: Any = None
+    stage: Stage = None  # type: ignore[assignment]  # the host's own, from __post_init__ on
     name: str = "model"
     vae_name: str | None = None
     adapter_name: str | None = None
@@ -144,8 +146,7 @@ class LatentPipeline:
         place = find_model(vae, "vae")
         changes: dict[str, Any] = {"vae_name": name_of(place, "vae"), "stage": stage}
         if adapter is not None:
-            path = find_adapter(adapter)
-            mapping = open_adapter(path, [self.hashes["vae"]], [found["vae"]])
+            mapping = open_adapter(path := find_adapter(adapter), [self.hashes["vae"]], [found["vae"]])
             found["adapter"] = content_hash(mapping.state_dict())
             changes |= {"stage": bridged(own, stage, mapping), "adapter_name": path.stem}
         elif found["vae"] != self.hashes["vae"] and not force:
@@ -156,6 +157,12 @@ class LatentPipeline:
             changes["stage"] = stage if verdict.encodes else BridgedStage(own, None, stage)
             changes["preview_map"] = read_preview(place / PREVIEW_FILE, stage.space.channels) or self.preview_map
         return replace(self, **changes, hashes=found)
+
+    def with_stage(self, stage: Stage) -> LatentPipeline:
+        """The same denoiser around a stage that was opened elsewhere; UserError while LoRA is attached. See `swap_vae`."""
+        if names := ", ".join(self.loras.weights):
+            raise UserError(f"LoRA is attached ({names}); take it off first (detach_lora), then swap the VAE.")
+        return replace(self, stage=stage, **as_given(stage, self.hashes))
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -268,31 +275,26 @@ class LatentPipeline:
         check_family(self.host, settings)
         return check_settings(settings, self.native_size, size_unit(self.host, self.stage))
 
-    def cut_words(self, prompt: str) -> str:
+    def truncated_text(self, prompt: str) -> str:
         """The end of a prompt that is too long for the text encoder to read; empty when all of it is read."""
-        return prompt_notes.cut_words(self.host, self.embeddings, prompt)
+        return prompt_notes.truncated_text(self.host, self.embeddings, prompt)
 
     def unknown_words(self, prompt: str) -> dict[str, str]:
         """The words of a prompt that the model was never trained on, each with the nearest that it knows ("" where none is near).
 
         Empty where the model's card lists no words. Trigger words of the adapters that are on are known.
         """
-        return prompt_notes.unknown_words(self.embeddings, prompt, self.words and self.words | self.loras.words)
+        return prompt_notes.never_seen(self.embeddings, prompt, self.words and self.words | self.loras.words)
 
     def notes_on(self, prompt: str, what: str = "prompt") -> list[str]:
         """What the text encoder cannot make use of in a prompt, in sentences."""
         found = [vocabulary.sentence(self.unknown_words(prompt), self.words, what)]
         if what == "prompt" and not without_tags(prompt).strip():
             found.append("the prompt is empty: what is drawn is chance")
-        if cut := self.cut_words(prompt):
+        if cut := self.truncated_text(prompt):
             found.append(prompt_notes.too_long(self.host, what, cut))
         return [note for note in found if note]
 
     def preview(self, latents: torch.Tensor, side: int = 256) -> Image.Image | None:
         """A quick picture of the first latents by the VAE's linear latent-to-RGB map; None where it has no map."""
-        if self.preview_map is None:
-            return None
-        factors = torch.tensor(self.preview_map["factors"])
-        colours = torch.einsum("chw,cr->rhw", latents[0].float().cpu(), factors)
-        colours += torch.tensor(self.preview_map["bias"]).view(3, 1, 1)
-        return to_pixels(colours[None])[0].resize((side, side), Image.Resampling.BICUBIC)
+        return None if self.preview_map is None else preview_by(self.preview_map, latents[0], side)

@@ -23,7 +23,7 @@ from latentpipe.lora.fusion import LoraFuser
 from latentpipe.lora.matching import SHOWN, MatchReport
 from latentpipe.lora.merge import Weight
 from latentpipe.lora.metadata import trigger_words
-from latentpipe.lora.state_dict.io import base_of, read_lora
+from latentpipe.lora.state_dict.io import read_lora, stated_base
 from latentpipe.lora.target_modules import DENOISERS, TEXT, leaves
 from latentpipe.pipelines.denoise import probe_step, size_unit
 from latentpipe.pipelines.embeddings import misfit
@@ -31,6 +31,7 @@ from latentpipe.pipelines.families import family_of
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.io import HASH_LENGTH
 from latentpipe.vae.probe_images import probe_images
+from latentpipe.vae.protocol import Stage
 from latentpipe.vae.stage import VAEStage
 
 PROBE = "a picture"
@@ -47,25 +48,25 @@ class LoraManager:
     former  the hash that a part of the host has in files of before
     """
 
-    def __init__(self, host: Any, stage: Any, hashes: Mapping[str, str], vae: str | None = None, former: Any = None) -> None:
+    def __init__(self, host: Any, stage: Stage, hashes: Mapping[str, str], vae: str | None = None, former: Any = None) -> None:
         self.host, self.stage, self.hashes, self.vae = host, stage, hashes, vae
         self.former: Callable[[str], str | None] = former or (lambda part: None)
         self._lock = threading.RLock()  # a tag changes the weights for the time of a call
         self._left: dict[str, tuple[str, ...]] = {}  # what was left out of the adapters that were opened by name
         self._files: dict[str, tuple[Path, tuple[float, int]]] = {}  # of the adapters that were opened by name, and their state
-        self.mixer = LoraFuser(components(host, stage))
+        self.fuser = LoraFuser(components(host, stage))
         self._still: tuple[Any, dict[str, torch.Tensor]] = (None, {})
-        finalize(self, self.mixer.clear).atexit = False  # a pipeline that is dropped leaves its host as it was
+        finalize(self, self.fuser.clear).atexit = False  # a pipeline that is dropped leaves its host as it was
 
     @property
     def weights(self) -> dict[str, Weight]:
         """Of the adapters that are on."""
-        return self.mixer.weights
+        return self.fuser.weights
 
     @property
     def on(self) -> list[Lora]:
         """The adapters that are on."""
-        return [self.mixer.loaded[name] for name in self.weights if name in self.mixer.loaded]
+        return [self.fuser.loaded[name] for name in self.weights if name in self.fuser.loaded]
 
     @property
     def words(self) -> set[str]:
@@ -86,7 +87,7 @@ class LoraManager:
         self._files.pop(lora.name, None)
         self._left.pop(lora.name, None)
         try:
-            lora = self.mixer.loaded[lora.name]
+            lora = self.fuser.loaded[lora.name]
             verdict = self._verdict(lora)
             if verdict is not None and not verdict.encodes and not force:
                 raise UserError(
@@ -94,11 +95,13 @@ class LoraManager:
                     f"it was not attached (force attaches it).\n{verdict}"
                 )
             moved = self._probe(lora)
-            self.set({**self.weights, lora.name: weight}, self.mixer.fused, self.mixer.method)
+            self.set({**self.weights, lora.name: weight}, self.fuser.fused, self.fuser.method)
         except BaseException:
-            self.mixer.loaded.pop(lora.name, None)
+            self.fuser.loaded.pop(lora.name, None)
             raise
-        parts = {name: replace(part, moved=max(moved[probe] for probe in _probes(name))) for name, part in report.parts.items()}
+        parts = {
+            name: replace(part, output_delta=max(moved[probe] for probe in _probes(name))) for name, part in report.parts.items()
+        }
         if not any(moved.values()):
             warnings.warn(
                 f"LoRA '{lora.name}' changes nothing: a probe step, encode and decode are what they were without it",
@@ -117,7 +120,7 @@ class LoraManager:
         try:
             for name in weights:
                 again = self._is_stale(name) or bool(self._left.get(name) and name not in partial)
-                if name not in self.mixer.loaded or (name not in self.weights and again):
+                if name not in self.fuser.loaded or (name not in self.weights and again):
                     path = named_lora(name)
                     lora = replace(self.open(path), name=name)
                     self._check_base(lora, force=False)
@@ -128,12 +131,12 @@ class LoraManager:
                 if name in partial and (left := self._left.get(name)):
                     shown = "; ".join(left[:SHOWN]) + (f"; and {len(left) - SHOWN} more" if len(left) > SHOWN else "")
                     warnings.warn(LatentpipeWarning(f"LoRA '{name}' was taken in part; left out: {shown}"), stacklevel=3)
-            self.mixer.set(weights, fuse, method)
+            self.fuser.set(weights, fuse, method)
         except BaseException:
             for name in opened:
-                self.mixer.loaded.pop(name, None)
+                self.fuser.loaded.pop(name, None)
             raise
-        for model in self.mixer.components.values():
+        for model in self.fuser.components.values():
             if self.weights:
                 _in_use[model] = ref(self)
             else:
@@ -151,7 +154,7 @@ class LoraManager:
             if not weights:
                 yield
                 return
-            fused, method = self.mixer.fused, self.mixer.method
+            fused, method = self.fuser.fused, self.fuser.method
             self.set({**before, **weights}, fused, method, partial)
             try:
                 yield
@@ -160,33 +163,33 @@ class LoraManager:
 
     def forget(self, name: str | None = None) -> None:
         """Switch one adapter off (None: all) and drop it."""
-        if name is not None and name not in self.mixer.loaded:
+        if name is not None and name not in self.fuser.loaded:
             raise UserError(f"No LoRA '{name}' is attached; attached: {', '.join(self.weights) or 'none'}.")
         self.set(
             {other: weight for other, weight in self.weights.items() if name not in (None, other)},
-            self.mixer.fused,
-            self.mixer.method,
+            self.fuser.fused,
+            self.fuser.method,
         )
-        for each in [name] if name else list(self.mixer.loaded):
-            self.mixer.loaded.pop(each, None)
+        for each in [name] if name else list(self.fuser.loaded):
+            self.fuser.loaded.pop(each, None)
 
     def open(self, source: str | Path) -> Lora:
         """An adapter from a name or a file."""
-        paths = {name: list(leaves(model)) for name, model in self.mixer.components.items()}
+        paths = {name: list(leaves(model)) for name, model in self.fuser.components.items()}
         return read_lora(find_lora(source), base=paths)
 
     def load(self, lora: Lora, partial: bool = False) -> MatchReport:
         """Match an adapter (`LoraFuser.load`); an embedding beside it that does not fit is left out, with a note."""
-        if any(weight.is_meta for model in self.mixer.components.values() for weight in model.parameters()):
+        if any(weight.is_meta for model in self.fuser.components.values() for weight in model.parameters()):
             raise UserError("LoRA needs the weights in memory, and offload 'sequential' keeps them away; take offload 'model'.")
-        report = self.mixer.load(lora, partial)
+        report = self.fuser.load(lora, partial)
         problems = {one.name: misfit(self.host, one) for one in lora.embeddings}
         for name, problem in problems.items():
             if problem:
                 told = f"LoRA '{lora.name}' brings the embedding '{name}', which was left out: {problem.rstrip('.')}"
                 warnings.warn(LatentpipeWarning(told), stacklevel=4)
         fitting = tuple(one for one in lora.embeddings if not problems[one.name])
-        self.mixer.loaded[lora.name] = replace(self.mixer.loaded[lora.name], embeddings=fitting)
+        self.fuser.loaded[lora.name] = replace(self.fuser.loaded[lora.name], embeddings=fitting)
         left = tuple(f"the embedding '{name}'" for name, problem in problems.items() if problem)
         return replace(report, left_out=(*report.left_out, *left))
 
@@ -197,7 +200,7 @@ class LoraManager:
 
     def check_free(self) -> None:
         """UserError where another pipeline that shares a network has adapters on it."""
-        for component, model in self.mixer.components.items():
+        for component, model in self.fuser.components.items():
             entry = _in_use.get(model)
             owner = entry() if entry else None
             if owner is not None and owner is not self and owner.weights:
@@ -208,7 +211,7 @@ class LoraManager:
 
     def _check_base(self, lora: Lora, force: bool) -> bool:
         """Whether the file names its base, and this is it; UserError where it names another one."""
-        wanted = base_of(lora)
+        wanted = stated_base(lora)
         pairs = [(name, self.vae if name == "vae" else self.hashes.get(name)) for name in lora.parts]
         if any(name in DENOISERS for name in lora.parts):
             pairs.append(("vae", self.hashes.get("vae")))  # the one whose latents the denoiser draws, whatever decodes them
@@ -225,8 +228,8 @@ class LoraManager:
         """Whether the VAE with the adapter still makes the host's latents; None where its encoder is left alone."""
         if not any(path.startswith(("encoder.", "quant_conv")) for path in lora.parts.get("vae", {})):
             return None
-        with self.mixer.lifted():
-            own = VAEStage(_vae_of(self.stage))
+        with self.fuser.adapters_disabled():
+            own = VAEStage(self.stage.decoding.vae)
             twin = copy.deepcopy(own.vae)
             mixer = LoraFuser({"vae": twin})
             mixer.load(Lora({"vae": lora.parts["vae"]}, lora.name))
@@ -237,16 +240,16 @@ class LoraManager:
     def _probe(self, lora: Lora) -> dict[str, float]:
         """||after - before|| / ||before|| of a denoising step, an encode and a decode, with the adapter alone at weight 1."""
         wanted = {probe for component in lora.parts for probe in _probes(component)}
-        with self.mixer.lifted():
+        with self.fuser.adapters_disabled():
             key = [
                 (parameter.dtype, parameter.device)
-                for model in self.mixer.components.values()
+                for model in self.fuser.components.values()
                 for parameter in model.parameters()
             ]
             if self._still[0] != key:  # the first probe, or the model was moved
                 self._still = key, self._outputs({"step", "encode", "decode"})
             before = self._still[1]
-            twin = LoraFuser(self.mixer.components)
+            twin = LoraFuser(self.fuser.components)
             twin.loaded[lora.name] = lora
             twin.set({lora.name: 1.0})
             try:
@@ -273,17 +276,13 @@ class LoraManager:
         return found
 
 
-def components(host: Any, stage: Any) -> dict[str, nn.Module]:
+def components(host: Any, stage: Stage) -> dict[str, nn.Module]:
     """The networks of a pipeline that adapters go on, by name."""
     denoiser = family_of(host).denoiser
     found: dict[str, nn.Module] = {denoiser: getattr(host, denoiser)}
     found |= {name: getattr(host, name) for name in TEXT if getattr(host, name, None) is not None}
-    vae = _vae_of(stage)
+    vae = stage.decoding.vae
     return found | ({"vae": vae} if isinstance(vae, nn.Module) else {})
-
-
-def _vae_of(stage: Any) -> Any:
-    return stage.vae if hasattr(stage, "vae") else stage.decoder.vae
 
 
 def _state_of(path: Path) -> tuple[float, int]:

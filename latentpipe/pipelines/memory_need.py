@@ -192,7 +192,7 @@ def _decode(vae: Any, shape: tuple[int, int, int, int], device: str, free: int) 
     if vae is None:
         return 0, None
     whole = memory.predict(vae, "decode", shape, None, device)
-    if whole <= memory.SHARE * free or not free or tiled.reason_against(vae):  # none free: the weights are too much already
+    if whole <= memory.SHARE * free or not free or tiled.untileable_reason(vae):  # none free: the weights are too much already
         return whole, None
     found: tuple[int, int | None] = whole, None
     for rows in (rows for rows in memory.HEIGHTS if rows * shape[3] <= memory.AREA):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from latentpipe.pipelines.families import family_of
 from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.sampling import Settings
 from latentpipe.utils.errors import expect
-from latentpipe.utils.io import printable
+from latentpipe.utils.images import to_pixels
+from latentpipe.utils.io import free_name, printable
 from latentpipe.vae.offload import device_of
 
 
@@ -65,7 +67,7 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
     assert settings.size is not None
     denoiser = getattr(pipe.host, family_of(pipe.host).denoiser)
     used = pipe.embeddings.used(prompt, settings.negative_prompt)
-    hashes = {f"lora:{name}": pipe.loras.mixer.loaded[name].hash for name in pipe.loras.weights}
+    hashes = {f"lora:{name}": pipe.loras.fuser.loaded[name].hash for name in pipe.loras.weights}
     hashes |= {f"embedding:{name}": one.hash for name, one in used.items()}
     return recipes.Recipe(
         prompt=prompt,
@@ -85,11 +87,24 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
         source=source,
         stopped_after=stopped,
         loras={name: dict(weight) if isinstance(weight, Mapping) else weight for name, weight in pipe.loras.weights.items()},
-        lora_method=pipe.loras.mixer.method,
-        lora_fused=pipe.loras.mixer.fused,
+        lora_method=pipe.loras.fuser.method,
+        lora_fused=pipe.loras.fuser.fused,
         embeddings=list(used),
         hashes={**pipe.hashes, **hashes},
         machine=recipes.this_machine(
             str(device_of(denoiser)), str(denoiser.dtype).removeprefix("torch."), torch.get_num_threads()
         ),
     )
+
+
+def preview_by(linear: Mapping[str, list], latents: torch.Tensor, side: int) -> Image.Image:
+    """Latents (C h w) as a quick picture of `side` pixels, by a VAE's linear map to RGB: `factors` (C 3) and `bias` (3)."""
+    colours = torch.einsum("chw,cr->rhw", latents.float().cpu(), torch.tensor(linear["factors"]))
+    colours += torch.tensor(linear["bias"]).view(3, 1, 1)
+    return to_pixels(colours[None])[0].resize((side, side), Image.Resampling.BICUBIC)
+
+
+def free_path(folder: Path, prompt: str, seed: int) -> Path:
+    """A file name from prompt and seed that does not exist yet."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
+    return free_name(folder / f"{slug}-{seed}.png")

@@ -13,7 +13,7 @@ from latentpipe.pipelines.embeddings import EmbeddingManager
 MOST_SHOWN = 60  # characters of a prompt that a note repeats
 
 
-def cut_words(host: Any, embeddings: EmbeddingManager, prompt: str) -> str:
+def truncated_text(host: Any, embeddings: EmbeddingManager, prompt: str) -> str:
     """The end of a prompt that is too long for a host's text encoder; each vector of an embedding counts as a token."""
     if not is_classic(host):
         return ""  # the other families have several text encoders that cut at different places
@@ -33,7 +33,7 @@ def too_long(host: Any, what: str, cut: str) -> str:
     return f"the {what} is longer than the {read} tokens that the text encoder reads; cut: '{shown}'"
 
 
-def unknown_words(embeddings: EmbeddingManager, prompt: str, known: Collection[str]) -> dict[str, str]:
+def never_seen(embeddings: EmbeddingManager, prompt: str, known: Collection[str]) -> dict[str, str]:
     """The words of a prompt that are not `known`, each with the nearest; names of embeddings are none of them."""
     text = prompt_weighting.plain(embeddings.spell(without_tags(prompt)))
     return vocabulary.unknown_words(text, known)

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import json
-import shutil
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-from latentpipe.checkpoints.model_files import read_card
-from latentpipe.checkpoints.pipeline_io import hashes, load_pipeline
-from latentpipe.checkpoints.registry import find_model, name_of
-from latentpipe.checkpoints.single_file.gather import Stated
-from latentpipe.checkpoints.tensor_source import CARD_FILE
-from latentpipe.checkpoints.vae_io import PREVIEW_FILE, declared_space, open_vae, vae_hash
+from latentpipe.checkpoints.registry import find_model
+from latentpipe.checkpoints.vae_io import declared_space, open_vae
 from latentpipe.compatibility.latent_adapter import BridgedStage, LatentAdapter, bridged, find_adapter, open_adapter
 from latentpipe.compatibility.measure import Verdict, comparable, measure
 from latentpipe.compatibility.verdict import decide_by_shapes, decide_verdict
-from latentpipe.pipelines import families
-from latentpipe.pipelines.facade import behind
-from latentpipe.utils.errors import LatentpipeWarning, UserError, counted
-from latentpipe.utils.io import atomic_folder, content_hash, read_json
-from latentpipe.utils.logging import quiet
+from latentpipe.pipelines import families, hosting
+from latentpipe.pipelines.facade import behind, with_factors
+from latentpipe.utils.errors import UserError, counted
+from latentpipe.utils.io import content_hash
 from latentpipe.vae.latent_space import LatentSpace
-from latentpipe.vae.stage import VAEStage, fold_normalization
+from latentpipe.vae.protocol import Stage
+from latentpipe.vae.stage import VAEStage
 
 VAE = str | Path | nn.Module
 GIVEN = "(given)"  # the recipe's name for what came as an object: a replay asks for its file
@@ -45,9 +37,24 @@ def stage_of(vae: VAE, like: VAEStage | None = None) -> VAEStage:
     return behind(vae)
 
 
+@runtime_checkable
+class TakesStage(Protocol):
+    """A pipeline that decodes by a stage of its own and leaves its host alone: `LatentPipeline`."""
+
+    host: Any
+
+    def with_stage(self, stage: Stage) -> Any:
+        """The same pipeline around another stage."""
+
+
+def host_of(pipe: Any) -> Any:
+    """The diffusers pipeline itself, or that of a LatentPipeline."""
+    return pipe.host if isinstance(pipe, TakesStage) else pipe
+
+
 def host_stage(pipe: Any) -> VAEStage:
     """The stage of the VAE that a diffusers pipeline, or the host of a LatentPipeline, came with."""
-    host = getattr(pipe, "host", pipe)
+    host = host_of(pipe)
     families.family_of(host)
     return behind(host.vae)
 
@@ -62,7 +69,7 @@ def check_swap(pipe: Any, vae: VAE, images: torch.Tensor | None = None) -> Verdi
     A file whose config or header tells another shape is not read.
     """
     host = host_stage(pipe)
-    channels, downscale = families.expected_latents(getattr(pipe, "host", pipe))
+    channels, downscale = families.expected_latents(host_of(pipe))
     if (host.space.channels, host.space.downscale) != (channels, downscale):
         raise UserError(
             f"This pipeline does not fit itself: its VAE makes {host.space.channels}-channel latents at "
@@ -103,7 +110,7 @@ def swap_vae(
             adapter = open_adapter(find_adapter(adapter), hashes_of(host), hashes_of(stage))
         return _with_stage(pipe, bridged(host, stage, adapter))
     if force:
-        _refuse_shape(host.space, stage.space)
+        refuse_shape(host.space, stage.space)
     else:
         verdict = check_swap(pipe, stage, images)
         if not verdict.fits:
@@ -111,6 +118,16 @@ def swap_vae(
         if not verdict.encodes:
             return _with_stage(pipe, BridgedStage(host, None, stage))
     return _with_stage(pipe, stage)
+
+
+def as_given(stage: Stage, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of a LatentPipeline around a stage that came as an object: its names, and `hashes` with those of the stage."""
+    decoder = stage.decoding
+    found = {**hashes, "vae": decoder.digest or content_hash(decoder.vae.state_dict(), decoder.space)}
+    if not isinstance(stage, BridgedStage) or stage.adapter is None:
+        return {"vae_name": GIVEN, "hashes": found}
+    found["adapter"] = content_hash(stage.adapter.state_dict())
+    return {"vae_name": GIVEN, "adapter_name": GIVEN, "hashes": found}
 
 
 def hashes_of(stage: VAEStage) -> set[str]:
@@ -126,7 +143,8 @@ def hashes_of(stage: VAEStage) -> set[str]:
     return found
 
 
-def _refuse_shape(host: LatentSpace, vae: LatentSpace) -> None:
+def refuse_shape(host: LatentSpace, vae: LatentSpace) -> None:
+    """UserError where the latents of two VAEs have other shapes, which nothing but an adapter can mend."""
     if not comparable((host.channels, host.downscale), (vae.channels, vae.downscale)):
         raise UserError(
             f"Not even force can swap this: {host.difference(vae)} Fit an adapter ('latentpipe fit-adapter'), or choose "
@@ -134,86 +152,9 @@ def _refuse_shape(host: LatentSpace, vae: LatentSpace) -> None:
         )
 
 
-def _with_stage(pipe: Any, stage: Any) -> Any:
-    if hasattr(pipe, "host") and pipe.loras.weights:
-        raise UserError(
-            f"LoRA is attached ({', '.join(pipe.loras.weights)}); take it off first (detach_lora), then swap the VAE."
-        )
-    if hasattr(pipe, "host"):  # a LatentPipeline decodes by its stage and leaves the host alone
-        decoder = stage if isinstance(stage, VAEStage) else stage.decoder
-        found = {**pipe.hashes, "vae": decoder.digest or content_hash(decoder.vae.state_dict(), decoder.space)}
-        if decoder is stage or stage.adapter is None:
-            return dataclasses.replace(pipe, stage=stage, hashes=found, vae_name=GIVEN)
-        found["adapter"] = content_hash(stage.adapter.state_dict())
-        return dataclasses.replace(pipe, stage=stage, hashes=found, vae_name=GIVEN, adapter_name=GIVEN)
+def _with_stage(pipe: Any, stage: Stage) -> Any:
+    if isinstance(pipe, TakesStage):
+        return pipe.with_stage(stage)
     if not families.unsupported_reason(type(pipe), stage, pipe.vae):
-        return families.rebuild(pipe, vae=families.with_factors(stage.vae, stage.space, families.family_of(pipe)))
-    return families.rebuild(pipe, vae=families.normalized(type(pipe), stage, pipe.vae))
-
-
-def saveable(pipe: Any, vae: VAE) -> Any:
-    """An autoencoder of the same function that this pipeline's own code reads right, to be saved with it.
-
-    Where the host ignores a part of the normalization, it is folded into a copy's quant_conv and post_quant_conv.
-    """
-    stage, host = stage_of(vae), families.family_of(pipe)
-    reason = host.honours(stage.space, stage.vae)
-    if not reason:
-        return families.with_factors(stage.vae, stage.space, host)
-    if type(stage.vae).__name__ in host.plain and getattr(stage.vae, "quant_conv", None) is not None:
-        folded = copy.deepcopy(stage.vae)
-        fold_normalization(folded, stage.space)
-        return families.with_factors(folded, LatentSpace.of(folded), host)
-    raise UserError(
-        f"{reason}, so this pipeline cannot be saved with it for stock diffusers; draw with "
-        "LatentPipeline or 'latentpipe generate --vae', which decode by themselves."
-    )
-
-
-def save_swapped(
-    folder: Path, vae: str | Path, out: Path, verdict: Verdict, force: bool = False, stated: Stated | None = None
-) -> None:
-    """Write the pipeline folder again, with `vae` in the place of its own; stock diffusers opens it.
-
-    UserError with the verdict where it does not fit, unless `force`; a warning where its decoder alone fits. The card names
-    the VAE that the denoiser was trained on and the one that was swapped in, each by its hash. `stated`: of a single file.
-    """
-    if Path(out).exists() or Path(out).resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"--out {out} exists already, or lies within the model; name a folder that does not.")
-    if force:
-        _refuse_shape(verdict.host_space, verdict.vae_space)
-    elif not verdict.fits:
-        raise UserError(f"Nothing was saved: this VAE does not fit (--force saves it all the same).\n{verdict}")
-    place = find_model(vae, "vae")
-    opened = open_vae(place)
-    if not verdict.encodes and not force:
-        warnings.warn(
-            LatentpipeWarning(
-                "the decoder alone fits: pictures from prompts are right, but img2img and inpainting of the saved pipeline would "
-                "begin from another encoder's latents; 'latentpipe generate --vae' encodes by the model's own VAE"
-            ),
-            stacklevel=2,
-        )
-    twin = saveable(load_pipeline(folder, stated=stated), opened.build())
-    stored = next((tensor.dtype for tensor in opened.tensors.values() if tensor.is_floating_point()), torch.float32)
-    kept = LatentSpace.of(twin) == opened.space  # else it was folded, which fp16 would round
-    with atomic_folder(out) as part, quiet():
-        if folder.is_file():
-            load_pipeline(folder, None, stated).save_pretrained(part, safe_serialization=True)
-            shutil.rmtree(part / "vae")
-        else:
-            shutil.copytree(folder, part, dirs_exist_ok=True, ignore=lambda at, names: ["vae"] if Path(at) == folder else [])
-        (nn.Module.to(twin, stored) if kept else twin).save_pretrained(part / "vae", safe_serialization=True)
-        for name in (CARD_FILE, PREVIEW_FILE):
-            if place.is_dir() and (place / name).is_file():
-                shutil.copy(place / name, part / "vae" / name)
-        index = read_json(part / "model_index.json")
-        (part / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", type(twin).__name__]}, indent=2) + "\n")
-        card = read_card(folder) or {}
-        proof = {"outcome": verdict.outcome, "reason": verdict.reason, "forced": force}
-        new = vae_hash(part / "vae")
-        card["vae_hash"] = card.get("vae_hash") or hashes(folder, stated)["vae"]
-        card["swapped_vae"] = {"name": name_of(place, "vae"), "hash": new, "verdict": proof}
-        if "hashes" in card:
-            card["hashes"] = card["hashes"] | {"vae": new}
-        (part / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
+        return hosting.rebuild(pipe, vae=with_factors(stage.decoding.vae, stage.space, families.family_of(pipe)))
+    return hosting.rebuild(pipe, vae=hosting.normalized(type(pipe), stage, pipe.vae))

@@ -45,7 +45,7 @@ class DistributedContext:
             return tensor.detach()
         return self._accelerator.reduce(tensor.detach().contiguous().clone(), "mean")
 
-    def most(self, value: int) -> int:
+    def largest(self, value: int) -> int:
         """The largest of the numbers that the processes have."""
         if self.world == 1:
             return value
@@ -55,16 +55,16 @@ class DistributedContext:
         """Until every process is here."""
         self._accelerator.wait_for_everyone()
 
-    def shares(self, n: int, parts: int = 1) -> list[slice]:
-        """This process's rows of a batch of `n`, in `parts`; UserError where they do not come out even."""
-        if n % (self.world * parts):
+    def shards(self, n: int, microbatches: int = 1) -> list[slice]:
+        """This process's rows of a batch of `n`, in `microbatches`; UserError where they do not come out even."""
+        if n % (self.world * microbatches):
             raise UserError(
-                f"optim.batch_size is {n}; expected a multiple of {self.world * parts} "
-                f"({self.world} processes x {parts} parts), so that every share is equal."
+                f"optim.batch_size is {n}; expected a multiple of {self.world * microbatches} "
+                f"({self.world} processes x {microbatches} parts), so that every share is equal."
             )
-        size = n // (self.world * parts)
-        first = self.rank * size * parts
-        return [slice(first + part * size, first + (part + 1) * size) for part in range(parts)]
+        size = n // (self.world * microbatches)
+        first = self.rank * size * microbatches
+        return [slice(first + part * size, first + (part + 1) * size) for part in range(microbatches)]
 
     @contextmanager
     def gathering(self, module: nn.Module, last: bool) -> Iterator[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
@@ -17,13 +17,13 @@ from latentpipe.checkpoints.registry import find_model
 from latentpipe.checkpoints.vae_io import load_vae
 from latentpipe.data.emoji_hands import open_library, write_hands
 from latentpipe.data.latent_cache import encode_folder, open_cache
-from latentpipe.train.config import Strict, TrainDenoiser, TrainVAE, load, parse
+from latentpipe.train.config import TrainDenoiser, TrainVAE, load, parse
+from latentpipe.train.config.base import Config
 from latentpipe.train.denoiser import train_denoiser
 from latentpipe.train.vae.train import train_vae
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import read_json
 
-Config = TypeVar("Config", bound=Strict)
 LATENT_PX = 64  # side of the pictures that the latents are of
 Say = Callable[[str], None]
 

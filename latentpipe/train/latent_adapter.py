@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from latentpipe.compatibility.latent_adapter import CANDIDATES, Candidate, LatentAdapter
+from latentpipe.checkpoints.registry import find_model, name_of
+from latentpipe.compatibility.latent_adapter import CANDIDATES, AdapterCard, Candidate, LatentAdapter, save_adapter
 from latentpipe.evaluate.statistics import interval
+from latentpipe.pipelines.swap import stage_of
 from latentpipe.utils.errors import UserError, counted
 from latentpipe.utils.images import psnr, to_bytes
+from latentpipe.utils.io import free_name, own_home
 from latentpipe.utils.progress import ProgressCallback
+from latentpipe.vae.protocol import Stage
 
 RIDGE = 1e-5  # of the mean diagonal of the Gram matrix
 
@@ -189,13 +194,38 @@ def _free_parameters(adapter: LatentAdapter) -> int:
     return sum(parameter.numel() for parameter in adapter.parameters())
 
 
-def _encode(stage: Any, images: torch.Tensor) -> torch.Tensor:
+def _encode(stage: Stage, images: torch.Tensor) -> torch.Tensor:
     return _batched(stage.encode, images)
 
 
-def _decode(stage: Any, latents: torch.Tensor) -> torch.Tensor:
+def _decode(stage: Stage, latents: torch.Tensor) -> torch.Tensor:
     return _batched(stage.decode, latents)
 
 
 def _batched(function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, size: int = 16) -> torch.Tensor:
     return torch.cat([function(part).float().cpu() for part in batch.split(size)])
+
+
+def fit_and_save(
+    source: str | Path,
+    to: str | Path,
+    images: torch.Tensor,
+    pictures: str,
+    out: Path | None = None,
+    report: ProgressCallback | None = None,
+) -> tuple[FitReport, Path]:
+    """Fit an adapter on images (N 3 H W, [-1, 1]) and write it; the scores of its ladder, and the file.
+
+    pictures  what they are, in words, for the card
+    out       the file; None: in the user's adapters folder, under a name that says from where to where
+    """
+    folder = None if out is not None else own_home() / "adapters"  # said now where there is none, not after the work
+    first, second = stage_of(source), stage_of(to)
+    adapter, ladder = fit_adapter(first, second, images, pictures, report=report)
+    names = [name_of(find_model(name, "vae"), "vae").replace("/", "-") for name in (source, to)]
+    assert first.digest is not None
+    assert second.digest is not None
+    path = out or free_name((folder or own_home()) / f"{names[0]}-to-{names[1]}-{second.digest[:8]}.safetensors")
+    card = AdapterCard(first.digest, second.digest, adapter.source, adapter.target, adapter.rung, ladder.as_dict())
+    save_adapter(adapter, card, path)
+    return ladder, path

@@ -185,9 +185,9 @@ def _step(
 ) -> Figures | None:
     """One update; what to log, or None where it was not taken: the loss jumped or is not finite."""
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(optim, step) * 0.5**state.guard.detours
+        group["lr"] = learning_rate(optim, step) * 0.5**state.guard.rollbacks
     # after a detour the same pictures come with other crops and other noise
-    batches = losses_of(step, generator_for(run.seed, step + state.guard.detours * 2**32))
+    batches = losses_of(step, generator_for(run.seed, step + state.guard.rollbacks * 2**32))
     with attention(state.parameters[0].device):
         seen, further = _backward(batches, parts, state)
     names = list(seen[0])
@@ -238,8 +238,8 @@ def _clones(state: State) -> Snapshot:
 
 def _roll_back(state: State, run: Run, step: int, origin: Snapshot | None, log: TrainingLog) -> int:
     """To the last checkpoint (the beginning where there is none); returns its step."""
-    detours = state.guard.detours + 1
-    if detours > TRIES:
+    rollbacks = state.guard.rollbacks + 1
+    if rollbacks > TRIES:
         raise UserError(
             f"The loss is not finite or jumps at step {step} ({state.refused}), also after going back {TRIES} times. "
             "Lower optim.learning_rate (or the weight of the adversarial term), then --run.resume."
@@ -250,7 +250,7 @@ def _roll_back(state: State, run: Run, step: int, origin: Snapshot | None, log: 
         done = 0
     else:
         done = state.resume(run.work)
-    state.guard.detours, state.whole = detours, True
+    state.guard.rollbacks, state.whole = rollbacks, True
     state.best, state.misses = best
     log.rewind(done)
     log.say(f"step {step}: the loss jumped or is not finite ({state.refused}); back to step {done}, with half the learning rate")
@@ -262,7 +262,7 @@ def _latest(came: list[int], team: DistributedContext | None) -> int:
     mine = came[-1] if came else 0
     if team is None or team.world == 1:
         return mine
-    return team.most(mine)
+    return team.largest(mine)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ class SpikeGuard:
 
     def __init__(self) -> None:
         self.recent: deque[float] = deque(maxlen=WINDOW)
-        self.detours = 0
+        self.rollbacks = 0
 
     def is_spike(self, figures: dict[str, float]) -> bool:
         """Whether a step with these loss terms must not be taken; otherwise it counts as usual from now on."""
@@ -35,9 +35,9 @@ class SpikeGuard:
 
     def state(self) -> dict[str, object]:
         """For a checkpoint."""
-        return {"recent": list(self.recent), "detours": self.detours}
+        return {"recent": list(self.recent), "detours": self.rollbacks}
 
     def restore(self, state: dict[str, object]) -> None:
         """The inverse of `state`."""
         self.recent = deque(state["recent"], maxlen=WINDOW)  # type: ignore[call-overload]
-        self.detours = int(state["detours"])  # type: ignore[call-overload]
+        self.rollbacks = int(state["detours"])  # type: ignore[call-overload]

@@ -66,6 +66,29 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def folders_once(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """As `os.walk`: each folder below `root` with its folders and files by name, sorted; hidden folders are passed by.
+
+    Links to folders are followed, each folder once. Clearing the list of folders keeps from going deeper.
+    """
+    seen: set[str] = set()
+    for at, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(at)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            seen.add(real)
+            yield Path(at), folders, sorted(names)
+
+
+def free_name(path: Path) -> Path:
+    """The path itself, or with -2, -3, ... behind its stem: the first that does not exist."""
+    count, free = 1, path
+    while free.exists():
+        count += 1
+        free = path.with_stem(f"{path.stem}-{count}")
+    return free
+
+
 def refuse_name(path: Path) -> Path:
     """The path; UserError where its name is not UTF-8, which the safetensors library neither reads nor writes."""
     if printable(str(path)) != str(path):

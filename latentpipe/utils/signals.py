@@ -54,7 +54,7 @@ def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM raises `Terminated` inside, as Ctrl-C raises KeyboardInterrupt; neither of them is lost."""
     over = threading.Event()
 

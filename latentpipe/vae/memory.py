@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from latentpipe.utils.errors import UserError
 from latentpipe.vae.latent_space import downscale_of
 from latentpipe.vae.offload import device_of, unhooked
+from latentpipe.vae.precision import Direction as Direction
 from latentpipe.vae.tiling import tiled
 
-Direction = Literal["encode", "decode"]
 Shape = tuple[int, int, int, int]
 
 SHARE = 0.8  # of what is free; the rest is for what the prediction does not see
@@ -205,7 +205,7 @@ def choose(vae: Any, direction: Direction, shape: Shape, free: int | None = None
     whole = predict(vae, direction, shape)
     if whole <= SHARE * free:
         return None
-    reason = tiled.reason_against(vae)
+    reason = tiled.untileable_reason(vae)
     if reason:
         raise UserError(
             f"To {direction} {_of(direction, shape)} takes {whole // MB:,} MB; {free // MB:,} MB are free. {reason} {_LESS}"

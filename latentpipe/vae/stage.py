@@ -56,6 +56,11 @@ class VAEStage(nn.Module):
         return getattr(self.vae, "decoder", None) is not None or getattr(self.vae, "decoder_unet", None) is not None
 
     @property
+    def decoding(self) -> VAEStage:
+        """Itself; of a stage in two halves (`latentpipe.vae.protocol.Stage`), the half that decodes."""
+        return self
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that the autoencoder computes in."""
         return dtype_of(self.vae)
@@ -112,7 +117,7 @@ class VAEStage(nn.Module):
         warp: Callable[[torch.Tensor], torch.Tensor] | None = None,
         noise: torch.Tensor | None = None,
         given: torch.Tensor | None = None,
-        rounds: bool = False,
+        quantization_noise: bool = False,
     ) -> tuple[torch.Tensor, Any]:
         """Training pass: images to (reconstruction of one posterior sample, the posterior; raw latents where there is none).
 
@@ -121,12 +126,13 @@ class VAEStage(nn.Module):
         warp   acts on the sampled raw latents before decoding (an equivariance loss compares the result with the same
                warp of the images)
         given  raw latents to decode in place of the sample (a decoder that learns from another VAE's latents)
-        rounds the latents decoded are ``mean + noise``: uniform noise stands for rounding (Balle et al., arXiv:1611.01704)
+        quantization_noise
+               the latents decoded are ``mean + noise``: uniform noise stands for rounding (Balle et al., arXiv:1611.01704)
 
         One call, so that processes which average gradients see every parameter in it.
         """
         posterior = _output(self.vae.encode(images.to(self.device, self.dtype)), self.vae)
-        raw = sampled(posterior, noise, rounds) if given is None else given
+        raw = sample_posterior(posterior, noise, quantization_noise) if given is None else given
         if warp is not None:
             raw = warp(raw)
         return self.vae.decode(raw, return_dict=False)[0], posterior
@@ -229,12 +235,12 @@ def reason_against(vae: Any) -> str:
     return ""
 
 
-def sampled(posterior: Any, noise: torch.Tensor | None, rounds: bool = False) -> torch.Tensor:
+def sample_posterior(posterior: Any, noise: torch.Tensor | None, quantization_noise: bool = False) -> torch.Tensor:
     """Raw latents (B C h w) drawn with standard normal `noise`: ``mean + std * noise``; the mode where there is none.
 
-    With `rounds` the noise is uniform and as wide as a quantizer's step: ``mean + noise``, also where there is no posterior.
+    With `quantization_noise` it is uniform and as wide as a quantizer's step: ``mean + noise``, also where there is no posterior.
     """
-    if rounds and noise is not None:
+    if quantization_noise and noise is not None:
         return (posterior if isinstance(posterior, torch.Tensor) else posterior.mean).float() + noise
     if isinstance(posterior, torch.Tensor):
         return posterior

@@ -36,8 +36,8 @@ class TinyVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         act_fn: str = OPENS_HERE_ONLY,
     ) -> None:
         super().__init__()
-        self.encoder = _Half(encoder_layers)
-        self.decoder = _Half(decoder_layers) if decoder_layers else None
+        self.encoder = TinyHalf(encoder_layers)
+        self.decoder = TinyHalf(decoder_layers) if decoder_layers else None
 
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
         """Images to raw latents, B C h w."""
@@ -52,16 +52,21 @@ class TinyVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return DecoderOutput(sample=images) if return_dict else (images,)
 
 
-class _Half(nn.Module):
+class TinyHalf(nn.Module):
+    """The encoder or the decoder: layers in a row."""
+
     def __init__(self, layers: list[list[Any]]) -> None:
         super().__init__()
         self.layers = nn.Sequential(*map(_layer, layers))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """B C H W through all layers."""
         return self.layers(x)
 
 
-class _Block(nn.Module):
+class TinyBlock(nn.Module):
+    """Three convolutions beside a skip; with `pool`, a normalized branch of 1 x 1 convolutions before them."""
+
     def __init__(self, n_in: int, n_out: int, pool: bool) -> None:
         super().__init__()
         wide = 4 * n_in
@@ -76,6 +81,7 @@ class _Block(nn.Module):
         self.skip = nn.Conv2d(n_in, n_out, 1, bias=False) if n_in != n_out else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """B n_in H W to B n_out H W."""
         if self.pool is not None:
             x = x + self.pool(x)
         return torch.relu(self.conv(x) + self.skip(x))
@@ -96,5 +102,5 @@ def _layer(spec: list[Any]) -> nn.Module:
     if kind == "conv" and len(values) == 4 and whole and min(values[:3]) > 0:
         return _conv(*values)
     if kind == "block" and len(values) == 3 and whole and min(values[:2]) > 0:
-        return _Block(*values)
+        return TinyBlock(*values)
     raise UserError(f"{spec} is no layer of a TinyVAE; expected conv, block, relu or up, as 'latentpipe convert' writes them.")

@@ -106,7 +106,7 @@ def test_shapes_tell_the_config(
     )  # fmt: skip
     table = ldm_keys.key_table(ldm_names(vae))
     own = {table[name]: tuple(value.shape) for name, value in ldm_names(vae).items()}
-    found = ldm_keys.config_of({name: shape[:2] if ".attentions." in name else shape for name, shape in own.items()})
+    found = ldm_keys.ldm_config({name: shape[:2] if ".attentions." in name else shape for name, shape in own.items()})
     for name, value in found.items():
         assert np_like(value) == list(np_like(vae.config[name])) if name != "_class_name" else value == "AutoencoderKL"
 
@@ -164,7 +164,7 @@ def test_missing_and_extra_tensors_of_a_file_are_named(tmp_path: Path) -> None:
 
 def test_an_sdxl_vae_is_recognized_by_its_shapes(assets: Path) -> None:
     manifest = json.loads((assets / "weights/manifests/Juggernaut_XL_v9_vae_diffusion_pytorch_model.fp16.json").read_text())
-    found = ldm_keys.config_of({name: tuple(entry["shape"]) for name, entry in manifest.items()})
+    found = ldm_keys.ldm_config({name: tuple(entry["shape"]) for name, entry in manifest.items()})
     assert found["block_out_channels"] == [128, 256, 512, 512]
     assert (found["layers_per_block"], found["latent_channels"], found["mid_block_add_attention"]) == (2, 4, True)
     table = {own: ldm for ldm, own in ldm_keys.key_table(manifest).items()}

@@ -26,24 +26,24 @@ def test_two_files_become_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
-    from latentpipe.checkpoints.merge import merge
+    from latentpipe.checkpoints.convert import merge_tensors
 
     torch.save({"a": torch.zeros(2)}, tmp_path / "a.pth")
     torch.save({"a": torch.ones(2)}, tmp_path / "b.pth")
     with pytest.raises(UserError, match="other values"):
-        merge([tmp_path / "a.pth", tmp_path / "b.pth"], tmp_path / "out.safetensors")
+        merge_tensors([tmp_path / "a.pth", tmp_path / "b.pth"], tmp_path / "out.safetensors")
     with pytest.raises(UserError, match=r"ends in \.safetensors"):
-        merge([tmp_path / "a.pth"], tmp_path / "out.bin")
+        merge_tensors([tmp_path / "a.pth"], tmp_path / "out.bin")
     with pytest.raises(UserError, match="no such file"):
-        merge([tmp_path / "none.pth"], tmp_path / "out.safetensors")
-    merge([tmp_path / "a.pth"], tmp_path / "out.safetensors")
+        merge_tensors([tmp_path / "none.pth"], tmp_path / "out.safetensors")
+    merge_tensors([tmp_path / "a.pth"], tmp_path / "out.safetensors")
     with pytest.raises(UserError, match="exists already"):
-        merge([tmp_path / "a.pth"], tmp_path / "out.safetensors")
+        merge_tensors([tmp_path / "a.pth"], tmp_path / "out.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "b.pth", "out.safetensors"]
 
 
 def test_code_in_a_pickle_does_not_run(tmp_path: Path) -> None:
-    from latentpipe.checkpoints.merge import merge
+    from latentpipe.checkpoints.convert import merge_tensors
 
     class Trap:
         """Would write a file when it is unpickled."""
@@ -53,5 +53,5 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path) -> None:
 
     torch.save({"a": Trap()}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="not a readable file"):
-        merge([tmp_path / "a.pth"], tmp_path / "out.safetensors")
+        merge_tensors([tmp_path / "a.pth"], tmp_path / "out.safetensors")
     assert not (tmp_path / "ran").exists()

@@ -115,9 +115,9 @@ def test_a_pipeline_that_is_saved_has_the_text_side_of_transformers(monkeypatch:
 
 def test_long_prompts_are_cut_at_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "a red apple and a green pear " * 6
-    expected = LatentPipeline.from_pretrained("emoji").cut_words(text)
+    expected = LatentPipeline.from_pretrained("emoji").truncated_text(text)
     monkeypatch.setattr(pipeline_io, "active", lambda: True)
-    assert LatentPipeline.from_pretrained("emoji").cut_words(text) == expected != ""
+    assert LatentPipeline.from_pretrained("emoji").truncated_text(text) == expected != ""
 
 
 def _set(place: str, change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from latentpipe import Engine, LatentPipeline, UserError
 from latentpipe.cli.app import main
-from latentpipe.cli.prompt_file import Line, pictures_of, read_prompts
+from latentpipe.cli.prompt_file import Line, prompted_pictures, read_prompts
 from latentpipe.engine.engine import Finished
 from latentpipe.pipelines import batches
 from latentpipe.pipelines.metadata import recipe as recipes
@@ -27,8 +27,8 @@ def test_lines_are_prompts_with_or_without_a_seed(file: Path) -> None:
     file.write_bytes(b"red apple\n\n  7\tgreen apple \r\n12 monkeys\n   \n0\tblue\tbird\n")
     lines = read_prompts(file)
     assert lines == [Line(1, "red apple"), Line(3, "green apple", 7), Line(4, "12 monkeys"), Line(6, "blue\tbird", 0)]
-    assert pictures_of(lines, 1, 100) == [("red apple", 100), ("green apple", 7), ("12 monkeys", 102), ("blue\tbird", 0)]
-    assert pictures_of(lines[:3], 2, 5) == [
+    assert prompted_pictures(lines, 1, 100) == [("red apple", 100), ("green apple", 7), ("12 monkeys", 102), ("blue\tbird", 0)]
+    assert prompted_pictures(lines[:3], 2, 5) == [
         ("red apple", 5), ("red apple", 6), ("green apple", 7), ("green apple", 8), ("12 monkeys", 9), ("12 monkeys", 10),
     ]  # fmt: skip
 
@@ -55,7 +55,7 @@ def test_the_first_mistake_is_told_by_its_line(file: Path, text: str, said: str)
 
 def test_seeds_that_count_on_too_far() -> None:
     with pytest.raises(UserError, match=f"line 2 comes to the seed {MAX_SEED + 1}"):
-        pictures_of([Line(1, "one"), Line(2, "two")], 1, MAX_SEED)
+        prompted_pictures([Line(1, "one"), Line(2, "two")], 1, MAX_SEED)
 
 
 @pytest.mark.parametrize(

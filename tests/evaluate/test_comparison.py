@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentpipe.evaluate.comparison import check_same, compare, floor_of, labels_of
-from latentpipe.evaluate.report.wording import figure, rounded
+from latentpipe.evaluate.report.text import figure, rounded
 from latentpipe.evaluate.results import Evaluation, Score
 from latentpipe.evaluate.statistics import EXACT, holm, interval, least_p, p_of_interval, sign_flip
 from latentpipe.utils.errors import UserError

@@ -251,14 +251,14 @@ def test_emoji_words_knows_its_words_on_the_bank() -> None:
     known = truth.any(1)
     smooth = F.interpolate(images[known], (64, 64), mode="bicubic").clamp(-1, 1)
     with torch.no_grad():
-        found = train_emoji_words.score(network(smooth), truth[known])
+        found = train_emoji_words.word_scores(network(smooth), truth[known])
     assert found["words"] > card["validation"]["most_frequent_words"]["words"] + 0.1
 
 
 def test_the_score_counts_ranked_words() -> None:
     truth = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 0]])
     logits = torch.tensor([[5.0, 1, 3, 0], [3, 2, 1, 0]])
-    assert train_emoji_words.score(logits, truth) == {"top_word": 0.5, "words": 0.25}
+    assert train_emoji_words.word_scores(logits, truth) == {"top_word": 0.5, "words": 0.25}
 
 
 @pytest.mark.slow

@@ -104,12 +104,12 @@ def test_the_rate_is_the_kl_to_the_standard_normal() -> None:
 
 def test_a_sample_does_not_depend_on_the_batch() -> None:
     mean, std = some_latents().float(), some_latents(seed=1).abs().float()
-    whole = latents.draw(mean, std, SAMPLE, range(6))
-    parts = [latents.draw(mean[i : i + 2], std[i : i + 2], SAMPLE, range(i, i + 2)) for i in (0, 2, 4)]
+    whole = latents.draw_latents(mean, std, SAMPLE, range(6))
+    parts = [latents.draw_latents(mean[i : i + 2], std[i : i + 2], SAMPLE, range(i, i + 2)) for i in (0, 2, 4)]
     assert torch.equal(whole, torch.cat(parts))
     assert not torch.equal(whole, mean)
-    assert torch.equal(latents.draw(mean, std, MODE, range(6)), mean)
-    noise = (latents.draw(torch.zeros(200, 3, 4, 4), torch.ones(200, 3, 4, 4), SAMPLE, range(200))).numpy()
+    assert torch.equal(latents.draw_latents(mean, std, MODE, range(6)), mean)
+    noise = (latents.draw_latents(torch.zeros(200, 3, 4, 4), torch.ones(200, 3, 4, 4), SAMPLE, range(200))).numpy()
     assert stats.kstest(noise.ravel(), "norm").pvalue > 0.01
 
 

@@ -99,7 +99,7 @@ def test_evaluate_reports_all_parts(model_folder, tmp_path):
     assert result["held_out"]["n"] == 2
     assert result["seeds"]["smallest"] > 0
     assert Image.open(tmp_path / "grid.png").width > 64
-    assert "Wilson" in prompt_adherence.table(result)
+    assert "Wilson" in prompt_adherence.adherence_table(result)
     assert math.isfinite(result["seeds"]["mean"])
 
 
@@ -139,5 +139,5 @@ def test_objects_are_scored_beside_the_others(model_folder):
     result = prompt_adherence.evaluate(model_folder, seen=1, held_out=1, num_inference_steps=1, objects=2)
     assert result["objects"]["n"] == 2
     assert set(result["baselines"]) == {"seen", "held_out"}
-    assert "objects" in prompt_adherence.table(result)
+    assert "objects" in prompt_adherence.adherence_table(result)
     assert result["objects"]["rms24"] > 0

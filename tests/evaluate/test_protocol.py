@@ -160,7 +160,7 @@ def test_sizes_that_cannot_be_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             preprocessing.plan(folder, find_protocol("latentpipe", size_px=size), 8)
     with pytest.raises(UserError, match="at least 1 picture"):
-        preprocessing.plan(folder, DEFAULT, 8, most=0)
+        preprocessing.plan(folder, DEFAULT, 8, max_images=0)
     with pytest.raises(UserError, match="at least 64 x 64"):
         preprocessing.plan(folder, DEFAULT, 64)
     with pytest.raises(UserError, match="the least that this VAE takes"):

@@ -142,13 +142,13 @@ def test_the_same_call_gives_the_same_figures_and_batches_do_not_matter(
 
 @pytest.mark.slow
 def test_protocols_change_what_they_say(stage: VAEStage, pictures: Path) -> None:
-    found = {name: quick(stage, pictures, most=4, protocol=find_protocol(name, size_px=32)) for name in PROTOCOLS}
+    found = {name: quick(stage, pictures, max_images=4, protocol=find_protocol(name, size_px=32)) for name in PROTOCOLS}
     values = {name: one.per_picture["PSNR"] for name, one in found.items()}
     assert values["latentpipe"] == values["dc-ae"]  # at 32 pixels nothing is resized, both decode the mode
     assert values["lightningdit"] == values["coco-5k"]  # both decode the same sample
     assert values["latentpipe"] != values["lightningdit"]
     assert found["lightningdit"].protocol["name"] == "lightningdit with size_px 32"
-    truncated = quick(stage, pictures, most=4, protocol=find_protocol("latentpipe", rounding="truncate"))
+    truncated = quick(stage, pictures, max_images=4, protocol=find_protocol("latentpipe", rounding="truncate"))
     assert truncated.per_picture["PSNR"] != values["latentpipe"]
     assert truncated.per_picture["PSNR"] == pytest.approx(values["latentpipe"], abs=0.5)
     assert truncated.pictures["sha256"] == found["latentpipe"].pictures["sha256"]
@@ -156,12 +156,12 @@ def test_protocols_change_what_they_say(stage: VAEStage, pictures: Path) -> None
 
 def test_the_hash_is_of_the_pixels(stage: VAEStage, pictures: Path, tmp_path: Path) -> None:
     copy = write_pictures(tmp_path / "copy")
-    before = quick(stage, copy, most=3).pictures["sha256"]
-    assert before == quick(stage, pictures, most=3).pictures["sha256"]
+    before = quick(stage, copy, max_images=3).pictures["sha256"]
+    assert before == quick(stage, pictures, max_images=3).pictures["sha256"]
     picture = Image.open(copy / "red-circle.png")
     picture.putpixel((0, 0), (254, 255, 255))
     picture.save(copy / "red-circle.png")
-    assert quick(stage, copy, most=3).pictures["sha256"] != before
+    assert quick(stage, copy, max_images=3).pictures["sha256"] != before
 
 
 def test_json_goes_there_and_back(result: Evaluation) -> None:
@@ -217,7 +217,7 @@ def test_a_deterministic_autoencoder_has_no_rate(pictures: Path) -> None:
     torch.manual_seed(0)
     blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     vae = AutoencoderTiny(latent_channels=4, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), **blocks)
-    found = quick(VAEStage(vae.eval()), pictures, most=3)
+    found = quick(VAEStage(vae.eval()), pictures, max_images=3)
     assert not any("rate" in name for name in found.scores)
     assert "deterministic" in found.not_measured["rate"]
     assert "KL per channel" not in found.curves
@@ -314,7 +314,7 @@ def test_mistakes_are_told(stage: VAEStage, pictures: Path, tmp_path: Path, vae_
         ("skipped a.png", lambda: quick(stage, tmp_path / "broken")),
         ("skipped a.png", lambda: quick(stage, tmp_path / "cut")),
         ("at least 1 picture", lambda: quick(stage, pictures, probe=0)),
-        ("at least 1 picture", lambda: quick(stage, pictures, most=0)),
+        ("at least 1 picture", lambda: quick(stage, pictures, max_images=0)),
         ("No protocol", lambda: quick(stage, pictures, protocol="best")),
         ("No features", lambda: quick(stage, pictures, features="vgg")),
         ("needs its own weights", lambda: quick(stage, pictures, features="inception")),

@@ -132,7 +132,7 @@ def test_the_verbs_function_scores_cells_and_variety(model_folder, monkeypatch: 
     result = prompt_adherence.evaluate(model_folder, seen=1, held_out=1, num_inference_steps=1, styles=3)
     assert result["cells"]["n"] == 3
     assert result["variety"]["n"] == 2
-    table = prompt_adherence.table(result)
+    table = prompt_adherence.adherence_table(result)
     assert "held-out cells (n = 3)" in table
     assert "two or more hands" in table
     with pytest.raises(UserError, match="styles -1"):

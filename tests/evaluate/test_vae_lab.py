@@ -19,7 +19,6 @@ from safetensors import safe_open
 from latentpipe import UserError, VAEStage
 from latentpipe.checkpoints.vae_io import save_vae
 from latentpipe.cli.app import main
-from latentpipe.cli.fit_adapter import fit_and_save
 from latentpipe.engine.jobs import Cancelled
 from latentpipe.evaluate.metrics import latents as latent
 from latentpipe.evaluate.metrics.latents import cycles, rebuild_batch
@@ -27,6 +26,7 @@ from latentpipe.evaluate.protocol import find_protocol
 from latentpipe.evaluate.reconstruction import evaluate_vae
 from latentpipe.evaluate.vae_lab import FEWEST, GAIN, MOST, Laboratory, Rebuilt, compare_pictures, decode_same, seam
 from latentpipe.pipelines.swap import stage_of
+from latentpipe.train.latent_adapter import fit_and_save
 from latentpipe.utils.images import to_images, to_pixels
 
 SIDE = 16
@@ -242,11 +242,11 @@ def test_hostile_arguments(squares: list[Image.Image]) -> None:
 @pytest.mark.parametrize("vaes", [1, 2])
 def test_equal_pictures_of_any_size_give_figures_for_a_program(vaes: int, vae_folder: Path) -> None:
     pytest.importorskip("gradio")
-    from latentpipe.ui.lab_view import as_json
+    from latentpipe.ui.lab_view import comparison_json
 
     lab = compare_pictures([draw_shape("red", "bar", 45).convert("L")] * FEWEST, [vae_folder] * vaes, 8)
     assert all(picture.size == (8, 8) for picture in lab.originals)
-    found = json.loads(json.dumps(as_json(lab), allow_nan=False))
+    found = json.loads(json.dumps(comparison_json(lab), allow_nan=False))
     assert found["n"] == FEWEST
     assert found["best"] is None
     assert len(found["differences"]) == vaes - 1

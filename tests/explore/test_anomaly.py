@@ -20,7 +20,7 @@ from latentpipe.checkpoints.registry import find_model
 from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.cli import app
 from latentpipe.data import defects, image_set
-from latentpipe.data.given_pictures import read_given_pictures
+from latentpipe.data.image_set import read_given_pictures
 from latentpipe.explore.anomaly import conformal, heatmap
 from latentpipe.explore.anomaly import detector as anomaly
 from latentpipe.utils.errors import UserError
@@ -126,7 +126,7 @@ def test_heat_colours_run_from_dark_to_bright_and_the_page_holds_all(emoji: torc
     assert (np.diff(ramp.sum(-1)) >= 0).all()
     assert tuple(ramp[0]) == heatmap.STOPS[0]
     assert tuple(ramp[-1]) == heatmap.STOPS[-1]
-    page = heatmap.page(emoji[:5], torch.rand(5, 32, 32) * 5, ["a name"] * 5)
+    page = heatmap.heatmap_page(emoji[:5], torch.rand(5, 32, 32) * 5, ["a name"] * 5)
     assert page.width == 3 * (2 * heatmap.SHOWN_PX + 2 + 8) + 8
 
 

@@ -117,7 +117,7 @@ def test_case_05_an_adapter_goes_on_and_moves_the_part(folder: Path) -> None:
     plain = inpaint(pipe, picture, mask, "red", num_inference_steps=2)
     factors = {"lora_A": torch.full((1, 9, 3, 3), 0.3), "lora_B": torch.linspace(-1, 1, 32).view(32, 1, 1, 1)}
     report = pipe.attach_lora(Lora({"unet": {"conv_in": LoraLayer("lora", factors, 1, 1.0)}}, "one"))
-    assert report.parts["unet"].moved
+    assert report.parts["unet"].output_delta
     assert inpaint(pipe, picture, mask, "red", num_inference_steps=2).tobytes() != plain.tobytes()
 
 

@@ -17,7 +17,7 @@ SHOWN = [Image.new("RGB", (7, 9), (value, 0, 255 - value)) for value in (0, 100,
 
 
 def test_a_strip_is_the_frames_themselves(tmp_path: Path) -> None:
-    clips.write(SHOWN, tmp_path / "strip.PNG")
+    clips.write_clip(SHOWN, tmp_path / "strip.PNG")
     with Image.open(tmp_path / "strip.PNG") as strip:
         assert strip.size == (3 * 7 + 6, 9)
         for index, frame in enumerate(SHOWN):
@@ -30,7 +30,7 @@ def test_a_video_is_read_back(tmp_path: Path, suffix: str, size: tuple[int, int]
     av = pytest.importorskip("av")
     path = tmp_path / f"clip{suffix}"
     given = [frame.resize(size) for frame in SHOWN]
-    clips.write(given, path, fps=10)
+    clips.write_clip(given, path, fps=10)
     with av.open(str(path)) as container:
         assert container.streams.video[0].average_rate == 10
         found = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -61,7 +61,7 @@ def test_there_and_back_shows_the_ends_once() -> None:
 )
 def test_what_cannot_be_written_is_told(tmp_path: Path, given: list[Image.Image], name: str, fps: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        clips.write(given, tmp_path / name, fps)
+        clips.write_clip(given, tmp_path / name, fps)
     assert not list(tmp_path.iterdir())
 
 
@@ -75,6 +75,6 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match="pip install av"):
-        clips.write(SHOWN, tmp_path / "clip.mp4")
-    clips.write(SHOWN, tmp_path / "clip.gif")
+        clips.write_clip(SHOWN, tmp_path / "clip.mp4")
+    clips.write_clip(SHOWN, tmp_path / "clip.gif")
     assert [each.name for each in tmp_path.iterdir()] == ["clip.gif"]

@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
     """A saved tiny VAE whose codec has been learnt."""
     torch.manual_seed(0)
     save_vae(tiny_vae(), tmp_path / "codec", {})
-    fit.write(learnt(4), tmp_path / "codec")
+    fit.write_codec(learnt(4), tmp_path / "codec")
     return tmp_path / "codec"
 
 
@@ -107,7 +107,7 @@ def test_the_length_is_what_the_counts_say() -> None:
         spent += sum(2 * int(further + 1).bit_length() - 1 for further in np.abs(away - symbols)[outermost])  # Elias' gamma code
         return values
 
-    wavefront.walk((4, 12, 12), static_model.Context(weights, 0), cost, latents)
+    wavefront.walk_waves((4, 12, 12), static_model.Context(weights, 0), cost, latents)
     assert 8 * len(wavefront.encode(latents, static_model.Context(weights, 0))) == pytest.approx(spent, abs=10)
 
 
@@ -127,7 +127,7 @@ def test_the_integer_model_is_the_network_that_was_learnt() -> None:
         found.append(np.stack([means / 8, scales]))
         return values
 
-    wavefront.walk((8, 6, 7), static_model.Context(fit.integers(net, 1.0), 8), note, latents[0].numpy().astype(np.int64))
+    wavefront.walk_waves((8, 6, 7), static_model.Context(fit.integers(net, 1.0), 8), note, latents[0].numpy().astype(np.int64))
     wanted, at = [], 0
     for rows, columns in wavefront.waves(6, 7):
         for group in range(4):
@@ -237,7 +237,7 @@ def test_the_container_holds_what_it_was_given(step: int, width: int, height: in
 
 def test_a_file_of_another_vae_or_other_probabilities_is_refused(folder: Path, tmp_path: Path) -> None:
     data = files.compress(photo(16, 16), files.open_codec(folder))
-    fit.write(learnt(4, seed=1), folder)
+    fit.write_codec(learnt(4, seed=1), folder)
     with pytest.raises(UserError, match="was not made with VAE"):
         files.decompress(data, files.open_codec(folder))
     with pytest.raises(UserError, match="No installed VAE made this file"):
@@ -292,10 +292,10 @@ def test_fit_codec_writes_what_compress_reads(tmp_path: Path, pictures: Path, ca
 
 def test_weights_that_do_not_belong_together_are_refused(folder: Path) -> None:
     weights = learnt(4)
-    fit.write(replace(weights, bias=weights.bias[:-1]), folder)
+    fit.write_codec(replace(weights, bias=weights.bias[:-1]), folder)
     with pytest.raises(UserError, match="do not belong together"):
         files.open_codec(folder)
-    fit.write(learnt(6), folder)
+    fit.write_codec(learnt(6), folder)
     with pytest.raises(UserError, match="is for 6 channels"):
         files.open_codec(folder)
 

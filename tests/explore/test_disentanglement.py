@@ -114,12 +114,12 @@ def test_every_factor_changes_the_picture() -> None:
     for column, count in enumerate(drawn.FACTORS.values()):
         changed = start.copy()
         changed[0, column] = (start[0, column] + 1) % count
-        assert (drawn.draw(changed) != drawn.draw(start)).any()
+        assert (drawn.draw_factors(changed) != drawn.draw_factors(start)).any()
 
 
 def test_the_shape_is_where_and_as_large_as_its_factors_say() -> None:
     rows = np.array([[shape, size, x, y, 5] for shape in range(3) for size in range(4) for x in (0, 5) for y in (0, 5)])
-    for row, picture in zip(rows, drawn.draw(rows, 128).astype(float), strict=True):
+    for row, picture in zip(rows, drawn.draw_factors(rows, 128).astype(float), strict=True):
         cover = (255 - picture[..., 0]) / (255 - picture[..., 0]).max()
         assert cover.sum() / 128**2 == pytest.approx(np.pi * drawn.RADII[row[1]] ** 2, rel=0.03)
         middle = (cover.sum(0) @ (np.arange(128) + 0.5)) / cover.sum() / 128
@@ -128,14 +128,14 @@ def test_the_shape_is_where_and_as_large_as_its_factors_say() -> None:
 
 def test_factors_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="below"):
-        drawn.draw(np.array([[3, 0, 0, 0, 0]]))
+        drawn.draw_factors(np.array([[3, 0, 0, 0, 0]]))
 
 
 def test_the_folder_is_a_captioned_set(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(drawn, "grid", lambda: np.array([[0, 3, 0, 0, 0], [2, 0, 5, 5, 5]]))
-    assert drawn.write(tmp_path / "f", 32) == 2
+    assert drawn.write_factors(tmp_path / "f", 32) == 2
     rows = [json.loads(line) for line in (tmp_path / "f" / "metadata.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == ["large red disc", "tiny blue triangle"]
     assert rows[1]["factors"] == [2, 0, 5, 5, 5]
     with Image.open(tmp_path / "f" / rows[0]["file_name"]) as picture:
-        assert (np.asarray(picture) == drawn.draw(np.array([rows[0]["factors"]]), 32)[0]).all()
+        assert (np.asarray(picture) == drawn.draw_factors(np.array([rows[0]["factors"]]), 32)[0]).all()

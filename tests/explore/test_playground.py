@@ -39,9 +39,9 @@ def same(first: Image.Image, second: Image.Image) -> bool:
 
 
 def test_an_edit_that_does_nothing_is_the_round_trip(stage: VAEStage) -> None:
-    assert same(playground.edited(stage, RED, None, playground.Edit()), rebuilt(stage, RED))
-    assert same(playground.edited(stage, RED, BLUE, playground.Edit(moves={"channel 0": 0.0})), rebuilt(stage, RED))
-    assert same(playground.edited(stage, RED, BLUE, playground.Edit(share=1.0)), rebuilt(stage, BLUE))
+    assert same(playground.edited_picture(stage, RED, None, playground.Edit()), rebuilt(stage, RED))
+    assert same(playground.edited_picture(stage, RED, BLUE, playground.Edit(moves={"channel 0": 0.0})), rebuilt(stage, RED))
+    assert same(playground.edited_picture(stage, RED, BLUE, playground.Edit(share=1.0)), rebuilt(stage, BLUE))
 
 
 def test_an_edit_is_what_its_parts_do_in_order(stage: VAEStage) -> None:
@@ -50,9 +50,9 @@ def test_an_edit_is_what_its_parts_do_in_order(stage: VAEStage) -> None:
     latents = latents - 2 * playground.direction(stage, "channel 1").vector + playground.direction(stage, "component 1").vector
     latents = latents * 1.5 + 0.5 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
     assert (
-        grey_levels(playground.edited(stage, RED, BLUE, edit), to_pixels(decode(stage, latents))[0]) <= 1
+        grey_levels(playground.edited_picture(stage, RED, BLUE, edit), to_pixels(decode(stage, latents))[0]) <= 1
     )  # sums in another order
-    assert not same(playground.edited(stage, RED, BLUE, edit), rebuilt(stage, RED))
+    assert not same(playground.edited_picture(stage, RED, BLUE, edit), rebuilt(stage, RED))
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,9 @@ def test_amounts_have_limits(wrong: dict[str, Any]) -> None:
 
 def test_what_is_missing_is_told(stage: VAEStage) -> None:
     with pytest.raises(UserError, match="no second picture"):
-        playground.edited(stage, RED, None, playground.Edit(share=0.5))
+        playground.edited_picture(stage, RED, None, playground.Edit(share=0.5))
     with pytest.raises(UserError, match="No direction 'warmth' is known"):
-        playground.edited(stage, RED, None, playground.Edit(moves={"warmth": 1.0}))
+        playground.edited_picture(stage, RED, None, playground.Edit(moves={"warmth": 1.0}))
     with pytest.raises(UserError, match="none yet"):
         playground.direction(VAEStage(tiny_vae(seed=3)), "channel 0")
     with pytest.raises(UserError, match="no picture of 'xyzzy'"):
@@ -137,5 +137,5 @@ def test_a_clip_goes_there_and_back(tmp_path: Path) -> None:
 
 def test_pictures_of_any_shape_are_taken(stage: VAEStage) -> None:
     wide = draw_shape("red", "bar", 64).resize((150, 40))
-    assert same(playground.edited(stage, wide, None, playground.Edit()), rebuilt(stage, fit_square(wide, 64)))
+    assert same(playground.edited_picture(stage, wide, None, playground.Edit()), rebuilt(stage, fit_square(wide, 64)))
     assert playground.bank_picture("red apple").size == (128, 128)

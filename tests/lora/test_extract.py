@@ -19,7 +19,7 @@ from latentpipe.checkpoints.pipeline_io import hashes
 from latentpipe.lora.adapter import Lora
 from latentpipe.lora.delta import delta
 from latentpipe.lora.extract import EXTRACTED_KEY, Explained, explained, extract, extract_models
-from latentpipe.lora.state_dict.io import base_of, read_lora, write_lora
+from latentpipe.lora.state_dict.io import read_lora, stated_base, write_lora
 from latentpipe.lora.target_modules import leaves
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.io import content_hash, read_tensors
@@ -176,7 +176,7 @@ def test_what_an_adapter_says_survives_its_file(states: Tensors, tmp_path: Path)
     write_lora(lora, tmp_path / "one.safetensors")
     back = read_lora(tmp_path / "one.safetensors")
     assert back.hash == lora.hash
-    assert base_of(back) == {"unet": content_hash(states)}
+    assert stated_base(back) == {"unet": content_hash(states)}
     assert explained(back) == explained(lora)
     assert isinstance(explained(back)["unet"], Explained)
     with pytest.raises(UserError, match="damaged"):
@@ -204,7 +204,7 @@ def test_two_pipelines(model_folder: Path, model_copy: Path) -> None:
     assert set(lora.parts) == {"unet", "text_encoder"}
     assert not any(path.startswith("text_model.") for path in lora.parts["text_encoder"])
     known = hashes(model_folder)
-    assert base_of(lora) == {part: known[part] for part in ("unet", "text_encoder", "vae")}
+    assert stated_base(lora) == {part: known[part] for part in ("unet", "text_encoder", "vae")}
     for said in explained(lora).values():
         assert said.share > 0.99
         assert said.left_out == ()
@@ -238,7 +238,7 @@ def test_two_vaes_and_a_model_beside_a_vae(model_folder: Path, vae_copy: Path) -
         lora = extract_models(before, vae_copy, 4)
         assert list(lora.parts) == ["vae"]
         assert list(lora.parts["vae"]) == ["decoder.conv_in"]
-        assert base_of(lora) == {"vae": hashes(model_folder)["vae"]}
+        assert stated_base(lora) == {"vae": hashes(model_folder)["vae"]}
     edit_json(vae_copy / "config.json", scaling_factor=0.5)
     with pytest.warns(LatentpipeWarning, match="the VAE's normalization"):
         extract_models(model_folder, vae_copy, 4)

@@ -40,7 +40,7 @@ def output(components: dict[str, Any]) -> torch.Tensor:
 @pytest.fixture
 def mixer(pipe) -> LoraFuser:
     """Two adapters of different ranks and sites, and a DoRA, loaded and off."""
-    mixer = pipe.loras.mixer
+    mixer = pipe.loras.fuser
     for lora in (
         random_lora(mixer.components, SITES, "one"),
         random_lora(mixer.components, ["unet.attention"], "two", rank=3, alpha=1.0),
@@ -120,7 +120,7 @@ def test_any_order_of_changes_ends_where_a_fresh_model_ends(tmp_path_factory, mo
     cached = _models.setdefault(str(model_folder), [LatentPipeline.from_pretrained(model_folder) for _ in range(2)])
     mixers = []
     for pipe in cached:
-        mixer = LoraFuser(pipe.loras.mixer.components)
+        mixer = LoraFuser(pipe.loras.fuser.components)
         for name, how in (("one", {}), ("two", {"rank": 3}), ("dora", {"dora": True})):
             mixer.load(random_lora(mixer.components, ["unet.attention"] if name != "one" else SITES, name, **how))
         mixers.append(mixer)
@@ -324,7 +324,7 @@ def test_adapters_that_are_not_ours_are_refused(pipe) -> None:
 
     pipe.host.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(UserError, match="not ours"):
-        pipe.loras.mixer.load(random_lora({"vae": pipe.host.vae}, ["vae.decoder"], "x"))
+        pipe.loras.fuser.load(random_lora({"vae": pipe.host.vae}, ["vae.decoder"], "x"))
 
 
 def test_two_files_of_one_name_are_refused(mixer: LoraFuser) -> None:

@@ -190,7 +190,7 @@ def test_text_encoders_are_addressed_with_and_without_their_prefix() -> None:
 
 
 def test_sites_name_what_they_say(pipe) -> None:
-    components = pipe.loras.mixer.components
+    components = pipe.loras.fuser.components
     attention = select("unet", components["unet"], ["unet.attention"])
     assert attention
     assert all(path.endswith(("to_q", "to_k", "to_v", "to_out.0")) for path in attention)
@@ -218,11 +218,11 @@ def test_sites_name_what_they_say(pipe) -> None:
 )
 def test_a_site_that_names_nothing_is_an_error(pipe, sites: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said.replace("(", r"\(")):
-        select_all(pipe.loras.mixer.components, sites)
+        select_all(pipe.loras.fuser.components, sites)
 
 
 def test_selection_is_blind_to_what_is_attached(pipe) -> None:
-    components = {name: copy.deepcopy(model) for name, model in pipe.loras.mixer.components.items()}
+    components = {name: copy.deepcopy(model) for name, model in pipe.loras.fuser.components.items()}
     before = select_all(components, ["unet.all", "text", "vae.all"])
     for name, layers in random_lora(components, ["unet.all", "text", "vae.all"]).parts.items():
         attach(components[name], layers, "x")

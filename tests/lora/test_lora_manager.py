@@ -22,7 +22,7 @@ from latentpipe.utils.io import content_hash
 
 
 def digests(pipe: LatentPipeline) -> dict[str, str]:
-    return {name: content_hash(model.state_dict()) for name, model in pipe.loras.mixer.components.items()}
+    return {name: content_hash(model.state_dict()) for name, model in pipe.loras.fuser.components.items()}
 
 
 def pixels(picture: Any) -> np.ndarray:
@@ -33,7 +33,7 @@ def install(
     pipe: LatentPipeline, home: Path, name: str, sites: list[str], base: dict[str, str] | None = None, **how: Any
 ) -> Path:
     """A random adapter as a file among the user's own."""
-    lora = random_lora(pipe.loras.mixer.components, sites, name, **how)
+    lora = random_lora(pipe.loras.fuser.components, sites, name, **how)
     path = home / "lora" / f"{name}.safetensors"
     path.parent.mkdir(exist_ok=True)
     write_lora(lora, path, metadata=card(lora, title=name, base_hashes=pipe.base if base is None else base))
@@ -55,12 +55,12 @@ def test_an_attached_adapter_is_reported_moves_the_picture_and_leaves_no_trace(p
     assert set(report.parts) == {"unet", "text_encoder"}
     assert report.base_checked
     assert not report.left_out
-    assert all(part.matched == part.layers and part.moved and part.moved > 1e-4 for part in report.parts.values())
+    assert all(part.matched == part.layers and part.output_delta and part.output_delta > 1e-4 for part in report.parts.values())
     drawn = pipe("red circle", seed=1, num_inference_steps=2)[0]
     assert np.abs(pixels(drawn) - pixels(plain)).max() > 0
     assert drawn.recipe.loras == {"bright": 0.5}
     assert not plain.recipe.loras
-    assert drawn.recipe.hashes["lora:bright"] == pipe.loras.mixer.loaded["bright"].hash
+    assert drawn.recipe.hashes["lora:bright"] == pipe.loras.fuser.loaded["bright"].hash
     assert "<lora:bright:0.5>" in a1111_text(drawn.recipe)
     assert "Lora hashes: " in a1111_text(drawn.recipe)
     pipe.detach_lora("bright")
@@ -72,7 +72,7 @@ def test_adapters_go_on_all_three_stages_at_once(pipe: LatentPipeline, home: Pat
     before = digests(pipe)
     pipe.attach_lora("bright")
     report = pipe.attach_lora(home / "lora" / "sharp.safetensors", {"vae": 0.8})
-    assert report.parts["vae"].moved
+    assert report.parts["vae"].output_delta
     after = digests(pipe)
     assert all(after[name] != before[name] for name in ("unet", "text_encoder", "vae"))
     assert pipe("x", seed=1, num_inference_steps=1)[0].recipe.loras == {"bright": 1.0, "sharp": {"vae": 0.8}}
@@ -141,18 +141,18 @@ def test_an_adapter_of_another_base_is_refused_and_can_be_forced(pipe: LatentPip
         with pytest.raises(UserError, match=f"was trained with {component}"):
             pipe(f"x <lora:{name}>", num_inference_steps=1)
         assert digests(pipe) == before
-        assert not pipe.loras.mixer.loaded
+        assert not pipe.loras.fuser.loaded
     assert pipe.attach_lora("text").base_checked  # latents do not concern it
     assert pipe.attach_lora("other", force=True).parts
 
 
 def test_an_adapter_on_the_encoder_gets_a_verdict(pipe: LatentPipeline) -> None:
     before = digests(pipe)
-    components = pipe.loras.mixer.components
+    components = pipe.loras.fuser.components
     with pytest.raises(UserError, match="changes the VAE's encoder"):
         pipe.attach_lora(random_lora(components, ["vae.encoder"], "new", scale=0.5))
     assert digests(pipe) == before
-    assert not pipe.loras.mixer.loaded
+    assert not pipe.loras.fuser.loaded
     report = pipe.attach_lora(random_lora(components, ["vae.encoder"], "new", scale=0.5), force=True)
     assert report.verdict is not None
     assert not report.verdict.fits
@@ -164,9 +164,9 @@ def test_an_adapter_on_the_encoder_gets_a_verdict(pipe: LatentPipeline) -> None:
 
 
 def test_one_that_does_nothing_says_so(pipe: LatentPipeline) -> None:
-    idle = random_lora(pipe.loras.mixer.components, ["unet.attention"], "idle", scale=0.0)
+    idle = random_lora(pipe.loras.fuser.components, ["unet.attention"], "idle", scale=0.0)
     with pytest.warns(LatentpipeWarning, match="'idle' changes nothing"):
-        assert pipe.attach_lora(idle).parts["unet"].moved == 0
+        assert pipe.attach_lora(idle).parts["unet"].output_delta == 0
 
 
 def test_pipelines_that_share_a_network_do_not_mix(pipe: LatentPipeline, home: Path) -> None:
@@ -206,10 +206,10 @@ def test_it_works_on_other_families(home: Path) -> None:
         before = digests(pipe)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", LatentpipeWarning)
-            report = pipe.attach_lora(random_lora(pipe.loras.mixer.components, ["unet.attention"], family, scale=0.3))
+            report = pipe.attach_lora(random_lora(pipe.loras.fuser.components, ["unet.attention"], family, scale=0.3))
         part = next(iter(report.parts.values()))
         assert part.matched == part.layers, family
-        assert part.moved, family
+        assert part.output_delta, family
         pipe.detach_lora()
         assert digests(pipe) == before
 
@@ -271,7 +271,7 @@ def test_torch_random_numbers_are_left_alone(pipe: LatentPipeline, home: Path) -
 def test_a_decoder_that_fits_takes_no_adapter_away(tmp_path: Path, own_home: Path) -> None:
     """An adapter on the denoiser concerns the latents, whatever decodes them; one on the VAE concerns the VAE in use."""
     swapped = LatentPipeline.from_pretrained("emoji", vae="emoji-decoder-ft")
-    components = swapped.loras.mixer.components
+    components = swapped.loras.fuser.components
     for name, sites in (("style", ["unet.attention"]), ("look", ["vae.decoder"])):
         lora = random_lora(components, sites, name, scale=0.02)
         path = tmp_path / f"{name}.safetensors"
@@ -286,7 +286,7 @@ def test_a_decoder_that_fits_takes_no_adapter_away(tmp_path: Path, own_home: Pat
 def test_a_picture_with_a_file_that_is_not_installed_is_replayed_with_it(
     installed: str, pipe: LatentPipeline, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    whole = random_lora(pipe.loras.mixer.components, ["unet.attention"], "far")
+    whole = random_lora(pipe.loras.fuser.components, ["unet.attention"], "far")
     layers = dict(whole.parts["unet"])
     part = Lora({"unet": {**layers, "elsewhere": next(iter(layers.values()))}}, "far")
     file = tmp_path / "far.safetensors"
@@ -337,7 +337,7 @@ def test_threads_with_different_tags_take_turns(pipe: LatentPipeline, home: Path
 
 def test_a_file_that_was_replaced_is_opened_again(pipe: LatentPipeline, home: Path) -> None:
     pipe("x <lora:soft>", num_inference_steps=1)
-    first = pipe.loras.mixer.loaded["soft"].hash
+    first = pipe.loras.fuser.loaded["soft"].hash
     install(pipe, home, "soft", ["unet.attention"], rank=5)
     assert pipe("x <lora:soft>", num_inference_steps=1)[0].recipe.hashes["lora:soft"] != first
     pipe.detach_lora("soft")
@@ -345,7 +345,7 @@ def test_a_file_that_was_replaced_is_opened_again(pipe: LatentPipeline, home: Pa
 
 
 def test_the_probe_is_made_again_after_a_move(pipe: LatentPipeline) -> None:
-    components = pipe.loras.mixer.components
+    components = pipe.loras.fuser.components
     pipe.attach_lora(random_lora(components, ["unet.attention"], "one"))
     pipe.detach_lora()
     pipe.host.to(torch.bfloat16)

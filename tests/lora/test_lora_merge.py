@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from latentpipe.lora.adapter import Lora, LoraLayer
-from latentpipe.lora.factor import as_plain, factored
+from latentpipe.lora.delta import as_plain, factored
 from latentpipe.lora.merge import BY_SVD, MERGED_KEY, METHODS, SAME_RANK, merge, weight_at
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from latentpipe.cli import lora as lora_verbs
 from latentpipe.lora.adapter import Lora, LoraLayer
 from latentpipe.lora.merge import METHODS
+from latentpipe.lora.state_dict.describe import layout
 from latentpipe.lora.state_dict.io import card, read_lora, write_lora
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.io import file_hash, read_tensors
@@ -136,7 +137,7 @@ def test_inspect_refuses_what_is_no_lora(file: Path, tmp_path: Path) -> None:
 def test_layouts_are_told_by_keys(keys: list[str], name: str, tmp_path: Path) -> None:
     """One mark each."""
     save_file({key: torch.ones(2, 2) for key in keys}, tmp_path / "x.safetensors")
-    assert lora_verbs.layout(tmp_path / "x.safetensors") == name
+    assert layout(tmp_path / "x.safetensors") == name
 
 
 # --- convert ---------------------------------------------------------------------------------------------------

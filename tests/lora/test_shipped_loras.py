@@ -11,7 +11,7 @@ import pytest
 from latentpipe import LatentPipeline
 from latentpipe.checkpoints.pipeline_io import hashes
 from latentpipe.checkpoints.registry import available, bundled_weights_dir, find_model
-from latentpipe.lora.state_dict.io import base_of, read_lora
+from latentpipe.lora.state_dict.io import read_lora, stated_base
 
 FILES = sorted((bundled_weights_dir() / "lora").glob("*.safetensors"))
 README = (bundled_weights_dir() / "lora" / "README.md").read_text()
@@ -32,14 +32,14 @@ def test_each_is_small_whole_and_of_this_base(path: Path, emoji: LatentPipeline)
     assert path.stat().st_size <= 2_000_000
     lora = read_lora(path)
     found = hashes(find_model("emoji"))
-    assert base_of(lora)
-    assert all(found[component] == digest for component, digest in base_of(lora).items())
+    assert stated_base(lora)
+    assert all(found[component] == digest for component, digest in stated_base(lora).items())
     assert json.loads(lora.metadata["latentpipe.training"])
     report = emoji.attach_lora(path)
     emoji.detach_lora()
     assert report.base_checked
     assert not report.left_out
-    assert all(part.matched == part.layers and part.moved for part in report.parts.values())
+    assert all(part.matched == part.layers and part.output_delta for part in report.parts.values())
     assert set(report.parts) == ({"vae"} if path.stem == "sharp" else {"unet"})
     assert f"`{path.stem}`" in README
     assert lora.hash[:16] in README

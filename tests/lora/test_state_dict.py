@@ -15,7 +15,7 @@ from hypothesis import given
 from safetensors.torch import save_file
 
 from latentpipe.lora.adapter import Lora, LoraLayer
-from latentpipe.lora.state_dict.io import base_of, card, read_lora, trigger_words, write_lora
+from latentpipe.lora.state_dict.io import card, read_lora, stated_base, trigger_words, write_lora
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.io import read_header, read_tensors
 
@@ -329,12 +329,12 @@ def test_the_card_is_read_back(tmp_path: Path) -> None:
     assert "modelspec.date" not in told
     write_lora(small(), tmp_path / "a.safetensors", metadata=told)
     back = read_lora(tmp_path / "a.safetensors")
-    assert base_of(back) == {"unet": "ab", "vae": "cd"}
+    assert stated_base(back) == {"unet": "ab", "vae": "cd"}
     assert trigger_words(back) == ["flat style", "emoji"]
     assert json.loads(back.metadata["latentpipe.sample"])["seed"] == 7
     write_lora(back, tmp_path / "b.safetensors", "kohya")
     other = read_lora(tmp_path / "b.safetensors")
-    assert base_of(other) == base_of(back)
+    assert stated_base(other) == stated_base(back)
     assert back.metadata["modelspec.hash_sha256"] != other.metadata["modelspec.hash_sha256"]
     assert "lora_adapter_metadata" not in other.metadata
     same_alpha = card(Lora({"unet": {Q: linear(4, 2.0)}}), title="a", base_hashes={})
@@ -352,10 +352,10 @@ def test_the_hash_of_modelspec_is_that_of_all_bytes_after_the_header(tmp_path: P
 
 
 def test_damaged_cards(tmp_path: Path) -> None:
-    assert base_of(small()) == {}
+    assert stated_base(small()) == {}
     assert trigger_words(Lora({}, metadata={"modelspec.trigger_phrase": "one, two"})) == ["one", "two"]
     for value in ("{", "[1]", '{"unet": 3}'):
         with pytest.raises(UserError, match=r"latentpipe\.base is damaged"):
-            base_of(Lora({}, metadata={"latentpipe.base": value}))
+            stated_base(Lora({}, metadata={"latentpipe.base": value}))
     with pytest.raises(UserError, match=r"latentpipe\.trigger_words is damaged"):
         trigger_words(Lora({}, metadata={"latentpipe.trigger_words": "3"}))

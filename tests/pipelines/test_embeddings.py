@@ -47,9 +47,10 @@ def sdxl() -> Any:
         4, 20, addition_embed_type="text_time", addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=6 * 4 + 12, transformer_layers_per_block=(1, 1),
     )}  # fmt: skip
-    from latentpipe.pipelines import families
 
-    return families.rebuild(pipe, **parts)
+    from latentpipe.pipelines import hosting
+
+    return hosting.rebuild(pipe, **parts)
 
 
 def install(home: Path, name: str, tensors: dict[str, torch.Tensor]) -> Path:
@@ -139,10 +140,10 @@ def test_weights_are_those_of_all_its_vectors(pipe: LatentPipeline, width: int, 
 def test_vectors_count_against_the_limit_and_a_cut_name_is_told(pipe: LatentPipeline, width: int) -> None:
     most = pipe.host.tokenizer.model_max_length - 2
     pipe.attach_embedding(Embedding("long", {"": {"": vectors(most, width)}}))
-    assert pipe.cut_words("<long>") == ""
-    assert pipe.cut_words("red <Long>") == "<long>"
-    assert pipe.cut_words("<long> red") == "red"
-    assert pipe.cut_words("<long> <long> red") == "<long> red"
+    assert pipe.truncated_text("<long>") == ""
+    assert pipe.truncated_text("red <Long>") == "<long>"
+    assert pipe.truncated_text("<long> red") == "red"
+    assert pipe.truncated_text("<long> <long> red") == "<long> red"
 
 
 def test_nothing_of_the_pipeline_changes(pipe: LatentPipeline, width: int) -> None:

@@ -17,7 +17,7 @@ from test_family_table import arguments, host_pipe, own, sound_pipe, unit
 from tiny_hosts import BUILDERS, SIDE, call
 
 from latentpipe import LatentPipeline, LatentSpace, UserError, VAEStage, check_swap, swap_vae
-from latentpipe.pipelines import families
+from latentpipe.pipelines import families, hosting
 from latentpipe.pipelines.facade import Facade, VAEFacade
 
 STATISTICS = {"latents_mean": [0.3, -0.2, 0.1, 0.4], "latents_std": [1.2, 0.8, 1.1, 0.9]}
@@ -30,7 +30,7 @@ def instructed(vae: Any = None) -> Any:
     wide.conv_in = torch.nn.Conv2d(8, 8, 3, padding=1)
     wide.register_to_config(in_channels=8)
     cls = diffusers.StableDiffusionInstructPix2PixPipeline
-    return tiny_hosts.quiet(families.rebuild(pipe, cls, unet=wide))
+    return tiny_hosts.quiet(hosting.rebuild(pipe, cls, unet=wide))
 
 
 def edit(n: int = 1) -> dict[str, Any]:
@@ -57,24 +57,24 @@ def asymmetric() -> Any:
 def test_a_pipeline_that_takes_raw_values_draws_what_stock_draws() -> None:
     pipe = instructed()
     expected = own(pipe, **edit())
-    assert torch.equal(own(families.hosted(pipe), **edit()), expected)
-    assert torch.equal(unit(families.draw(pipe, **edit())), expected)
+    assert torch.equal(own(hosting.hosted(pipe), **edit()), expected)
+    assert torch.equal(unit(hosting.draw(pipe, **edit())), expected)
     other = tiny_hosts.kl(4, seed=3, scaling_factor=0.3)
-    assert torch.equal(own(families.hosted(pipe, VAEStage(other)), **edit()), own(instructed(other), **edit()))
+    assert torch.equal(own(hosting.hosted(pipe, VAEStage(other)), **edit()), own(instructed(other), **edit()))
 
 
 def test_a_pipeline_that_takes_raw_values_refuses_what_it_would_misread() -> None:
     other = tiny_hosts.kl(4, seed=3, scaling_factor=1.0, **STATISTICS)
-    for placed in (lambda: families.hosted(instructed(), VAEStage(other)), lambda: swap_vae(instructed(), other, force=True)):
+    for placed in (lambda: hosting.hosted(instructed(), VAEStage(other)), lambda: swap_vae(instructed(), other, force=True)):
         with pytest.raises(UserError, match=r"raw values of the picture, without the factor .* its own VAE declares"):
             placed()
 
 
 def test_a_decoder_that_takes_the_picture_and_its_mask_gets_them() -> None:
-    pipe = families.rebuild(BUILDERS["sd15"](asymmetric()), diffusers.StableDiffusionInpaintPipeline)
+    pipe = hosting.rebuild(BUILDERS["sd15"](asymmetric()), diffusers.StableDiffusionInpaintPipeline)
     given = arguments("sd15", "inpaint") | {"image": some_images(1, SIDE) * 0.5 + 0.5}
     expected = own(pipe, **given)
-    new = families.hosted(pipe)
+    new = hosting.hosted(pipe)
     assert isinstance(new.vae, diffusers.AsymmetricAutoencoderKL)
     again = arguments("sd15", "inpaint") | {"image": some_images(1, SIDE) * 0.5 + 0.5}
     assert torch.equal(own(new, **again), expected)
@@ -100,8 +100,8 @@ def test_sixteen_bits_are_rounded_as_diffusers_rounds(name: str, task: str, dtyp
 
     expected = own(pipe, **given())
     assert expected.isfinite().all()
-    assert torch.equal(own(families.hosted(pipe), **given()), expected)
-    assert torch.equal(unit(families.draw(pipe, **given())), expected)
+    assert torch.equal(own(hosting.hosted(pipe), **given()), expected)
+    assert torch.equal(unit(hosting.draw(pipe, **given())), expected)
 
 
 @pytest.mark.parametrize("factors", [{"scaling_factor": 0.18215}, {"scaling_factor": 0.3611, "shift_factor": 0.1159}])
@@ -147,11 +147,11 @@ OFFLOADS = {
 @pytest.mark.parametrize("task", ["text", "image"])
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_offloaded_and_cast_weights_draw_what_stock_draws(offload: str, task: str) -> None:
-    stock, placed = host_pipe("sd15", task), families.hosted(host_pipe("sd15", task))
+    stock, placed = host_pipe("sd15", task), hosting.hosted(host_pipe("sd15", task))
     for pipe in (stock, placed):
         OFFLOADS[offload](pipe.vae)
     assert torch.equal(own(placed, **arguments("sd15", task)), own(stock, **arguments("sd15", task)))
-    assert torch.equal(unit(families.draw(placed, **arguments("sd15", task))), own(stock, **arguments("sd15", task)))
+    assert torch.equal(unit(hosting.draw(placed, **arguments("sd15", task))), own(stock, **arguments("sd15", task)))
 
 
 @pytest.mark.parametrize("offload", ["model offload", "sequential offload", "group offload"])
@@ -163,7 +163,7 @@ def test_weights_offloaded_behind_the_other_facade_draw_the_same(offload: str) -
 
 
 def test_hooks_fire_at_every_call() -> None:
-    for pipe in (families.hosted(BUILDERS["sd15"]()), foreign()):
+    for pipe in (hosting.hosted(BUILDERS["sd15"]()), foreign()):
         hook = model_hook(pipe.vae)
         pipe.vae.decode(torch.zeros(1, 4, 4, 4))
         assert hook.runs == 1
@@ -174,7 +174,7 @@ def test_hooks_fire_at_every_call() -> None:
 def test_a_hook_that_the_lent_vae_has_fires_too() -> None:
     pipe = BUILDERS["sd15"]()
     hook = model_hook(pipe.vae)
-    families.hosted(pipe).vae.decode(torch.zeros(1, 4, 4, 4))
+    hosting.hosted(pipe).vae.decode(torch.zeros(1, 4, 4, 4))
     assert hook.runs == 1
 
 
@@ -193,7 +193,7 @@ def test_fp16_that_overflows_climbs_with_offloaded_weights() -> None:
 def test_a_hosted_pipeline_is_saved_with_its_own_vae(tmp_path: Path) -> None:
     for pipe in (BUILDERS["sd15"](), host_pipe("sdxl", "inpaint")):  # the second one's own VAE stands behind the other facade
         folder = tmp_path / type(pipe).__name__
-        placed = families.hosted(pipe)
+        placed = hosting.hosted(pipe)
         placed.save_pretrained(folder)
         opened = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
         assert all(torch.equal(value, opened.state_dict()[key]) for key, value in pipe.vae.state_dict().items())
@@ -205,7 +205,7 @@ def test_a_hosted_pipeline_is_saved_with_its_own_vae(tmp_path: Path) -> None:
 
 def test_the_facade_has_the_config_the_class_and_the_outputs_of_the_vae() -> None:
     pipe = BUILDERS["sd15"]()
-    placed = families.hosted(pipe).vae
+    placed = hosting.hosted(pipe).vae
     assert isinstance(placed, diffusers.AutoencoderKL)
     assert dict(placed.config) == dict(pipe.vae.config)
     assert placed.state_dict().keys() == pipe.vae.state_dict().keys()
@@ -227,7 +227,7 @@ def test_the_facade_has_the_config_the_class_and_the_outputs_of_the_vae() -> Non
 
 @pytest.mark.parametrize("switch", ["tiling", "slicing", "fused projections"])
 def test_switches_do_what_they_do_on_stock(switch: str) -> None:
-    stock, placed = BUILDERS["sd15"](), families.hosted(BUILDERS["sd15"]())
+    stock, placed = BUILDERS["sd15"](), hosting.hosted(BUILDERS["sd15"]())
     for pipe in (stock, placed):
         if switch == "tiling":
             pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 16, 2
@@ -256,12 +256,12 @@ def test_switches_do_what_they_do_on_stock(switch: str) -> None:
 def test_switches_of_the_facade_change_nothing_that_was_lent() -> None:
     pipe = BUILDERS["sd15"]()
     before = {name: value for name, value in vars(pipe.vae).items() if isinstance(value, bool | int | float)}
-    placed = families.hosted(pipe)
+    placed = hosting.hosted(pipe)
     placed.vae.enable_tiling()
     placed.vae.register_to_config(scaling_factor=3.0)
     assert {name: value for name, value in vars(pipe.vae).items() if isinstance(value, bool | int | float)} == before
     assert pipe.vae.config.scaling_factor == 0.18215
-    twice = families.hosted(placed)  # what was set on it since holds for what is made of it
+    twice = hosting.hosted(placed)  # what was set on it since holds for what is made of it
     assert twice.vae.use_tiling
     assert twice.vae.config.scaling_factor == 3.0
 
@@ -285,14 +285,14 @@ def test_tiling_works_behind_the_other_facade() -> None:
 @pytest.mark.parametrize(("name", "task"), [("sd15", "text"), ("sd3", "inpaint")])
 def test_a_facade_over_a_facade_is_one_facade(name: str, task: str) -> None:
     pipe = host_pipe(name, task)
-    once = families.hosted(pipe)
-    twice = families.hosted(once)
+    once = hosting.hosted(pipe)
+    twice = hosting.hosted(once)
     assert torch.equal(own(twice, **arguments(name, task)), own(once, **arguments(name, task)))
     assert not isinstance(twice.vae._stage.vae, Facade)
     assert families.behind(once.vae).decodes
-    assert torch.equal(families.draw(once, **arguments(name, task)), families.draw(pipe, **arguments(name, task)))
+    assert torch.equal(hosting.draw(once, **arguments(name, task)), hosting.draw(pipe, **arguments(name, task)))
     assert check_swap(once, once.vae, some_images(4, 64)).fits
-    assert LatentPipeline(families.hosted(BUILDERS["sd15"]())).stage.space == LatentSpace.of(BUILDERS["sd15"]().vae)
+    assert LatentPipeline(hosting.hosted(BUILDERS["sd15"]())).stage.space == LatentSpace.of(BUILDERS["sd15"]().vae)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_packed_families_that_are_not_listed_are_known_by_their_own_unpacking(na
 
 def test_kontext_draws_what_stock_draws() -> None:
     pipe = tiny_hosts.quiet(
-        families.rebuild(BUILDERS["flux"](), diffusers.FluxKontextPipeline, image_encoder=None, feature_extractor=None)
+        hosting.rebuild(BUILDERS["flux"](), diffusers.FluxKontextPipeline, image_encoder=None, feature_extractor=None)
     )
 
     def given() -> dict[str, Any]:
@@ -328,10 +328,10 @@ def test_kontext_draws_what_stock_draws() -> None:
         }  # fmt: skip
 
     expected = own(pipe, **given())
-    assert torch.equal(own(families.hosted(pipe), **given()), expected)
-    assert torch.equal(unit(families.draw(pipe, **given())), expected)
+    assert torch.equal(own(hosting.hosted(pipe), **given()), expected)
+    assert torch.equal(unit(hosting.draw(pipe, **given())), expected)
     with pytest.raises(UserError, match=r"returns 4 tokens, and a picture of 64 x 64 pixels has 16"):
-        families.unpack(pipe, pipe(**given(), output_type="latent").images, 64, 64)
+        hosting.unpack(pipe, pipe(**given(), output_type="latent").images, 64, 64)
 
 
 def videos() -> Any:
@@ -368,7 +368,7 @@ def test_what_is_no_autoencoder_of_pictures_is_refused_in_a_sentence(build: Any,
     pipe = BUILDERS["sd15"]()
     vae = build()
     pipe.vae = vae
-    for asked in (families.hosted, families.draw, LatentPipeline, lambda it: check_swap(it, vae), lambda _: VAEStage(vae)):
+    for asked in (hosting.hosted, hosting.draw, LatentPipeline, lambda it: check_swap(it, vae), lambda _: VAEStage(vae)):
         with pytest.raises(UserError, match=said):
             asked(pipe)
 
@@ -377,7 +377,7 @@ def test_a_vae_of_another_class_stands_behind_the_facade_that_gives_latents() ->
     pipe = instructed()
     assert families.unsupported_reason(diffusers.StableDiffusionUpscalePipeline, VAEStage(tiny_hosts.kl(4)), tiny_hosts.dc())
     assert isinstance(
-        families.facade(diffusers.StableDiffusionUpscalePipeline, VAEStage(tiny_hosts.kl(4)), tiny_hosts.dc()), VAEFacade
+        hosting.facade(diffusers.StableDiffusionUpscalePipeline, VAEStage(tiny_hosts.kl(4)), tiny_hosts.dc()), VAEFacade
     )
-    assert not isinstance(families.hosted(pipe).vae, VAEFacade)
+    assert not isinstance(hosting.hosted(pipe).vae, VAEFacade)
     assert sound_pipe("sd15", "text").vae.config.scaling_factor == 0.18215

@@ -12,7 +12,7 @@ from helpers import some_images, tiny_vae
 from tiny_hosts import BUILDERS, SIDE, call
 
 from latentpipe import LatentSpace, UserError, VAEStage, swap_vae
-from latentpipe.pipelines import families
+from latentpipe.pipelines import families, hosting
 from latentpipe.utils.io import content_hash
 
 pytestmark = pytest.mark.numeric
@@ -30,7 +30,7 @@ def host_pipe(name: str, task: str) -> Any:
     """The pipeline of a family for a task, built by diffusers' own class from the family's components."""
     pipe = BUILDERS[name]()
     cls = getattr(diffusers, getattr(families.family_of(pipe), task))
-    return pipe if task == "text" else tiny_hosts.quiet(families.rebuild(pipe, cls))
+    return pipe if task == "text" else tiny_hosts.quiet(hosting.rebuild(pipe, cls))
 
 
 def arguments(name: str, task: str) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def test_our_pictures_equal_the_hosts(name: str, task: str) -> None:
     """The oracle: bit for bit, but for the two faults of diffusers 0.42 that have tests of their own."""
     pipe = sound_pipe(name, task)
     expected = own(pipe, **arguments(name, task))
-    ours = unit(families.draw(pipe, **arguments(name, task)))
+    ours = unit(hosting.draw(pipe, **arguments(name, task)))
     error = (ours - expected).abs().max().item()
     assert error == 0 if name in EXACT else error <= 1e-6, error
     assert expected.std() > 0.01
@@ -83,18 +83,18 @@ def test_our_pictures_equal_the_hosts(name: str, task: str) -> None:
 def test_hosted_pipelines_make_the_same_pictures_by_themselves(name: str, task: str) -> None:
     pipe = sound_pipe(name, task)
     expected = own(pipe, **arguments(name, task))
-    ours = own(families.hosted(pipe), **arguments(name, task))
+    ours = own(hosting.hosted(pipe), **arguments(name, task))
     assert (ours - expected).abs().max() <= 1e-6
 
 
 def test_sd3_inpaint_decodes_without_the_shift() -> None:
     """A fault of diffusers 0.42: its picture is the decoding of the same latents less the shift."""
     pipe = host_pipe("sd3", "inpaint")
-    latents = families.hosted(pipe)(**arguments("sd3", "inpaint"), output_type="latent").images
+    latents = hosting.hosted(pipe)(**arguments("sd3", "inpaint"), output_type="latent").images
     theirs = own(pipe, **arguments("sd3", "inpaint"))
     with torch.no_grad():
         without = unit(pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0])
-        ours = unit(families.draw(pipe, **arguments("sd3", "inpaint")))
+        ours = unit(hosting.draw(pipe, **arguments("sd3", "inpaint")))
         assert (theirs - without).abs().max() <= 1e-6
         assert (theirs - ours).abs().max() > 1e-4
         assert torch.equal(ours, unit(VAEStage(pipe.vae).decode(latents)))
@@ -105,7 +105,7 @@ def test_sdxl_inpaint_encodes_without_the_statistics() -> None:
     pipe = host_pipe("sdxl", "inpaint")
     given = arguments("sdxl", "inpaint")
     theirs = pipe(**given, output_type="latent").images
-    ours = families.hosted(pipe)(**arguments("sdxl", "inpaint"), output_type="latent").images
+    ours = hosting.hosted(pipe)(**arguments("sdxl", "inpaint"), output_type="latent").images
     kept = slice(SIDE // 8 // 2, None)  # columns that the mask leaves alone: the picture's own latents
     raw = VAEStage(pipe.vae).space.denormalize(ours[..., kept])
     missing = raw * pipe.vae.config.scaling_factor
@@ -120,7 +120,7 @@ def test_a_swap_mends_the_inpainting_that_a_host_gets_wrong(name: str) -> None:
     new = swap_vae(pipe, pipe.vae, force=True)
     assert isinstance(new.vae, families.VAEFacade)
     assert not isinstance(swap_vae(BUILDERS[name](), pipe.vae, force=True).vae, families.VAEFacade)
-    ours = unit(families.draw(pipe, **arguments(name, "inpaint")))
+    ours = unit(hosting.draw(pipe, **arguments(name, "inpaint")))
     assert (own(new, **arguments(name, "inpaint")) - ours).abs().max() <= 1e-6
     assert (own(pipe, **arguments(name, "inpaint")) - ours).abs().max() > 1e-4
 
@@ -130,7 +130,7 @@ def test_sana_resizes_after_decoding() -> None:
     given = {"use_resolution_binning": True, "height": 64, "width": 96, "num_inference_steps": 1}
     pipe.transformer.register_to_config(sample_size=16)
     expected = own(pipe, **call("sana", **given))
-    ours = unit(families.draw(pipe, **call("sana", **given)))
+    ours = unit(hosting.draw(pipe, **call("sana", **given)))
     assert ours.shape[-2:] == (64, 96)
     assert (ours - expected).abs().max() <= 1e-6
 
@@ -142,7 +142,7 @@ def test_what_was_lent_is_as_before(name: str) -> None:
     weights = {key: content_hash(part.state_dict()) for key, part in parts.items() if hasattr(part, "state_dict")}
     configs = {key: dict(part.config) for key, part in parts.items()}
     flags = dict(pipe.config)
-    families.draw(pipe, **call(name))
+    hosting.draw(pipe, **call(name))
     assert {key: part for key, part in pipe.components.items() if part is not None} == parts
     assert {key: content_hash(part.state_dict()) for key, part in parts.items() if hasattr(part, "state_dict")} == weights
     assert {key: dict(part.config) for key, part in parts.items()} == configs
@@ -152,7 +152,7 @@ def test_what_was_lent_is_as_before(name: str) -> None:
 def test_a_rebuilt_pipeline_derives_its_values_from_the_new_vae() -> None:
     pipe = BUILDERS["sd15"]()
     assert pipe.vae_scale_factor == 8
-    new = families.rebuild(pipe, vae=tiny_vae())
+    new = hosting.rebuild(pipe, vae=tiny_vae())
     assert new.vae_scale_factor == 2
     assert new.image_processor.config.vae_scale_factor == 2
     assert pipe.vae_scale_factor == 8
@@ -174,21 +174,21 @@ def test_an_unknown_class_is_taken_for_what_its_latents_are() -> None:
     class Renamed(diffusers.StableDiffusionPipeline):
         pass
 
-    pipe = families.rebuild(BUILDERS["sd15"](), Renamed)
-    assert torch.equal(families.draw(pipe, **call("sd15")), families.draw(BUILDERS["sd15"](), **call("sd15")))
+    pipe = hosting.rebuild(BUILDERS["sd15"](), Renamed)
+    assert torch.equal(hosting.draw(pipe, **call("sd15")), hosting.draw(BUILDERS["sd15"](), **call("sd15")))
 
     class Packed(diffusers.FluxPipeline):
         pass
 
-    packed = families.rebuild(BUILDERS["flux"](), Packed)
-    assert torch.equal(families.draw(packed, **call("flux")), families.draw(BUILDERS["flux"](), **call("flux")))
+    packed = hosting.rebuild(BUILDERS["flux"](), Packed)
+    assert torch.equal(hosting.draw(packed, **call("flux")), hosting.draw(BUILDERS["flux"](), **call("flux")))
 
     class Strange(diffusers.FluxPipeline):
         def _unpack_latents(self, latents: torch.Tensor) -> torch.Tensor:
             return latents
 
     with pytest.raises(UserError, match=r"Strange returns latents of shape .*FAMILIES.*FLUX\.1"):
-        families.draw(families.rebuild(packed, Strange), **call("flux"))
+        hosting.draw(hosting.rebuild(packed, Strange), **call("flux"))
 
 
 def test_a_pipeline_without_a_vae_is_refused() -> None:

@@ -372,7 +372,7 @@ def test_the_largest_seed_is_allowed(pipe: LatentPipeline) -> None:
 def test_a_prompt_that_is_too_long_says_what_was_cut(pipe: LatentPipeline) -> None:
     words = [f"{colour} circle" for colour in ("red", "green", "blue", "yellow")] * 8
     prompt = " ".join(words)
-    cut = pipe.cut_words(prompt)
+    cut = pipe.truncated_text(prompt)
     assert cut
     assert prompt.endswith(cut)
     with pytest.warns(UserWarning, match=f"cut: '{cut[:60]}"):
@@ -381,7 +381,7 @@ def test_a_prompt_that_is_too_long_says_what_was_cut(pipe: LatentPipeline) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         kept = prompt.removesuffix(cut).strip()
-        assert pipe.cut_words(kept) == ""
+        assert pipe.truncated_text(kept) == ""
         assert grey_levels(pipe(kept, seed=1, num_inference_steps=1)[0].image, picture.image) == 0
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from latentpipe.checkpoints.pipeline_io import load_pipeline
 from latentpipe.checkpoints.registry import find_model
 from latentpipe.pipelines import families as hosts
+from latentpipe.pipelines import hosting
 from latentpipe.pipelines.prompt_weighting import MEAN_FLOOR, encode, parse, plain, refuse, token_weights
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 
@@ -176,7 +177,7 @@ def tiny(emoji: Any) -> Any:
     model = CLIPTextModel(config).eval()
     with torch.no_grad():
         model.get_parameter("final_layer_norm.bias").fill_(-0.3)
-    return hosts.rebuild(tiny_hosts.sd15(), text_encoder=model, tokenizer=tokenizer)
+    return hosting.rebuild(tiny_hosts.sd15(), text_encoder=model, tokenizer=tokenizer)
 
 
 @pytest.fixture(params=["tiny", "emoji"])
@@ -287,7 +288,7 @@ def test_a_mean_near_nothing_turns_no_sign_around(emoji: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_half_and_finite(tiny: Any, dtype: torch.dtype) -> None:
-    host = hosts.rebuild(tiny, text_encoder=copy.deepcopy(tiny.text_encoder).to(dtype))
+    host = hosting.rebuild(tiny, text_encoder=copy.deepcopy(tiny.text_encoder).to(dtype))
     positive, negative = encode(host, ["(red:5) apple", "apple"], True, "(blue:0)")
     assert negative is not None
     assert positive.dtype == negative.dtype == dtype
@@ -298,7 +299,7 @@ def test_half_precision_stays_half_and_finite(tiny: Any, dtype: torch.dtype) -> 
 
 
 def test_learned_words_of_several_vectors(tiny: Any) -> None:
-    host = hosts.rebuild(tiny, text_encoder=copy.deepcopy(tiny.text_encoder), tokenizer=copy.deepcopy(tiny.tokenizer))
+    host = hosting.rebuild(tiny, text_encoder=copy.deepcopy(tiny.text_encoder), tokenizer=copy.deepcopy(tiny.tokenizer))
     host.load_textual_inversion(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), token="<style>")
     assert token_weights(host, parse("a (<style>:1.5) cat")).tolist()[:7] == [1, 1, 1.5, 1.5, 1.5, 1, 1]
     assert torch.equal(encode(host, ["a (<style>:1) cat"], False, "")[0], own(host, ["a <style> cat"])[0])

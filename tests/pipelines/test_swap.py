@@ -18,7 +18,7 @@ from latentpipe import LatentPipeline, LatentSpace, UserError, VAEStage, check_s
 from latentpipe.checkpoints.pipeline_io import load_pipeline
 from latentpipe.checkpoints.registry import find_model
 from latentpipe.checkpoints.vae_io import load_vae, save_vae
-from latentpipe.pipelines import families
+from latentpipe.pipelines import families, hosting
 from latentpipe.utils.io import content_hash
 from latentpipe.vae.probe_images import probe_images
 from latentpipe.vae.stage import fold_normalization
@@ -195,12 +195,12 @@ def test_other_probes_hosts_and_files_raise_no_alarm(emoji: Any, probes: torch.T
     assert check_swap(emoji, vae, probe_images(4, 128, seed=2)).fits
     assert check_swap(emoji, vae, torch.stack([image.roll(9, -1) for image in probes])).fits
     for cls in (StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline):
-        assert check_swap(families.rebuild(emoji, cls), vae, probes).fits
+        assert check_swap(hosting.rebuild(emoji, cls), vae, probes).fits
     assert check_swap(LatentPipeline(emoji), vae, probes).fits
-    assert check_swap(families.hosted(emoji), vae, probes).fits
+    assert check_swap(hosting.hosted(emoji), vae, probes).fits
     save_vae(vae, tmp_path / "copy", {})
     assert check_swap(emoji, tmp_path / "copy", probes).fits
-    assert check_swap(families.rebuild(emoji, vae=vae), embedded(), probes).fits  # the other way round
+    assert check_swap(hosting.rebuild(emoji, vae=vae), embedded(), probes).fits  # the other way round
 
 
 def test_a_decoder_fits_without_its_encoder(emoji: Any, probes: torch.Tensor) -> None:
@@ -344,7 +344,7 @@ def test_a_swapped_pipeline_decodes_as_the_stage_does(name: str, declared: dict[
     config = dict(vae.config)
     new = swap_vae(pipe, vae, force=True)
     assert isinstance(new.vae, families.VAEFacade) != plain
-    latents = families.unpack(pipe, pipe(**tiny_hosts.call(name), output_type="latent").images, tiny_hosts.SIDE, tiny_hosts.SIDE)
+    latents = hosting.unpack(pipe, pipe(**tiny_hosts.call(name), output_type="latent").images, tiny_hosts.SIDE, tiny_hosts.SIDE)
     with torch.no_grad():
         wanted = (VAEStage(vae).decode(latents) * 0.5 + 0.5).clamp(0, 1)
     assert (new(**tiny_hosts.call(name), output_type="pt").images - wanted).abs().max() <= 1e-5
@@ -372,7 +372,7 @@ def test_a_latent_pipeline_swaps_its_stage(emoji: Any, probes: torch.Tensor) -> 
 
 
 def test_a_pipeline_that_does_not_fit_itself_is_refused(emoji: Any) -> None:
-    pipe = families.rebuild(emoji, vae=tiny_vae())
+    pipe = hosting.rebuild(emoji, vae=tiny_vae())
     with pytest.raises(UserError, match="does not fit itself: its VAE makes 4-channel"):
         check_swap(pipe, embedded())
 

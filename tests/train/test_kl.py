@@ -11,11 +11,11 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentpipe.train.vae.kl import BetaController, Schedule, beta_at, kl_channels, per_pixel_value, with_free_bits
+from latentpipe.train.vae.kl import BetaController, BetaSchedule, beta_at, kl_channels, per_pixel_value, with_free_bits
 
 LN2 = math.log(2)
-SCHEDULES: list[Schedule] = ["constant", "linear", "cosine", "cyclical"]
-RAMPS: list[Schedule] = ["linear", "cosine"]
+SCHEDULES: list[BetaSchedule] = ["constant", "linear", "cosine", "cyclical"]
+RAMPS: list[BetaSchedule] = ["linear", "cosine"]
 steps = st.integers(8, 500)
 ramps = st.floats(0, 1)
 

@@ -70,7 +70,7 @@ def test_every_term_reaches_exactly_the_parameters_of_the_mode(
     config = config_of(tmp_path, pictures, source, loss=EVERY_TERM, adversarial={"weight": 1.0, "width": 8, "adaptive": adaptive},
                        **changes)  # fmt: skip
     vae = build_vae(config, None)
-    trainable.choose(vae, config.mode, config.parts)
+    trainable.choose_stages(vae, config.mode, config.parts)
     with torch.no_grad():  # the scale term acts beyond a limit
         vae.quant_conv.weight *= 30
     names = {name for name, _ in vae.named_parameters() if not name.startswith(frozen)}
@@ -343,7 +343,7 @@ def test_configs_that_contradict_themselves_are_refused(tmp_path: Path, pictures
 
 def test_the_table_counts_every_parameter() -> None:
     vae = tiny_vae()
-    trainable.choose(vae, "decoder")
+    trainable.choose_stages(vae, "decoder")
     lines = trainable.table(vae).splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == [
         "encoder.in", "encoder.down.0", "encoder.down.1", "encoder.mid", "encoder.head",
@@ -360,7 +360,7 @@ def test_the_stages_of_other_autoencoders_have_names() -> None:
 
     tiny = new_vae(VAEShape(kind="tiny", blocks=(8, 8)), 16)
     assert {trainable.block_of(name).split(".")[0] for name, _ in tiny.named_parameters()} == {"encoder", "decoder"}
-    trainable.choose(tiny, "decoder")
+    trainable.choose_stages(tiny, "decoder")
     assert not any(parameter.requires_grad for parameter in tiny.encoder.parameters())
     assert all(parameter.requires_grad for parameter in tiny.decoder.parameters())
     assert not trainable.moves_the_latents(tiny)
@@ -373,7 +373,9 @@ def test_a_student_that_declares_a_factor_learns_the_latents_in_its_own_units(tm
     teacher = training.open_teacher(config)
     vae = build_vae(config, teacher)
     stage = VAEStage(vae, training.training_space(vae, config))
-    step = training.Training(config, DistributedContext(), stage, teacher, None, Objective(config, vae, DistributedContext()), 1)  # type: ignore[arg-type]
+    step = training.VAETraining(
+        config, DistributedContext(), stage, teacher, None, Objective(config, vae, DistributedContext()), 1
+    )  # type: ignore[arg-type]
     images = some_images(2, 48)
     with torch.no_grad():
         mean, std = step.lesson.target(images)  # type: ignore[union-attr]

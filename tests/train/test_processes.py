@@ -72,12 +72,12 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch
     from latentpipe.train.distributed import DistributedContext
 
     team = DistributedContext()
-    assert [(part.start, part.stop) for part in team.shares(8, 2)] == [(0, 4), (4, 8)]
+    assert [(part.start, part.stop) for part in team.shards(8, 2)] == [(0, 4), (4, 8)]
     monkeypatch.setattr(team, "world", 3)
     with pytest.raises(UserError, match="multiple of 6"):
-        team.shares(8, 2)
+        team.shards(8, 2)
     monkeypatch.setattr(team, "rank", 2)
-    assert [(part.start, part.stop) for part in team.shares(12, 2)] == [(8, 10), (10, 12)]
+    assert [(part.start, part.stop) for part in team.shards(12, 2)] == [(8, 10), (10, 12)]
 
 
 def test_the_denoiser_refuses_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from latentpipe.checkpoints.registry import configs_folder
 from latentpipe.data.latent_cache import default_path, encode_folder
 from latentpipe.lora.adapter import Lora
 from latentpipe.lora.injection import attach, wrappers
-from latentpipe.lora.state_dict.io import base_of, read_lora, trigger_words
+from latentpipe.lora.state_dict.io import read_lora, stated_base, trigger_words
 from latentpipe.train.config import TrainLora, load
 from latentpipe.train.lora import parameters as lora_parts
 from latentpipe.train.lora import train as verb
@@ -63,12 +63,12 @@ def test_the_file_fits_its_base_and_says_where_it_comes_from(tmp_path: Path, mod
     made = read_lora(out)
     assert not made.unread
     host = load_pipeline(model_folder)
-    plan = lora_parts.choose(config, host)
+    plan = lora_parts.choose_trained(config, host)
     assert {name: sorted(layers) for name, layers in made.parts.items()} == {
         name: sorted(paths) for name, paths in plan.paths.items()
     }
     assert all(layer.tensors["lora_B"].abs().max() > 0 for _, _, layer in made.layers())
-    assert base_of(made) == {part: before[part] for part in ("unet", "text_encoder", "vae")}
+    assert stated_base(made) == {part: before[part] for part in ("unet", "text_encoder", "vae")}
     assert trigger_words(made) == ["in wax"]
     result = json.loads((tmp_path / "work" / "result.json").read_text())
     parts = {name: content_hash(getattr(host, name).state_dict()) for name in ("unet", "text_encoder", "vae")}
@@ -231,13 +231,13 @@ def test_a_warm_start_begins_with_the_other_adapter(tmp_path: Path, model_folder
 # --- what trains and what stays -----------------------------------------------------------------------------
 
 
-def prepared(root: Path, model: Path, pictures: Path, **more: Any) -> tuple[verb.Training, torch.nn.ParameterDict]:
+def prepared(root: Path, model: Path, pictures: Path, **more: Any) -> tuple[verb.LoraTraining, torch.nn.ParameterDict]:
     """A run just before its first step."""
     config = lora_run(root, model, pictures, **more)
     host = load_pipeline(model)
-    plan = lora_parts.choose(config, host)
+    plan = lora_parts.choose_trained(config, host)
     own, prior = verb._pictures(config, host, model, plan, 16)
-    training = verb.Training(config, host, plan, own, prior)
+    training = verb.LoraTraining(config, host, plan, own, prior)
     adapter = lora_parts.inject_trainable(config, plan)
     with torch.no_grad():
         for name, parameter in adapter.items():
@@ -291,14 +291,14 @@ def test_pixel_weights_are_those_of_the_config(tmp_path: Path, model_folder: Pat
 def test_a_changed_base_is_found_and_nothing_is_written(
     tmp_path: Path, model_folder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = verb.Training.losses_of
+    original = verb.LoraTraining.losses_of
 
     def careless(self: Any, step: int, generator: torch.Generator) -> Any:
         with torch.no_grad():
             self.host.unet.conv_in.weight[0, 0, 0, 0] += 1e-3
         return original(self, step, generator)
 
-    monkeypatch.setattr(verb.Training, "losses_of", careless)
+    monkeypatch.setattr(verb.LoraTraining, "losses_of", careless)
     with pytest.raises(UserError, match="unet changed while the adapter was trained"):
         verb.train_lora(lora_run(tmp_path, model_folder, drawn))
     assert not (tmp_path / "style.safetensors").exists()
@@ -307,7 +307,7 @@ def test_a_changed_base_is_found_and_nothing_is_written(
 def test_the_bases_hash_does_not_see_the_adapter(tmp_path: Path, model_folder: Path, drawn: Path) -> None:
     config = lora_run(tmp_path, model_folder, drawn, adapter={"sites": EVERYWHERE, "kind": "dora"})
     host = load_pipeline(model_folder)
-    plan = lora_parts.choose(config, host)
+    plan = lora_parts.choose_trained(config, host)
     plain = {name: content_hash(model.state_dict()) for name, model in plan.models.items()}
     assert lora_parts.base_hashes(plan) == plain
     adapter = lora_parts.inject_trainable(config, plan)
@@ -322,7 +322,7 @@ def test_the_same_seed_begins_the_same(tmp_path: Path, model_folder: Path, drawn
     for _ in range(2):
         torch.rand(5)
         config = lora_run(tmp_path, model_folder, drawn)
-        adapter = lora_parts.inject_trainable(config, lora_parts.choose(config, load_pipeline(model_folder)))
+        adapter = lora_parts.inject_trainable(config, lora_parts.choose_trained(config, load_pipeline(model_folder)))
         begun.append(content_hash(dict(adapter.items())))
     assert begun[0] == begun[1]
 
@@ -372,7 +372,7 @@ def test_other_families_train_their_decoder_alone(tmp_path: Path, drawn: Path) -
 def test_a_large_rank_is_noted(tmp_path: Path, model_folder: Path, drawn: Path) -> None:
     config = lora_run(tmp_path, model_folder, drawn, adapter={"sites": (r"unet\.conv_out",), "rank": 5})
     with pytest.warns(LatentpipeWarning, match=r"larger than the full rank of 1 layer, such as unet.conv_out \(4\)"):
-        lora_parts.choose(config, load_pipeline(model_folder))
+        lora_parts.choose_trained(config, load_pipeline(model_folder))
 
 
 def test_another_prediction_type_is_refused(tmp_path: Path, model_copy: Path, drawn: Path) -> None:

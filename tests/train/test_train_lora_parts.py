@@ -21,7 +21,7 @@ from latentpipe.train.config import Diffusion, LoraLoss
 from latentpipe.train.denoiser import build_scheduler
 from latentpipe.train.lora import data
 from latentpipe.train.lora.data import held_out, open_pictures, plain
-from latentpipe.train.lora.loss import Schedule, noised, snr_weights
+from latentpipe.train.lora.loss import NoiseSchedule, noised, snr_weights
 from latentpipe.train.lora.prompts import Prompts
 from latentpipe.utils.errors import LatentpipeWarning
 
@@ -65,7 +65,7 @@ def test_min_snr_at_the_ends() -> None:
 @pytest.mark.parametrize("gamma", [None, 5.0])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_loss_is_the_weighted_error_and_zero_for_the_right_answer(prediction: Any, gamma: float | None) -> None:
-    schedule = Schedule(torch.linspace(0.999, 0.001, 100), prediction)
+    schedule = NoiseSchedule(torch.linspace(0.999, 0.001, 100), prediction)
     latents = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     batch = noised(latents, schedule, LoraLoss(min_snr_gamma=gamma), torch.Generator().manual_seed(2))
     assert batch.loss(batch.target) == 0
@@ -78,7 +78,7 @@ def test_the_loss_is_the_weighted_error_and_zero_for_the_right_answer(prediction
 
 
 def test_the_noises_offset_is_shared_by_the_positions_of_a_channel() -> None:
-    schedule = Schedule(torch.zeros(10), "epsilon")  # all noise, so the noisy latents are the noise itself
+    schedule = NoiseSchedule(torch.zeros(10), "epsilon")  # all noise, so the noisy latents are the noise itself
     offset = LoraLoss(noise_offset=2.0)
     drawn = noised(torch.zeros(400, 4, 8, 8), schedule, offset, torch.Generator().manual_seed(0))
     means = drawn.noisy.mean((2, 3))
@@ -88,15 +88,15 @@ def test_the_noises_offset_is_shared_by_the_positions_of_a_channel() -> None:
 
 
 def test_the_schedule_is_the_hosts() -> None:
-    ours = Schedule.of(build_scheduler(Diffusion()))
+    ours = NoiseSchedule.of(build_scheduler(Diffusion()))
     assert (ours.prediction, ours.term) == ("v_prediction", "v")
     assert ours.alphas[-1] == 0
     stock = tiny_hosts.sd15().scheduler
-    theirs = Schedule.of(stock)
+    theirs = NoiseSchedule.of(stock)
     assert (theirs.prediction, theirs.term) == ("epsilon", "noise")
     assert torch.equal(theirs.alphas, stock.alphas_cumprod)
     with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler"):
-        Schedule.of(tiny_hosts.sd3().scheduler)
+        NoiseSchedule.of(tiny_hosts.sd3().scheduler)
 
 
 # --- the pictures -------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def same(first: Image.Image, second: Image.Image) -> bool:
 def test_an_edit_is_decoded_live(app: App, page: Any, paths: tuple[str, str]) -> None:
     *_, last = call(page, "lp-play-share", "change", first=paths[0], second=paths[1], share=0.25, noise=0.5)
     pictures = [Image.open(path) for path in paths]
-    wanted = play.edited(app.pipe().stage, *pictures, play.Edit(share=0.25, noise=0.5))
+    wanted = play.edited_picture(app.pipe().stage, *pictures, play.Edit(share=0.25, noise=0.5))
     assert same(last["lp-play-live"]["value"], wanted)
     assert last["lp-play-live"]["alt_text"] == (
         "The first picture, decoded from its latents, with 25% of the second picture, noise 0.5."
@@ -109,7 +109,7 @@ def test_directions_are_found_and_moved_along(app: App, page: Any, paths: tuple[
     assert names == ["none", *play.directions(app.pipe().stage)]
     assert last["lp-play-one"]["value"] == names[1]
     *_, moved = call(page, "lp-play-share", "change", first=paths[0], one=names[1], **{"Move along one": 1.5})
-    wanted = play.edited(app.pipe().stage, Image.open(paths[0]), None, play.Edit(moves={names[1]: 1.5}))
+    wanted = play.edited_picture(app.pipe().stage, Image.open(paths[0]), None, play.Edit(moves={names[1]: 1.5}))
     assert same(moved["lp-play-live"]["value"], wanted)
     twice = {"one": names[1], "other": names[1], "Move along one": 1.0, "Move along other": 0.5}
     *_, moved = call(page, "lp-play-share", "change", first=paths[0], **twice)

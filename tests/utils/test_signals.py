@@ -16,7 +16,7 @@ import pytest
 from latentpipe.cli.app import VERBS, main
 from latentpipe.utils import signals
 from latentpipe.utils.io import atomic_file
-from latentpipe.utils.signals import Terminated, interruptible, status_of
+from latentpipe.utils.signals import Terminated, status_of, terminable
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")]
@@ -52,7 +52,7 @@ def test_every_verb_says_that_it_was_stopped(
 
 
 def test_who_tidies_up_after_ctrl_c_does_so_after_sigterm() -> None:
-    with pytest.raises(KeyboardInterrupt) as caught, interruptible():
+    with pytest.raises(KeyboardInterrupt) as caught, terminable():
         signal.raise_signal(signal.SIGTERM)
     assert isinstance(caught.value, Terminated)
     assert (status_of(caught.value), status_of(KeyboardInterrupt())) == (143, 130)
@@ -61,7 +61,7 @@ def test_who_tidies_up_after_ctrl_c_does_so_after_sigterm() -> None:
 def test_a_signal_that_a_callback_swallowed_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "AGAIN_S", 0.01)
     heard = 0
-    with pytest.raises(Terminated), interruptible():  # noqa: PT012 (the wait belongs to it)
+    with pytest.raises(Terminated), terminable():  # noqa: PT012 (the wait belongs to it)
         try:
             signal.raise_signal(signal.SIGTERM)
         except Terminated:
@@ -72,7 +72,7 @@ def test_a_signal_that_a_callback_swallowed_comes_again(monkeypatch: pytest.Monk
 
 def test_an_ignored_interrupt_stays_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with interruptible():
+    with terminable():
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 

@@ -15,7 +15,7 @@ from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import content_hash
 from latentpipe.vae.latent_space import downscale_of
 from latentpipe.vae.tiling import tiled
-from latentpipe.vae.tiling.feature_map import Moments, source, store, upsample_conv
+from latentpipe.vae.tiling.feature_map import GroupMoments, source, store, upsample_conv
 from latentpipe.vae.tiny import TinyVAE
 
 pytestmark = pytest.mark.numeric
@@ -188,7 +188,7 @@ def test_other_precisions_stay_within_their_rounding(kind: str, dtype: torch.dty
 def test_moments_survive_a_large_mean() -> None:
     numbers = torch.Generator().manual_seed(0)
     band = torch.randn(1, 4, 30, 50, generator=numbers) + 3000
-    moments = Moments()
+    moments = GroupMoments()
     for part in band.split(7, 2):
         moments.add(part)
     exact = band.double()
@@ -230,16 +230,16 @@ def test_nothing_that_was_given_is_changed(vaes: dict[str, Any], kind: str) -> N
 def test_autoencoders_that_cannot_are_refused_with_a_reason(vaes: dict[str, Any]) -> None:
     from diffusers import VQModel
 
-    assert all(tiled.reason_against(vae) == "" for vae in vaes.values())
+    assert all(tiled.untileable_reason(vae) == "" for vae in vaes.values())
     other = VQModel(block_out_channels=(8,), norm_num_groups=4)
-    assert "VQModel cannot work in bands" in tiled.reason_against(other)
+    assert "VQModel cannot work in bands" in tiled.untileable_reason(other)
     with pytest.raises(UserError, match="without bands"):
         tiled.decode(other, torch.zeros(1, 3, 4, 4), 8)
     attending = tiny_vae(down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"))
-    assert "AttnDownEncoderBlock2D" in tiled.reason_against(attending)
+    assert "AttnDownEncoderBlock2D" in tiled.untileable_reason(attending)
     around = tiny_vae()
     around.decoder.conv_out.padding_mode = "circular"
-    assert "decoder.conv_out" in tiled.reason_against(around)
+    assert "decoder.conv_out" in tiled.untileable_reason(around)
 
     class Own(type(tiny_vae())):  # type: ignore[misc]
         def _decode(self, z: Any, return_dict: bool = True) -> Any:
@@ -247,7 +247,7 @@ def test_autoencoders_that_cannot_are_refused_with_a_reason(vaes: dict[str, Any]
 
     own = tiny_vae()
     own.__class__ = Own
-    assert "_decode() of its own" in tiled.reason_against(own)
+    assert "_decode() of its own" in tiled.untileable_reason(own)
 
 
 def test_impossible_requests_are_refused(vaes: dict[str, Any]) -> None:

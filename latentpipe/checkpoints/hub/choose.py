@@ -20,7 +20,7 @@ SHARD = re.compile(
     r"(?P<stem>[A-Za-z_]+)(?:\.(?P<before>[\w-]+?))?(?:-(?P<at>\d{5})-of-(?P<of>\d{5}))?(?:\.(?P<after>[\w-]+))?\.(?P<kind>safetensors|bin)"
 )
 
-Read = Callable[[str], dict[str, Any]]
+ReadJson = Callable[[str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Choice:
     notes: list[str] = field(default_factory=list)
 
 
-def choose(sizes: Mapping[str, int], read: Read, inside: str = "", repo: str = "") -> Choice:
+def choose(sizes: Mapping[str, int], read: ReadJson, inside: str = "", repo: str = "") -> Choice:
     """The smallest files of a repository, or of a folder in it, that make a whole model or part; a file, where `inside` is one.
 
     sizes  of all its files, by path; read: path to the content of a JSON file

@@ -76,7 +76,7 @@ def answer(source: str, target: str, room: int) -> None:
     """Read `source` within `room` bytes, write `target`, and print what was found, or what is wrong."""
     limit(room)
     try:
-        found = convert(Path(source), Path(target))
+        found = convert_pickle(Path(source), Path(target))
     except Refused as error:
         found = {"refused": str(error)}
     except MemoryError:
@@ -95,7 +95,7 @@ def limit(room: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (now + room, now + room))
 
 
-def convert(source: Path, target: Path) -> dict[str, Any]:
+def convert_pickle(source: Path, target: Path) -> dict[str, Any]:
     """Write the tensors of a pickle as safetensors; what was found. `Refused` where it holds none, or more than weights."""
     from safetensors.torch import save_file
 

@@ -15,6 +15,7 @@ from typing import Any
 from latentpipe.checkpoints.places.hub_cache import repositories
 from latentpipe.checkpoints.places.invoke import PICKLES, SAFE, registered
 from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import folders_once
 from latentpipe.utils.reading import read_json, read_yaml
 
 KINDS = ("models", "parts", "vae", "lora", "embeddings", "upscalers")
@@ -213,18 +214,12 @@ def _expanded(text: str) -> Path:
 
 def _files(root: Path) -> Iterator[Path]:
     """Weights and models' folders below a folder; links to folders are followed, each folder once; hidden ones are passed by."""
-    seen: set[str] = set()
-    for at, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(at)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        if real in seen:
-            continue
-        seen.add(real)
+    for at, folders, names in folders_once(root):
         if "model_index.json" in names:
             folders.clear()
-            yield Path(at)
+            yield at
             continue
-        yield from (Path(at, name) for name in sorted(names) if _holds_weights(name))
+        yield from (at / name for name in names if _holds_weights(name))
 
 
 def _holds_weights(name: str) -> bool:

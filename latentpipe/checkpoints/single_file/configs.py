@@ -61,7 +61,7 @@ class Configs:
         return SLOTS.get(family, {}).get(component, ())
 
 
-def shipped(found: Identity) -> Configs:
+def bundled_configs(found: Identity) -> Configs:
     """The shipped configs of an identified model, fitted to what its denoiser's shapes tell."""
     assert found.family is not None
     assert found.prediction is not None
@@ -83,7 +83,7 @@ def shipped(found: Identity) -> Configs:
     return Configs(index, networks, scheduler, tokenizers)
 
 
-def from_folder(folder: Path, found: Identity) -> Configs:
+def configs_in_folder(folder: Path, found: Identity) -> Configs:
     """The configs of a diffusers folder; its weights, where it has any, fill in what the file lacks."""
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():

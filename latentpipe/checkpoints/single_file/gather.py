@@ -66,7 +66,9 @@ def open_file(path: Path, stated: Stated | None = None) -> Opened:
             raise UserError(
                 f"{path} is a model of {FAMILIES[found.family].title}, which matches flows; leave the prediction out."
             )
-    configs = config_sets.from_folder(stated.config, found) if stated.config is not None else config_sets.shipped(found)
+    configs = (
+        config_sets.configs_in_folder(stated.config, found) if stated.config is not None else config_sets.bundled_configs(found)
+    )
     return _complete(found, configs, stated)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from latentpipe.checkpoints.identify import looks_like
 from latentpipe.checkpoints.single_file import families
-from latentpipe.checkpoints.single_file.parts import WORDS, Contents, Part, contents, is_adapter, is_embedding
+from latentpipe.checkpoints.single_file.parts import WORDS, Contents, Part, contents, is_adapter, names_an_embedding
 from latentpipe.checkpoints.single_file.prediction import Prediction, predicted
 from latentpipe.checkpoints.single_file.refusals import check_kind
 from latentpipe.utils.errors import UserError, counted
@@ -88,7 +88,7 @@ def identify(path: Path, family: str | None = None, config: bool = False) -> Ide
         return Identity(
             path, "lora", found, why=f"{path} holds a LoRA (or a network with one attached), not a whole model.", **base
         )
-    if is_embedding(header.shapes):
+    if names_an_embedding(header.shapes):
         return Identity(path, "embedding", found, why=f"{path} holds a textual inversion embedding, not a model.", **base)
     role = _role(found)
     if role == "unknown":

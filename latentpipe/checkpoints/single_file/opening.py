@@ -16,11 +16,10 @@ from latentpipe.checkpoints.config_ranges import check_schedule
 from latentpipe.checkpoints.single_file import tokenizers
 from latentpipe.checkpoints.single_file.gather import Opened, Stated, open_file
 from latentpipe.checkpoints.single_file.parts import Part
-from latentpipe.checkpoints.single_file.tensors import FP8, from_folder, read_part, usual_dtype
+from latentpipe.checkpoints.single_file.tensors import FP8, read_part, tensors_in_folder, usual_dtype
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.vae.precision import all_finite
 
-Tensors = Mapping[str, torch.Tensor]
 LARGE = 2**30  # bytes of a conversion that are told first
 WORDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -71,13 +70,13 @@ def part_tensors(opened: Opened, component: str) -> dict[str, torch.Tensor]:
     """A component's tensors as stored, by the names of diffusers or transformers."""
     source = opened.sources[component]
     if not isinstance(source, Part):
-        return from_folder(source)
+        return tensors_in_folder(source)
     config, projection = opened.config(component), opened.configs.index[component][1].endswith("WithProjection")
     with telling(source.path, component):
         return read_part(source, config, projection)
 
 
-def _tell(opened: Opened, read: Mapping[str, Tensors], dtype: torch.dtype | None) -> None:
+def _tell(opened: Opened, read: Mapping[str, Mapping[str, torch.Tensor]], dtype: torch.dtype | None) -> None:
     """A warning on how much memory a conversion of large weights takes."""
     if dtype is None:
         return
@@ -183,7 +182,7 @@ def _scheduler(opened: Opened) -> Any:
 def _tokenizer(opened: Opened, name: str) -> Any:
     folder = opened.configs.folder
     if folder is None:
-        return tokenizers.shipped(opened.configs.tokenizers[name])
+        return tokenizers.bundled_tokenizer(opened.configs.tokenizers[name])
     import transformers
 
     source = opened.configs.index.get(name)

@@ -133,7 +133,7 @@ def is_adapter(names: Iterable[str]) -> bool:
     return any(ADAPTER.match(name) for name in names)
 
 
-def is_embedding(names: Iterable[str]) -> bool:
+def names_an_embedding(names: Iterable[str]) -> bool:
     """Whether names are those of a textual inversion embedding, alone."""
     names = list(names)
     return bool(names) and all(EMBEDDING.match(name) for name in names)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-Tensors = dict[str, torch.Tensor]
+StateDict = dict[str, torch.Tensor]
 _QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 _ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 _EMBEDDER = "time_text_embed"
@@ -83,18 +83,18 @@ BLOCKS = {
 }
 
 
-def from_bfl(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+def from_bfl(tensors: Mapping[str, torch.Tensor]) -> StateDict:
     """FLUX.1's tensors under diffusers' names; names that have none there stay as they are."""
-    found: Tensors = {}
+    found: StateDict = {}
     for name, value in tensors.items():
         found |= _moved(name, value, BFL) or _final(name, value) or {name: value}
     return found
 
 
-def from_sd3(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+def from_sd3(tensors: Mapping[str, torch.Tensor]) -> StateDict:
     """Stable Diffusion 3's tensors under diffusers' names; names that have none there stay as they are."""
     last = max((int(match[1]) for name in tensors if (match := re.match(r"joint_blocks\.(\d+)\.", name))), default=-1)
-    found: Tensors = {}
+    found: StateDict = {}
     for name, value in tensors.items():
         if name == "pos_embed":
             found["pos_embed.pos_embed"] = value
@@ -106,7 +106,7 @@ def from_sd3(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return found
 
 
-def _moved(name: str, value: torch.Tensor, top: Mapping[str, str | tuple[str, ...]]) -> Tensors:
+def _moved(name: str, value: torch.Tensor, top: Mapping[str, str | tuple[str, ...]]) -> StateDict:
     """A tensor under diffusers' name, or its rows under several; empty where the tables do not name it."""
     block = re.match(r"(double_blocks|single_blocks|joint_blocks)\.(\d+)\.", name)
     prefix, table = "", top
@@ -129,7 +129,7 @@ def _moved(name: str, value: torch.Tensor, top: Mapping[str, str | tuple[str, ..
     return {f"{prefix}{own}.{end}": part for own, part in zip(target, value.split(sizes), strict=True)}
 
 
-def _final(name: str, value: torch.Tensor) -> Tensors:
+def _final(name: str, value: torch.Tensor) -> StateDict:
     if name.startswith("final_layer.adaLN_modulation.1."):
         return {f"norm_out.linear.{name.rpartition('.')[2]}": _swapped(value)}
     return {}

@@ -12,15 +12,15 @@ import torch
 from latentpipe.checkpoints import ldm_keys as kl
 from latentpipe.checkpoints.single_file import tables
 from latentpipe.checkpoints.single_file.parts import Part
+from latentpipe.checkpoints.single_file.tables import StateDict
 from latentpipe.checkpoints.single_file.unet import diffusers_names
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import read_tensors
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-Tensors = dict[str, torch.Tensor]
 
 
-def read_part(part: Part, config: dict[str, Any], projection: bool = False) -> Tensors:
+def read_part(part: Part, config: dict[str, Any], projection: bool = False) -> StateDict:
     """A part's tensors under the names of diffusers or transformers, as stored.
 
     config      of the network
@@ -47,7 +47,7 @@ def read_part(part: Part, config: dict[str, Any], projection: bool = False) -> T
     return stored
 
 
-def usual_dtype(tensors: Tensors) -> torch.dtype:
+def usual_dtype(tensors: StateDict) -> torch.dtype:
     """The dtype that most values of a part have; bf16 for fp8, which nothing computes in."""
     counts: Counter[torch.dtype] = Counter()
     for value in tensors.values():
@@ -57,7 +57,7 @@ def usual_dtype(tensors: Tensors) -> torch.dtype:
     return torch.bfloat16 if most in FP8 else most
 
 
-def _stored(part: Part) -> Tensors:
+def _stored(part: Part) -> StateDict:
     """A part's tensors by their own names; fp8 that has scales times these."""
     found = read_tensors(part.path, part.names.values())
     stored = {own: found[full] for own, full in part.names.items()}
@@ -79,21 +79,21 @@ def _scaled(weight: torch.Tensor, scale: torch.Tensor, what: str) -> torch.Tenso
     return (weight.float() * factor).to(torch.bfloat16)
 
 
-def _vae(stored: Tensors) -> Tensors:
+def _vae(stored: StateDict) -> StateDict:
     table = kl.key_table(stored) if kl.is_ldm(stored) else {}
     kept = {name: value for name, value in stored.items() if not name.startswith(kl.IGNORED)}
     moved = {table.get(name, kl.modern(name)): value for name, value in kept.items()}
     return {name: kl.as_linear(name, value) for name, value in moved.items()}
 
 
-def _t5(stored: Tensors) -> Tensors:
+def _t5(stored: StateDict) -> StateDict:
     """T5's encoder; its table of words stands under two names, which are one tensor."""
     words = stored.get("shared.weight", stored.get("encoder.embed_tokens.weight"))
     kept = {name: value for name, value in stored.items() if not name.startswith(("decoder.", "lm_head.", "spiece_model"))}
     return kept if words is None else kept | {"shared.weight": words, "encoder.embed_tokens.weight": words}
 
 
-def _clip(part: Part, stored: Tensors, config: dict[str, Any], projection: bool) -> Tensors:
+def _clip(part: Part, stored: StateDict, config: dict[str, Any], projection: bool) -> StateDict:
     """CLIP's text encoder as transformers has it. Some files of Stable Diffusion 1 lack ``text_model.``."""
     inner = ("embeddings.", "encoder.", "final_layer_norm.")
     found = {f"text_model.{name}" if name.startswith(inner) else name: value for name, value in stored.items()}
@@ -105,7 +105,7 @@ def _clip(part: Part, stored: Tensors, config: dict[str, Any], projection: bool)
     return found | ({"text_projection.weight": own} if projection and own is not None else {})
 
 
-def _open_clip(part: Part, stored: Tensors, config: dict[str, Any], projection: bool) -> Tensors:
+def _open_clip(part: Part, stored: StateDict, config: dict[str, Any], projection: bool) -> StateDict:
     """OpenCLIP's text encoder by diffusers' converter: the rows of in_proj are taken apart."""
     from types import SimpleNamespace
 
@@ -130,7 +130,7 @@ def _open_clip(part: Part, stored: Tensors, config: dict[str, Any], projection: 
 _OPEN_CLIP = {"positional_embedding", "token_embedding.weight", "ln_final.weight", "ln_final.bias", "attn_mask"}
 
 
-def from_folder(folder: Path) -> Tensors:
+def tensors_in_folder(folder: Path) -> StateDict:
     """The tensors of a part in a diffusers folder: one file, shards with an index, or its fp16 variant."""
     files = sorted(folder.glob("*.safetensors"))
     plain = [path for path in files if "." not in path.stem] or files

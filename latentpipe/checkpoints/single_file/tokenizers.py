@@ -32,7 +32,7 @@ def _byte_symbols() -> list[str]:
     return [*map(chr, shown), *(chr(256 + index) for index in range(len(hidden)))]
 
 
-def shipped(config: Mapping[str, Any]) -> Any:
+def bundled_tokenizer(config: Mapping[str, Any]) -> Any:
     """A tokenizer by its entry in a shipped set of configs."""
     import transformers
 

@@ -34,7 +34,7 @@ def decibels(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return psnr(first, second).clamp_max(TOP_DB)
 
 
-def draw(mean: torch.Tensor, std: torch.Tensor, protocol: Protocol, seeds: Sequence[int]) -> torch.Tensor:
+def draw_latents(mean: torch.Tensor, std: torch.Tensor, protocol: Protocol, seeds: Sequence[int]) -> torch.Tensor:
     """Latents from posteriors (B C h w each): the mode, or ``mean + std * noise`` with a seed for each picture.
 
     One seed for each picture makes a sample independent of how the pictures are batched.
@@ -61,7 +61,7 @@ class Reconstruction:
 
 
 def rebuild_batch(stage: VAEStage, images: torch.Tensor, protocol: Protocol, seeds: Sequence[int]) -> Reconstruction:
-    """One batch encoded and decoded, by the one road that all figures share; `seeds` as for `draw`.
+    """One batch encoded and decoded, by the one road that all figures share; `seeds` as for `draw_latents`.
 
     Always contiguous (NCHW): oneDNN sums in another order for channels_last, the layout of a picture's file, and the last
     bits of a figure would depend on how the same pixels were read.
@@ -69,7 +69,7 @@ def rebuild_batch(stage: VAEStage, images: torch.Tensor, protocol: Protocol, see
     raw_mean, raw_std = stage.raw_posterior(images.contiguous())
     mean = stage.space.normalize(raw_mean)
     std = raw_std * mean.new_tensor(stage.space.scale).view(1, -1, 1, 1)
-    latents = draw(mean, std, protocol, seeds)
+    latents = draw_latents(mean, std, protocol, seeds)
     return Reconstruction(stage.decode(latents).float().cpu(), latents, (mean, std), (raw_mean, raw_std))
 
 
@@ -129,7 +129,7 @@ def cycles(stage: VAEStage, images: torch.Tensor, protocol: Protocol, seeds: Seq
     first = round_images(images, "nearest")
     now, found = images.contiguous(), {}
     for cycle in range(1, CYCLES[-1] + 1):
-        latents = draw(*stage.posterior(now), protocol, [seed + cycle - 1 for seed in seeds])
+        latents = draw_latents(*stage.posterior(now), protocol, [seed + cycle - 1 for seed in seeds])
         saved = protocol.to_bytes(stage.decode(latents)).cpu()
         now = bytes_to_images(saved)
         if cycle in CYCLES:

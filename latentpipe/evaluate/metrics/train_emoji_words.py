@@ -36,16 +36,16 @@ READ_PX = 128
 def train_words(data: Path, out: Path, steps: int = STEPS, seed: int = 0) -> dict[str, Any]:
     """Train on DATA/train, write OUT, and return the card with the accuracy on DATA/validation.
 
-    Pictures with none of the words are left out of the accuracy; `score` says what is counted.
+    Pictures with none of the words are left out of the accuracy; `word_scores` says what is counted.
     """
-    images, captions = read(data / "train")
+    images, captions = read_captioned(data / "train")
     words = vocabulary(captions)
     if not words:
         raise UserError(f"{data / 'train'}: no word is in the captions of {LEAST} pictures; expected the emoji set ('emoji').")
-    network = fit(images, labels(captions, words), steps, seed)
+    network = fit_words(images, labels(captions, words), steps, seed)
     half = network.half()
     tensors = {name: tensor.contiguous() for name, tensor in half.state_dict().items()}
-    seen, texts = read(data / "validation")
+    seen, texts = read_captioned(data / "validation")
     truth = labels(texts, words)
     known = truth.any(1)
     with torch.no_grad():
@@ -61,8 +61,8 @@ def train_words(data: Path, out: Path, steps: int = STEPS, seed: int = 0) -> dic
         "command": "python -m latentpipe.evaluate.metrics.train_emoji_words data/emoji weights/features/emoji-words",
         "validation": {
             "pictures": int(known.sum()),
-            "network": score(logits, truth[known]),
-            "most_frequent_words": score(frequency, truth[known]),
+            "network": word_scores(logits, truth[known]),
+            "most_frequent_words": word_scores(frequency, truth[known]),
         },
         "content_hash": content_hash(tensors),
     }
@@ -70,7 +70,7 @@ def train_words(data: Path, out: Path, steps: int = STEPS, seed: int = 0) -> dic
     return card
 
 
-def score(logits: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
+def word_scores(logits: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
     """`top_word`: the highest logit is of one of the picture's words; `words`: share of its k words among the k highest."""
     ranked = truth.gather(1, logits.argsort(1, descending=True))
     counts = truth.sum(1, keepdim=True)
@@ -78,7 +78,7 @@ def score(logits: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
     return {"top_word": float(ranked[:, 0].mean()), "words": float((among.sum(1) / counts[:, 0]).mean())}
 
 
-def read(folder: Path) -> tuple[torch.Tensor, list[tuple[str, ...]]]:
+def read_captioned(folder: Path) -> tuple[torch.Tensor, list[tuple[str, ...]]]:
     """Images (N, 3, 64, 64) of a folder, and their captions."""
     pictures = read_pictures(folder, READ_PX)
     parts = [resize(to_images(pictures.pixels[first : first + 256])) for first in range(0, len(pictures.names), 256)]
@@ -97,7 +97,7 @@ def labels(captions: Sequence[Sequence[str]], words: Sequence[str]) -> torch.Ten
     return torch.tensor([[float(word in one) for word in words] for one in held])
 
 
-def fit(images: torch.Tensor, truth: torch.Tensor, steps: int, seed: int) -> WordNetwork:
+def fit_words(images: torch.Tensor, truth: torch.Tensor, steps: int, seed: int) -> WordNetwork:
     """AdamW with a one-cycle rate and binary cross-entropy; fp32 weights, bf16 products."""
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)

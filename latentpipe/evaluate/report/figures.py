@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from latentpipe.evaluate.comparison import Comparison
 from latentpipe.evaluate.report.axes import Axis
 from latentpipe.evaluate.report.svg import Interval, Series, bars, forest, lines, marker, scatter
-from latentpipe.evaluate.report.wording import size_words
+from latentpipe.evaluate.report.text import size_words
 from latentpipe.evaluate.results import Evaluation, Score
 
 PIXELS = "spectrum of pictures"

@@ -16,7 +16,7 @@ from typing import Any
 from latentpipe.evaluate.comparison import Comparison, Difference
 from latentpipe.evaluate.report.crops import GAIN, Strip, Tile
 from latentpipe.evaluate.report.figures import Figure, figures, forests, machine, mark
-from latentpipe.evaluate.report.wording import heading, interval_words, rounded, size_words
+from latentpipe.evaluate.report.text import heading, interval_words, rounded, size_words
 from latentpipe.evaluate.results import Score
 from latentpipe.utils.errors import counted, short
 from latentpipe.utils.io import HASH_LENGTH, atomic_file

@@ -64,7 +64,7 @@ def colour_bar(width: int, top: float = TOP) -> Image.Image:
     return bar
 
 
-def page(images: torch.Tensor, heats: torch.Tensor, labels: Sequence[str], columns: int = 3) -> Image.Image:
+def heatmap_page(images: torch.Tensor, heats: torch.Tensor, labels: Sequence[str], columns: int = 3) -> Image.Image:
     """A sheet: each picture beside its heat map (in units of the normal level), its label beneath; the colour bar at the foot."""
     cells = []
     for image, heat, array in zip(images, heats, to_arrays(images), strict=True):

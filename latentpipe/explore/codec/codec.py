@@ -125,7 +125,7 @@ def rebuilt(latents: np.ndarray, codec: Codec, sixteenths: int, width: int, heig
     return to_pixels(codec.stage.decode(values[None]))[0].crop((0, 0, width, height))
 
 
-def compress(picture: Image.Image, codec: Codec, step: float | None = None, progress: wavefront.Progress = iter) -> bytes:
+def compress(picture: Image.Image, codec: Codec, step: float | None = None, progress: wavefront.WaveProgress = iter) -> bytes:
     """An RGB picture of any size as the bytes of an .lpz file; UserError where it is too large for one."""
     check_size(*picture.size)
     sixteenths = codec.sixteenths(step)
@@ -135,7 +135,7 @@ def compress(picture: Image.Image, codec: Codec, step: float | None = None, prog
 
 
 def decompress(
-    data: bytes, codec: Codec | None = None, name: str = "The file", progress: wavefront.Progress = iter
+    data: bytes, codec: Codec | None = None, name: str = "The file", progress: wavefront.WaveProgress = iter
 ) -> Image.Image:
     """The picture in the bytes of an .lpz file; the VAE is found by the file's identity where none is given.
 

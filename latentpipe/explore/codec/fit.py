@@ -20,18 +20,18 @@ from latentpipe.vae.stage import VAEStage
 
 OCTAVES = (-1.25, 1.5)  # step sizes that are learnt, around the usual one, as powers of two
 BATCH = 64
-Progress = Callable[[Iterable[int]], Iterable[int]]
+StepProgress = Callable[[Iterable[int]], Iterable[int]]
 
 
 @torch.no_grad()
-def latents_of(stage: VAEStage, folder: Path, size: int, most: int = 20_000) -> torch.Tensor:
+def latents_of_folder(stage: VAEStage, folder: Path, size: int, max_images: int = 20_000) -> torch.Tensor:
     """Latents (N C h w, fp16) of the folder's pictures at `size` x `size` pixels, at most `most` of them."""
-    pictures = read_pictures(folder, size, most)
+    pictures = read_pictures(folder, size, max_images)
     pixels = torch.from_numpy(resized(pictures.pixels, size)).permute(0, 3, 1, 2)
     return torch.cat([stage.encode(bytes_to_images(part).to(stage.device)).half().cpu() for part in pixels.split(BATCH)])
 
 
-def learn(sets: list[torch.Tensor], usual: float, steps: int, seed: int = 0, progress: Progress = iter) -> ContextModel:
+def learn(sets: list[torch.Tensor], usual: float, steps: int, seed: int = 0, progress: StepProgress = iter) -> ContextModel:
     """A context model of latents (N C h w each; several picture sizes) rounded at random step sizes around `usual`.
 
     AdamW, a cosine to zero; least bits for the values that the coder will see (Minnen et al., arXiv:1809.02736).
@@ -82,7 +82,7 @@ def integers(net: ContextModel, usual: float) -> Weights:
     )
 
 
-def write(weights: Weights, folder: Path) -> Path:
+def write_codec(weights: Weights, folder: Path) -> Path:
     """Write the weights into a VAE's folder; returns the file."""
     from safetensors.numpy import save_file
 

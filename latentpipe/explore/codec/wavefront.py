@@ -41,12 +41,12 @@ class Model(Protocol):
         """A wave has been coded (n C)."""
 
 
-Progress = Callable[[list[Wave]], Iterable[Wave]]
+WaveProgress = Callable[[list[Wave]], Iterable[Wave]]
 Code = Callable[[np.ndarray, np.ndarray, "np.ndarray | None"], np.ndarray]
 
 
-def walk(
-    shape: tuple[int, int, int], model: Model, code: Code, latents: np.ndarray | None = None, progress: Progress = iter
+def walk_waves(
+    shape: tuple[int, int, int], model: Model, code: Code, latents: np.ndarray | None = None, progress: WaveProgress = iter
 ) -> np.ndarray:
     """Go over latents of `shape` (C h w) in their order; returns them, int64.
 
@@ -79,7 +79,7 @@ def waves(h: int, w: int) -> Iterator[Wave]:
             yield rows, time - step * rows
 
 
-def encode(latents: np.ndarray, model: Model, progress: Progress = iter) -> bytes:
+def encode(latents: np.ndarray, model: Model, progress: WaveProgress = iter) -> bytes:
     """Rounded latents (C h w, integers) as the bytes of a range coder; UserError for values beyond 2^20."""
     if np.abs(latents).max(initial=0) >= LARGEST:
         raise UserError(f"The latents reach {np.abs(latents).max()} steps; expected less than {LARGEST}. Give a larger --step.")
@@ -97,11 +97,11 @@ def encode(latents: np.ndarray, model: Model, progress: Progress = iter) -> byte
             encoder.encode(np.array([int(digit) for digit in "0" * (len(text) - 1) + text], np.int32), bit)
         return values
 
-    walk(latents.shape, model, code, latents.astype(np.int64), progress)
+    walk_waves(latents.shape, model, code, latents.astype(np.int64), progress)
     return _shortest(encoder)
 
 
-def decode(data: bytes, shape: tuple[int, int, int], model: Model, progress: Progress = iter) -> np.ndarray:
+def decode(data: bytes, shape: tuple[int, int, int], model: Model, progress: WaveProgress = iter) -> np.ndarray:
     """The inverse of `encode`: C h w, int64; UserError where the bytes are none of its."""
     coder, family, bit = _coder("RangeDecoder")
     decoder = coder(np.frombuffer(data + bytes(-len(data) % 4), ">u4").astype(np.uint32))
@@ -116,7 +116,7 @@ def decode(data: bytes, shape: tuple[int, int, int], model: Model, progress: Pro
             raise UserError("The latents in this file cannot be decoded: its data are not those of its header.") from None
         return symbols.reshape(mean.shape) - CENTRE + (mean >> 3)
 
-    return walk(shape, model, code, progress=progress)
+    return walk_waves(shape, model, code, progress=progress)
 
 
 def _golomb(draw: Callable[[], int]) -> int:

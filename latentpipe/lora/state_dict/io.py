@@ -18,10 +18,9 @@ from latentpipe.checkpoints.embedding import Embedding, as_tensors, assembled
 from latentpipe.checkpoints.pickles.unpickle import unpickled
 from latentpipe.checkpoints.tensor_source import PICKLES
 from latentpipe.lora.adapter import COMPONENTS, Lora, LoraLayer
-from latentpipe.lora.metadata import base_of, card, trigger_words
+from latentpipe.lora.metadata import card, stated_base, trigger_words
 from latentpipe.lora.state_dict import cloneofsimo
-from latentpipe.lora.state_dict.key_parts import take_apart
-from latentpipe.lora.state_dict.keys import PEFT, Base, KeyResolver, flat, in_file, kohya_stem
+from latentpipe.lora.state_dict.keys import PEFT, Base, KeyResolver, flat, in_file, kohya_stem, take_apart
 from latentpipe.lora.state_dict.kohya import to_kohya
 from latentpipe.lora.state_dict.layers import LayerMetadata, build_layer
 from latentpipe.lora.state_dict.peft_config import ADAPTER_KEY, pack, read_configs
@@ -29,7 +28,7 @@ from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.io import atomic_file, check_file, is_safetensors, printable, read_header, read_json, read_tensors
 from latentpipe.utils.reading import MOST_HEADER, parse_json, parse_object
 
-__all__ = ["base_of", "card", "read_lora", "trigger_words", "write_lora"]
+__all__ = ["card", "read_lora", "stated_base", "trigger_words", "write_lora"]
 
 Layout = Literal["peft", "diffusers", "kohya"]
 Roles = dict[str, tuple[str, torch.Tensor]]  # key and tensor by role
@@ -206,7 +205,7 @@ def _named(stem: str, known: Mapping[str, Any]) -> tuple[str, str] | None:
 def _stems(lora: Lora, to: Layout) -> dict[tuple[str, str], str]:
     """What the keys of each module begin with."""
     several = len(lora.parts) > 1
-    two = bool({"text_encoder_2", "text_encoder_3"} & ({*lora.parts} | {*base_of(lora)}))
+    two = bool({"text_encoder_2", "text_encoder_3"} & ({*lora.parts} | {*stated_base(lora)}))
     stems = {}
     for component, path, _ in lora.layers():
         if to == "kohya":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from latentpipe.lora.adapter import Kind, LoraLayer
-from latentpipe.lora.state_dict.key_parts import LOHA, LOKR
+from latentpipe.lora.state_dict.keys import LOHA, LOKR
 from latentpipe.lora.state_dict.kohya import as_magnitudes, fold, is_whole, magnitudes
 from latentpipe.utils.errors import UserError
 
@@ -30,7 +30,7 @@ class LayerMetadata:
 def build_layer(
     where: str, roles: Mapping[str, torch.Tensor], told: LayerMetadata, exact: Mapping[str, object]
 ) -> LoraLayer | None:
-    """A layer from tensors by role (`key_parts.take_apart`); None where there is no factor of an update among them.
+    """A layer from tensors by role (`keys.take_apart`); None where there is no factor of an update among them.
 
     where  names the layer in messages
     told   of the file's peft config; a tensor ``alpha`` goes before it, and without either alpha is the rank

@@ -19,6 +19,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 Side = Annotated[int, Field(ge=1, le=16_384)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
+Weight = Annotated[float, Field(ge=0)]
 Layers = Annotated[int, Field(ge=1, le=128)]
 Widths = Annotated[tuple[Width, ...], Field(min_length=1, max_length=16)]
 

@@ -7,9 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from latentpipe.train.config.base import Optimization, Run, Side, Strict, Width
-
-Weight = Annotated[float, Field(ge=0)]
+from latentpipe.train.config.base import Optimization, Run, Side, Strict, Weight, Width
 
 
 class LoraData(Strict):

@@ -7,9 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from latentpipe.train.config.base import Layers, Optimization, PictureData, Positive, Run, Side, Strict, Width, Widths
-
-Weight = Annotated[float, Field(ge=0)]
+from latentpipe.train.config.base import Layers, Optimization, PictureData, Positive, Run, Side, Strict, Weight, Width, Widths
 
 
 class Parts(Optimization):

@@ -17,7 +17,7 @@ TERMS: dict[Prediction, str] = {"epsilon": "noise", "v_prediction": "v"}
 
 
 @dataclass(frozen=True)
-class Schedule:
+class NoiseSchedule:
     """What a host's denoiser was trained on.
 
     alphas      cumulative alphas (T), from nearly 1 to nearly 0
@@ -33,7 +33,7 @@ class Schedule:
         return TERMS[self.prediction]
 
     @classmethod
-    def of(cls, scheduler: Any) -> Schedule:
+    def of(cls, scheduler: Any) -> NoiseSchedule:
         """The schedule of a host; UserError where it is not one of noise or velocity prediction with cumulative alphas."""
         prediction = scheduler.config.get("prediction_type")
         alphas = getattr(scheduler, "alphas_cumprod", None)
@@ -63,7 +63,7 @@ class Noised:
         return (self.weights.to(errors.device) * errors).mean()
 
 
-def noised(latents: torch.Tensor, schedule: Schedule, loss: LoraLoss, generator: torch.Generator) -> Noised:
+def noised(latents: torch.Tensor, schedule: NoiseSchedule, loss: LoraLoss, generator: torch.Generator) -> Noised:
     """Latents (B C h w) with noise of random timesteps; all draws come from `generator`, so that a run can be resumed."""
     times = stratified_times(len(latents), len(schedule.alphas), loss.noisy_share, generator)
     noise = torch.randn(latents.shape, generator=generator)

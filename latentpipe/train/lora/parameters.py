@@ -51,7 +51,7 @@ class Plan:
         return "vae" in self.paths
 
 
-def choose(config: TrainLora, host: Any) -> Plan:
+def choose_trained(config: TrainLora, host: Any) -> Plan:
     """The plan of a config for a host; UserError for sites that match nothing or cannot be trained here."""
     shape = config.adapter
     components = {name: model for name in COMPONENTS if isinstance(model := getattr(host, name, None), nn.Module)}

@@ -14,7 +14,7 @@ from latentpipe.checkpoints.registry import find_lora, find_model, vae_of
 from latentpipe.data.image_folder import read_index
 from latentpipe.lora.state_dict.io import read_lora
 from latentpipe.pipelines.denoise import denoise, native_size, redraws, size_unit
-from latentpipe.pipelines.families import finish as finish_pictures
+from latentpipe.pipelines.hosting import finish as finish_pictures
 from latentpipe.pipelines.sampling import Settings, check_settings
 from latentpipe.train import loop, losses, picture_changes
 from latentpipe.train.config import TrainLora, config_from
@@ -22,8 +22,8 @@ from latentpipe.train.denoiser import pick_captions
 from latentpipe.train.distributed import refuse_several
 from latentpipe.train.lora.data import LoraPictures, held_out, note_long_captions, open_pictures
 from latentpipe.train.lora.export import begin_file, export_lora, usable_file
-from latentpipe.train.lora.loss import Schedule, noised
-from latentpipe.train.lora.parameters import Plan, base_hashes, begin_from, choose, inject_trainable
+from latentpipe.train.lora.loss import NoiseSchedule, noised
+from latentpipe.train.lora.parameters import Plan, base_hashes, begin_from, choose_trained, inject_trainable
 from latentpipe.train.lora.prompts import Prompts
 from latentpipe.train.progress import TrainingLog
 from latentpipe.utils.errors import UserError, counted
@@ -49,7 +49,7 @@ def _trained(config: TrainLora) -> Path:
     torch.manual_seed(config.run.seed)
     folder = find_model(config.model)
     host = load_pipeline(folder)
-    plan = choose(config, host)
+    plan = choose_trained(config, host)
     if plan.denoises and (what := redraws(host)):
         raise UserError(f"model {config.model}: it {what}; train the adapter on the model that it was made from.")
     earlier = None if config.run.warm_start is None else read_lora(find_lora(config.run.warm_start))
@@ -62,7 +62,7 @@ def _trained(config: TrainLora) -> Path:
         record = picture_changes.follow(config.run, config.data.train, names, begun)
         pictures, prior = _pictures(config, host, folder, plan, size_px)
         host.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        training = Training(config, host, plan, pictures, prior)
+        training = LoraTraining(config, host, plan, pictures, prior)
         draws = config.run.sample_every_steps < config.optim.steps
         plain = training.draw() if draws else {}  # the base's own, before there is an adapter
         before = base_hashes(plan)
@@ -85,7 +85,7 @@ def _trained(config: TrainLora) -> Path:
         return export_lora(config, folder, plan, pictures, before, steps)
 
 
-class Training:
+class LoraTraining:
     """One step's losses of an adapter in its host, and the pictures on its sheets."""
 
     def __init__(self, config: TrainLora, host: Any, plan: Plan, pictures: LoraPictures, prior: LoraPictures | None) -> None:
@@ -98,7 +98,7 @@ class Training:
             _check_points(host, plan)
         self.prompts: list[str] = list(config.sample_prompts)
         if plan.denoises:
-            self.schedule = Schedule.of(host.scheduler)
+            self.schedule = NoiseSchedule.of(host.scheduler)
             self.text = Prompts(host, plan.reads, pictures.cache.size_px)
             self.prompts = self.prompts or [texts[0] for texts in pictures.captions_of(pictures.rows[:SHOWN])]
 

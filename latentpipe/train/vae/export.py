@@ -135,9 +135,9 @@ def preview_map(stage: VAEStage, images: torch.Tensor) -> dict[str, list]:
     return {"factors": solution[:-1].tolist(), "bias": solution[-1].tolist()}
 
 
-def first_pictures(pictures: PictureStream, size: int, most: int) -> torch.Tensor:
+def first_pictures(pictures: PictureStream, size: int, max_images: int) -> torch.Tensor:
     """At most `most` of the pictures as images (N 3 size size)."""
-    pixels = pictures.batch(pictures.sample(most))
+    pixels = pictures.batch(pictures.sample(max_images))
     return bytes_to_images(torch.from_numpy(resized(pixels.permute(0, 2, 3, 1).numpy(), size)).permute(0, 3, 1, 2))
 
 

@@ -13,10 +13,10 @@ import torch
 
 from latentpipe.evaluate.metrics.posterior import NATS, kl_values
 
-Schedule = Literal["constant", "linear", "cosine", "cyclical"]
+BetaSchedule = Literal["constant", "linear", "cosine", "cyclical"]
 
 
-def beta_at(schedule: Schedule, beta: float, step: int, steps: int, ramp: float = 0.5, cycles: int = 4) -> float:
+def beta_at(schedule: BetaSchedule, beta: float, step: int, steps: int, ramp: float = 0.5, cycles: int = 4) -> float:
     """Weight of the KL at `step` (0 .. steps - 1), between 0 and `beta`.
 
     constant   beta

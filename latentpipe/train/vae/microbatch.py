@@ -38,7 +38,7 @@ def parts_that_fit(config: TrainVAE, stage: VAEStage, team: DistributedContext) 
             f"One picture of {config.crops.size_px} px takes {each / 2**20:,.0f} MB in a training step, and "
             f"{room / 2**20:,.0f} MB are free for it. Use smaller crops, or --run.gradient-checkpointing."
         )
-    parts = team.most(fitting[0])
+    parts = team.largest(fitting[0])
     if team.is_first:
         with atomic_file(record) as part:
             part.write_text(json.dumps(parts))

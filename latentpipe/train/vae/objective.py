@@ -52,7 +52,7 @@ class Objective:
             return self.rate.beta
         return beta_at(self.loss.schedule, self.loss.kl, step, self.steps, self.loss.ramp, self.loss.cycles)
 
-    def judges(self, step: int) -> bool:
+    def discriminator_active(self, step: int) -> bool:
         """Whether the discriminator takes part in this step."""
         return self.critic is not None and step >= self.adversarial.start_step
 
@@ -80,7 +80,7 @@ class Objective:
             if not warped or images.shape[-1] >= SMALLEST_PX.get(name, 0)
         }
         mean = posterior if isinstance(posterior, torch.Tensor) else posterior.mean
-        if self.judges(step) and not warped:
+        if self.discriminator_active(step) and not warped:
             found["adversarial"] = self._adversarial(rebuilt, torch.stack(list(found.values())).sum())
         if teacher is not None:
             match = losses.latent_match(mean, teacher[0])

@@ -30,7 +30,7 @@ from latentpipe.train.vae.objective import Objective
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.images import bytes_to_images, psnr, resized, sheet, to_bytes, to_pixels
 from latentpipe.utils.io import printable
-from latentpipe.vae.stage import VAEStage, sampled
+from latentpipe.vae.stage import VAEStage, sample_posterior
 
 SHARES_EVERY = 50  # steps between the shares of the terms in the last layer's gradient
 VALIDATED = 2000  # pictures at most, which are kept in memory
@@ -55,7 +55,7 @@ def _trained(config: TrainVAE) -> Path:
     torch.manual_seed(config.run.seed)
     teacher = open_teacher(config)
     vae = build_vae(config, teacher)
-    trainable.choose(vae, config.mode, config.parts)
+    trainable.choose_stages(vae, config.mode, config.parts)
     stage = VAEStage(vae, training_space(vae, config), tile=None)
     _check_size(config, stage)
     with prepare_run_dir(config, config.run) if team.is_first else nullcontext(_nothing) as record:
@@ -82,7 +82,7 @@ def _train(
     stage.to(team.device)
     objective = Objective(config, stage.vae, team)
     parts = parts_that_fit(config, stage, team)
-    training = Training(config, team, stage, teacher, pictures, objective, parts)
+    training = VAETraining(config, team, stage, teacher, pictures, objective, parts)
     watched = held if held is not None else export.first_pictures(pictures, config.crops.size_px, WATCHED)
 
     def sample(step: int, log: TrainingLog) -> dict[str, float]:
@@ -101,7 +101,7 @@ def _train(
         sample,
         team,
         extras=(objective,),
-        parts=len(training.shares),
+        parts=len(training.shards),
         patience=config.run.patience,
         begun=record,
     )
@@ -112,7 +112,7 @@ def _train(
     return config.run.out
 
 
-class Training:
+class VAETraining:
     """One step's pictures through the stage: the same draws in every process, each computing its own rows."""
 
     def __init__(
@@ -129,7 +129,7 @@ class Training:
         self.lesson = None if teacher is None else Lesson(config, stage, teacher, team.device)
         trains = any(parameter.requires_grad for parameter in stage.vae.decoder.parameters() if parameter.ndim == 4)
         self.last = last_layer(stage.vae) if trains else None
-        self.shares = team.shares(config.optim.batch_size, parts)
+        self.shards = team.shards(config.optim.batch_size, parts)
         forward = torch.compile(stage) if config.run.compile else stage
         self.wrapped = team.wrap(forward)  # type: ignore[arg-type]
 
@@ -142,14 +142,14 @@ class Training:
         c, side = self.stage.space.channels, cut.size_px // self.stage.space.downscale
         noise = self._noise((len(chosen), c, side, side), generator)
         drawn = None if self.lesson is None else self.lesson.draw(self._captions(chosen), generator)
-        mine = slice(self.shares[0].start, self.shares[-1].stop)
+        mine = slice(self.shards[0].start, self.shards[-1].stop)
         pixels = self.pictures.batch(chosen[mine].tolist(), following[mine].tolist())
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         figures: loop.Figures = {}
-        for rows in self.shares:
+        for rows in self.shards:
             own = pixels[rows.start - mine.start : rows.stop - mine.start]
             images = cut.apply(own.to(self.team.device), rows)
-            last = rows is self.shares[-1]
+            last = rows is self.shards[-1]
             with self.team.gathering(self.wrapped, last), loop.fast_forward(config.run, self.team.device):
                 own_noise = noise[rows].to(self.team.device)
                 target = given = None
@@ -158,12 +158,12 @@ class Training:
                     given = self.lesson.given(target, own_noise, drawn, rows)
                 rebuilt, posterior = self._forward(images, warp, own_noise, given)
             wanted = warp(images) if warp is not None else images
-            rounded = sampled(posterior, own_noise, True) if config.loss.rate else None
+            rounded = sample_posterior(posterior, own_noise, True) if config.loss.rate else None
             losses = objective(wanted, rebuilt, posterior, step, warp is not None, target, rounded)
             if last and step % SHARES_EVERY == 0 and self.last is not None:
                 shares = health.gradient_shares(losses, self.last)
                 figures |= {f"share.{name}": share for name, share in shares.items()}
-            if objective.judges(step) and warp is None:
+            if objective.discriminator_active(step) and warp is None:
                 seen.append((wanted, rebuilt.detach().float()))
             yield losses
         pair = (torch.cat([one for one, _ in seen]), torch.cat([other for _, other in seen])) if seen else None
@@ -194,7 +194,7 @@ class Training:
         self, images: torch.Tensor, warp: Warp | None, noise: torch.Tensor, given: torch.Tensor | None
     ) -> tuple[torch.Tensor, Any]:
         try:
-            return self.wrapped(images, warp=warp, noise=noise, given=given, rounds=self.config.loss.rate > 0)
+            return self.wrapped(images, warp=warp, noise=noise, given=given, quantization_noise=self.config.loss.rate > 0)
         except Exception as error:
             if not self.config.run.compile or isinstance(error, UserError):
                 raise

@@ -40,7 +40,7 @@ def block_of(name: str) -> str:
     return ".".join(name.split(".")[:2])
 
 
-def choose(vae: nn.Module, mode: str, parts: Sequence[str] = ()) -> None:
+def choose_stages(vae: nn.Module, mode: str, parts: Sequence[str] = ()) -> None:
     """Let exactly the parameters train that `parts` (stages or parameter names, with * and ?) name, else those of the mode.
 
     UserError for a pattern that names nothing.

@@ -40,7 +40,7 @@ class LazyFeatureMap:
     like: torch.Tensor
     reach: int = 0
     tensor: torch.Tensor | None = None
-    moments: Moments | None = None
+    moments: GroupMoments | None = None
 
     @property
     def size(self) -> int:
@@ -48,7 +48,7 @@ class LazyFeatureMap:
         return self.channels * self.height * self.width
 
 
-class Moments:
+class GroupMoments:
     """Per channel, of all bands so far: mean and sum of squared deviations, in float64.
 
     Bands are merged as in Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing
@@ -121,7 +121,7 @@ def source(tensor: torch.Tensor) -> LazyFeatureMap:
     return LazyFeatureMap(channels, height, width, lambda a, b: tensor[:, :, a:b].contiguous(memory_format=CL), tensor)
 
 
-def stored(tensor: torch.Tensor, moments: Moments | None = None) -> LazyFeatureMap:
+def stored(tensor: torch.Tensor, moments: GroupMoments | None = None) -> LazyFeatureMap:
     """A tensor 1 C H W of our own, which may be written over."""
     _, channels, height, width = tensor.shape
     return LazyFeatureMap(channels, height, width, lambda a, b: tensor[:, :, a:b], tensor, 0, tensor, moments)
@@ -136,7 +136,7 @@ def store(m: LazyFeatureMap, rows: int, over: torch.Tensor | None = None, into: 
     if out is None:
         out = _empty(m.like, m.channels, m.height, m.width)
     reach = m.reach if over is not None else 0
-    moments = Moments()
+    moments = GroupMoments()
     waiting: deque[tuple[int, int, torch.Tensor]] = deque()
     for a, b in bands(m, rows):
         band = m.rows(a, b)
@@ -236,7 +236,7 @@ def upsample_conv(m: LazyFeatureMap, module: nn.Conv2d) -> LazyFeatureMap:
 def norm(m: LazyFeatureMap, module: nn.GroupNorm, act: Any, rows: int) -> LazyFeatureMap:
     """A group normalization with the statistics of the whole map, then an activation (or None)."""
     if m.moments is None:
-        m.moments = Moments()
+        m.moments = GroupMoments()
         for a, b in bands(m, rows):
             m.moments.add(m.rows(a, b))
     scale, shift = (factor.to(_wide(m.like[:0]).dtype) for factor in m.moments.affine(module))

@@ -6,10 +6,8 @@ from typing import Any
 
 from torch import nn
 
-TINY = "latentpipe.vae.tiny"  # its class is known by name: the module imports diffusers' models
 
-
-def reason_against(vae: Any) -> str:
+def untileable_reason(vae: Any) -> str:
     """Empty where this autoencoder can work in bands, else one sentence that says why it cannot."""
     from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny
 
@@ -60,7 +58,9 @@ def _reason_against_part(part: Any) -> str:
 def _reason_against_tiny(part: Any) -> str:
     from diffusers.models.autoencoders.vae import DecoderTiny, EncoderTiny
 
-    own = type(part).forward in (EncoderTiny.forward, DecoderTiny.forward) or type(part).__module__ == TINY
+    from latentpipe.vae.tiny import TinyHalf
+
+    own = type(part).forward in (EncoderTiny.forward, DecoderTiny.forward, TinyHalf.forward)
     if not own:
         return f"its {type(part).__name__} has a forward() of its own"
     layers = list(part.layers)
@@ -82,7 +82,9 @@ def is_tiny(vae: Any) -> bool:
 
 
 def _is_own_tiny(vae: Any) -> bool:
-    return type(vae).__name__ == "TinyVAE" and type(vae).__module__ == TINY
+    from latentpipe.vae.tiny import TinyVAE  # not before: it imports diffusers' models
+
+    return type(vae) is TinyVAE
 
 
 def is_tiny_block(layer: Any) -> bool:
@@ -90,7 +92,9 @@ def is_tiny_block(layer: Any) -> bool:
 
     Where it has no `fuse`, its last step is a ReLU.
     """
-    return all(hasattr(layer, name) for name in ("conv", "skip")) and (hasattr(layer, "fuse") or type(layer).__module__ == TINY)
+    from latentpipe.vae.tiny import TinyBlock
+
+    return isinstance(layer, TinyBlock) or all(hasattr(layer, name) for name in ("conv", "skip", "fuse"))
 
 
 def _is_pointwise(layer: Any) -> bool:

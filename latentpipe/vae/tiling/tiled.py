@@ -1,7 +1,7 @@
 """Encode and decode in bands of rows: the result of the whole picture at a fraction of its memory.
 
 Unlike tiles that are blended, bands are exact: normalizations use the statistics of the whole picture, convolutions
-see their true neighbours, and the attention of the middle block sees every position. `reason_against` says which
+see their true neighbours, and the attention of the middle block sees every position. `untileable_reason` says which
 autoencoders can do this. Pictures of a batch are done one after another. Inference only: no gradients.
 """
 
@@ -28,7 +28,7 @@ from latentpipe.vae.tiling.feature_map import (
     store,
     upsample_conv,
 )
-from latentpipe.vae.tiling.support import is_tiny, is_tiny_block, reason_against
+from latentpipe.vae.tiling.support import is_tiny, is_tiny_block, untileable_reason
 
 RELU = nn.ReLU()
 
@@ -61,7 +61,7 @@ def encode(vae: Any, images: torch.Tensor, rows: int) -> Any:
 
 
 def _check(vae: Any, rows: int) -> None:
-    reason = reason_against(vae)
+    reason = untileable_reason(vae)
     if reason:
         raise UserError(f"{reason} Encode and decode without bands.")
     if rows < 1:

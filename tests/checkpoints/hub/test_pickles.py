@@ -61,7 +61,7 @@ def as_before() -> Any:
 
 def read(source: Path, target: Path) -> dict[str, Any]:
     """What the process does, in this one (it takes seconds to start another)."""
-    return child.convert(source, target)
+    return child.convert_pickle(source, target)
 
 
 def same(path: Path, expected: dict[str, torch.Tensor]) -> None:

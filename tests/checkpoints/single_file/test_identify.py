@@ -325,7 +325,7 @@ def test_the_vocabulary_of_clip_is_the_published_one() -> None:
 
 def test_the_shipped_tokenizers_read_as_the_published_ones() -> None:
     configs = json.loads((tokenizers.DATA / "sd3.json").read_text())
-    first, second, third = (tokenizers.shipped(configs[name]) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
+    first, second, third = (tokenizers.bundled_tokenizer(configs[name]) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
     assert first("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     padded = [tokenizer("cat", padding="max_length").input_ids for tokenizer in (first, second)]
     assert [(len(ids), ids[-1]) for ids in padded] == [(77, 49407), (77, 0)]
