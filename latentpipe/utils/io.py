@@ -43,7 +43,8 @@ class Normalization(Protocol):
 def home() -> Path:
     """People's own files: $LATENTPIPE_HOME, else latentpipe/ in the user's data folder.
 
-    It holds models/, vae/, lora/, adapters/, embeddings/, parts/. For a user without a home (in a container) it is a place where nothing can be; `own_home` is to write into.
+    It holds models/, vae/, lora/, adapters/, embeddings/, parts/.
+    For a user without a home (in a container) it is a place where nothing can be; `own_home` is to write into.
     """
     if os.environ.get("LATENTPIPE_HOME"):
         return Path(os.environ["LATENTPIPE_HOME"])
