@@ -61,10 +61,11 @@ def ui(
     from latentpipe.ui.entrance import entrance_for
 
     entrance = entrance_for(port, listen, auth_file, no_auth, mcp, host, allow_host, root_path)
-    _answer(entrance, model, out if save else None, device, dtype, mcp, max_work, stated=(family, prediction, config, parts))
+    page = {"model": model, "out": out if save else None, "device": device, "dtype": dtype, "mcp": mcp, "max_work": max_work}
+    _answer(entrance, page, (family, prediction, config, parts))
 
 
-def _answer(entrance: Any, *page: Any, stated: tuple[Any, ...]) -> None:
+def _answer(entrance: Any, page: dict[str, Any], stated: tuple[Any, ...]) -> None:
     """Answer at the entrance's sockets at once, by the page as soon as it is made, until it is told to end."""
     from latentpipe.ui.waiting import WaitingPage
 
@@ -75,7 +76,7 @@ def _answer(entrance: Any, *page: Any, stated: tuple[Any, ...]) -> None:
                 from latentpipe.ui.server import serve
             from latentpipe.checkpoints.single_file.gather import Stated
 
-            served = serve(entrance, *page, stated=Stated(*stated), takes_over=waiting.close)
+            served = serve(entrance, **page, stated=Stated(*stated), takes_over=waiting.close)
         print(f"latentpipe is at {served.address}  (Ctrl-C ends it)", flush=True)
         served.until_told()
 
