@@ -118,9 +118,10 @@ def _complete(found: Identity, configs: Configs, stated: Stated) -> Opened:
 def _parts_of(path: Path) -> Mapping[str, Part]:
     """The parts of a file that completes another."""
     found = identify(path)
-    if is_gguf(path) and not found.why:
+    if is_gguf(path) and found.role == "transformer":
         raise UserError(f"{path} holds a transformer in GGUF; give it with --model, and what completes it with --parts.")
-    if not found.parts or found.role in ("lora", "embedding") or found.quantization in ("nf4", "fp4", "quantized"):
+    unread = found.quantization in ("nf4", "fp4", "quantized") or is_gguf(path)
+    if not found.parts or found.role in ("lora", "embedding") or unread:
         raise UserError(found.why or f"{path} holds no part of a model.")
     return found.parts
 

@@ -13,9 +13,15 @@ import torch
 
 from latentpipe.checkpoints.single_file.tables import StateDict
 from latentpipe.utils.errors import UserError
-from latentpipe.utils.gguf_header import FLOATS, TYPES, read_gguf
+from latentpipe.utils.gguf_header import BLOCKS, FLOATS, TYPES, read_gguf
+from latentpipe.vae.precision import all_finite
 
 NUMBERS = {name: number for number, (name, *_) in TYPES.items()}
+# First bytes of the fp16 scales within a block.
+SCALES = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -53,7 +59,7 @@ def _packed(data: torch.Tensor, shape: tuple[int, ...], kind: str) -> torch.Tens
     import gguf
     from diffusers.quantizers.gguf.utils import GGUFParameter
 
-    _, values, size = TYPES[NUMBERS[kind]]
+    values, size = BLOCKS[kind]
     rows = data.reshape(*shape[:-1], shape[-1] // values * size)
     return GGUFParameter(rows, quant_type=gguf.GGMLQuantizationType(NUMBERS[kind]))
 
@@ -76,6 +82,14 @@ def unpacked(value: torch.Tensor) -> torch.Tensor:
 
     plain: torch.Tensor = dequantize_gguf_tensor(value)
     return plain
+
+
+def finite_scales(value: torch.Tensor) -> bool:
+    """Whether the scales of a quantized tensor, and so its values, are finite."""
+    rows: Any = value
+    kind = rows.quant_type.name
+    blocks = rows.as_tensor().reshape(-1, BLOCKS[kind][1])
+    return all(all_finite(blocks[:, at : at + 2].contiguous().view(torch.float16)) for at in SCALES[kind])
 
 
 def as_stored(tensors: Mapping[str, torch.Tensor]) -> StateDict:

@@ -15,7 +15,7 @@ from latentpipe.checkpoints.components import built_within, telling
 from latentpipe.checkpoints.config_ranges import check_schedule
 from latentpipe.checkpoints.single_file import tokenizers
 from latentpipe.checkpoints.single_file.gather import Opened, Stated, open_file
-from latentpipe.checkpoints.single_file.gguf_tensors import build_packed, full_shape, is_packed, linear_alone
+from latentpipe.checkpoints.single_file.gguf_tensors import build_packed, finite_scales, full_shape, is_packed, linear_alone
 from latentpipe.checkpoints.single_file.parts import Part
 from latentpipe.checkpoints.single_file.tensors import FP8, read_part, tensors_in_folder, usual_dtype
 from latentpipe.utils.errors import LatentpipeWarning, UserError
@@ -184,6 +184,8 @@ def fitted(
     for name, value in tensors.items():
         to = torch.float32 if any(f".{module}." in f".{name}" for module in kept) else dtype
         cast[name] = value
+        if is_packed(value) and not finite_scales(value):
+            problems.append(f"{name} holds scales that are not finite")
         if value.is_floating_point() and value.dtype != to:
             cast[name] = value.to(to)
             if not all_finite(cast[name]):

@@ -58,11 +58,11 @@ def by_hand(
 ) -> Path:
     """A GGUF file of shapes and types, byte by byte; its data are zeros (a hole) where `data` names none.
 
-    wrong  version, tensors (their number), keys, offsets (of tensors by name): what the header states instead
+    wrong  version, count (of tensors), keys, offsets (of tensors by name): what the header states instead
     """
     metadata = {"general.architecture": "flux"} if metadata is None else metadata
     head = b"GGUF" + struct.pack(
-        "<IQQ", wrong.get("version", 3), wrong.get("tensors", len(tensors)), wrong.get("keys", len(metadata))
+        "<IQQ", wrong.get("version", 3), wrong.get("count", len(tensors)), wrong.get("keys", len(metadata))
     )
     head += b"".join(entry(key, value) for key, value in metadata.items())
     offset, places = 0, {}
