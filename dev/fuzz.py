@@ -51,7 +51,7 @@ class Reader:
     """
 
     make: Callable[[Path], Any]
-    read_lpz: Callable[[Path], Any]
+    read: Callable[[Path], Any]
 
 
 @dataclass

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 EVERY = ("0.0.0.0", "::")
+STRANGE = "This request comes from another web page, and is refused. Open this server's own page."
 
 
 def name_of(host: str) -> str:
@@ -58,6 +59,18 @@ class AllowedHosts:
         """
         name = name_of(host)
         return bool(name) and (name in self.known or name == (own or "").lower())
+
+    def refusal(self, given: Iterable[str], own: str | None) -> str:
+        """Why a request is refused that names these hosts, in headers that gradio builds addresses of; "" where all are ours."""
+        for host in given:
+            host = host.split(",")[0]
+            name = host.partition("://")[2].split("/")[0] if "://" in host else host
+            if not self.answers(name, own):
+                return (
+                    f"This server does not answer to the name '{name_of(name)[:80]}', only to {', '.join(sorted(self.known))}. "
+                    "Start it with --allow-host NAME to add one."
+                )
+        return ""
 
     def sends(self, headers: Mapping[str, str], method: str) -> bool:
         """Whether a request comes from a page of ours, from a program, or only follows a link.

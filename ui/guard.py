@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from latentpipe.ui.allowed_hosts import AllowedHosts, name_of
+from latentpipe.ui.allowed_hosts import STRANGE, AllowedHosts
 from latentpipe.ui.listeners import Listeners
 from latentpipe.ui.login import LoginSessions
 from latentpipe.ui.quota import Window, uploads
@@ -79,20 +79,11 @@ class RequestGuard:
         headers = Headers(scope=scope)
         own = (scope.get("server") or ("",))[0]
         given = [headers.get("host", ""), *headers.getlist("x-forwarded-host"), *headers.getlist("x-gradio-server")]
-        for host in given:
-            # gradio builds addresses of what these hold
-            name = host.split(",")[0].partition("://")[2].split("/")[0] if "://" in host else host.split(",")[0]
-            if not self.names.answers(name, own):
-                known = ", ".join(sorted(self.names.known))
-                return _said(
-                    scope,
-                    f"This server does not answer to the name '{name_of(name)[:80]}', only to {known}. "
-                    f"Start it with --allow-host NAME to add one.",
-                    403,
-                )
+        if words := self.names.refusal(given, own):
+            return _said(scope, words, 403)
         method = "POST" if scope["path"].rstrip("/") == "/logout" else scope["method"]
         if not self.names.sends(headers, method):
-            return _said(scope, "This request comes from another web page, and is refused. Open this server's own page.", 403)
+            return _said(scope, STRANGE, 403)
         return None
 
     async def _at_door(self, door: LoginSessions, request: Request) -> Response | None:

@@ -7,9 +7,7 @@ whether a file is whole) is decided later, by the functions that read them.
 from __future__ import annotations
 
 import math
-import os
 import re
-import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -280,18 +278,3 @@ def tagged(values: dict[str, Any]) -> None:
     for name in split_tags(values["prompt"] or "")[1]:
         if not varied and not files:
             named_lora(name)
-
-
-def free_port(values: dict[str, Any]) -> None:
-    """UserError where another program on this machine listens at the port."""
-    port = values["port"]
-    if port is None or values["host"] is not None:
-        return
-    with socket.socket() as probe:
-        if os.name == "posix":  # as the server itself does: a port that was just left is free
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            why = (error.strerror or "").lower()
-            raise UserError(f"--port {port} is taken or not allowed ({why}); choose another one.") from None

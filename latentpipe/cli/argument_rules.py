@@ -274,7 +274,7 @@ WHOLE: dict[str, tuple[Callable[[dict[str, Any]], None], ...]] = {
     "health": (argument_checks.vae_size,),
     "encode": (argument_checks.vae_size, output_paths.cached),
     "swap": (output_paths.swapped,),
-    "ui": (output_paths.kept, argument_checks.free_port),
+    "ui": (output_paths.kept,),
     "fit-codec": (output_paths.learnt,),
     "fit-adapter": (output_paths.fitted,),
 }

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff
 
 from latentpipe.utils.errors import UserError
+from latentpipe.utils.signals import ended_at_once
 
 
 def ui(
@@ -54,18 +57,37 @@ def ui(
         config: Likewise.
         parts: Likewise.
     """
-    _start()
-    from latentpipe.checkpoints.single_file.gather import Stated
-    from latentpipe.ui.server import serve
+    _require_gradio()
+    from latentpipe.ui.entrance import entrance_for
+    from latentpipe.ui.waiting import WaitingPage
 
-    serve(
-        model, port, listen, auth_file, no_auth, out if save else None, device, dtype, mcp, host, allow_host, root_path, max_work,
-        stated=Stated(family, prediction, config, parts),
-    )  # fmt: skip
+    entrance = entrance_for(port, listen, auth_file, no_auth, mcp, host, allow_host, root_path)
+    print(f"Starting the interface at {entrance.address} ...", file=sys.stderr, flush=True)
+    with contextlib.closing(entrance):
+        with WaitingPage(entrance.sockets, entrance.names) as waiting:
+            with ended_at_once(), _complete_packages():
+                from latentpipe.ui.server import serve
+            from latentpipe.checkpoints.single_file.gather import Stated
+
+            served = serve(
+                entrance, model, out if save else None, device, dtype, mcp, max_work,
+                Stated(family, prediction, config, parts), waiting.close,
+            )  # fmt: skip
+        print(f"latentpipe is at {served.address}  (Ctrl-C ends it)", flush=True)
+        served.until_told()
 
 
-def _start() -> None:
-    """Say that it begins; UserError where gradio is missing."""
+def _require_gradio() -> None:
     if importlib.util.find_spec("gradio") is None:
         raise UserError("The interface needs gradio, which is not installed: pip install 'latentpipe[ui]'.")
-    print("Starting the interface ...", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _complete_packages() -> Iterator[None]:
+    """UserError where something of other packages cannot be imported."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").split(".")[0] == "latentpipe":
+            raise
+        raise UserError(f"The interface does not start ({error}); install it anew: pip install 'latentpipe[ui]'.") from error

@@ -101,7 +101,7 @@ def swap_vae(
     fits, pictures are encoded by the pipeline's own VAE. With an `adapter` (from
     `fit_adapter`, or a file of `latentpipe fit-adapter`) pictures are encoded by the pipeline's own VAE and decoded, through
     the adapter, by `vae`. A VAE whose normalization the host's own code would misread is put in behind a facade of
-    scaling_factor 1 (`facade.canonical`); such a pipeline draws, but cannot be saved as it is.
+    scaling_factor 1 (`facade.facade_of`); such a pipeline draws, but cannot be saved as it is.
     """
     host = host_stage(pipe)
     stage = stage_of(vae, host)

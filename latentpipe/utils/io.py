@@ -41,8 +41,9 @@ class Normalization(Protocol):
 
 
 def home() -> Path:
-    """People's own files: $LATENTPIPE_HOME, else latentpipe/ in the user's data folder; holds models/, vae/, lora/.
+    """People's own files: $LATENTPIPE_HOME, else latentpipe/ in the user's data folder.
 
+    It holds models/, vae/, lora/, adapters/, embeddings/, parts/.
     For a user without a home (in a container) it is a place where nothing can be; `own_home` is to write into.
     """
     if os.environ.get("LATENTPIPE_HOME"):

@@ -76,6 +76,20 @@ def terminable() -> Iterator[None]:
             over.set()
 
 
+@contextmanager
+def ended_at_once() -> Iterator[None]:
+    """SIGINT and SIGTERM end the process inside, with no exception: what is imported may swallow one, or leave half of itself."""
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        error = interruption(number)
+        with suppress(RuntimeError):  # it came in the middle of a print
+            say(error)
+        leave(status_of(error))
+
+    with signals_to(on_signal):
+        yield
+
+
 def leave(status: int) -> NoReturn:
     """End the process now. Threads that still compute would abort it while the interpreter is taken down, so that it is not."""
     until = time.monotonic() + JOIN_S

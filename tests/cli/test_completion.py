@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -61,3 +62,14 @@ def test_the_command_line_prints_a_script_for_each_shell(shell: str, capsys: pyt
 def test_another_shell_is_told_in_one_sentence(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert app.main(["--print-completion", *words]) == 2
     assert "expected one of bash, zsh, fish" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["generate", "grid"])
+def test_each_scheduler_is_a_choice(verb: str) -> None:
+    """The choices stand in the annotations, so that torch is not imported for them."""
+    from latentpipe.cli import generate, grid
+    from latentpipe.pipelines.sampling import SCHEDULERS
+
+    given = {"generate": generate.Generate, "grid": grid.Grid}[verb]
+    (choices, _) = get_args(get_type_hints(given, include_extras=True)["scheduler"])
+    assert set(get_args(choices)) == set(SCHEDULERS)

@@ -71,14 +71,14 @@ def test_stopping_keeps_the_partial_picture(family: str, folder: Path) -> None:
         seen.append(step.latents.shape)
         return step.step == 1
 
-    picture = pipe("abc", seed=4, on_step=on_step, **settings(family) | {"steps": 4})[0]
+    picture = pipe("abc", seed=4, on_step=on_step, **settings(family) | {"num_inference_steps": 4})[0]
     assert picture.recipe.stopped_after == 1
     assert seen[0] == (1, pipe.stage.space.channels, *(side // pipe.stage.space.downscale for side in settings(family)["size"]))
 
 
 def test_beginning_from_a_picture(family: str, folder: Path) -> None:
     pipe = LatentPipeline.from_pretrained(folder, device="cpu")
-    given = settings(family) | {"image": draw_shape("red", "circle"), "strength": 0.6, "steps": 4}
+    given = settings(family) | {"image": draw_shape("red", "circle"), "strength": 0.6, "num_inference_steps": 4}
     if family == "sana":
         with pytest.raises(UserError, match="Sana has no pipeline that begins from a picture"):
             pipe("abc", seed=1, **given)

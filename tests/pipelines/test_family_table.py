@@ -26,6 +26,11 @@ TASKS = [
 EXACT = {"sd15", "sd3", "flux", "sana", "sprint"}  # SDXL with statistics rounds in another order
 
 
+def test_each_row_of_the_table_is_tried() -> None:
+    """A family without a tiny pipeline would be tested by nothing below."""
+    assert {families.family_of(build()).name for build in BUILDERS.values()} == {family.name for family in families.FAMILIES}
+
+
 def host_pipe(name: str, task: str) -> Any:
     """The pipeline of a family for a task, built by diffusers' own class from the family's components."""
     pipe = BUILDERS[name]()

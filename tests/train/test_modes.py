@@ -29,9 +29,9 @@ from latentpipe.utils.errors import LatentpipeWarning
 
 EVERY_TERM = {
     "l1": 1.0, "l2": 1.0, "charbonnier": 1.0, "structure": 1.0, "perceptual": 1.0, "kl": 0.5, "spectrum": 1.0, "scale": 1.0,
-    "equivariance": 0.0,
+    "edges": 1.0, "equivariance": 0.0,
 }  # fmt: skip
-PICTURE_TERMS = {"l1", "l2", "charbonnier", "structure", "perceptual", "adversarial"}
+PICTURE_TERMS = {"l1", "l2", "charbonnier", "structure", "edges", "perceptual", "adversarial"}
 ENCODER_TERMS = {"kl", "spectrum", "scale"}
 BODY = ("encoder.conv_in", "encoder.down_blocks", "encoder.mid_block")
 MODES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {

@@ -28,7 +28,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _heed_interrupts() -> None:
+def heed_interrupts() -> None:
     """As started from a terminal: what a shell starts in the background ignores Ctrl-C, and so would the server."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -39,7 +39,7 @@ def start(*options: str, home: Path, **environment: str) -> tuple[subprocess.Pop
     command = [sys.executable, "-m", "latentpipe", "ui", "--port", str(port), *options]
     known = {**os.environ, "LATENTPIPE_HOME": str(home), "PYTHONWARNINGS": "", **environment}
     log = (home / "server.log").open("w")
-    process = subprocess.Popen(command, env=known, cwd=home, stdout=log, stderr=log, text=True, preexec_fn=_heed_interrupts)
+    process = subprocess.Popen(command, env=known, cwd=home, stdout=log, stderr=log, text=True, preexec_fn=heed_interrupts)
     address = f"http://127.0.0.1:{port}"
     for _ in range(600):
         if process.poll() is not None:

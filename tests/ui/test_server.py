@@ -21,9 +21,9 @@ pytest.importorskip("gradio")
 from latentpipe import UserError
 from latentpipe.cli.app import main
 from latentpipe.ui import server as ui_server
-from latentpipe.ui import serving
-from latentpipe.ui.login import LOGIN, login_of
-from latentpipe.ui.server import serve
+from latentpipe.ui import sockets as listening
+from latentpipe.ui.accounts import LOGIN, login_of
+from latentpipe.ui.entrance import entrance_for
 
 pytestmark = pytest.mark.slow
 
@@ -140,6 +140,15 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
         one.close()
 
 
+def serve(**options: Any) -> ui_server.Served:
+    entrance = entrance_for(**options)
+    try:
+        return ui_server.serve(entrance)
+    except UserError:
+        entrance.close()
+        raise
+
+
 def hosts(launch: dict[str, Any]) -> set[str]:
     return {host for host, _ in launch["places"]}
 
@@ -147,11 +156,11 @@ def hosts(launch: dict[str, Any]) -> set[str]:
 def test_beyond_this_machine_only_with_a_login(launched: list[dict[str, Any]], tmp_path: Path) -> None:
     for beyond in ({"listen": True}, {"host": "::"}, {"host": "0.0.0.0"}, {"host": "127.0.0.2.example"}):
         with pytest.raises(UserError, match=r"--auth-file FILE.*--no-auth"):
-            serve(block=False, **beyond)
+            serve(**beyond)
     assert launched == []
-    serve(block=False)
-    serve(listen=True, no_auth=True, block=False)
-    serve(listen=True, auth_file=written(tmp_path / "users", SECRET), block=False)
+    serve()
+    serve(listen=True, no_auth=True)
+    serve(listen=True, auth_file=written(tmp_path / "users", SECRET))
     assert [one["guard"].door is None for one in launched] == [True, True, False]
     assert hosts(launched[0]) == {"127.0.0.1"}
     assert "0.0.0.0" in hosts(launched[1])
@@ -168,11 +177,11 @@ def test_pictures_shown_from_a_folder_that_is_hidden(
     monkeypatch.setenv("LATENTPIPE_HOME", str(tmp_path))
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "temporary"))
     with pytest.raises(UserError, match=r"would go to .*temporary, inside of .*; let GRADIO_TEMP_DIR"):
-        serve(block=False)
+        serve()
     assert launched == []
 
 
-@pytest.mark.skipif(not serving._has_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.skipif(not listening._has_ipv6(), reason="this machine has no IPv6")
 def test_ipv6_and_names(launched: list[dict[str, Any]]) -> None:
     for host, places, link in (
         ("::1", {"::1"}, "http://[::1]:"),
@@ -180,7 +189,7 @@ def test_ipv6_and_names(launched: list[dict[str, Any]]) -> None:
         ("localhost", {"127.0.0.1", "::1"}, "http://localhost:"),
         ("::", {"0.0.0.0", "::"}, "http://localhost:"),
     ):
-        served = serve(host=host, no_auth=True, block=False)
+        served = serve(host=host, no_auth=True)
         assert hosts(launched[-1]) <= places
         assert places & hosts(launched[-1]), host
         assert served.address.startswith(link)
@@ -189,11 +198,11 @@ def test_ipv6_and_names(launched: list[dict[str, Any]]) -> None:
 
 
 def test_names_that_are_answered_to(launched: list[dict[str, Any]]) -> None:
-    serve(block=False, allow_host=("draw.example",), root_path="draw/")
+    serve(allow_host=("draw.example",), root_path="draw/")
     guard = launched[-1]["guard"]
     assert guard.names.known == {"localhost", "127.0.0.1", "::1", "draw.example"}
     assert (guard.root, launched[-1]["root_path"], launched[-1]["behind_proxy"]) == ("/draw", "/draw", True)
-    serve(block=False)
+    serve()
     assert not launched[-1]["behind_proxy"]
 
 
@@ -229,9 +238,9 @@ def test_a_port_that_is_taken(launched: list[dict[str, Any]]) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         with pytest.raises(UserError, match="is taken"):
-            serve(port=other.getsockname()[1], block=False)
+            serve(port=other.getsockname()[1])
     assert launched == []
-    serve(port=(port := free_port()), block=False)
+    serve(port=(port := free_port()))
     assert launched[-1]["places"] == [("127.0.0.1", port)]
 
 
@@ -240,7 +249,7 @@ def test_a_port_that_is_taken_on_another_address(launched: list[dict[str, Any]])
         other.bind(("127.0.0.2", 0))
         other.listen()
         with pytest.raises(UserError, match="is taken"):
-            serve(port=other.getsockname()[1], listen=True, no_auth=True, block=False)
+            serve(port=other.getsockname()[1], listen=True, no_auth=True)
     assert launched == []
 
 

@@ -25,6 +25,7 @@ from latentpipe.ui import serving
 from latentpipe.ui.allowed_hosts import AllowedHosts, names_for
 from latentpipe.ui.guard import RequestGuard
 from latentpipe.ui.login import LoginSessions
+from latentpipe.ui.sockets import address_of, sockets_for
 from latentpipe.ui.state import LIGHT, Jobs, toast_errors, wire_stop
 
 
@@ -56,8 +57,8 @@ class Server:
             mcp_server=False, max_file_size=1000,
         )  # fmt: skip
         guard = RequestGuard(self.inside, AllowedHosts(names_for(["127.0.0.1"], allowed), allowed), door, root=root)
-        (bound,) = serving.sockets_for("127.0.0.1", free_port())
-        self.address = serving.address_of("127.0.0.1", bound.getsockname()[1])
+        (bound,) = sockets_for("127.0.0.1", free_port())
+        self.address = address_of("127.0.0.1", bound.getsockname()[1])
         self.running = serving.Running(guard, [bound], behind_proxy=bool(root))
 
     def close(self) -> None:

@@ -51,6 +51,14 @@ def test_no_sentence_of_the_library_tells_a_visitor_to_type() -> None:
     assert {one: words for one, words in said.items() if TYPED.search(words) or not words} == {}
 
 
+def test_the_browser_tests_go_through_all_tabs() -> None:
+    from test_browser import TABS
+
+    tree = ast.parse((Path(latentpipe.__file__).parent / "ui" / "app.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "gr.Tab"]
+    assert tuple(ast.literal_eval(call.args[0]) for call in calls) == TABS
+
+
 @pytest.mark.parametrize(
     ("raised", "said"),
     [

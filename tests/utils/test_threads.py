@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from latentpipe import LatentPipeline, UserError
-from latentpipe.pipelines import latent_pipeline
+from latentpipe.pipelines import opening
 from latentpipe.utils import threads
 
 who: contextvars.ContextVar[str] = contextvars.ContextVar("who", default="nobody")
@@ -39,13 +39,13 @@ def test_what_the_work_raises_is_raised() -> None:
 
 def test_models_are_opened_apart(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where: list[str] = []
-    load = latent_pipeline.load_pipeline
+    load = opening.load_pipeline
 
-    def watched(*given: object) -> object:
+    def watched(*given: object, **options: object) -> object:
         where.append(threading.current_thread().name)
-        return load(*given)
+        return load(*given, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(latent_pipeline, "load_pipeline", watched)
+    monkeypatch.setattr(opening, "load_pipeline", watched)
     LatentPipeline.from_pretrained(model_folder, device="cpu")
     assert where == ["latentpipe_apart"]
 
