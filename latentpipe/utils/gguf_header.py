@@ -164,15 +164,17 @@ def _value(data: _Bytes) -> str | int | None:
     if kind == STRING:
         length = data.count(MOST_HEADER, "bytes of a text")
         if length > 2**12:
-            return data.skip(length)
+            data.skip(length)
+            return None
         return data.take(length).decode("utf-8", "replace")
     if kind == ARRAY:
         inner, count = data.number("I"), data.count(MOST_ITEMS, "values in a list")
         if inner == STRING:
             for _ in range(count):
                 data.skip(data.count(MOST_HEADER, "bytes of a text"))
-            return None
-        return data.skip(count * _width(inner))
+        else:
+            data.skip(count * _width(inner))
+        return None
     value = data.take(_width(kind))
     return int(struct.unpack(f"<{SCALARS[kind]}", value)[0]) if SCALARS[kind] not in "fd?" else None
 

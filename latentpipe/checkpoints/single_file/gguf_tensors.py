@@ -94,10 +94,11 @@ def finite_scales(value: torch.Tensor) -> bool:
 
 def as_stored(tensors: Mapping[str, torch.Tensor]) -> StateDict:
     """What a content hash is taken over: quantized tensors as their bytes, each with its type behind its name."""
-    return {
-        f"{name}:{value.quant_type.name}" if is_packed(value) else name: value.as_tensor() if is_packed(value) else value
-        for name, value in tensors.items()
-    }
+    found: StateDict = {}
+    for name, value in tensors.items():
+        rows: Any = value
+        found |= {f"{name}:{rows.quant_type.name}": rows.as_tensor()} if is_packed(value) else {name: value}
+    return found
 
 
 def holds_packed(network: Any) -> bool:

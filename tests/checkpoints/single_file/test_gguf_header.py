@@ -52,7 +52,7 @@ def test_without_the_package_quantized_weights_are_refused_and_plain_ones_open(
 
 
 def test_a_file_of_true_size_is_known_by_names_and_shapes_whatever_it_is_called(tmp_path: Path) -> None:
-    for name, architecture, channels in (("flux-dev", "flux", 64), ("sd3.5", "sd3", 16)):
+    for name, architecture, channels in (("flux-dev", "flux", 64), ("sd3", "sd3", 16)):
         known = {own: tuple(getattr(value, "shape", value)) for own, value in sized.whole(name, channels).items()}
         whole = {own.removeprefix(written.UNET): shape for own, shape in known.items() if own.startswith(written.UNET)}
         kinds = {own: (shape, "Q8_0" if len(shape) == 2 and shape[1] % 32 == 0 else "F32") for own, shape in whole.items()}
