@@ -193,6 +193,7 @@ def test_weights_stay_quantized_and_memory_counts_them_so(packed: tuple[Path, St
     transformer = load_pipeline(file, torch.bfloat16, stated).transformer
     rows = transformer.transformer_blocks[0].attn.to_q.weight
     assert (rows.dtype, tuple(rows.shape)) == (torch.uint8, (32, 34))
+    assert rows.as_tensor().untyped_storage().nbytes() == file.stat().st_size  # mapped, not copied
     layout = layout_of(file, stated)
     kept = {name: value for name, value in transformer.state_dict().items() if value.dtype == torch.uint8}
     assert layout.packed == sum(value.numel() for value in kept.values())
