@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff
 
@@ -59,9 +59,16 @@ def ui(
     """
     _require_gradio()
     from latentpipe.ui.entrance import entrance_for
-    from latentpipe.ui.waiting import WaitingPage
 
     entrance = entrance_for(port, listen, auth_file, no_auth, mcp, host, allow_host, root_path)
+    page = {"model": model, "out": out if save else None, "device": device, "dtype": dtype, "mcp": mcp, "max_work": max_work}
+    _answer(entrance, page, (family, prediction, config, parts))
+
+
+def _answer(entrance: Any, page: dict[str, Any], stated: tuple[Any, ...]) -> None:
+    """Answer at the entrance's sockets at once, by the page as soon as it is made, until it is told to end."""
+    from latentpipe.ui.waiting import WaitingPage
+
     print(f"Starting the interface at {entrance.address} ...", file=sys.stderr, flush=True)
     with contextlib.closing(entrance):
         with WaitingPage(entrance.sockets, entrance.names) as waiting:
@@ -69,10 +76,7 @@ def ui(
                 from latentpipe.ui.server import serve
             from latentpipe.checkpoints.single_file.gather import Stated
 
-            served = serve(
-                entrance, model, out if save else None, device, dtype, mcp, max_work,
-                Stated(family, prediction, config, parts), waiting.close,
-            )  # fmt: skip
+            served = serve(entrance, **page, stated=Stated(*stated), takes_over=waiting.close)
         print(f"latentpipe is at {served.address}  (Ctrl-C ends it)", flush=True)
         served.until_told()
 
