@@ -96,6 +96,36 @@ def _open_single_file(at: Path) -> Any:
     return [list(part.state_dict().values()) for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
 
 
+def _gguf(at: Path) -> None:
+    """A tiny transformer whose rows of 32 are in Q8_0, zeros but for its plain values."""
+    import gguf_written
+    import tiny_hosts
+    import written
+
+    tensors = written.flux(tiny_hosts.flux().transformer)
+    shapes = gguf_written.shapes(tensors, "Q8_0")
+    plain = {name: value for name, value in tensors.items() if shapes[name][1] == "F32"}
+    data = {name: value.detach().contiguous().numpy().tobytes() for name, value in plain.items()}
+    gguf_written.by_hand(shapes, at / "model.gguf", {"general.architecture": "flux", "general.alignment": 32}, data)
+
+
+def _open_gguf(at: Path) -> Any:
+    from importlib.util import find_spec
+
+    from latentpipe.checkpoints.places.glance import family
+    from latentpipe.checkpoints.single_file.describe import describe_file
+    from latentpipe.checkpoints.single_file.gguf_tensors import finite_scales, is_packed, read_gguf_tensors
+    from latentpipe.utils.gguf_header import FLOATS, read_gguf
+
+    path = at / "model.gguf"
+    family(path)
+    found = read_gguf(path)
+    json.dumps(describe_file(path), ensure_ascii=False).encode()
+    names = [name for name in found.places if find_spec("gguf") or found.types[name] in FLOATS]
+    tensors = read_gguf_tensors(path, names)
+    return [int(finite_scales(value)) if is_packed(value) else list(value.shape) for value in tensors.values()]
+
+
 def _vae_folder(at: Path) -> None:
     from latentpipe.checkpoints.vae_io import save_vae
 
@@ -456,6 +486,7 @@ READERS: dict[str, Reader] = {
     "tiny-vae-file": Reader(_tiny_file, _open_vae),
     "model": Reader(_model, _open_model),
     "single-file": Reader(_single_file, _open_single_file),
+    "gguf": Reader(_gguf, _open_gguf),
     "lora": Reader(_lora, _open_lora),
     "lora-kohya": Reader(lambda at: _lora(at, "kohya"), _open_lora),
     "embedding": Reader(_embedding, _open_embedding),

@@ -20,7 +20,7 @@ ROOMS = {
     "utils": """
         atomic defaults deferred_imports errors setting_names cancellation logging out_of_memory progress signals system
         threads yaml_loader
-        reading images io
+        reading images io gguf_header
     """,
     "vae": """
         entropy_model latent_space offload precision probe_images tiny tiling.feature_map tiling.support tiling.tiled
@@ -32,7 +32,7 @@ ROOMS = {
         config_ranges components fp16_rescale identify instantiate infer_config ldm_keys registry taesd_keys pickled text_names
         tensor_source model_files vae_file convert single_file.parts single_file.unet single_file.families
         single_file.prediction embedding single_file.refusals single_file.identify single_file.tokenizers single_file.configs
-        single_file.gather single_file.tables single_file.tensors single_file.opening single_file.hashes
+        single_file.gather single_file.tables single_file.gguf_tensors single_file.tensors single_file.opening single_file.hashes
         single_file.folders single_file.describe single_file.vae vae_io fp16 plain_text pipeline_io in_memory
     """,
     "compatibility": """

@@ -15,7 +15,16 @@ from latentpipe.checkpoints.tensor_source import CARD_FILE, CONFIG_KEY, VAE_FILE
 from latentpipe.checkpoints.vae_file import StatedConfig, VAEFile, resolve
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.images import psnr, to_bytes
-from latentpipe.utils.io import SUFFIXES, atomic_file, atomic_folder, content_hash, file_hash, is_safetensors, read_tensors
+from latentpipe.utils.io import (
+    SUFFIXES,
+    atomic_file,
+    atomic_folder,
+    content_hash,
+    file_hash,
+    is_gguf,
+    is_safetensors,
+    read_tensors,
+)
 from latentpipe.utils.reading import parse_object
 from latentpipe.vae.probe_images import probe_images
 from latentpipe.vae.stage import VAEStage
@@ -139,7 +148,7 @@ def merge_tensors(sources: Sequence[Path], out: Path) -> str:
         raise UserError(f"--out {out} exists already; choose another name, or remove it first.")
     merged: dict[str, torch.Tensor] = {}
     for path in map(Path, sources):
-        found = read_tensors(path) if path.suffix in SUFFIXES or is_safetensors(path) else read_pickle(path)
+        found = read_tensors(path) if path.suffix in SUFFIXES or is_safetensors(path) or is_gguf(path) else read_pickle(path)
         for name, tensor in found.items():
             if name in merged and not torch.equal(merged[name], tensor):
                 raise UserError(f"{path}: '{name}' is in an earlier file too, with other values: they do not belong together.")

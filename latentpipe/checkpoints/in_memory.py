@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from latentpipe.checkpoints.model_files import tokenizer_hash
+from latentpipe.checkpoints.single_file.gguf_tensors import as_stored
 from latentpipe.checkpoints.text_names import as_hashed
 from latentpipe.checkpoints.vae_io import refuse_wrapped
 from latentpipe.utils.io import content_hash
@@ -60,7 +61,7 @@ def hashes_in_memory(pipe: Any, stage: Any) -> dict[str, str]:
 
 def _as_in_file(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     refuse_wrapped(network, "The pipeline")
-    state = network.state_dict()
+    state = as_stored(network.state_dict())
     if all(torch.equal(value.half().to(value.dtype), value) for value in state.values() if value.is_floating_point()):
         return {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     return state

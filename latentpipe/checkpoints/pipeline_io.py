@@ -28,6 +28,7 @@ from latentpipe.checkpoints.registry import find_model
 from latentpipe.checkpoints.single_file import opening as single_file
 from latentpipe.checkpoints.single_file.folders import check_folder
 from latentpipe.checkpoints.single_file.gather import Stated
+from latentpipe.checkpoints.single_file.gguf_tensors import refuse_packed
 from latentpipe.checkpoints.single_file.hashes import file_hashes, former_file_hash
 from latentpipe.checkpoints.tensor_source import CARD_FILE, VAE_FILE, offline, weight_files
 from latentpipe.checkpoints.text_names import as_hashed, as_named_by, restore_prefix
@@ -180,6 +181,7 @@ def save_pipeline(pipe: Any, folder: Path, card: Mapping[str, Any], vae_folder: 
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
             refuse_wrapped(part, f"The model's {name}")
+            refuse_packed(part, f"The model's {name}", "a folder is written in fp16")
     with atomic_folder(folder) as part, quiet():
         pipe.to(torch.float16).save_pretrained(part, safe_serialization=True)
         text = part / "text_encoder"

@@ -10,6 +10,7 @@ from latentpipe.checkpoints.places.hub_cache import cached, default_cache, id_of
 from latentpipe.checkpoints.places.tool_folders import caches, pickle_named
 from latentpipe.checkpoints.places.tool_folders import foreign as foreign
 from latentpipe.utils.errors import UserError, near
+from latentpipe.utils.gguf_header import SUFFIX as GGUF
 from latentpipe.utils.io import SUFFIXES, folders_once, home, printable
 
 FILES = {"lora": "LoRA", "embeddings": "embedding"}  # kinds that are files, never folders
@@ -27,38 +28,42 @@ def bundled_weights_dir() -> Path:
 def available(kind: str = "models") -> dict[str, Path]:
     """Names and places of all `kind` ("models", "vae", "lora", "embeddings" or "parts"): the shipped ones, then people's own.
 
-    A model or a VAE is a folder, or a safetensors file named by its stem (by its whole name where a folder has that); LoRA and
-    embeddings are safetensors files. What lies in a subfolder is named with it: "style/flat" (`lookup` also finds it as "flat").
+    A model or a VAE is a folder, or a safetensors file (a model: GGUF too) named by its stem (by its whole name where a folder
+    has that); LoRA and embeddings are safetensors files. What lies in a subfolder is named with it: "style/flat" (`lookup` also
+    finds it as "flat").
     """
     found: dict[str, Path] = {}
     if kind not in FILES and kind != "parts":
         for path in sorted(bundled_weights_dir().glob("[!.]*/model_index.json")):
             found[path.parent.name] = path.parent if kind == "models" else path.parent / "vae"
         for name, path in _entries(home() / "models", "model_index.json").items():
-            found[name] = path if kind == "models" else vae_of(path)
+            if kind == "models" or path.suffix != GGUF:  # which holds no VAE
+                found[name] = path if kind == "models" else vae_of(path)
     for root in (bundled_weights_dir() / kind, home() / kind):
         found |= _entries(root, "" if kind in (*FILES, "parts") else {"vae": "config.json"}.get(kind, "model_index.json"))
     return found
 
 
 def _entries(root: Path, index: str) -> dict[str, Path]:
-    """Names and places below a folder: folders that hold `index`, and safetensors files unless that is a model's.
+    """Names and places below a folder: folders that hold `index`, and files of weights unless that is a model's.
 
     Links to folders are followed, each folder once; hidden ones are passed by.
     """
     found: dict[str, Path] = {}
     files: dict[str, Path] = {}
+    suffixes = (*SUFFIXES, GGUF) if index == "model_index.json" else SUFFIXES
     for place, folders, names in folders_once(root):
         if index and index in names and place != root:
             found[printable(place.relative_to(root).as_posix())] = place
             folders.clear()  # its parts are no entries
         elif not (index == "model_index.json" and index in names):
             weights = (place / name for name in names if not name.startswith("."))
-            files |= {printable(path.relative_to(root).as_posix()): path for path in weights if path.suffix in SUFFIXES}
+            files |= {printable(path.relative_to(root).as_posix()): path for path in weights if path.suffix in suffixes}
     found = dict(sorted(found.items()))
-    for name, path in sorted(files.items()):
+    for name, path in sorted(files.items(), key=lambda row: (row[1].suffix == GGUF, row[0])):
         stem = name.removesuffix(path.suffix)
-        found[name if index and (root / stem).is_dir() else stem] = path
+        taken = (index and (root / stem).is_dir()) or (path.suffix == GGUF and stem in found)
+        found[name if taken else stem] = path
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 
 from latentpipe.checkpoints.pickles.unpickle import unpickled
 from latentpipe.utils.errors import UserError
-from latentpipe.utils.io import SUFFIXES, Header, is_safetensors, read_header, read_json, read_tensors
+from latentpipe.utils.io import SUFFIXES, Header, is_gguf, is_safetensors, read_header, read_json, read_tensors
 from latentpipe.utils.reading import parse_object
 
 VAE_FILE = "diffusion_pytorch_model.safetensors"
@@ -50,7 +50,7 @@ def open_source(path: Path, pickles: bool = False) -> Source:
     path = Path(path)
     if path.is_dir():
         return _folder(path, pickles)
-    if not path.is_file() or is_safetensors(path):  # judged by its first bytes, not by its name
+    if not path.is_file() or is_safetensors(path) or is_gguf(path):  # judged by its first bytes, not by its name
         return _file(path)
     if path.suffix in PICKLES or (pickles and path.suffix not in SUFFIXES):
         if not pickles:

@@ -18,6 +18,7 @@ from latentpipe.checkpoints.registry import (
 )
 from latentpipe.cli.common import as_json
 from latentpipe.utils.errors import begin
+from latentpipe.utils.gguf_header import SUFFIX as GGUF
 from latentpipe.utils.io import SUFFIXES
 
 Kind = Literal["all", "models", "vae", "lora", "adapters", "configs", "parts", "embeddings", "upscalers"]
@@ -43,6 +44,7 @@ def ls(kind: Kind = "all", /, fits: str | None = None) -> None:
         return
 
     from latentpipe.checkpoints.hub.importing import rows_of
+    from latentpipe.checkpoints.places.glance import family
 
     rows = [("model", available("models")), ("vae", available("vae")), ("lora", available("lora")), ("adapter", own_adapters())]
     rows += [("embedding", available("embeddings")), ("part", available("parts"))]
@@ -50,7 +52,8 @@ def ls(kind: Kind = "all", /, fits: str | None = None) -> None:
     others = rows_of(kind)
     for what, found in rows:
         for entry, path in sorted(found.items()) if kind in ("all", what, f"{what}s") else ():
-            print(f"{what:7} {entry:19} {path}")
+            told = f"  ({family(path)})" if path.suffix == GGUF else ""
+            print(f"{what:7} {entry:19} {path}{told}")
         print("".join(f"{line}\n" for line in others.pop(f"{what}s", others.pop(what, []))), end="")
     for problem in others.pop("problems", []):
         print(f"latentpipe: note: left out: {problem}", file=sys.stderr)
@@ -69,19 +72,19 @@ def inspect(
     """Print what a model, a VAE, a LoRA, an adapter or a picture says about itself, as JSON.
 
     Args:
-        path: A name, a model or VAE folder, a .safetensors file, an .lpz file, or a picture (also of others: A1111, ...).
+        path: A name, a model or VAE folder, a .safetensors or .gguf file, an .lpz file, or a picture (also of A1111, ...).
         family: Of a model's single file, as for 'latentpipe generate'.
         prediction: Likewise.
         config: Likewise.
         parts: Likewise.
     """
     from latentpipe.checkpoints.single_file.refusals import refuse_unreadable
-    from latentpipe.utils.io import is_safetensors
+    from latentpipe.utils.io import is_gguf, is_safetensors
 
     file = lookup(path, {**foreign("lora"), **available("lora")}, "LoRA") or own_adapters().get(path) or Path(path)
     if not file.exists() and is_installed_embedding(path):
         file = named_embedding(path)
-    if file.is_file() and not (file.suffix in SUFFIXES or is_safetensors(file)):
+    if file.is_file() and not (file.suffix in (*SUFFIXES, GGUF) or is_safetensors(file) or is_gguf(file)):
         refuse_unreadable(file)
         print(_of_file(file))
         return
@@ -97,6 +100,9 @@ def inspect(
     if file.is_file():
         check_kind(file)
     stated = Stated(family, prediction, config, parts)
+    if is_gguf(model := available("models").get(path, file)):
+        print(as_json(describe_file(model, stated)))
+        return
     if is_lora(file):
         print(as_json(lora_facts(file)))
     elif is_embedding(file):

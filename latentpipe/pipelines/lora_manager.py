@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from latentpipe.checkpoints.registry import find_lora, named_lora
+from latentpipe.checkpoints.single_file.gguf_tensors import refuse_packed
 from latentpipe.compatibility.measure import Verdict, measure
 from latentpipe.compatibility.verdict import decide_verdict
 from latentpipe.lora.adapter import Lora
@@ -182,6 +183,8 @@ class LoraManager:
         """Match an adapter (`LoraFuser.load`); an embedding beside it that does not fit is left out, with a note."""
         if any(weight.is_meta for model in self.fuser.components.values() for weight in model.parameters()):
             raise UserError("LoRA needs the weights in memory, and offload 'sequential' keeps them away; take offload 'model'.")
+        for name in lora.parts:
+            refuse_packed(self.fuser.components.get(name), f"The {name}", f"LoRA '{lora.name}' needs weights to add to")
         report = self.fuser.load(lora, partial)
         problems = {one.name: misfit(self.host, one) for one in lora.embeddings}
         for name, problem in problems.items():
@@ -241,11 +244,7 @@ class LoraManager:
         """||after - before|| / ||before|| of a denoising step, an encode and a decode, with the adapter alone at weight 1."""
         wanted = {probe for component in lora.parts for probe in _probes(component)}
         with self.fuser.adapters_disabled():
-            key = [
-                (parameter.dtype, parameter.device)
-                for model in self.fuser.components.values()
-                for parameter in model.parameters()
-            ]
+            key = [(one.dtype, one.device) for model in self.fuser.components.values() for one in model.parameters()]
             if self._still[0] != key:  # the first probe, or the model was moved
                 self._still = key, self._outputs({"step", "encode", "decode"})
             before = self._still[1]

@@ -22,6 +22,7 @@ from latentpipe.checkpoints.single_file.opening import WORDS
 from latentpipe.checkpoints.single_file.parts import Part
 from latentpipe.checkpoints.single_file.tokenizers import DATA
 from latentpipe.utils.errors import LatentpipeWarning
+from latentpipe.utils.gguf_header import BLOCKS, FLOATS, stored_bytes
 from latentpipe.utils.io import read_header
 from latentpipe.utils.logging import quiet
 from latentpipe.utils.reading import parse_object, read_json
@@ -39,6 +40,7 @@ SHOWN = {
     "flux": ("FLUX.1", 1024),
 }
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 2, "F8_E5M2": 2}  # in memory: fp8 is computed in bf16
+QUANTIZED = {kind for kind in BLOCKS if kind not in FLOATS}  # of GGUF
 CLIP_TOKENS, T5_TOKENS = 77, {"SD3Transformer2DModel": 256, "FluxTransformer2DModel": 512}
 
 
@@ -47,11 +49,13 @@ class Layout:
     """What a model is made of: config and class of each network, and how many numbers each holds.
 
     stored  bytes of all weights as they are stored
+    packed  of these, bytes of quantized weights, which stay as they are; `numbers` does not count them
     """
 
     networks: Mapping[str, tuple[str, Mapping[str, Any]]]
     numbers: Mapping[str, int]
     stored: int
+    packed: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,9 @@ def layout_of(place: Path, stated: Stated | None = None) -> Layout:
         for name, source in opened.sources.items():
             rows = _of_part(source) if isinstance(source, Part) else _of_folder(source)
             numbers[name], stored = rows[0], stored + rows[1]
+        packed = sum(_packed(source) for source in opened.sources.values() if isinstance(source, Part))
         classes = {name: (str(opened.configs.index[name][1]), opened.config(name)) for name in opened.sources}
-        return Layout(classes, numbers, stored)
+        return Layout(classes, numbers, stored + packed, packed)
     found: dict[str, tuple[str, Mapping[str, Any]]] = {}
     numbers, stored = {}, 0
     for name, (_, cls) in networks(read_json(place / "model_index.json")).items():
@@ -138,7 +143,7 @@ def need_of(
     free   bytes; None: what the device has now
     """
     free = memory.available(device) if free is None else free
-    weights = layout.stored if dtype is None else sum(layout.numbers.values()) * dtype.itemsize
+    weights = layout.stored if dtype is None else sum(layout.numbers.values()) * dtype.itemsize + layout.packed
     kind = dtype or torch.float16
     vae = layout.networks["vae"]
     down = downscale_of(vae[1])
@@ -251,8 +256,14 @@ def _native(config: Mapping[str, Any], down: int) -> tuple[int, int]:
 
 
 def _of_part(part: Part) -> tuple[int, int]:
-    sizes = {name: prod(shape) for name, shape in part.shapes.items()}
+    sizes = {name: prod(shape) for name, shape in part.shapes.items() if part.dtypes[name] not in QUANTIZED}
     return sum(sizes.values()), sum(size * BYTES.get(part.dtypes[name], 4) for name, size in sizes.items())
+
+
+def _packed(part: Part) -> int:
+    """Bytes of its quantized weights."""
+    kinds = {name: part.dtypes[name] for name in part.shapes if part.dtypes[name] in QUANTIZED}
+    return sum(stored_bytes(part.shapes[name], kind) for name, kind in kinds.items())
 
 
 def _of_folder(folder: Path) -> tuple[int, int]:

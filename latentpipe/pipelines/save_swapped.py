@@ -16,6 +16,7 @@ from latentpipe.checkpoints.model_files import read_card
 from latentpipe.checkpoints.pipeline_io import hashes, load_pipeline
 from latentpipe.checkpoints.registry import find_model, name_of
 from latentpipe.checkpoints.single_file.gather import Stated
+from latentpipe.checkpoints.single_file.gguf_tensors import refuse_packed
 from latentpipe.checkpoints.tensor_source import CARD_FILE
 from latentpipe.checkpoints.vae_io import PREVIEW_FILE, open_vae, vae_hash
 from latentpipe.compatibility.measure import Verdict
@@ -72,7 +73,10 @@ def save_swapped(
             ),
             stacklevel=2,
         )
-    twin = saveable(load_pipeline(folder, stated=stated), opened.build())
+    pipe = load_pipeline(folder, stated=stated)
+    for name, part in pipe.components.items():
+        refuse_packed(part, f"{folder}: its {name}", "diffusers writes no folder of such weights")
+    twin = saveable(pipe, opened.build())
     stored = next((tensor.dtype for tensor in opened.tensors.values() if tensor.is_floating_point()), torch.float32)
     kept = LatentSpace.of(twin) == opened.space  # else it was folded, which fp16 would round
     with atomic_folder(out) as part, quiet():

@@ -141,6 +141,10 @@ def _opened(path: Path, framework: str = "pt") -> Iterator[Any]:
 
     path = refuse_name(Path(path))
     size = check_file(path)
+    if is_gguf(path):
+        raise UserError(
+            f"{path} is a GGUF file, which is read for the transformer of a model alone (--model); give this one as safetensors."
+        )
     if path.suffix not in SUFFIXES and not is_safetensors(path):
         raise UserError(
             f"{path}: only safetensors files are read here (a pickle can run code when it is opened); "
@@ -166,6 +170,15 @@ def is_safetensors(path: Path) -> bool:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             return file.read(1) == b"{" and 1 < length <= file.seek(0, os.SEEK_END) - 8
+    except OSError:
+        return False
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as a GGUF file does, whatever its name says."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"GGUF"
     except OSError:
         return False
 

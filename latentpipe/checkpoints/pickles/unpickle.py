@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from latentpipe.utils.errors import UserError
-from latentpipe.utils.io import check_file, is_safetensors
+from latentpipe.utils.io import check_file, is_gguf, is_safetensors
 from latentpipe.utils.reading import parse_object
 
 SHARE, ROOM = 3, 2**30  # what the process may take beside its libraries: times the file's size, and bytes
@@ -61,8 +61,8 @@ def unpickled(source: Path) -> Iterator[Unpickled]:
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file is for `unpickle`: it is there, and does not begin as a safetensors file."""
-    return path.is_file() and not is_safetensors(path) and path.suffix not in (".safetensors", ".sft")
+    """Whether a file is for `unpickle`: it is there, and does not begin as a safetensors file or GGUF."""
+    return path.is_file() and not (is_safetensors(path) or is_gguf(path)) and path.suffix not in (".safetensors", ".sft")
 
 
 # --- the process ----------------------------------------------------------------------------------------------

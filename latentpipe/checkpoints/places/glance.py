@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from latentpipe.utils.errors import UserError
+from latentpipe.utils.gguf_header import read_gguf
+from latentpipe.utils.io import is_gguf
 from latentpipe.utils.reading import MOST_HEADER, parse_object, read_json
 
 CONTEXT = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL refiner", 2048: "SDXL"}
@@ -19,12 +21,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def family(path: Path) -> str:
-    """ "SDXL", "FLUX.1", ... of a safetensors file or a model's folder; "?" where its header does not tell."""
+    """ "SDXL", "FLUX.1, GGUF Q8_0", ... of a file of weights or a model's folder; "?" where its header does not tell."""
     try:
         if path.is_dir():
             index = path / "model_index.json"
             config = read_json(index if index.is_file() else path / "config.json")
             return str(config.get("_class_name") or "?")[:60]
+        if is_gguf(path):
+            packed = read_gguf(path)
+            return f"{_of_shapes(packed.shapes)}, GGUF {packed.quantization}"
         return _of_shapes(_shapes(path))
     except (UserError, OSError, ValueError):
         return "damaged"

@@ -15,6 +15,7 @@ from typing import Any
 from latentpipe.checkpoints.places.hub_cache import repositories
 from latentpipe.checkpoints.places.invoke import PICKLES, SAFE, registered
 from latentpipe.utils.errors import UserError
+from latentpipe.utils.gguf_header import SUFFIX as GGUF
 from latentpipe.utils.io import folders_once
 from latentpipe.utils.reading import read_json, read_yaml
 
@@ -76,8 +77,8 @@ class Found:
 
     @property
     def opens(self) -> bool:
-        """Whether it is a folder or safetensors; a pickle is for `convert` alone."""
-        return self.path.suffix in SAFE or self.path.is_dir()
+        """Whether it is a folder, safetensors or GGUF; a pickle is for `convert` alone."""
+        return self.path.suffix in (*SAFE, GGUF) or self.path.is_dir()
 
 
 def folders_file() -> Path:
@@ -154,7 +155,7 @@ def entries(one: Import) -> list[Found]:
     taken = {entry.name for entry in found}
     for kind, root in roots(one.tool, one.path):
         for path in _files(root):
-            if path in known:
+            if path in known or (path.suffix == GGUF and kind not in ("models", "parts")):
                 continue
             known.add(path)
             relative = path.relative_to(root).as_posix()
@@ -223,7 +224,7 @@ def _files(root: Path) -> Iterator[Path]:
 
 
 def _holds_weights(name: str) -> bool:
-    return not name.startswith(".") and name.endswith((*SAFE, *PICKLES))
+    return not name.startswith(".") and name.endswith((*SAFE, *PICKLES, GGUF))
 
 
 def _of_cache(one: Import) -> Iterator[Found]:

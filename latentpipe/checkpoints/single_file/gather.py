@@ -15,6 +15,7 @@ from latentpipe.checkpoints.single_file.families import FAMILIES
 from latentpipe.checkpoints.single_file.identify import Identity, identify
 from latentpipe.checkpoints.single_file.parts import Part
 from latentpipe.utils.errors import UserError
+from latentpipe.utils.io import is_gguf
 
 OPTIONAL = {("StableDiffusion3", "text_encoder_3")}  # diffusers draws without
 
@@ -117,7 +118,10 @@ def _complete(found: Identity, configs: Configs, stated: Stated) -> Opened:
 def _parts_of(path: Path) -> Mapping[str, Part]:
     """The parts of a file that completes another."""
     found = identify(path)
-    if not found.parts or found.role in ("lora", "embedding") or found.quantization in ("nf4", "fp4", "quantized"):
+    if is_gguf(path) and found.role == "transformer":
+        raise UserError(f"{path} holds a transformer in GGUF; give it with --model, and what completes it with --parts.")
+    unread = found.quantization in ("nf4", "fp4", "quantized") or is_gguf(path)
+    if not found.parts or found.role in ("lora", "embedding") or unread:
         raise UserError(found.why or f"{path} holds no part of a model.")
     return found.parts
 

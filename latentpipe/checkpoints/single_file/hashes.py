@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from latentpipe.checkpoints.single_file.gather import Opened, Stated, open_file
+from latentpipe.checkpoints.single_file.gguf_tensors import as_stored
 from latentpipe.checkpoints.single_file.opening import part_tensors
 from latentpipe.checkpoints.text_names import as_hashed
 from latentpipe.utils.io import content_hash
@@ -55,7 +56,7 @@ def _network(opened: Opened, component: str) -> str:
     tensors = part_tensors(opened, component)
     if component == "vae":
         return content_hash(tensors, LatentSpace.from_config(opened.config("vae")))
-    return content_hash(as_hashed(tensors, str(opened.configs.index[component][1])))
+    return content_hash(as_hashed(as_stored(tensors), str(opened.configs.index[component][1])))
 
 
 def _tokenizer(opened: Opened, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a safetensors file is, by its header alone: family, role, channels, prediction, parts, quantization."""
+"""What a safetensors or GGUF file is, by its header alone: family, role, channels, prediction, parts, quantization."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from latentpipe.checkpoints.single_file.parts import WORDS, Contents, Part, cont
 from latentpipe.checkpoints.single_file.prediction import Prediction, predicted
 from latentpipe.checkpoints.single_file.refusals import check_kind
 from latentpipe.utils.errors import UserError, counted
-from latentpipe.utils.io import Header, read_header
+from latentpipe.utils.gguf_header import BLOCKS, GGUFHeader, read_gguf
+from latentpipe.utils.io import Header, is_gguf, read_header
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 FP8 = {"F8_E4M3": "fp8 (e4m3)", "F8_E5M2": "fp8 (e5m2)"}
@@ -27,7 +28,7 @@ class Identity:
     family        name of `families.FAMILIES`; None where the role has none, or where nothing here knows it
     readings      the families that its shapes fit, where these are several
     why           what speaks against opening it, in a sentence; empty where nothing does
-    quantization  "fp8 (e4m3)", "scaled fp8 (e4m3)", "nf4", ...; empty for plain floats
+    quantization  "fp8 (e4m3)", "scaled fp8 (e4m3)", "GGUF Q8_0", "nf4", ...; empty for plain floats
     """
 
     path: Path
@@ -72,17 +73,18 @@ class Identity:
 def identify(path: Path, family: str | None = None, config: bool = False) -> Identity:
     """What a file is. `family` is what a person says; with a `config` folder the shapes need not be those of a known family.
 
-    UserError where it is no safetensors file, or a person's word contradicts its shapes. Anything else that speaks against
+    UserError where it is neither, or a person's word contradicts its shapes. Anything else that speaks against
     opening it is told in `why`.
     """
     path = Path(path)
     check_kind(path)
-    header = read_header(path)
+    packed = read_gguf(path) if is_gguf(path) else None
+    header = read_header(path) if packed is None else packed.header
     try:
         found = contents(header, path)
     except UserError as error:
         return Identity(path, "unknown", Contents({}, frozenset(), 0, tuple(header.shapes)), header.metadata, why=str(error))
-    dtype, quantized, wrong = _numbers(header)
+    dtype, quantized, wrong = _numbers(header) if packed is None else _types(packed)
     base: dict[str, Any] = {"metadata": header.metadata, "dtype": dtype, "quantization": quantized}
     if is_adapter(header.shapes):
         return Identity(
@@ -91,6 +93,8 @@ def identify(path: Path, family: str | None = None, config: bool = False) -> Ide
     if names_an_embedding(header.shapes):
         return Identity(path, "embedding", found, why=f"{path} holds a textual inversion embedding, not a model.", **base)
     role = _role(found)
+    if packed is not None and (why := _not_read(path, role, found, packed)):
+        return Identity(path, role, found, why=why, **base)
     if role == "unknown":
         what = families.other(header.shapes)
         what = f"looks like {what}" if what else f"looks like {looks_like(header.shapes)}"
@@ -155,6 +159,27 @@ def _role(found: Contents) -> str:
 
 def _only(found: Contents) -> str:
     return " and ".join(f"a {WORDS[slot]}" for slot in found.parts)
+
+
+def _not_read(path: Path, role: str, found: Contents, packed: GGUFHeader) -> str:
+    """Why a GGUF file is none that is read; empty for a transformer alone."""
+    if role == "transformer":
+        return ""
+    stated = packed.metadata.get("general.architecture", "")[:40]
+    what = f"it holds {'a UNet' if role == 'unet' else _only(found)}" if found.parts else families.other(packed.shapes)
+    what = what if found.parts else f"it looks like {what or 'a model of another kind'}"
+    return (
+        f"{path} is a GGUF file of which nothing is read here: {what}{f' (architecture {stated!r})' if stated else ''}; read "
+        "are the transformers of FLUX.1 and Stable Diffusion 3 and 3.5. Give it as safetensors."
+    )
+
+
+def _types(packed: GGUFHeader) -> tuple[str, str, str]:
+    """As `_numbers`, of a GGUF file."""
+    strange = next((name for name, kind in packed.types.items() if kind not in BLOCKS), None)
+    wrong = f"{strange[:80]} is quantized as {packed.types[strange]}; read are {', '.join(BLOCKS)}." if strange else ""
+    dtype = ", ".join(sorted({kind for name, kind in packed.types.items() if packed.shapes[name]}))
+    return dtype, f"GGUF {packed.quantization}", wrong
 
 
 def _numbers(header: Header) -> tuple[str, str, str]:

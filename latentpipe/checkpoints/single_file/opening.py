@@ -15,6 +15,7 @@ from latentpipe.checkpoints.components import built_within, telling
 from latentpipe.checkpoints.config_ranges import check_schedule
 from latentpipe.checkpoints.single_file import tokenizers
 from latentpipe.checkpoints.single_file.gather import Opened, Stated, open_file
+from latentpipe.checkpoints.single_file.gguf_tensors import build_packed, finite_scales, full_shape, is_packed, linear_alone
 from latentpipe.checkpoints.single_file.parts import Part
 from latentpipe.checkpoints.single_file.tensors import FP8, read_part, tensors_in_folder, usual_dtype
 from latentpipe.utils.errors import LatentpipeWarning, UserError
@@ -27,7 +28,8 @@ WORDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 def load(path: Path, dtype: torch.dtype | None = torch.float32, stated: Stated | None = None) -> Any:
     """The pipeline of a single file, its networks in eval mode on the CPU.
 
-    dtype  None: as stored (the weights stay mapped to the file; fp8 becomes bf16)
+    dtype  None: as stored (the weights stay mapped to the file; fp8 becomes bf16). Quantized weights (GGUF) always stay as they
+           are; `dtype` is what they are computed in
 
     UserError where the file does not open, where a tensor is missing, extra, misshapen or (when it is converted) not finite.
     """
@@ -40,6 +42,7 @@ def assemble(opened: Opened, dtype: torch.dtype | None) -> Any:
 
     read = {component: part_tensors(opened, component) for component in opened.sources}
     _tell(opened, read, dtype)
+    dtype = dtype or _beside_packed(read)
     cls: Any = getattr(diffusers, opened.configs.pipeline, None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
         raise UserError(f"{opened.configs.folder}: _class_name is {opened.configs.pipeline!r}; expected a pipeline of diffusers.")
@@ -74,6 +77,22 @@ def part_tensors(opened: Opened, component: str) -> dict[str, torch.Tensor]:
     config, projection = opened.config(component), opened.configs.index[component][1].endswith("WithProjection")
     with telling(source.path, component):
         return read_part(source, config, projection)
+
+
+def _beside_packed(read: Mapping[str, Mapping[str, torch.Tensor]]) -> torch.dtype | None:
+    """The dtype that a model with quantized weights is computed in "as stored": that of its largest other part, else bf16.
+
+    None where no weights are quantized.
+    """
+    if not any(is_packed(value) for tensors in read.values() for value in tensors.values()):
+        return None
+    plain = {name: {key: value for key, value in tensors.items() if not is_packed(value)} for name, tensors in read.items()}
+    largest = max((name for name in read if name.startswith("text_encoder")), default=None, key=lambda name: _size(plain[name]))
+    return torch.bfloat16 if largest is None else usual_dtype(plain[largest])
+
+
+def _size(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(map(torch.numel, tensors.values()))
 
 
 def _tell(opened: Opened, read: Mapping[str, Mapping[str, torch.Tensor]], dtype: torch.dtype | None) -> None:
@@ -111,7 +130,11 @@ def _network(opened: Opened, component: str, tensors: dict[str, torch.Tensor], d
             if opened.configs.folder is None
             else built_within(build, sum(map(torch.numel, tensors.values())), len(tensors))
         )
-    fill(model, tensors, dtype, f"{place}: its {component}")
+    what = f"{place}: its {component}"
+    if any(map(is_packed, tensors.values())):
+        assert dtype is not None  # `assemble` settles it
+        return build_packed(cls, config, fitted(model, linear_alone(model, tensors), dtype, what), dtype).eval()
+    fill(model, tensors, dtype, what)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     return model.eval()
@@ -128,7 +151,17 @@ def _class(library: str, name: str, place: Path) -> Any:
 
 
 def fill(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None, what: str) -> None:
-    """Give an empty network its tensors: as they are where their dtype is the wanted one, else converted.
+    """Give an empty network its tensors, as `fitted` has them."""
+    model.load_state_dict(fitted(model, tensors, dtype, what), assign=True)
+    empty = [name for name, value in itertools.chain(model.named_parameters(), model.named_buffers()) if value.is_meta]
+    if empty:
+        raise UserError(_listed(what, type(model).__name__, [f"missing {name}" for name in empty]))
+
+
+def fitted(
+    model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None, what: str
+) -> dict[str, torch.Tensor]:
+    """The tensors of an empty network: as they are where they are quantized or their dtype is the wanted one, else converted.
 
     UserError names missing, extra, misshapen and non-finite ones (values are looked at where they are converted).
     """
@@ -139,9 +172,9 @@ def fill(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: tor
     problems = [f"missing {name}" for name in wanted if name not in tensors]
     problems += [f"extra {name}" for name in tensors if name not in wanted]
     for name, value in tensors.items():
-        if name in wanted and value.shape != wanted[name].shape:
-            problems.append(f"{name} is {tuple(value.shape)}, expected {tuple(wanted[name].shape)}")
-        elif name in wanted and wanted[name].is_floating_point() > value.is_floating_point():
+        if name in wanted and full_shape(value) != wanted[name].shape:
+            problems.append(f"{name} is {tuple(full_shape(value))}, expected {tuple(wanted[name].shape)}")
+        elif name in wanted and wanted[name].is_floating_point() > (value.is_floating_point() or is_packed(value)):
             problems.append(f"{name} is stored as {str(value.dtype).removeprefix('torch.')}, expected a float")
     if problems:
         raise UserError(_listed(what, type(model).__name__, problems))
@@ -151,6 +184,8 @@ def fill(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: tor
     for name, value in tensors.items():
         to = torch.float32 if any(f".{module}." in f".{name}" for module in kept) else dtype
         cast[name] = value
+        if is_packed(value) and not finite_scales(value):
+            problems.append(f"{name} holds scales that are not finite")
         if value.is_floating_point() and value.dtype != to:
             cast[name] = value.to(to)
             if not all_finite(cast[name]):
@@ -158,10 +193,7 @@ def fill(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: tor
                 problems.append(f"{name} holds values that are {why}")
     if problems:
         raise UserError(_listed(what, type(model).__name__, problems))
-    model.load_state_dict(cast, assign=True)
-    empty = [name for name, value in itertools.chain(model.named_parameters(), model.named_buffers()) if value.is_meta]
-    if empty:
-        raise UserError(_listed(what, type(model).__name__, [f"missing {name}" for name in empty]))
+    return cast
 
 
 def _listed(what: str, cls: str, problems: list[str]) -> str:

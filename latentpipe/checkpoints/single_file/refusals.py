@@ -1,22 +1,22 @@
-"""Files that are no safetensors file: what they are, told by their first bytes."""
+"""Files that are no safetensors file (nor GGUF): what they are, told by their first bytes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from latentpipe.utils.errors import UserError
-from latentpipe.utils.io import is_safetensors
+from latentpipe.utils.io import is_gguf, is_safetensors
 from latentpipe.utils.reading import file_size
 
 HEAD = 512  # bytes that are looked at
 
 
 def check_kind(path: Path) -> None:
-    """UserError that says what a file is, where it is no safetensors file."""
+    """UserError that says what a file is, where it is neither a safetensors file nor GGUF."""
     size = file_size(path, "a model in safetensors format")
     if not size:
         raise UserError(f"{path} is empty (0 bytes); fetch it again.")
-    if is_safetensors(path):
+    if is_safetensors(path) or is_gguf(path):
         return
     refuse_unreadable(path)
     raise UserError(
@@ -25,7 +25,7 @@ def check_kind(path: Path) -> None:
 
 
 def refuse_unreadable(path: Path) -> None:
-    """UserError where a file is what no verb reads as it is: nothing, a pointer, a page, a text of a server, GGUF, a pickle."""
+    """UserError where a file is what no verb reads as it is: nothing, a pointer, a page, a text of a server, a pickle."""
     size, head = path.stat().st_size, _head(path)
     if not size:
         raise UserError(f"{path} is empty (0 bytes); fetch it again.")
@@ -38,8 +38,6 @@ def refuse_unreadable(path: Path) -> None:
         raise UserError(f"{path} is a web page and no model; the download gave an error or a login page. Fetch it again.")
     if start.startswith((b"{", b"access", b"invalid", b"entry", b"repository")) and size < 2**16:
         raise UserError(f"{path} is a text of {size} bytes and no model ({_shown(head)}); fetch it again.")
-    if head.startswith(b"GGUF"):
-        raise UserError(f"{path} is a GGUF file, which is not read; give the model as safetensors.")
     if head.startswith(b"PK\3\4") or head.startswith(b"\x80") or path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(
             f"{path} is a pickle (or an archive of one), which can run code when it is opened; turn it into safetensors once: "

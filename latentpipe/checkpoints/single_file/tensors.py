@@ -11,11 +11,12 @@ import torch
 
 from latentpipe.checkpoints import ldm_keys as kl
 from latentpipe.checkpoints.single_file import tables
+from latentpipe.checkpoints.single_file.gguf_tensors import read_gguf_tensors
 from latentpipe.checkpoints.single_file.parts import Part
 from latentpipe.checkpoints.single_file.tables import StateDict
 from latentpipe.checkpoints.single_file.unet import diffusers_names
 from latentpipe.utils.errors import UserError
-from latentpipe.utils.io import read_tensors
+from latentpipe.utils.io import is_gguf, read_tensors
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -59,7 +60,8 @@ def usual_dtype(tensors: StateDict) -> torch.dtype:
 
 def _stored(part: Part) -> StateDict:
     """A part's tensors by their own names; fp8 that has scales times these."""
-    found = read_tensors(part.path, part.names.values())
+    read = read_gguf_tensors if is_gguf(part.path) else read_tensors
+    found = read(part.path, part.names.values())
     stored = {own: found[full] for own, full in part.names.items()}
     if part.scales:
         scales = read_tensors(part.path, part.scales.values())

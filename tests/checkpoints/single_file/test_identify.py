@@ -295,7 +295,7 @@ FILES: list[tuple[str, bytes, str]] = [
     ("lfs", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4265146304\n", "git LFS pointer"),
     ("html", b"<!DOCTYPE html><html><body>Sign in</body></html>", "a web page"),
     ("json", b'{"error": "Repository not found"}', "a text of 33 bytes"),
-    ("gguf", b"GGUF\3\0\0\0" + bytes(64), "a GGUF file"),
+    ("gguf", b"GGUF\3\0\0\0" + bytes(64), "a GGUF file of which nothing is read here"),
     ("pickle", b"\x80\x02}q\0.", "a pickle"),
     ("zip", b"PK\3\4" + bytes(64), "a pickle"),
     ("noise", bytes(range(200)), "not a safetensors file"),
