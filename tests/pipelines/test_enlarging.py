@@ -16,7 +16,9 @@ from latentpipe import LatentPipeline, UserError, VAEStage, check_swap, swap_vae
 from latentpipe.checkpoints.pipeline_io import load_pipeline
 from latentpipe.checkpoints.registry import find_model
 from latentpipe.checkpoints.vae_io import load_vae
+from latentpipe.compatibility.latent_adapter import BridgedStage
 from latentpipe.compatibility.measure import comparable
+from latentpipe.vae.probe_images import probe_images
 
 
 class Doubled(AutoencoderKL):
@@ -103,3 +105,15 @@ def test_eight_times_is_another_shape(host: Any) -> None:
     assert check_swap(host, stage).outcome == "other shape"
     with pytest.raises(UserError, match="Not even force"):
         swap_vae(host, stage, force=True)
+
+
+def test_with_the_hosts_own_encoder_pictures_come_at_the_decoders_size(host: Any) -> None:
+    own, large = VAEStage(host.vae), doubled()
+    images = probe_images(2, 128)
+    bridged = BridgedStage(own, None, large)
+    latents = bridged.encode(images)
+    assert torch.equal(latents, own.encode(functional.avg_pool2d(images, 2)))
+    assert torch.equal(bridged.decode(latents), large.decode(latents))
+    small = BridgedStage(large, None, own)  # the other way round: the encoder's pictures are the larger ones
+    assert small.space.downscale == 4
+    assert small.encode(images[..., :64, :64]).shape == (2, 8, 16, 16)
