@@ -44,7 +44,7 @@ ROOMS = {
         extract matching fusion
     """,
     "pipelines": """
-        facade families hosting metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling denoise
+        facade family_table families hosting metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling denoise
         batches embeddings lora_manager metadata.reader picture swap save_swapped verdict_cache vocabulary prompt_notes 
         memory_need opening latent_pipeline
     """,

@@ -44,7 +44,7 @@ def denoise(
     if "intermediate_timesteps" in wanted and settings.num_inference_steps != 2:
         arguments["intermediate_timesteps"] = None  # Sana Sprint's default is for two steps
     run = _guided if is_classic(host) else _plain
-    with cancellation.interruptible(getattr(twin, families.family_of(host).denoiser)):
+    with cancellation.interruptible(getattr(twin, families.denoiser(host))):
         latents, stopped = run(twin, prompts, settings, on_step, arguments)
     return latents if stopped else hosting.unpack(twin, latents, height, width)
 
@@ -72,9 +72,9 @@ def redraws(host: Any) -> str:
 
     A UNet that also reads a mask and a masked picture has 9 input channels for 4 latent ones; `explore.inpaint` draws with it.
     """
-    config = getattr(host, families.family_of(host).denoiser).config
+    config = getattr(host, families.denoiser(host)).config
     taken, drawn = config.get("in_channels") or 0, config.get("out_channels") or 0
-    if families.family_of(host).denoiser != "unet" or taken <= drawn:
+    if families.denoiser(host) != "unet" or taken <= drawn:
         return ""
     if (taken, drawn) == (9, 4):
         return f"redraws parts of pictures (its UNet takes {taken} channels: noise, a mask and the masked picture)"
@@ -83,7 +83,7 @@ def redraws(host: Any) -> str:
 
 def native_size(host: Any, stage: Any = None) -> tuple[int, int]:
     """Width and height, in pixels of the stage's decoder (None: the host's own), that a host's denoiser was trained at."""
-    config = getattr(host, families.family_of(host).denoiser).config
+    config = getattr(host, families.denoiser(host)).config
     sample = config.get("sample_size") or getattr(host, "default_sample_size", 128)
     height, width = sample if isinstance(sample, (tuple, list)) else (sample, sample)
     factor = stage.space.downscale if stage is not None else host.vae_scale_factor
@@ -92,18 +92,17 @@ def native_size(host: Any, stage: Any = None) -> tuple[int, int]:
 
 def size_unit(host: Any, stage: Any = None) -> int:
     """The number that both sides of a picture of the stage's decoder (None: the host's own) must be multiples of."""
-    family = families.family_of(host)
     factor = stage.space.downscale if stage is not None else host.vae_scale_factor
-    config = getattr(host, family.denoiser).config
-    if family.denoiser == "unet":
+    config = getattr(host, families.denoiser(host)).config
+    if families.denoiser(host) == "unet":
         # Halving inside the UNet needs whole numbers too; the host itself asks for multiples of 8.
         return math.lcm(8, factor * 2 ** (len(config.block_out_channels) - 1))
-    return factor * max(family.patch, config.get("patch_size") or 1)
+    return factor * max(families.facts(type(host)).patch, config.get("patch_size") or 1)
 
 
 def check_host(host: Any) -> None:
     """UserError where `host` is no diffusers pipeline with a VAE, but a name, a network or something else."""
-    if not hasattr(host, "components") or getattr(host, "vae", None) is None:
+    if not hasattr(host, "components") or families.autoencoder(host) is None:
         given = f"'{host}'" if isinstance(host, str) else type(host).__name__
         raise UserError(
             f"LatentPipeline was given {given}; expected a diffusers pipeline with a VAE. "
@@ -123,7 +122,7 @@ def check_family(host: Any, settings: Settings) -> None:
         wrong = f"{family.name} has no pipeline that begins from a picture; leave the picture out."
     elif settings.guidance_interval != (0.0, 1.0) and not is_classic(host):
         wrong = f"{family.name} cannot switch its guidance step by step; leave guidance_interval out."
-    elif settings.scheduler and family.denoiser != "unet":
+    elif settings.scheduler and families.denoiser(host) != "unet":
         wrong = f"{family.name} draws by flow matching with its own scheduler; leave the scheduler out."
     elif settings.negative_prompt and ("true_cfg_scale" in wanted or "negative_prompt" not in wanted):
         wrong = f"{family.name} has its guidance built in and takes no negative prompt; leave it out."
@@ -185,11 +184,11 @@ def host_for(host: Any, stage: Stage, settings: Settings, cls: type | None = Non
 
     parts = {}
     name = SCHEDULERS[settings.scheduler] if settings.scheduler else type(host.scheduler).__name__
-    if families.family_of(host).denoiser == "unet":
+    if families.denoiser(host) == "unet":
         parts["scheduler"] = getattr(diffusers, name).from_config(host.scheduler.config, **SCHEDULER_OPTIONS.get(name, {}))
     family = families.family_of(host)  # the folder of an img2img or inpainting pipeline draws from a prompt as well
     cls = cls or getattr(diffusers, family.text if settings.image is None else family.image, None)
-    twin = hosting.rebuild(host, cls, vae=hosting.normalized(cls or type(host), stage, host.vae), **parts)
+    twin = hosting.put_in(host, hosting.in_latents(cls or type(host), stage, families.autoencoder(host)), cls, **parts)
     twin.set_progress_bar_config(disable=True)
     return twin
 

@@ -245,6 +245,8 @@ def declared(vae: Any) -> LatentSpace | None:
 
 def with_factors(vae: Any, space: LatentSpace, host: Any) -> Any:
     """The same weights with their normalization in the config fields that this host (a row of `families`) reads."""
+    if host.raw or space.patch > 1:  # its code reads no factor, or those that are weights
+        return vae
     config = vae.config
     statistics = config.get("latents_mean") is not None and config.get("latents_std") is not None
     shift = config.get("shift_factor")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import warnings
 from typing import Any
 
 import torch
 
-from latentpipe.pipelines.facade import VAEFacade, behind, facade_of, staged, with_factors
-from latentpipe.pipelines.families import FAMILIES, RAW, expected_latents, family_of, row, unsupported_reason
-from latentpipe.utils.errors import UserError
+from latentpipe.pipelines.facade import VAEFacade, facade_of, staged, with_factors
+from latentpipe.pipelines import families
+from latentpipe.pipelines.families import FAMILIES, OUT_OF_SCOPE, RAW, expected_latents, facts, family_of, row, unsupported_reason
+from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.vae.protocol import Stage
 from latentpipe.vae.stage import VAEStage
 
@@ -39,8 +41,9 @@ def rebuild(pipe: Any, cls: type | None = None, **parts: Any) -> Any:
                 components[name]._internal_dict = config
     if "requires_safety_checker" in flags and "requires_safety_checker" in pipe.config:
         new.register_to_config(requires_safety_checker=pipe.config["requires_safety_checker"])
-    if isinstance(new.vae, VAEFacade) and not new.vae.own:
-        new.save_pretrained = new.vae.save_pretrained  # diffusers would write a folder without a VAE
+    vae = families.autoencoder(new)
+    if isinstance(vae, VAEFacade) and not vae.own:
+        new.save_pretrained = vae.save_pretrained  # diffusers would write a folder without a VAE
     new.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return new
 
@@ -48,7 +51,12 @@ def rebuild(pipe: Any, cls: type | None = None, **parts: Any) -> Any:
 def hosted(pipe: Any, stage: Stage | None = None, cls: type | None = None) -> Any:
     """The pipeline rebuilt around a stage (default: its own VAE), as its own class or another: it draws what stock draws."""
     family_of(pipe)
-    return rebuild(pipe, cls, vae=facade(cls or type(pipe), stage or behind(pipe.vae), pipe.vae))
+    return put_in(pipe, facade(cls or type(pipe), stage or families.own_stage(pipe), families.autoencoder(pipe)), cls)
+
+
+def put_in(pipe: Any, vae: Any, cls: type | None = None, **parts: Any) -> Any:
+    """As `rebuild`, with another autoencoder in its place, which families name differently."""
+    return rebuild(pipe, cls, **{facts(type(pipe)).autoencoder: vae}, **parts)
 
 
 def facade(cls: type, stage: Stage, own: Any) -> Any:
@@ -70,23 +78,37 @@ def normalized(cls: type, stage: Stage, own: Any) -> Any:
             f"{unsupported_reason(cls, stage, own) or 'here they are normalized'}. Use its own VAE, or one that declares "
             "the same factors."
         )
+    if isinstance(own, torch.nn.Module) and getattr(own, "bn", None) is not None:
+        raise UserError(
+            f"{cls.__name__} normalizes latents by the statistics inside its VAE: "
+            f"{unsupported_reason(cls, stage, own) or 'it can take the VAE as it is alone'}."
+        )
     mine = isinstance(stage, VAEStage) and [*stage.vae.children()] == [*own.children()] and getattr(own, "own", True)
     return facade_of(stage, mine)
 
 
+def in_latents(cls: type, stage: Stage, own: Any) -> Any:
+    """A stage as the VAE of a pipeline class whose latents are asked for: whatever it does not read itself is done by the stage."""
+    return facade(cls, stage, own) if getattr(stage.space, "patch", 1) > 1 or row(cls).raw else normalized(cls, stage, own)
+
+
 def unpack(pipe: Any, latents: torch.Tensor, height: int | None = None, width: int | None = None) -> torch.Tensor:
     """Latents as a host returns them to B C h w; `height` and `width` of the picture in pixels, None: the host's default."""
-    host, (channels, downscale) = family_of(pipe), expected_latents(pipe)
-    if host.patch > 1 and latents.ndim == 3:
-        side = pipe.default_sample_size * downscale
+    patch, (channels, downscale) = facts(type(pipe)).patch, expected_latents(pipe)
+    if latents.ndim == 3:
+        side = pipe.default_sample_size * pipe.vae_scale_factor
         height, width = height or side, width or side
-        tokens = math.prod(int(each) // (downscale * host.patch) for each in (height, width))
+        sides = [int(each) // (downscale * patch) for each in (height, width)]
+        tokens = math.prod(sides)
         if latents.shape[1] != tokens:
             raise UserError(
                 f"{type(pipe).__name__} returns {latents.shape[1]} tokens, and a picture of {width} x {height} pixels has "
                 f"{tokens}; give the height and width that it draws in."
             )
-        latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+        if patch > 1:
+            latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+        else:
+            latents = latents.transpose(1, 2).unflatten(2, sides)
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise UserError(
             f"{type(pipe).__name__} returns latents of shape {tuple(latents.shape)}; expected (B, {channels}, h, w). "
@@ -102,16 +124,52 @@ def draw(pipe: Any, stage: Stage | None = None, **call: Any) -> torch.Tensor:
 
     What the host does after decoding is done here too: Sana's resize, SD's safety checker, SDXL's watermark.
     """
-    stage = stage or behind(pipe.vae)
+    stage = stage or families.own_stage(pipe)
+    if not family_of(pipe).listed:
+        return finish(pipe, tried(pipe, stage, call), call)
     returned = hosted(pipe, stage)(**call, output_type="latent", return_dict=False)[0]
     latents = unpack(pipe, returned, call.get("height"), call.get("width"))
     images = stage.decode(latents.to(stage.dtype))  # Sana returns wider ones than it decodes
     return finish(pipe, images, call)
 
 
+def tried(pipe: Any, stage: Stage, call: dict[str, Any]) -> torch.Tensor:
+    """Images of a pipeline that nobody has declared: what it gives its own VAE to decode is measured while it runs.
+
+    Whatever layout its latents have, these are the raw values of one picture tensor; where they are none, a UserError says so.
+    """
+    name, own = type(pipe).__name__, families.own_stage(pipe)
+    host, seen = hosted(pipe), []
+    vae = families.autoencoder(host)
+
+    def decode(raw: torch.Tensor, *_: Any, return_dict: bool = True, **options: Any) -> Any:
+        seen.append(raw)
+        sides = [side * own.space.downscale // own.space.patch for side in raw.shape[-2:]]
+        images = torch.zeros(len(raw), 3, *sides, dtype=raw.dtype, device=raw.device)
+        return DecoderOutput(images) if return_dict else (images,)
+
+    from diffusers.models.autoencoders.vae import DecoderOutput
+
+    vars(vae)["decode"] = decode
+    host(**call, output_type="pt")
+    kind = isinstance(vae, VAEFacade)
+    channels = own.space.channels // own.space.patch**2
+    if len(seen) != 1 or seen[0].ndim != 4 or seen[0].shape[1] != channels:
+        shapes = ", ".join(str(tuple(each.shape)) for each in seen) or "nothing"
+        raise UserError(
+            f"{name} is in no family that this release knows, and the measurement failed: it gave its VAE {shapes} to decode; "
+            f"expected one tensor of shape (B, {channels}, h, w). A family is declared in latentpipe.pipelines.family_table."
+        )
+    reason = f" ({OUT_OF_SCOPE[name]})" if name in OUT_OF_SCOPE else ""
+    told = f"{name} is in no family that this release knows{reason}; it was tried: it decodes raw latents of shape {tuple(seen[0].shape)}"
+    warnings.warn(told, LatentpipeWarning, stacklevel=3)
+    latents = seen[0] if kind else own.space.normalize(seen[0])
+    return stage.decode(latents.to(stage.dtype))
+
+
 def finish(pipe: Any, images: torch.Tensor, call: dict[str, Any]) -> torch.Tensor:
     """What the host's own tail does to decoded images (B 3 H W)."""
-    if family_of(pipe).bins and call.get("use_resolution_binning", True):
+    if facts(type(pipe)).bins and call.get("use_resolution_binning", True):
         defaults = inspect.signature(type(pipe).__call__).parameters
         width, height = (call.get(name, defaults[name].default) for name in ("width", "height"))
         images = pipe.image_processor.resize_and_crop_tensor(images, width, height)

@@ -29,7 +29,7 @@ from latentpipe.pipelines import prompt_notes, vocabulary
 from latentpipe.pipelines.batches import drawn
 from latentpipe.pipelines.denoise import check_family, check_host, denoise, native_size, size_unit
 from latentpipe.pipelines.embeddings import EmbeddingManager
-from latentpipe.pipelines.families import expected_latents
+from latentpipe.pipelines.families import autoencoder, expected_latents
 from latentpipe.pipelines.hosting import finish
 from latentpipe.pipelines.lora_manager import LoraManager
 from latentpipe.pipelines.metadata import recipe as recipes
@@ -123,7 +123,7 @@ class LatentPipeline:
         def opened() -> LatentPipeline:
             host = host_from(folder, device, dtype, offload, stated)
             card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
-            own = read_preview(folder / "vae" / PREVIEW_FILE, LatentSpace.of(host.vae).channels)
+            own = read_preview(folder / "vae" / PREVIEW_FILE, host_stage(host).space.channels)
             kept = stated_in_recipe(folder, stated)
             pipe = cls(
                 host,
@@ -140,7 +140,7 @@ class LatentPipeline:
 
     def with_vae(self, vae: str | Path, folder: Path, adapter: str | Path | None = None, force: bool = False) -> LatentPipeline:
         """The same denoiser around another VAE, which an adapter or a verdict vouches for; `folder` is the model's."""
-        own = VAEStage(self.host.vae, digest=self.hashes["vae"])
+        own = VAEStage(autoencoder(self.host), host_stage(self.host).space, digest=self.hashes["vae"])
         stage = stage_of(vae, own)
         found = {**self.hashes, "vae": stage.digest or ""}
         place = find_model(vae, "vae")

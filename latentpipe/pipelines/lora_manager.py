@@ -28,7 +28,7 @@ from latentpipe.lora.state_dict.io import read_lora, stated_base
 from latentpipe.lora.target_modules import DENOISERS, TEXT, leaves
 from latentpipe.pipelines.denoise import probe_step, size_unit
 from latentpipe.pipelines.embeddings import misfit
-from latentpipe.pipelines.families import family_of
+from latentpipe.pipelines.families import denoiser as denoiser_of
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.io import HASH_LENGTH
 from latentpipe.vae.probe_images import probe_images
@@ -277,7 +277,7 @@ class LoraManager:
 
 def components(host: Any, stage: Stage) -> dict[str, nn.Module]:
     """The networks of a pipeline that adapters go on, by name."""
-    denoiser = family_of(host).denoiser
+    denoiser = denoiser_of(host)
     found: dict[str, nn.Module] = {denoiser: getattr(host, denoiser)}
     found |= {name: getattr(host, name) for name in TEXT if getattr(host, name, None) is not None}
     vae = stage.decoding.vae

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from latentpipe.checkpoints.single_file.gather import Stated, completing, open_file
-from latentpipe.pipelines.families import family_of
+from latentpipe.pipelines.families import denoiser as denoiser_of
 from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.sampling import Settings
 from latentpipe.utils.errors import expect
@@ -65,7 +65,7 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
     if settings.image is not None:
         source = recipes.Source(sha256=recipes.pixel_hash(settings.image), strength=settings.strength)
     assert settings.size is not None
-    denoiser = getattr(pipe.host, family_of(pipe.host).denoiser)
+    denoiser = getattr(pipe.host, denoiser_of(pipe.host))
     used = pipe.embeddings.used(prompt, settings.negative_prompt)
     hashes = {f"lora:{name}": pipe.loras.fuser.loaded[name].hash for name in pipe.loras.weights}
     hashes |= {f"embedding:{name}": one.hash for name, one in used.items()}

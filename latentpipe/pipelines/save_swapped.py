@@ -36,7 +36,7 @@ def saveable(pipe: Any, vae: VAE) -> Any:
     Where the host ignores a part of the normalization, it is folded into a copy's quant_conv and post_quant_conv.
     """
     stage, host = stage_of(vae), families.family_of(pipe)
-    reason = host.honours(stage.space, stage.vae)
+    reason = families.honours(host, stage.space, stage.vae)
     if not reason:
         return with_factors(stage.vae, stage.space, host)
     if type(stage.vae).__name__ in host.plain and getattr(stage.vae, "quant_conv", None) is not None:

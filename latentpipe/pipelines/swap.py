@@ -56,7 +56,7 @@ def host_stage(pipe: Any) -> VAEStage:
     """The stage of the VAE that a diffusers pipeline, or the host of a LatentPipeline, came with."""
     host = host_of(pipe)
     families.family_of(host)
-    return behind(host.vae)
+    return families.own_stage(host)
 
 
 def check_swap(pipe: Any, vae: VAE, images: torch.Tensor | None = None) -> Verdict:
@@ -155,6 +155,7 @@ def refuse_shape(host: LatentSpace, vae: LatentSpace) -> None:
 def _with_stage(pipe: Any, stage: Stage) -> Any:
     if isinstance(pipe, TakesStage):
         return pipe.with_stage(stage)
-    if not families.unsupported_reason(type(pipe), stage, pipe.vae):
-        return hosting.rebuild(pipe, vae=with_factors(stage.decoding.vae, stage.space, families.family_of(pipe)))
-    return hosting.rebuild(pipe, vae=hosting.normalized(type(pipe), stage, pipe.vae))
+    own = families.autoencoder(pipe)
+    if not families.unsupported_reason(type(pipe), stage, own):
+        return hosting.put_in(pipe, with_factors(stage.decoding.vae, stage.space, families.family_of(pipe)))
+    return hosting.put_in(pipe, hosting.normalized(type(pipe), stage, own))

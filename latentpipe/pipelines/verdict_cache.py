@@ -16,7 +16,7 @@ from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.vae_io import declared_space
 from latentpipe.compatibility.measure import Verdict
 from latentpipe.compatibility.verdict import decide_by_shapes
-from latentpipe.pipelines.families import FAMILY_BY_CLASS
+from latentpipe.pipelines.family_table import FAMILY_BY_CLASS
 from latentpipe.pipelines.swap import check_swap, judge_stages, stage_of
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.io import atomic_file, home, read_json
@@ -99,9 +99,9 @@ def _fits_itself(folder: Path, own: LatentSpace) -> bool:
     """Whether a model's denoiser takes as many channels as its own VAE makes, where its family is known."""
     if folder.is_file():
         return True  # what its parts do not fit is told when it is opened
-    host = FAMILY_BY_CLASS.get(str(read_json(folder / "model_index.json").get("_class_name")))
-    if host is None:
+    index = read_json(folder / "model_index.json")
+    if str(index.get("_class_name")) not in FAMILY_BY_CLASS:
         return True
-    config = read_json(folder / host.denoiser / "config.json")
+    config = read_json(folder / ("unet" if "unet" in index else "transformer") / "config.json")
     channels = config.get("out_channels") or config.get("in_channels")
-    return not isinstance(channels, int) or channels // host.patch**2 == own.channels
+    return not isinstance(channels, int) or channels in (own.channels, 4 * own.channels)  # four are packed into a token

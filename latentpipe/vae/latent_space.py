@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class LatentSpace:
     shift      one offset per channel, in raw units
     factor     the factor and the standard deviations that `scale` is the quotient of, as a config declares them: tensors of 16
     deviation  bits are rounded step by step, and the steps are those of diffusers. No part of what the space is.
+    patch      side of the squares of raw values that are one latent's channels (FLUX.2); 1: raw and latents have one shape
     """
 
     channels: int
@@ -36,6 +37,7 @@ class LatentSpace:
     shift: tuple[float, ...]
     factor: float = field(default=1.0, compare=False, repr=False)
     deviation: tuple[float, ...] = field(default=(), compare=False, repr=False)
+    patch: int = 1
 
     def __post_init__(self) -> None:
         for name, values in (("scale", self.scale), ("shift", self.shift)):
@@ -53,7 +55,17 @@ class LatentSpace:
         Conventions: Stable Diffusion 3 and FLUX ``latents = (raw - shift_factor) * scaling_factor``;
         SDXL with statistics ``latents = (raw - latents_mean) * scaling_factor / latents_std``.
         """
+        if getattr(vae, "bn", None) is not None and "batch_norm_eps" in vae.config:
+            return cls._of_patches(vae)
         return cls.from_config(vae.config)
+
+    @classmethod
+    def _of_patches(cls, vae: Any) -> LatentSpace:
+        """FLUX.2's: patches of 2 x 2 raw values are the channels, normalized by running statistics that are weights."""
+        deviation = (vae.bn.running_var.float() + vae.config.batch_norm_eps).sqrt().tolist()
+        scale = tuple(1 / value for value in deviation)
+        mean = tuple(vae.bn.running_mean.tolist())
+        return cls(len(mean), 2 * downscale_of(vae.config), scale, mean, 1.0, tuple(deviation), 2)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LatentSpace:
@@ -104,8 +116,15 @@ class LatentSpace:
         space = cls(len(centre), downscale, tuple((1 / spread).tolist()), tuple(centre.tolist()))
         return Measured(space, n, tuple((error / spread).tolist()))
 
+    def patched(self, raw: torch.Tensor) -> torch.Tensor:
+        """Raw with its patches as channels, where the space has them; else as given."""
+        from torch.nn.functional import pixel_unshuffle
+
+        return pixel_unshuffle(raw, self.patch) if self.patch > 1 else raw
+
     def normalize(self, raw: torch.Tensor) -> torch.Tensor:
         """Raw (B C h w) to latents, rounded to the dtype of `raw` at the steps at which diffusers rounds."""
+        raw = self.patched(raw)
         self._check(raw)
         if self.deviation:
             return (raw - _column(raw, self.shift)) * self.factor / _column(raw, self.deviation)
@@ -114,6 +133,10 @@ class LatentSpace:
     def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B C h w) to raw; the inverse of `normalize`."""
         self._check(latents)
+        if self.patch > 1:
+            from torch.nn.functional import pixel_shuffle
+
+            return pixel_shuffle(replace(self, patch=1).denormalize(latents), self.patch)
         if self.deviation:
             return latents * _column(latents, self.deviation) / self.factor + _column(latents, self.shift)
         return latents / _factor(latents, self.scale) + _factor(latents, self.shift)
@@ -124,6 +147,11 @@ class LatentSpace:
             if side <= 0 or side % self.downscale:
                 raise ValueError(f"The {name} is {side} pixels; this VAE takes positive multiples of {self.downscale}.")
         return batch, self.channels, height // self.downscale, width // self.downscale
+
+    def raw_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """As `shape`, of the VAE's own raw values."""
+        n, c, h, w = self.shape(batch, height, width)
+        return n, c // self.patch**2, h * self.patch, w * self.patch
 
     def difference(self, other: LatentSpace) -> str:
         """Empty when the two spaces are interchangeable, else one sentence that says how they differ."""

@@ -74,7 +74,7 @@ class VAEStage(nn.Module):
         """Images to the mean and standard deviation of their latents, B C h w each (std 0 without a posterior)."""
         mean, std = self.raw_posterior(images)
         scale = mean.new_tensor(self.space.scale).view(1, -1, 1, 1)
-        return self.space.normalize(mean), std * scale
+        return self.space.normalize(mean), self.space.patched(std) * scale
 
     def raw_posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `posterior`, in the VAE's own units."""
@@ -141,7 +141,7 @@ class VAEStage(nn.Module):
         """UserError where decoding `n` pictures of that size in pixels fits into the free memory neither whole nor in bands."""
         area = n * height * width
         if self.tile == "auto" and area > SMALL:
-            shape = self.space.shape(n, height, width)
+            shape = self.space.raw_shape(n, height, width)
             memory.choose(self.vae, "decode", shape, memory.available(self.device))
 
     def _encode(self, images: torch.Tensor) -> Any:
@@ -230,7 +230,7 @@ def reason_against(vae: Any) -> str:
         return f"{name} is an autoencoder of videos, with latents B C T h w; {takes}."
     if not any(issubclass(kind, nn.Conv2d) for kind in kinds) and any(issubclass(kind, nn.Conv1d) for kind in kinds):
         return f"{name} is an autoencoder of sound; {takes}."
-    if "batch_norm_eps" in config:
+    if "batch_norm_eps" in config and getattr(vae, "bn", None) is None:
         return f"{name} normalizes its latents by running statistics of 2 x 2 patches, which are weights of its own; {takes}."
     return ""
 

@@ -217,6 +217,6 @@ def test_a_pipeline_without_a_vae_is_refused() -> None:
     ],
 )
 def test_which_factors_a_host_honours(name: str, space: LatentSpace, reason: str) -> None:
-    said = families.family_of(BUILDERS[name]()).honours(space, kl := tiny_hosts.kl(4))
+    said = families.honours(families.family_of(BUILDERS[name]()), space, kl := tiny_hosts.kl(4))
     assert type(kl).__name__ == "AutoencoderKL"
     assert said == "" if not reason else reason in said
