@@ -130,7 +130,7 @@ def unsupported_reason(cls: type, stage: Stage, own: Any) -> str:
     if name in WITHOUT_SHIFT and any(space.shift):
         return f"{name} decodes without the shift of {space.shift[0]:.4g}"
     if name in WITHOUT_STATISTICS and (any(space.shift) or len(set(space.scale)) > 1):
-        return f"{name} encodes without the statistics of each channel"
+        return f"{name} encodes or decodes without the statistics of each channel"
     if host.listed:
         return honours(host, space, stage.vae)
     if type(own) is not type(stage.vae) and not (isinstance(own, Facade) and isinstance(own, type(stage.vae))):
@@ -143,7 +143,15 @@ def unsupported_reason(cls: type, stage: Stage, own: Any) -> str:
 
 # In diffusers 0.42 these are wrong about what the rest of their family reads (tests/pipelines/test_vae_calls.py).
 WITHOUT_SHIFT = frozenset({"StableDiffusion3InpaintPipeline"})
-WITHOUT_STATISTICS = frozenset({"StableDiffusionXLInpaintPipeline"})
+WITHOUT_STATISTICS = frozenset(
+    {
+        "StableDiffusionXLAdapterPipeline",
+        "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLControlNetUnionInpaintPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLPAGInpaintPipeline",
+    }
+)
 
 
 def expected_latents(pipe: Any) -> tuple[int, int]:

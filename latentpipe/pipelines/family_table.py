@@ -29,6 +29,7 @@ class PipelineFamily:
     statistics  its own tail honours latents_mean and latents_std, of four channels
     raw         its denoiser takes the autoencoder's raw values, without a factor
     plain       autoencoder classes whose outputs and config its own code can read
+    gives_raw   output_type="latent" gives raw values, or no latents; the pipeline's own call of its autoencoder shows them
     without     for a task that has no class: one sentence why not
     listed      False where nobody has declared it: it is tried by measurement
     source      the class itself, of one that is not listed
@@ -45,6 +46,7 @@ class PipelineFamily:
     shift: bool = False
     statistics: bool = False
     raw: bool = False
+    gives_raw: bool = False
     plain: tuple[str, ...] = KL
     without: str = "diffusers has no such pipeline of this family"
     listed: bool = True
@@ -150,21 +152,23 @@ FAMILIES = (
     PipelineFamily("HiDream-I1", "HiDreamImagePipeline", shift=True),
     PipelineFamily("PRX", "PRXPipeline", shift=True, plain=(*KL, *DC)),
     PipelineFamily("OmniGen", "OmniGenPipeline"),
-    PipelineFamily("DiT", "DiTPipeline"),
-    PipelineFamily("Kandinsky 5 Image", "Kandinsky5T2IPipeline", more=("Kandinsky5I2IPipeline",)),
+    PipelineFamily("DiT", "DiTPipeline", gives_raw=True),
+    PipelineFamily("Kandinsky 5 Image", "Kandinsky5T2IPipeline", more=("Kandinsky5I2IPipeline",), gives_raw=True),
     PipelineFamily(
         "Kandinsky 2.1",
         **_classes("Kandinsky", "", "Img2Img", "Inpaint"),
         raw=True,
+        gives_raw=True,
         plain=("VQModel",),
     ),
     PipelineFamily(
         "Kandinsky 2.2",
         **_classes("KandinskyV22", "", "Img2Img", "Inpaint", "Controlnet", "ControlnetImg2Img"),
         raw=True,
+        gives_raw=True,
         plain=("VQModel",),
     ),
-    PipelineFamily("Kandinsky 3", **_classes("Kandinsky3", "", "Img2Img"), raw=True, plain=("VQModel",)),
+    PipelineFamily("Kandinsky 3", **_classes("Kandinsky3", "", "Img2Img"), raw=True, gives_raw=True, plain=("VQModel",)),
     PipelineFamily(
         "FLUX.2",
         "Flux2Pipeline",
@@ -175,6 +179,7 @@ FAMILIES = (
         "Flux2KleinPipeline",
         inpaint="Flux2KleinInpaintPipeline",
         more=("Flux2KleinKVPipeline",),
+        gives_raw=True,
         plain=PATCHED,
     ),
     PipelineFamily("ERNIE-Image", "ErnieImagePipeline", plain=PATCHED),

@@ -30,6 +30,8 @@ def rebuild(pipe: Any, cls: type | None = None, **parts: Any) -> Any:
     flags = {name: pipe.config[name] for name in wanted if name in pipe.config and name not in components}
     if "add_watermarker" in wanted:
         flags["add_watermarker"] = getattr(pipe, "watermark", None) is not None
+    if "pag_applied_layers" in wanted:
+        flags["pag_applied_layers"] = pipe.pag_applied_layers
     if components.get("safety_checker") is None and "requires_safety_checker" in wanted:
         flags["requires_safety_checker"] = False  # else it advises at every build
     before = {name: part._internal_dict for name, part in components.items() if hasattr(part, "_internal_dict")}
@@ -125,25 +127,28 @@ def draw(pipe: Any, stage: Stage | None = None, **call: Any) -> torch.Tensor:
     What the host does after decoding is done here too: Sana's resize, SD's safety checker, SDXL's watermark.
     """
     stage = stage or families.own_stage(pipe)
-    if not family_of(pipe).listed:
-        return finish(pipe, tried(pipe, stage, call), call)
+    family = family_of(pipe)
+    if not family.listed or family.gives_raw:
+        latents, options = measured_latents(pipe, call)
+        return finish(pipe, stage.decode(latents.to(stage.dtype), **options), call)
     returned = hosted(pipe, stage)(**call, output_type="latent", return_dict=False)[0]
     latents = unpack(pipe, returned, call.get("height"), call.get("width"))
     images = stage.decode(latents.to(stage.dtype))  # Sana returns wider ones than it decodes
     return finish(pipe, images, call)
 
 
-def tried(pipe: Any, stage: Stage, call: dict[str, Any]) -> torch.Tensor:
-    """Images of a pipeline that nobody has declared: what it gives its own VAE to decode is measured while it runs.
+def measured_latents(pipe: Any, call: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Latents (B C h w) by what a pipeline gives its own VAE to decode while it runs, and the options of that call.
 
     Whatever layout its latents have, these are the raw values of one picture tensor; where they are none, a UserError says so.
     """
     name, own = type(pipe).__name__, families.own_stage(pipe)
-    host, seen = hosted(pipe), []
+    host, seen, given = hosted(pipe), [], {}
     vae = families.autoencoder(host)
 
     def decode(raw: torch.Tensor, *_: Any, return_dict: bool = True, **options: Any) -> Any:
         seen.append(raw)
+        given.update(options)
         sides = [side * own.space.downscale // own.space.patch for side in raw.shape[-2:]]
         images = torch.zeros(len(raw), 3, *sides, dtype=raw.dtype, device=raw.device)
         return DecoderOutput(images) if return_dict else (images,)
@@ -152,7 +157,6 @@ def tried(pipe: Any, stage: Stage, call: dict[str, Any]) -> torch.Tensor:
 
     vars(vae)["decode"] = decode
     host(**call, output_type="pt")
-    kind = isinstance(vae, VAEFacade)
     channels = own.space.channels // own.space.patch**2
     if len(seen) != 1 or seen[0].ndim != 4 or seen[0].shape[1] != channels:
         shapes = ", ".join(str(tuple(each.shape)) for each in seen) or "nothing"
@@ -160,11 +164,15 @@ def tried(pipe: Any, stage: Stage, call: dict[str, Any]) -> torch.Tensor:
             f"{name} is in no family that this release knows, and the measurement failed: it gave its VAE {shapes} to decode; "
             f"expected one tensor of shape (B, {channels}, h, w). A family is declared in latentpipe.pipelines.family_table."
         )
+    if not family_of(pipe).listed:
+        _say_tried(name, tuple(seen[0].shape))
+    return (seen[0] if isinstance(vae, VAEFacade) else own.space.normalize(seen[0])), given
+
+
+def _say_tried(name: str, shape: tuple[int, ...]) -> None:
     reason = f" ({OUT_OF_SCOPE[name]})" if name in OUT_OF_SCOPE else ""
-    told = f"{name} is in no family that this release knows{reason}; it was tried: it decodes raw latents of shape {tuple(seen[0].shape)}"
-    warnings.warn(told, LatentpipeWarning, stacklevel=3)
-    latents = seen[0] if kind else own.space.normalize(seen[0])
-    return stage.decode(latents.to(stage.dtype))
+    told = f"{name} is in no family that this release knows{reason}; it was tried: it decodes raw latents of shape {shape}"
+    warnings.warn(told, LatentpipeWarning, stacklevel=4)
 
 
 def finish(pipe: Any, images: torch.Tensor, call: dict[str, Any]) -> torch.Tensor:
