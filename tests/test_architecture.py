@@ -44,7 +44,8 @@ ROOMS = {
         extract matching fusion
     """,
     "pipelines": """
-        facade family_table families hosting metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling denoise
+        facade family_table families hosting metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling
+        conditioning denoise chains
         batches embeddings lora_manager metadata.reader picture swap save_swapped verdict_cache vocabulary prompt_notes 
         memory_need opening latent_pipeline
     """,
@@ -76,7 +77,7 @@ ROOMS = {
     """,
     "cli": """
         argument_checks argument_parser codec common completion anomaly data edit evaluate explore fit_adapter hub lora inspect
-        output_paths prompt_file replayed argument_rules generate grid train ui vae app
+        output_paths prompt_file replayed controls argument_rules generate grid train ui vae app
     """,
 }
 MODULES = [f"{room}.{module}" for room, modules in ROOMS.items() for module in modules.split()]

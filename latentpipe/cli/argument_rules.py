@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentpipe.checkpoints.registry import available, find_model, is_installed, is_installed_embedding, lookup, own_adapters
-from latentpipe.cli import argument_checks, output_paths, prompt_file, replayed
+from latentpipe.cli import argument_checks, controls, output_paths, prompt_file, replayed
 from latentpipe.cli.argument_checks import above, within
 from latentpipe.cli.output_paths import ending
 from latentpipe.utils.defaults import MAX_BATCH, MAX_SEED
@@ -23,6 +23,7 @@ RULES: dict[str, argument_checks.Rule | None] = {
     "after": argument_checks.part,
     "auth_file": argument_checks.file,
     "before": argument_checks.part,
+    "control": controls.rule,
     "csv": ending(".csv"),
     "density": above(0, 1),
     "detector": argument_checks.file,
@@ -38,6 +39,8 @@ RULES: dict[str, argument_checks.Rule | None] = {
     "fps": within(1, 60),
     "grid": PNG,
     "guidance": within(0, 100),
+    "hires": above(1, 8),
+    "hires_strength": above(0, 1),
     "image": argument_checks.picture,
     "images": argument_checks.folder,
     "lora": argument_checks.loras,
@@ -55,6 +58,8 @@ RULES: dict[str, argument_checks.Rule | None] = {
     "probe": within(0),
     "prompts": argument_checks.file,
     "rank": above(0),
+    "refiner": argument_checks.model,
+    "refiner_at": above(0, 1),
     "rows": COUNT,
     "scale": within(0, 3),
     "scaling_factor": above(0),
@@ -117,8 +122,9 @@ RULES: dict[str, argument_checks.Rule | None] = {
 }
 
 # What does nothing without another option: it was meant to do something.
+CONTROLLED = {"control_weight": ("control",), "control_steps": ("control",), "hires_strength": ("hires",), "refiner_at": ("refiner",)}
 NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "generate": {"adapter": ("vae",), "lora_method": ("lora",), "strength": ("image",)},
+    "generate": {"adapter": ("vae",), "lora_method": ("lora",), "strength": ("image",), **CONTROLLED},
     "edit": {"share": ("mix",), "amount": ("along",), "feather": ("mask",)},
     "lora convert": {"rank": ("plain",)},
 }

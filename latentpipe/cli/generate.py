@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from latentpipe.cli import controls
 from latentpipe.cli.argument_checks import size_of, weighted
 from latentpipe.cli.argument_parser import Positional
 from latentpipe.cli.lora import Method
@@ -81,6 +82,21 @@ class Generate:
     embedding: tuple[str, ...] = ()
     """Names or files of embeddings (textual inversion) that the prompts name, as <NAME> or as a plain word; installed ones
     need no option as <NAME>."""
+    hires: float | None = None
+    """Enlarge the latents so many times after drawing, and draw on (hires fix): 1.5 or 2, say."""
+    hires_strength: float = 0.5
+    """Share of the steps that are drawn anew after that."""
+    refiner: str | None = None
+    """Name or folder of a Stable Diffusion XL refiner, which draws the last steps."""
+    refiner_at: float = 0.8
+    """Share of the steps after which the refiner begins."""
+    control: tuple[str, ...] = ()
+    """NET=PICTURE: the diffusers folder of a ControlNet, T2I-Adapter or IP-Adapter, and the picture that it makes the drawing
+    follow; several ControlNets add up."""
+    control_weight: tuple[float, ...] = ()
+    """How much: one number for all controls, or one for each; 1 as they were trained."""
+    control_steps: tuple[str, ...] = ()
+    """BEGIN-END: the share of the steps in which they act, such as 0-0.6; one for all, or one for each."""
     adapter: str | None = None
     """Name or file of an adapter from the model's VAE to --vae ('latentpipe fit-adapter')."""
 
@@ -88,14 +104,18 @@ class Generate:
 def run_generate(options: Generate) -> None:
     """Draw, save and print the paths; KeyboardInterrupt (`Terminated`) after partial pictures were saved."""
     loras = [weighted(text) for text in options.lora]
+    from latentpipe.pipelines.chains import Hires
     from latentpipe.utils.images import open_picture
 
     names = ("negative", "steps", "guidance", "guidance_interval", "scheduler", "strength", "lora_partial")
     settings = in_python({name: getattr(options, name) for name in names})
+    settings["controls"] = controls.opened(options.control, options.control_weight, options.control_steps)
+    settings["hires"] = Hires(options.hires, options.hires_strength) if options.hires is not None else None
     settings["size"] = size_of(options.size)
     settings["image"] = open_picture(options.image) if options.image is not None else None
     from latentpipe import LatentPipeline
     from latentpipe.checkpoints.single_file.gather import Stated
+    from latentpipe.pipelines.latent_pipeline import open_refiner
 
     stated = Stated(options.family, options.prediction, options.config, options.parts)
 
@@ -115,6 +135,8 @@ def run_generate(options: Generate) -> None:
         for source in options.embedding:
             one = pipe.attach_embedding(source)
             print(f"{one.name}: {counted(one.length, 'vector')}, in the prompt as <{one.name}>", file=sys.stderr)
+        if options.refiner is not None:
+            settings["refiner"] = open_refiner(options.refiner, options.refiner_at, options.device, options.dtype)
         if options.lora_method != "sum":
             pipe.set_lora(pipe.loras.weights, method=options.lora_method)
         return pipe
@@ -235,6 +257,8 @@ def replay(
     out: Path | None = None,
     config: Path | None = None,
     parts: tuple[Path, ...] = (),
+    control: tuple[str, ...] = (),
+    refiner: str | None = None,
 ) -> None:
     """Draw the picture in a file again from its recipe and compare every pixel.
 
@@ -250,13 +274,19 @@ def replay(
         out: Where to save the new picture; left out: only compare.
         config: The diffusers folder with the configs of a single file, where it was drawn with one.
         parts: Files or diffusers folders that complete a single file, where it was drawn with some.
+        control: NET=PICTURE of each of its controls, in the order of the recipe.
+        refiner: Name or folder of the refiner, where the recipe's name is not installed.
     """
     from latentpipe import replay as run
 
     loras, embeddings = (
         {name: Path(file) for name, _, file in (text.partition("=") for text in given)} for given in (lora, embedding)
     )
-    result = run(picture, model, vae, image, device, adapter, loras, config=config, parts=parts, embeddings=embeddings)
+    pairs = [controls.split(text) for text in control]
+    result = run(
+        picture, model, vae, image, device, adapter, loras, config=config, parts=parts, embeddings=embeddings, controls=pairs,
+        refiner=refiner,
+    )  # fmt: skip
     if out is not None:
         result.picture.save(out)
         print(out)

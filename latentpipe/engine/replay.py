@@ -13,7 +13,9 @@ import numpy as np
 from latentpipe.checkpoints.registry import find_model, is_installed, named_embedding, named_lora
 from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.compatibility.latent_adapter import own_adapter
-from latentpipe.pipelines.latent_pipeline import LatentPipeline, Picture
+from latentpipe.pipelines.chains import Hires
+from latentpipe.pipelines.conditioning import Control, open_control
+from latentpipe.pipelines.latent_pipeline import LatentPipeline, Picture, open_refiner
 from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.metadata.stated import check_completed
 from latentpipe.pipelines.sampling import Settings, Step
@@ -49,6 +51,8 @@ def replay(
     config: Path | None = None,
     parts: Sequence[Path] = (),
     embeddings: Mapping[str, Path] | None = None,
+    controls: Sequence[tuple[Path, Path]] = (),
+    refiner: str | Path | None = None,
 ) -> Replay:
     """Draw the picture in a file again from its recipe and compare.
 
@@ -56,7 +60,8 @@ def replay(
     user's own only; `source` is the picture that img2img began from; `loras` and `embeddings` give the files of adapters and of
     textual inversions by their names in the recipe; `report` is called after each step. A single file is opened with the family
     and the prediction that were stated then; `config` and `parts` (`Stated`) are to be given again, and a UserError says where
-    they are needed. UserError names every weight that differs.
+    they are needed. `controls` are the folders and pictures of its controls, in their order; `refiner` is the model
+    that drew the last steps. UserError names every weight that differs.
     """
     expect("path", path, (str, Path), "the path of a picture that latentpipe wrote")
     old = recipes.read(Path(path))
@@ -69,7 +74,7 @@ def replay(
             report(step.step, step.steps, "draw again")
         return step.step == old.stopped_after
 
-    chosen = pipe.check(_settings(pipe, old, source))
+    chosen = pipe.check(dataclasses.replace(_settings(pipe, old, source), controls=_controls(path, old, controls), **_second(path, old, refiner)))
     pictures = pipe.literal(old.prompt, old.batch_size, old.seed - old.batch_index, on_step, chosen)
     picture = pictures[old.batch_index]
     with picture_file(path) as stored:
@@ -117,7 +122,7 @@ def _as_then(
     changed = [
         f"{part} is {now.get(part, 'missing')[:16]}, the picture's was {digest[:16]}"
         for part, digest in old.hashes.items()
-        if now.get(part) != digest and pipe.former(part) != digest
+        if not part.startswith(("control:", "refiner:")) and now.get(part) != digest and pipe.former(part) != digest
     ]
     if changed:
         kinds = {part.partition(":")[0] if ":" in part else "model" for part in changed}
@@ -169,6 +174,38 @@ def _source(old: recipes.Recipe, source: Path | None) -> dict[str, Any]:
             f"expected {old.source.sha256[:16]}."
         )
     return {"image": image, "strength": old.source.strength}
+
+
+def _second(path: Path, old: recipes.Recipe, model: str | Path | None) -> dict[str, Any]:
+    """The second pass of a picture; UserError where its refiner is another one."""
+    then = old.second_pass
+    if then is None:
+        return {}
+    if then.refiner is None:
+        return {"hires": Hires(then.scale or 2.0, then.strength or 0.5)}
+    found = open_refiner(model or _name(then.refiner), then.at or 0.8, _device(old), _dtype(old.machine.dtype))
+    for part, digest in found.hashes.items():
+        if old.hashes.get(f"refiner:{part}") != digest:
+            raise UserError(f"{path} was refined by another {part} than that of '{model or then.refiner}'; give the refiner of then.")
+    return {"refiner": dataclasses.replace(found, name=then.refiner)}
+
+
+def _controls(path: Path, old: recipes.Recipe, given: Sequence[tuple[Path, Path]]) -> tuple[Control, ...]:
+    """The controls that a picture was drawn with; UserError where others, or none, are given."""
+    if len(given) != len(old.controls):
+        names = ", ".join(f"{one.name} ({one.kind})" for one in old.controls) or "none"
+        raise UserError(f"{path} was drawn with these controls: {names}; give each with --control NET=PICTURE, in this order.")
+    found = []
+    for at, (then, (net, picture)) in enumerate(zip(old.controls, given, strict=True)):
+        one = open_control(net, open_picture(picture), then.weight, then.steps)
+        for what, now, was in (
+            ("network", one.digest, old.hashes.get(f"control:{at}", "")),
+            ("picture", recipes.pixel_hash(one.image), then.sha256),
+        ):
+            if now != was:
+                raise UserError(f"the {what} of control '{then.name}' is {now[:16]}, the picture's was {was[:16]}; give that one.")
+        found.append(dataclasses.replace(one, name=then.name))
+    return tuple(found)
 
 
 def _name(name: str, kind: str = "models") -> str:

@@ -5,6 +5,7 @@ picture -> encode -> latents, noised to each step, outside the mask + denoised l
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from dataclasses import replace
@@ -16,8 +17,9 @@ from PIL import Image
 from latentpipe.data.image_set import encode
 from latentpipe.explore.edit import canvas, composite, feathered, hole_of, latent_share, sized
 from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags
-from latentpipe.pipelines import prompt_weighting
+from latentpipe.pipelines import hosting, prompt_weighting
 from latentpipe.pipelines.denoise import host_for, is_classic, redraws, size_unit
+from latentpipe.pipelines.families import family_of
 from latentpipe.pipelines.hosting import finish
 from latentpipe.pipelines.latent_pipeline import LatentPipeline
 from latentpipe.pipelines.sampling import GuidanceCallback, Settings, Step, check_settings
@@ -56,10 +58,12 @@ def inpaint(
     arXiv:2201.09865, equation 8, without resampling; with the same noise at every step, as diffusers does). Pixels outside the
     feathered mask are the picture's own bytes. A UNet that takes mask and masked picture draws by them as diffusers does. The
     denoiser sees the picture at about the area it was trained at; a larger one gets its new part enlarged, which a warning says.
-    UserError: families other than Stable Diffusion 1/2, settings out of range, and as for `edit.canvas` and `edit.hole_of`.
+    Other families draw by their own inpainting pipeline of diffusers, a FLUX.1 Fill by its own.
+    UserError: families without one, settings out of range, and as for `edit.canvas` and `edit.hole_of`.
     """
-    if not is_classic(pipe.host):
-        raise UserError("Parts are redrawn with Stable Diffusion 1 and 2 only; this model is of another family.")
+    classic = is_classic(pipe.host)
+    if not classic and not inpainting_class(pipe):
+        raise UserError(f"{family_of(pipe.host).name} has no pipeline that redraws parts; choose a model of another family.")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; expected 0 to {2**32 - 1}.")
     (prompt, tagged), partial = split_tags(prompt), partial_tags(prompt)
@@ -68,13 +72,15 @@ def inpaint(
     soft = feathered(hole, feather)
     size = draw_size(pipe, old.size)
     begin = sized(old, size)
-    source = begin if strength != 1 or made_for_masks(pipe) else None
+    source = begin if strength != 1 or made_for_masks(pipe) or not classic else None
     settings = Settings(negative_prompt, num_inference_steps, guidance_scale, size=size, image=source, strength=strength)
     unit = size_unit(pipe.host, pipe.stage)
     settings = check_settings(settings, pipe.native_size, unit) if made_for_masks(pipe) else pipe.check(settings)
     _note(pipe, prompt, negative_prompt, size, old.size)
     with pipe.loras.more(tagged, partial):
-        if made_for_masks(pipe):
+        if not classic:
+            latents = _by_family(pipe, hole.resize(size), prompt, seed, settings, report)
+        elif made_for_masks(pipe):
             latents = _by_mask(pipe, hole.resize(size), prompt, seed, settings, report)
         else:
             known = encode(pipe.stage, to_images(begin))
@@ -98,6 +104,41 @@ def _note(pipe: LatentPipeline, prompt: str, negative: str, drawn: tuple[int, in
 def made_for_masks(pipe: LatentPipeline) -> bool:
     """Whether a model's UNet takes a mask and the masked picture beside the noise."""
     return "mask" in redraws(pipe.host)
+
+
+def inpainting_class(pipe: LatentPipeline) -> str:
+    """The pipeline class of diffusers that redraws parts with a model of this family; "" where there is none."""
+    family = family_of(pipe.host)
+    if made_for_masks(pipe):
+        return next((name for name in family.more if name.endswith("FillPipeline")), family.inpaint)
+    return family.inpaint
+
+
+def _by_family(
+    pipe: LatentPipeline, hole: Image.Image, prompt: str, seed: int, settings: Settings, report: ProgressCallback | None
+) -> torch.Tensor:
+    """Latents (1 C h w) by the family's own inpainting pipeline, or that of a model which was made for masks."""
+    import diffusers
+
+    twin = host_for(pipe.host, pipe.stage, replace(settings, image=None), getattr(diffusers, inpainting_class(pipe)))
+    wanted = inspect.signature(type(twin).__call__).parameters
+    assert settings.size is not None
+    width, height = settings.size
+
+    def watch(host: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if report is not None:
+            report(step + 1, settings.steps_to_run, "draw")
+        return {}
+
+    given: dict[str, Any] = {"negative_prompt": settings.negative_prompt} if settings.negative_prompt else {}
+    if "strength" in wanted and not made_for_masks(pipe):
+        given["strength"] = settings.strength
+    latents = twin(
+        prompt=prompt, image=settings.image, mask_image=hole, width=width, height=height, guidance_scale=settings.guidance_scale,
+        num_inference_steps=settings.num_inference_steps, generator=torch.Generator("cpu").manual_seed(seed), output_type="latent",
+        callback_on_step_end=watch, return_dict=False, **given,
+    )[0]  # fmt: skip
+    return hosting.unpack(twin, latents, height, width)
 
 
 def draw_size(pipe: LatentPipeline, size: tuple[int, int]) -> tuple[int, int]:

@@ -59,6 +59,7 @@ def filled(base: nn.Module, layer: LoraLayer, name: str, weight: float = 1.0) ->
     """A module wrapped in one peft layer with these tensors, frozen, in the dtype of its weights."""
     effective = "hada_t1" in layer.tensors or "lokr_t2" in layer.tensors
     config = _config(layer.kind, layer.rank, layer.dora, layer.rslora, effective)
+    trains = [parameter.requires_grad for parameter in base.parameters()]
     with torch.random.fork_rng(devices=[]):  # peft draws values that are replaced below
         wrapper = _wrapper(base, layer.kind, config, layer.rank, layer.alpha)
     weights: Any = base_layer_of(base).weight
@@ -77,7 +78,7 @@ def filled(base: nn.Module, layer: LoraLayer, name: str, weight: float = 1.0) ->
             if key in tensors:
                 getattr(wrapper, key)[KEY] = nn.Parameter(tensors[key])
     wrapper.scaling[KEY] = layer.scale * weight
-    wrapper.latentpipe_name = name
+    wrapper.latentpipe_name, wrapper.latentpipe_trains = name, trains
     for parameter in wrapper.parameters():
         parameter.requires_grad_(False)
     return wrapper.train(base.training)
@@ -93,11 +94,17 @@ def layers_of(model: nn.Module, name: str) -> dict[str, LoraLayer]:
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
-    """Unwrap the modules of one adapter (None: of all); those modules are the very same objects as before."""
+    """Unwrap the modules of one adapter (None: of all); those modules are the very same objects as before.
+
+    They train again where they did before `attach`: torch rounds in another order where no weight does.
+    """
     for path in {path for path, _ in wrappers(model)}:
         chain = list(_chain(submodule(model, path)))
         kept = [] if name is None else [wrapper for wrapper in chain if wrapper.latentpipe_name != name]
         inner = base_layer_of(chain[-1])
+        if not kept:
+            for parameter, trains in zip(inner.parameters(), getattr(chain[-1], "latentpipe_trains", ()), strict=False):
+                parameter.requires_grad_(trains)
         for wrapper in reversed(kept):
             wrapper.base_layer = inner
             inner = wrapper

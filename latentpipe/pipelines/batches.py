@@ -45,19 +45,20 @@ def drawn(
     prompt_weighting.check(pipe.host, *map(pipe.embeddings.spell, texts))
     assert chosen.size is not None
     pipe.stage.check_memory(len(prompts), *reversed(chosen.size))  # now, not after the sampling
-    done = 0
+    done, cut = 0, False
 
     def watch(step: Step) -> bool:
-        nonlocal done
-        done = step.step
-        return bool(on_step and on_step(step))
+        nonlocal done, cut
+        done, cut = step.step, bool(on_step and on_step(step))
+        return cut
 
     against = pipe.notes_on(chosen.negative_prompt, "negative prompt") + pipe.embeddings.idle(*texts)
     notes = {prompt: (*pipe.notes_on(prompt), *against) for prompt in texts[:-1]}
     for note in dict.fromkeys(note for each in notes.values() for note in each):
         warnings.warn(note, LatentpipeWarning, stacklevel=4)
     images = pipe.draw(prompts, seeds, chosen, watch)
-    return images, notes, done if done < chosen.steps_to_run else None
+    ended = cut if chosen.refiner is not None else done < chosen.all_steps  # whose passes divide the steps by timesteps
+    return images, notes, done if ended else None
 
 
 def _adapters(prompt: str) -> tuple[dict[str, float], frozenset[str]]:

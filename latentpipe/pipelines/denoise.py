@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 
-from latentpipe.pipelines import families, hosting, prompt_weighting
+from latentpipe.pipelines import conditioning, families, hosting, prompt_weighting
 from latentpipe.pipelines.sampling import SCHEDULER_OPTIONS, SCHEDULERS, GuidanceCallback, OnStep, Settings, Step
 from latentpipe.utils import cancellation
 from latentpipe.utils.errors import UserError
@@ -20,14 +21,24 @@ from latentpipe.vae.protocol import Stage
 
 
 def denoise(
-    host: Any, stage: Stage, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, on_step: OnStep | None = None
+    host: Any,
+    stage: Stage,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Settings,
+    on_step: OnStep | None = None,
+    begin: torch.Tensor | None = None,
+    denoising_start: float | None = None,
 ) -> torch.Tensor:
     """Prompts to latents (B C h w) through the host; noise comes from one CPU generator for each seed.
 
-    `stage` encodes the picture that img2img begins from. `settings` are checked and have a size.
+    `stage` encodes the picture that img2img begins from; `begin` are latents in its place, and `denoising_start` the share of
+    the steps that they have behind them. `settings` are checked and have a size.
     """
     assert settings.size is not None
     width, height = settings.size
+    if begin is not None and settings.image is None:
+        settings = replace(settings, image=Image.new("RGB", (1, 1)))  # chooses img2img; the latents are what it begins from
     twin = host_for(host, stage, settings)
     arguments: dict[str, Any] = {
         "num_inference_steps": settings.num_inference_steps,
@@ -36,15 +47,21 @@ def denoise(
     }
     wanted = inspect.signature(type(twin).__call__).parameters
     if settings.image is not None:
-        arguments |= {"image": _resized(settings.image, width, height), "strength": settings.strength}
+        picture = _resized(settings.image, width, height) if begin is None else begin
+        arguments |= {"image": picture, "strength": settings.strength}
+    if denoising_start is not None:
+        arguments |= {"denoising_start": denoising_start}
+    elif settings.refiner is not None:
+        arguments |= {"denoising_end": settings.refiner.at}
     if settings.image is None or "height" in wanted:
         arguments |= {"width": width, "height": height}
+    arguments |= conditioning.arguments_of(type(twin), settings.controls, (width, height), len(prompts))
     if "use_resolution_binning" in wanted:
         arguments["use_resolution_binning"] = False  # the size asked for is the size drawn
     if "intermediate_timesteps" in wanted and settings.num_inference_steps != 2:
         arguments["intermediate_timesteps"] = None  # Sana Sprint's default is for two steps
-    run = _guided if is_classic(host) else _plain
-    with cancellation.interruptible(getattr(twin, families.denoiser(host))):
+    run = _guided if is_classic(host) and not settings.controls else _plain
+    with conditioning.prompted_by_pictures(twin, settings.controls), cancellation.interruptible(getattr(twin, families.denoiser(host))):
         latents, stopped = run(twin, prompts, settings, on_step, arguments)
     return latents if stopped else hosting.unpack(twin, latents, height, width)
 
@@ -70,15 +87,17 @@ def is_classic(host: Any) -> bool:
 def redraws(host: Any) -> str:
     """Empty where a host's denoiser takes noise alone; else what it was made for, in words.
 
-    A UNet that also reads a mask and a masked picture has 9 input channels for 4 latent ones; `explore.inpaint` draws with it.
+    A UNet that also reads a mask and a masked picture has 9 input channels for 4 latent ones, FLUX.1 Fill 384 for 64;
+    `explore.inpaint` draws with both.
     """
     config = getattr(host, families.denoiser(host)).config
     taken, drawn = config.get("in_channels") or 0, config.get("out_channels") or 0
-    if families.denoiser(host) != "unet" or taken <= drawn:
+    if not drawn or taken <= drawn:
         return ""
-    if (taken, drawn) == (9, 4):
-        return f"redraws parts of pictures (its UNet takes {taken} channels: noise, a mask and the masked picture)"
-    return f"does not draw from a prompt alone (its UNet takes {taken} channels, of which {drawn} are noise)"
+    kind = "UNet" if families.denoiser(host) == "unet" else "transformer"
+    if (taken, drawn) in ((9, 4), (384, 64)):
+        return f"redraws parts of pictures (its {kind} takes {taken} channels: noise, a mask and the masked picture)"
+    return f"does not draw from a prompt alone (its {kind} takes {taken} channels, of which {drawn} are noise)"
 
 
 def native_size(host: Any, stage: Any = None) -> tuple[int, int]:
@@ -122,6 +141,8 @@ def check_family(host: Any, settings: Settings) -> None:
         wrong = f"{family.name} has no pipeline that begins from a picture; leave the picture out."
     elif settings.guidance_interval != (0.0, 1.0) and not is_classic(host):
         wrong = f"{family.name} cannot switch its guidance step by step; leave guidance_interval out."
+    elif settings.guidance_interval != (0.0, 1.0) and settings.controls:
+        wrong = "Guidance cannot be switched step by step beside controls; leave guidance_interval out."
     elif settings.scheduler and families.denoiser(host) != "unet":
         wrong = f"{family.name} draws by flow matching with its own scheduler; leave the scheduler out."
     elif settings.negative_prompt and ("true_cfg_scale" in wanted or "negative_prompt" not in wanted):
@@ -158,24 +179,38 @@ def _plain(twin: Any, prompts: Sequence[str], settings: Settings, on_step: OnSte
 
     def watch(host: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         latents = hosting.unpack(host, tensors["latents"], height, width)
+        conditioning.weigh_pictures(host, settings.controls, step + 1, settings.steps_to_run)
         last[:] = [Step(step + 1, settings.steps_to_run, latents)]
         if on_step is not None and on_step(last[0]) and step + 1 < settings.steps_to_run:
             host._interrupt = True
             ended.append(True)
         return {}
 
-    if settings.negative_prompt:
-        arguments["negative_prompt"] = [settings.negative_prompt] * len(prompts)
+    wanted = inspect.signature(type(twin).__call__).parameters
+    if "callback_on_step_end" in wanted:
+        arguments["callback_on_step_end"] = watch
+    elif "callback" in wanted:  # T2I-Adapters: told, and not stopped between steps
+        arguments["callback"] = lambda step, timestep, latents: watch(twin, step, timestep, {"latents": latents}) and None
+    conditioning.weigh_pictures(twin, settings.controls, 0, settings.steps_to_run)
     try:
         with quiet():
-            latents = twin(
-                prompt=list(prompts), guidance_scale=settings.guidance_scale, callback_on_step_end=watch, **arguments
-            ).images
+            arguments |= _texts(twin, prompts, settings)
+            latents = twin(guidance_scale=settings.guidance_scale, **arguments).images
     except cancellation.PassStopped:
         if not last or not cancellation.keeps():
             raise
         return last[0].latents, True
     return (last[0].latents, True) if ended else (latents, False)
+
+
+def _texts(twin: Any, prompts: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """What a pipeline is told to draw: prompts, or for Stable Diffusion 1/2 their embeddings, with weights of words."""
+    if is_classic(twin):
+        guided = settings.guidance_scale > 1
+        positive, negative = prompt_weighting.encode(twin, prompts, guided, settings.negative_prompt)
+        return {"prompt_embeds": positive} | ({} if negative is None else {"negative_prompt_embeds": negative})
+    negative = {"negative_prompt": [settings.negative_prompt] * len(prompts)} if settings.negative_prompt else {}
+    return {"prompt": list(prompts), **negative}
 
 
 def host_for(host: Any, stage: Stage, settings: Settings, cls: type | None = None) -> Any:
@@ -187,7 +222,11 @@ def host_for(host: Any, stage: Stage, settings: Settings, cls: type | None = Non
     if families.denoiser(host) == "unet":
         parts["scheduler"] = getattr(diffusers, name).from_config(host.scheduler.config, **SCHEDULER_OPTIONS.get(name, {}))
     family = families.family_of(host)  # the folder of an img2img or inpainting pipeline draws from a prompt as well
-    cls = cls or getattr(diffusers, family.text if settings.image is None else family.image, None)
+    parts |= conditioning.parts_of(settings.controls, getattr(host, families.denoiser(host)))
+    named = conditioning.class_of(host, settings.controls, settings.image is not None) or (
+        family.text if settings.image is None else family.image
+    )
+    cls = cls or getattr(diffusers, named, None)
     twin = hosting.put_in(host, hosting.in_latents(cls or type(host), stage, families.autoencoder(host)), cls, **parts)
     twin.set_progress_bar_config(disable=True)
     return twin

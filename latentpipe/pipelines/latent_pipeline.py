@@ -27,7 +27,9 @@ from latentpipe.lora.merge import Weight
 from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags, without_tags
 from latentpipe.pipelines import prompt_notes, vocabulary
 from latentpipe.pipelines.batches import drawn
-from latentpipe.pipelines.denoise import check_family, check_host, denoise, native_size, size_unit
+from latentpipe.pipelines.chains import Refiner, check_chains, in_passes
+from latentpipe.pipelines.conditioning import check_controls
+from latentpipe.pipelines.denoise import check_family, check_host, native_size, size_unit
 from latentpipe.pipelines.embeddings import EmbeddingManager
 from latentpipe.pipelines.families import autoencoder, expected_latents
 from latentpipe.pipelines.hosting import finish
@@ -268,12 +270,15 @@ class LatentPipeline:
         with self.embeddings.reading(*prompts, settings.negative_prompt) as host:
             spelled = [self.embeddings.spell(prompt) for prompt in prompts]
             settings = replace(settings, negative_prompt=self.embeddings.spell(settings.negative_prompt))
-            return denoise(host, self.stage, spelled, seeds, settings, on_step)
+            return in_passes(host, self.stage, spelled, seeds, settings, on_step)
 
     def check(self, settings: Settings) -> Settings:
         """The settings with the size filled in; UserError says what is wrong, a warning says what is unusual."""
         check_family(self.host, settings)
-        return check_settings(settings, self.native_size, size_unit(self.host, self.stage))
+        checked = check_settings(settings, self.native_size, size_unit(self.host, self.stage))
+        check_controls(self.host, checked.controls, checked.size or self.native_size, checked.image is not None)
+        check_chains(self.host, self.stage, checked)
+        return checked
 
     def truncated_text(self, prompt: str) -> str:
         """The end of a prompt that is too long for the text encoder to read; empty when all of it is read."""
@@ -298,3 +303,9 @@ class LatentPipeline:
     def preview(self, latents: torch.Tensor, side: int = 256) -> Image.Image | None:
         """A quick picture of the first latents by the VAE's linear latent-to-RGB map; None where it has no map."""
         return None if self.preview_map is None else preview_by(self.preview_map, latents[0], side)
+
+
+def open_refiner(model: str | Path, at: float = 0.8, device: str | None = None, dtype: str = "fp32") -> Refiner:
+    """The model that draws the steps after the share `at`; opened as `LatentPipeline.from_pretrained` opens it."""
+    pipe = LatentPipeline.from_pretrained(model, device=device, dtype=dtype)
+    return Refiner(pipe.host, pipe.stage, at, pipe.name, pipe.hashes)

@@ -68,6 +68,9 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
     denoiser = getattr(pipe.host, denoiser_of(pipe.host))
     used = pipe.embeddings.used(prompt, settings.negative_prompt)
     hashes = {f"lora:{name}": pipe.loras.fuser.loaded[name].hash for name in pipe.loras.weights}
+    hashes |= {f"control:{at}": one.digest for at, one in enumerate(settings.controls)}
+    if settings.refiner is not None:
+        hashes |= {f"refiner:{part}": digest for part, digest in settings.refiner.hashes.items()}
     hashes |= {f"embedding:{name}": one.hash for name, one in used.items()}
     return recipes.Recipe(
         prompt=prompt,
@@ -85,6 +88,13 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
         vae=pipe.vae_name,
         adapter=pipe.adapter_name,
         source=source,
+        controls=[
+            recipes.Controlled(
+                name=one.name, kind=one.kind, sha256=recipes.pixel_hash(one.image), weight=one.weight, steps=one.steps
+            )
+            for one in settings.controls
+        ],
+        second_pass=_second_pass(settings),
         stopped_after=stopped,
         loras={name: dict(weight) if isinstance(weight, Mapping) else weight for name, weight in pipe.loras.weights.items()},
         lora_method=pipe.loras.fuser.method,
@@ -95,6 +105,14 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
             str(device_of(denoiser)), str(denoiser.dtype).removeprefix("torch."), torch.get_num_threads()
         ),
     )
+
+
+def _second_pass(settings: Settings) -> recipes.SecondPass | None:
+    if settings.hires is not None:
+        return recipes.SecondPass(scale=settings.hires.scale, strength=settings.hires.strength)
+    if settings.refiner is not None:
+        return recipes.SecondPass(refiner=settings.refiner.name, at=settings.refiner.at)
+    return None
 
 
 def preview_by(linear: Mapping[str, list], latents: torch.Tensor, side: int) -> Image.Image:

@@ -49,6 +49,12 @@ class Settings:
     """A picture to begin from (img2img)."""
     strength: float = STRENGTH
     """Share of the schedule that img2img runs, over 0 to 1."""
+    controls: tuple[Any, ...] = ()
+    """Pictures to follow: `latentpipe.pipelines.conditioning.Control`."""
+    hires: Any = None
+    """A second pass on enlarged latents: `latentpipe.pipelines.chains.Hires`; None: none."""
+    refiner: Any = None
+    """A second model for the last steps: `latentpipe.pipelines.chains.Refiner`; None: none."""
 
     if not TYPE_CHECKING:
 
@@ -62,6 +68,12 @@ class Settings:
         """Denoising steps that these settings run: img2img runs the last `strength` of the schedule."""
         steps = self.num_inference_steps
         return steps if self.image is None else min(int(steps * self.strength), steps)
+
+    @property
+    def all_steps(self) -> int:
+        """Denoising steps of both passes, where hires asks for a second one."""
+        again = int(self.num_inference_steps * self.hires.strength) if self.hires is not None else 0
+        return self.steps_to_run + again
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,7 @@ TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
     "scheduler": ((str, type(None)), "a name or None"),
     "image": ((Image.Image, type(None)), "a PIL picture (PIL.Image.open opens one), or None"),
     "strength": (float, "a number over 0, at most 1"),
+    "controls": (tuple, "a tuple of Control (open_control opens them)"),
 }
 
 

@@ -51,6 +51,32 @@ class Source(BaseModel):
     """Share of the schedule that was run; 1 forgets the picture."""
 
 
+class Controlled(BaseModel):
+    """A picture that the drawing followed, by a network beside the denoiser."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    name: str = Field(max_length=200)
+    """Of the network; its hash is that of `control:` and its place among the controls."""
+    kind: Literal["controlnet", "t2i-adapter", "ip-adapter"]
+    sha256: str = Field(max_length=64)
+    """Hash of the picture's pixels (RGB)."""
+    weight: float = Field(ge=-10, le=10)
+    steps: tuple[Unit, Unit] = (0.0, 1.0)
+    """Shares of the steps between which it acted."""
+
+
+class SecondPass(BaseModel):
+    """What drew on after the first pass: hires (scale, strength), or a refiner (name, at)."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    scale: float | None = Field(None, gt=1, le=8)
+    strength: Unit | None = None
+    refiner: str | None = Field(None, max_length=200)
+    """Name of the model."""
+    at: Unit | None = None
+    """Share of the steps after which it drew."""
+
+
 class Machine(BaseModel):
     """Where the picture was computed; other machines may differ in the last bits."""
 
@@ -103,6 +129,10 @@ class Recipe(BaseModel):
     embeddings: list[Annotated[str, Field(max_length=200)]] = Field(default_factory=list, max_length=64)
     """Textual inversions that the prompts name; left out of the JSON where there is none."""
     source: Source | None = None
+    controls: list[Controlled] = Field(default_factory=list, max_length=16)
+    """Pictures that it followed; left out of the JSON where there is none."""
+    second_pass: SecondPass | None = None
+    """Left out of the JSON where there was none."""
     stopped_after: int | None = Field(None, ge=0)
     """Steps done when the job was cancelled; None for a finished picture."""
     hashes: dict[str, str]
@@ -119,7 +149,7 @@ class Recipe(BaseModel):
     @model_serializer(mode="wrap")
     def _written(self, write: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         found = write(self)
-        for name in ("stated", "embeddings"):
+        for name in ("stated", "embeddings", "controls", "second_pass"):
             if not getattr(self, name):
                 found.pop(name, None)  # such a recipe is then read by versions that do not know the field
         return found
