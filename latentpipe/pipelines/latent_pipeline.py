@@ -117,8 +117,7 @@ class LatentPipeline:
         adapter  name or file of an adapter to that VAE (`latentpipe fit-adapter`)
         force    decode with `vae` whatever the verdict, as long as the shapes agree
         stated   what a single file does not say itself: family, prediction, configs, other parts (`Stated`)
-        turbo    attach the installed LoRA that was distilled from this model (`latentpipe distil`), and draw with its few steps
-                 and without guidance where a call does not say otherwise; UserError where there is none
+        turbo    draw in few steps without guidance, by the installed LoRA that was distilled from this model (`attach_turbo`)
         """
         device = check_arguments(model, vae, adapter, device, dtype, offload)
         folder = find_model(model)
