@@ -12,8 +12,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
 COLUMNS = {"text": "text", "image": "img2img", "inpaint": "inpaint", "control": "control"}
 HEAD = """# Families of pipelines
 
-Made by `python tests/family_page.py`; `tests/pipelines/test_every_family.py` tries each cell on tiny random parts and fails where the
-page says something else.
+Made by `python tests/family_page.py`; `tests/pipelines/test_every_family.py` tries each cell on tiny random parts and fails where
+the page says something else.
 
 - **equal**: the pipeline with the stage in the place of its VAE, and the latents decoded by the stage, give the picture of
   diffusers, bit for bit; **1e-6**: but for the order of rounding. The column *control* holds ControlNets for text, img2img and

@@ -44,10 +44,10 @@ ROOMS = {
         extract matching fusion
     """,
     "pipelines": """
-        facade family_table families hosting metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling
-        conditioning denoise chains
-        batches embeddings lora_manager metadata.reader picture swap save_swapped verdict_cache vocabulary prompt_notes 
-        memory_need opening latent_pipeline
+        facade family_table families hosting metadata.stated metadata.guides metadata.recipe metadata.third_party
+        prompt_weighting sampling conditioning denoise batches embeddings lora_manager metadata.reader picture swap save_swapped verdict_cache
+        vae_choice turbo vocabulary prompt_notes
+        memory_need opening chains latent_pipeline
     """,
     "engine": """
         jobs engine replay pipeline_cache xy_grid.axes xy_grid.sheet xy_grid.plot
@@ -67,7 +67,7 @@ ROOMS = {
         checkpoint config.base config.denoiser config.lora config.vae distributed latent_adapter lora.data
         lora.parameters lora.prompts losses picture_changes progress run_dir lora.export spike_guard optimizer state loop
         text_encoder vae.adversarial vae.augment vae.equivariance vae.kl vae.microbatch vae.model vae.perceptual
-        vae.rate vae.objective vae.trainable weighted_order denoiser lora.loss lora.train vae.denoiser_outputs
+        vae.rate vae.objective vae.trainable weighted_order denoiser lora.loss lora.distillation lora.train vae.denoiser_outputs
         vae.distillation vae.export vae.train embedded_model
     """,
     "explore": """

@@ -88,18 +88,28 @@ def movq() -> Any:
     """Kandinsky's VQModel."""
     torch.manual_seed(0)
     return diffusers.VQModel(
-        block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4, vq_embed_dim=4, num_vq_embeddings=8, norm_type="spatial", layers_per_block=1,
-    ).eval()  # fmt: skip
+        block_out_channels=(32,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        vq_embed_dim=4,
+        num_vq_embeddings=8,
+        norm_type="spatial",
+        layers_per_block=1,
+    ).eval()
 
 
 def patched() -> Any:
     """FLUX.2's autoencoder, 4 channels at 1/8 size, with statistics of its 2 x 2 patches."""
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(8,) * 4,
-        layers_per_block=1, latent_channels=4, norm_num_groups=4,
-    ).eval()  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+    ).eval()
     vae.bn.running_mean.copy_(torch.linspace(-0.3, 0.3, 16))
     vae.bn.running_var.copy_(torch.linspace(0.5, 1.5, 16))
     return vae
@@ -108,34 +118,75 @@ def patched() -> Any:
 def pixart(**more: Any) -> dict[str, Any]:
     """PixArt's parts; its transformer also draws a variance."""
     transformer = made(
-        "PixArtTransformer2DModel", sample_size=4, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, caption_channels=8,
-        in_channels=4, cross_attention_dim=16, out_channels=8, num_embeds_ada_norm=1000, norm_type="ada_norm_single",
-        norm_elementwise_affine=False, norm_eps=1e-6, attention_bias=True, activation_fn="gelu-approximate",
-    )  # fmt: skip
+        "PixArtTransformer2DModel",
+        sample_size=4,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=8,
+        in_channels=4,
+        cross_attention_dim=16,
+        out_channels=8,
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+    )
     return {"transformer": transformer, "vae": kl(4, scaling_factor=0.18215), "scheduler": ddim()} | more
 
 
 def hunyuan_dit() -> dict[str, Any]:
     """HunyuanDiT's parts."""
     transformer = made(
-        "HunyuanDiT2DModel", sample_size=4, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4,
-        cross_attention_dim=8, cross_attention_dim_t5=8, pooled_projection_dim=8, hidden_size=16, activation_fn="gelu-approximate",
-        text_len=4, text_len_t5=4,
-    )  # fmt: skip
+        "HunyuanDiT2DModel",
+        sample_size=4,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        cross_attention_dim=8,
+        cross_attention_dim_t5=8,
+        pooled_projection_dim=8,
+        hidden_size=16,
+        activation_fn="gelu-approximate",
+        text_len=4,
+        text_len_t5=4,
+    )
     return {"transformer": transformer, "vae": kl(4, scaling_factor=0.13025), "scheduler": ddim()}
 
 
 def hunyuan_image() -> dict[str, Any]:
     """HunyuanImage's parts, without its second text encoder and its guiders."""
     transformer = made(
-        "HunyuanImageTransformer2DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1,
-        num_single_layers=1, num_refiner_layers=1, patch_size=(1, 1), guidance_embeds=True, text_embed_dim=8, text_embed_2_dim=8, rope_axes_dim=(4, 4),
-    )  # fmt: skip
+        "HunyuanImageTransformer2DModel",
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=(1, 1),
+        guidance_embeds=True,
+        text_embed_dim=8,
+        text_embed_2_dim=8,
+        rope_axes_dim=(4, 4),
+    )
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKLHunyuanImage(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32, 32, 32), layers_per_block=1,
-        scaling_factor=0.476986, spatial_compression_ratio=8, sample_size=32,
-    ).eval()  # fmt: skip
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 32, 32, 32),
+        layers_per_block=1,
+        scaling_factor=0.476986,
+        spatial_compression_ratio=8,
+        sample_size=32,
+    ).eval()
     return {"transformer": transformer, "vae": vae, "scheduler": flow(shift=7.0)}
 
 
@@ -153,35 +204,75 @@ def lumina(kind: int) -> dict[str, Any]:
 def aura() -> dict[str, Any]:
     """AuraFlow's parts."""
     transformer = made(
-        "AuraFlowTransformer2DModel", sample_size=4, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
-        num_attention_heads=2, caption_projection_dim=16, joint_attention_dim=8, out_channels=4, pos_embed_max_size=64,
-    )  # fmt: skip
+        "AuraFlowTransformer2DModel",
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=8,
+        out_channels=4,
+        pos_embed_max_size=64,
+    )
     return {"transformer": transformer, "vae": kl(4, scaling_factor=0.13025), "scheduler": flow()}
 
 
 def cogview(kind: int, channels: int = 4) -> dict[str, Any]:
     """CogView3-Plus's and CogView4's parts."""
-    common = {"patch_size": 2, "in_channels": channels, "out_channels": 4, "num_layers": 1, "attention_head_dim": 4, "num_attention_heads": 4}
+    common = {
+        "patch_size": 2,
+        "in_channels": channels,
+        "out_channels": 4,
+        "num_layers": 1,
+        "attention_head_dim": 4,
+        "num_attention_heads": 4,
+    }
     common |= {"text_embed_dim": 8, "time_embed_dim": 8, "condition_dim": 4}
     if kind == 3:
         transformer = made("CogView3PlusTransformer2DModel", **common, pos_embed_max_size=8, sample_size=4)
         return {"transformer": transformer, "vae": kl(4, scaling_factor=0.13025), "scheduler": diffusers.CogVideoXDDIMScheduler()}
     scheduler = flow(base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True, time_shift_type="linear")
-    return {"transformer": made("CogView4Transformer2DModel", **common), "vae": kl(4, scaling_factor=0.13025), "scheduler": scheduler}
+    return {
+        "transformer": made("CogView4Transformer2DModel", **common),
+        "vae": kl(4, scaling_factor=0.13025),
+        "scheduler": scheduler,
+    }
 
 
 def like_flux(cls: str, **config: Any) -> dict[str, Any]:
     """The parts of a family that packs latents as FLUX.1 does."""
-    common = {"patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    common = {
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+    }
     return {"transformer": made(cls, **common, **config), "vae": shifted(4), "scheduler": flow()}
 
 
 def z_image() -> dict[str, Any]:
     """Z-Image's parts."""
     transformer = made(
-        "ZImageTransformer2DModel", all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2,
-        n_kv_heads=2, cap_feat_dim=8, rope_theta=256.0, t_scale=1000.0, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
-    )  # fmt: skip
+        "ZImageTransformer2DModel",
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=8,
+        rope_theta=256.0,
+        t_scale=1000.0,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
     with torch.no_grad():  # two pads that are left without values
         for pad in (transformer.x_pad_token, transformer.cap_pad_token):
             pad.normal_()
@@ -191,17 +282,36 @@ def z_image() -> dict[str, Any]:
 def prx() -> dict[str, Any]:
     """PRX's parts."""
     transformer = made(
-        "PRXTransformer2DModel", patch_size=1, in_channels=4, context_in_dim=8, hidden_size=8, mlp_ratio=2.0, num_heads=2, depth=1, axes_dim=[2, 2],
-    )  # fmt: skip
+        "PRXTransformer2DModel",
+        patch_size=1,
+        in_channels=4,
+        context_in_dim=8,
+        hidden_size=8,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=1,
+        axes_dim=[2, 2],
+    )
     return {"transformer": transformer, "vae": shifted(4), "scheduler": flow()}
 
 
 def dit() -> dict[str, Any]:
     """DiT's parts; it draws classes."""
     transformer = made(
-        "DiTTransformer2DModel", sample_size=4, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4, out_channels=8,
-        attention_bias=True, activation_fn="gelu-approximate", num_embeds_ada_norm=1000, norm_type="ada_norm_zero", norm_elementwise_affine=False,
-    )  # fmt: skip
+        "DiTTransformer2DModel",
+        sample_size=4,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+    )
     return {"transformer": transformer, "vae": kl(4, scaling_factor=0.18215), "scheduler": ddim()}
 
 
@@ -209,30 +319,56 @@ def kandinsky22(taken: int = 4) -> dict[str, Any]:
     """Kandinsky 2.2's parts; the UNet also draws a variance."""
     torch.manual_seed(1)
     model = diffusers.UNet2DConditionModel(
-        in_channels=taken, out_channels=8, sample_size=4, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=8,
-        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), norm_num_groups=4, attention_head_dim=4,
-        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        addition_embed_type="image_hint" if taken == 8 else "image", encoder_hid_dim=8, encoder_hid_dim_type="image_proj",
-        resnet_time_scale_shift="scale_shift", class_embed_type=None,
-    ).eval()  # fmt: skip
+        in_channels=taken,
+        out_channels=8,
+        sample_size=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=8,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        addition_embed_type="image_hint" if taken == 8 else "image",
+        encoder_hid_dim=8,
+        encoder_hid_dim_type="image_proj",
+        resnet_time_scale_shift="scale_shift",
+        class_embed_type=None,
+    ).eval()
     return {"unet": model, "movq": movq(), "scheduler": ddim()}
 
 
 def kandinsky3() -> dict[str, Any]:
     """Kandinsky 3's parts."""
     model = made(
-        "Kandinsky3UNet", in_channels=4, time_embedding_dim=4, groups=2, attention_head_dim=4, layers_per_block=3, block_out_channels=(32, 64),
-        cross_attention_dim=4, encoder_hid_dim=8,
-    )  # fmt: skip
+        "Kandinsky3UNet",
+        in_channels=4,
+        time_embedding_dim=4,
+        groups=2,
+        attention_head_dim=4,
+        layers_per_block=3,
+        block_out_channels=(32, 64),
+        cross_attention_dim=4,
+        encoder_hid_dim=8,
+    )
     return {"unet": model, "movq": movq(), "scheduler": diffusers.DDPMScheduler()}
 
 
 def flux2() -> dict[str, Any]:
     """FLUX.2's parts."""
     transformer = made(
-        "Flux2Transformer2DModel", patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=8, timestep_guidance_channels=256, axes_dims_rope=[4, 4, 4, 4],
-    )  # fmt: skip
+        "Flux2Transformer2DModel",
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        timestep_guidance_channels=256,
+        axes_dims_rope=[4, 4, 4, 4],
+    )
     return {"transformer": transformer, "vae": patched(), "scheduler": flow()}
 
 
@@ -272,7 +408,9 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "Chroma": lambda: like_flux(
         "ChromaTransformer2DModel", **ROPE, approximator_hidden_dim=8, approximator_layers=1, approximator_num_channels=16
     ),
-    "Bria": lambda: like_flux("BriaTransformer2DModel", joint_attention_dim=8, axes_dims_rope=(0, 8, 8), pooled_projection_dim=None),
+    "Bria": lambda: like_flux(
+        "BriaTransformer2DModel", joint_attention_dim=8, axes_dims_rope=(0, 8, 8), pooled_projection_dim=None
+    ),
     "Ovis-Image": lambda: like_flux("OvisImageTransformer2DModel", out_channels=16, **ROPE),
     "Z-Image": z_image,
     "PRX": prx,
@@ -314,7 +452,10 @@ def special(name: str) -> dict[str, Any]:
         return {"controlnet": controlnet(FAMILY_BY_CLASS[name].name.removesuffix(" PAG"), **extra)}
     if "Adapter" in name:
         large = "XL" in name
-        blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+        blocks = {
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        }
         config = dict(parts_of(FAMILY_BY_CLASS[name].name)["unet"].config) | blocks
         torch.manual_seed(1)
         if large:
@@ -350,10 +491,18 @@ def controlnet(family: str, **more: Any) -> Any:
     if family.startswith("Stable Diffusion 3"):
         net = diffusers.SD3ControlNetModel(**{key: value for key, value in model.config.items() if key in SD3_KEYS}, **more)
     elif family == "FLUX.1":
-        kept = {key: value for key, value in model.config.items() if key in inspect.signature(diffusers.FluxControlNetModel).parameters}
+        kept = {
+            key: value
+            for key, value in model.config.items()
+            if key in inspect.signature(diffusers.FluxControlNetModel).parameters
+        }
         net = diffusers.FluxControlNetModel(**kept)
     elif family == "Sana":
-        kept = {key: value for key, value in model.config.items() if key in inspect.signature(diffusers.SanaControlNetModel).parameters}
+        kept = {
+            key: value
+            for key, value in model.config.items()
+            if key in inspect.signature(diffusers.SanaControlNetModel).parameters
+        }
         net = diffusers.SanaControlNetModel(**kept)
     else:
         net = diffusers.ControlNetModel.from_unet(model, conditioning_channels=3)
@@ -372,7 +521,9 @@ def t2i_adapter(large: bool) -> Any:
     """A T2I-Adapter of two levels."""
     torch.manual_seed(3)
     kind = "full_adapter_xl" if large else "full_adapter"
-    return diffusers.T2IAdapter(in_channels=3, channels=[8, 16], num_res_blocks=1, downscale_factor=16 if large else 8, adapter_type=kind).eval()
+    return diffusers.T2IAdapter(
+        in_channels=3, channels=[8, 16], num_res_blocks=1, downscale_factor=16 if large else 8, adapter_type=kind
+    ).eval()
 
 
 def pipeline(name: str, **more: Any) -> Any:
@@ -409,7 +560,10 @@ def prompts(family: PipelineFamily, wanted: Any) -> dict[str, Any]:
         found |= {"prompt_embeds_2": embedding(1, 4, 8, seed=6)}
         masks = ("prompt_attention_mask", "prompt_attention_mask_2", "prompt_embeds_mask", "prompt_embeds_mask_2")
         if "PAG" in name:
-            found |= {"negative_prompt_embeds": embedding(1, 4, 8, seed=7), "negative_prompt_embeds_2": embedding(1, 4, 8, seed=8)}
+            found |= {
+                "negative_prompt_embeds": embedding(1, 4, 8, seed=7),
+                "negative_prompt_embeds_2": embedding(1, 4, 8, seed=8),
+            }
             masks += ("negative_prompt_attention_mask", "negative_prompt_attention_mask_2")
         found |= {mask: torch.ones(1, 4, dtype=torch.long) for mask in masks if mask in wanted}
     elif "prompt_attention_mask" in wanted:

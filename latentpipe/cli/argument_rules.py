@@ -79,6 +79,10 @@ RULES: dict[str, argument_checks.Rule | None] = {
     "convert.out": output_paths.new,
     "compress.out": ending(".lpz"),
     "decompress.out": output_paths.written,
+    "distil.guidance": above(1, 100),
+    "distil.pictures": argument_checks.folder,
+    "distil.steps": within(1, 100),
+    "distil.out": output_paths.weights,
     "edit.out": PNG,
     "emoji.out": output_paths.empty,
     "emoji.hands": argument_checks.folder,
@@ -122,7 +126,12 @@ RULES: dict[str, argument_checks.Rule | None] = {
 }
 
 # What does nothing without another option: it was meant to do something.
-CONTROLLED = {"control_weight": ("control",), "control_steps": ("control",), "hires_strength": ("hires",), "refiner_at": ("refiner",)}
+CONTROLLED = {
+    "control_weight": ("control",),
+    "control_steps": ("control",),
+    "hires_strength": ("hires",),
+    "refiner_at": ("refiner",),
+}
 NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "generate": {"adapter": ("vae",), "lora_method": ("lora",), "strength": ("image",), **CONTROLLED},
     "edit": {"share": ("mix",), "amount": ("along",), "feather": ("mask",)},

@@ -15,7 +15,7 @@ from latentpipe.cli.argument_checks import size_of, weighted
 from latentpipe.cli.argument_parser import Positional
 from latentpipe.cli.lora import Method
 from latentpipe.cli.output_paths import is_picture
-from latentpipe.utils.defaults import GUIDANCE, STEPS, STRENGTH
+from latentpipe.utils.defaults import STEPS, STRENGTH
 from latentpipe.utils.errors import counted
 from latentpipe.utils.setting_names import in_python
 from latentpipe.utils.signals import interruption, signals_to
@@ -44,10 +44,12 @@ class Generate:
     """Decode with that VAE whatever the verdict, as long as the shapes agree; take LoRA files of another base, likewise."""
     negative: str = ""
     """What the picture should not show."""
-    steps: int = STEPS
-    """Denoising steps."""
-    guidance: float = GUIDANCE
-    """Classifier-free guidance; 1 turns it off."""
+    steps: int | None = None
+    """Denoising steps; left out: 20, with --turbo those that it was made for."""
+    guidance: float | None = None
+    """Classifier-free guidance; 1 turns it off. Left out: 3, with --turbo 1."""
+    turbo: bool = False
+    """Draw in few steps without guidance, with the LoRA that was distilled from the model ('latentpipe distil')."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Share of the steps where guidance begins and ends."""
     scheduler: Literal["dpm++", "ddim", "euler", "unipc"] | None = None
@@ -80,8 +82,7 @@ class Generate:
     lora_partial: bool = False
     """Take LoRA files (of --lora and of tags in the prompt) that fit in part; what is left out is told."""
     embedding: tuple[str, ...] = ()
-    """Names or files of embeddings (textual inversion) that the prompts name, as <NAME> or as a plain word; installed ones
-    need no option as <NAME>."""
+    """Names or files of embeddings (textual inversion) that the prompts name; installed ones need no option as <NAME>."""
     hires: float | None = None
     """Enlarge the latents so many times after drawing, and draw on (hires fix): 1.5 or 2, say."""
     hires_strength: float = 0.5
@@ -91,12 +92,11 @@ class Generate:
     refiner_at: float = 0.8
     """Share of the steps after which the refiner begins."""
     control: tuple[str, ...] = ()
-    """NET=PICTURE: the diffusers folder of a ControlNet, T2I-Adapter or IP-Adapter, and the picture that it makes the drawing
-    follow; several ControlNets add up."""
+    """NET=PICTURE: diffusers folder of a ControlNet, T2I-Adapter or IP-Adapter, and the picture to follow; ControlNets add up."""
     control_weight: tuple[float, ...] = ()
     """How much: one number for all controls, or one for each; 1 as they were trained."""
     control_steps: tuple[str, ...] = ()
-    """BEGIN-END: the share of the steps in which they act, such as 0-0.6; one for all, or one for each."""
+    """BEGIN-END: shares of the steps between which they act, such as 0-0.6; one for all, or one for each."""
     adapter: str | None = None
     """Name or file of an adapter from the model's VAE to --vae ('latentpipe fit-adapter')."""
 
@@ -104,18 +104,18 @@ class Generate:
 def run_generate(options: Generate) -> None:
     """Draw, save and print the paths; KeyboardInterrupt (`Terminated`) after partial pictures were saved."""
     loras = [weighted(text) for text in options.lora]
-    from latentpipe.pipelines.chains import Hires
+    from latentpipe.pipelines.chains import Hires, open_refiner
     from latentpipe.utils.images import open_picture
 
     names = ("negative", "steps", "guidance", "guidance_interval", "scheduler", "strength", "lora_partial")
-    settings = in_python({name: getattr(options, name) for name in names})
+    given = {name: getattr(options, name) for name in names}
+    settings = in_python({name: value for name, value in given.items() if value is not None})
     settings["controls"] = controls.opened(options.control, options.control_weight, options.control_steps)
     settings["hires"] = Hires(options.hires, options.hires_strength) if options.hires is not None else None
     settings["size"] = size_of(options.size)
     settings["image"] = open_picture(options.image) if options.image is not None else None
     from latentpipe import LatentPipeline
     from latentpipe.checkpoints.single_file.gather import Stated
-    from latentpipe.pipelines.latent_pipeline import open_refiner
 
     stated = Stated(options.family, options.prediction, options.config, options.parts)
 
@@ -129,6 +129,7 @@ def run_generate(options: Generate) -> None:
             options.force,
             stated,
             options.offload,
+            options.turbo,
         )
         for source, weight in loras:
             print(pipe.attach_lora(source, weight, partial=options.lora_partial, force=options.force), file=sys.stderr)
@@ -152,7 +153,12 @@ def _draw(options: Generate, pipe: Any, settings: dict[str, Any]) -> None:
 
     parts = _parts(options, pipe, settings)
     engine, count, last = Engine(pipe), sum(len(part) for part in parts), None
-    with stop_on_interrupt() as stop, tqdm(total=options.steps, unit="step", disable=None, file=sys.stderr) as bar:
+    with (
+        stop_on_interrupt() as stop,
+        tqdm(
+            total=options.steps or pipe.defaults.get("num_inference_steps", STEPS), unit="step", disable=None, file=sys.stderr
+        ) as bar,
+    ):
         for number, part in enumerate(parts):
             stop.token = threading.Event()  # a job sets its token when it ends
             if stop.number:
@@ -282,11 +288,9 @@ def replay(
     loras, embeddings = (
         {name: Path(file) for name, _, file in (text.partition("=") for text in given)} for given in (lora, embedding)
     )
-    pairs = [controls.split(text) for text in control]
-    result = run(
-        picture, model, vae, image, device, adapter, loras, config=config, parts=parts, embeddings=embeddings, controls=pairs,
-        refiner=refiner,
-    )  # fmt: skip
+    more: dict[str, Any] = {"config": config, "parts": parts, "embeddings": embeddings, "refiner": refiner}
+    more["controls"] = [controls.split(text) for text in control]
+    result = run(picture, model, vae, image, device, adapter, loras, **more)
     if out is not None:
         result.picture.save(out)
         print(out)

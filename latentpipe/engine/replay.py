@@ -13,9 +13,9 @@ import numpy as np
 from latentpipe.checkpoints.registry import find_model, is_installed, named_embedding, named_lora
 from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.compatibility.latent_adapter import own_adapter
-from latentpipe.pipelines.chains import Hires
+from latentpipe.pipelines.chains import Hires, open_refiner
 from latentpipe.pipelines.conditioning import Control, open_control
-from latentpipe.pipelines.latent_pipeline import LatentPipeline, Picture, open_refiner
+from latentpipe.pipelines.latent_pipeline import LatentPipeline, Picture
 from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.metadata.stated import check_completed
 from latentpipe.pipelines.sampling import Settings, Step
@@ -74,7 +74,9 @@ def replay(
             report(step.step, step.steps, "draw again")
         return step.step == old.stopped_after
 
-    chosen = pipe.check(dataclasses.replace(_settings(pipe, old, source), controls=_controls(path, old, controls), **_second(path, old, refiner)))
+    chosen = pipe.check(
+        dataclasses.replace(_settings(pipe, old, source), controls=_controls(path, old, controls), **_second(path, old, refiner))
+    )
     pictures = pipe.literal(old.prompt, old.batch_size, old.seed - old.batch_index, on_step, chosen)
     picture = pictures[old.batch_index]
     with picture_file(path) as stored:
@@ -186,7 +188,9 @@ def _second(path: Path, old: recipes.Recipe, model: str | Path | None) -> dict[s
     found = open_refiner(model or _name(then.refiner), then.at or 0.8, _device(old), _dtype(old.machine.dtype))
     for part, digest in found.hashes.items():
         if old.hashes.get(f"refiner:{part}") != digest:
-            raise UserError(f"{path} was refined by another {part} than that of '{model or then.refiner}'; give the refiner of then.")
+            raise UserError(
+                f"{path} was refined by another {part} than that of '{model or then.refiner}'; give the refiner of then."
+            )
     return {"refiner": dataclasses.replace(found, name=then.refiner)}
 
 
@@ -203,7 +207,9 @@ def _controls(path: Path, old: recipes.Recipe, given: Sequence[tuple[Path, Path]
             ("picture", recipes.pixel_hash(one.image), then.sha256),
         ):
             if now != was:
-                raise UserError(f"the {what} of control '{then.name}' is {now[:16]}, the picture's was {was[:16]}; give that one.")
+                raise UserError(
+                    f"the {what} of control '{then.name}' is {now[:16]}, the picture's was {was[:16]}; give that one."
+                )
         found.append(dataclasses.replace(one, name=then.name))
     return tuple(found)
 

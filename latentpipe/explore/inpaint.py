@@ -135,8 +135,8 @@ def _by_family(
         given["strength"] = settings.strength
     latents = twin(
         prompt=prompt, image=settings.image, mask_image=hole, width=width, height=height, guidance_scale=settings.guidance_scale,
-        num_inference_steps=settings.num_inference_steps, generator=torch.Generator("cpu").manual_seed(seed), output_type="latent",
-        callback_on_step_end=watch, return_dict=False, **given,
+        num_inference_steps=settings.num_inference_steps, generator=torch.Generator("cpu").manual_seed(seed),
+        output_type="latent", callback_on_step_end=watch, return_dict=False, **given,
     )[0]  # fmt: skip
     return hosting.unpack(twin, latents, height, width)
 

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from latentpipe.checkpoints.pipeline_io import hashes
+from latentpipe.checkpoints.registry import find_model, name_of
 from latentpipe.pipelines import families
-from latentpipe.pipelines.denoise import denoise, size_unit
+from latentpipe.pipelines.conditioning import check_controls
+from latentpipe.pipelines.denoise import denoise, native_size, size_unit
+from latentpipe.pipelines.opening import check_arguments, host_from
 from latentpipe.pipelines.sampling import OnStep, Settings, Step
 from latentpipe.utils.errors import UserError
+from latentpipe.utils.threads import run_in_thread
 from latentpipe.vae.protocol import Stage
 
 XL = families.FAMILY_BY_CLASS["StableDiffusionXLPipeline"]
@@ -44,8 +50,9 @@ class Refiner:
     hashes: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
-def check_chains(host: Any, stage: Stage, settings: Settings) -> None:
-    """UserError for a second pass that this model, or the other one, cannot draw."""
+def check_guides(host: Any, stage: Stage, settings: Settings) -> Settings:
+    """The same settings; UserError for controls or a second pass that this model, or the other one, cannot draw with."""
+    check_controls(host, settings.controls, settings.size or native_size(host, stage), settings.image is not None)
     hires, refiner = settings.hires, settings.refiner
     width, height = settings.size or (0, 0)
     wrong = ""
@@ -55,9 +62,12 @@ def check_chains(host: Any, stage: Stage, settings: Settings) -> None:
         unit = size_unit(host, stage)
         large = tuple(round(side * hires.scale) for side in (width, height))
         if not families.family_of(host).image:
-            wrong = f"{families.family_of(host).name} has no pipeline that begins from a picture, which hires needs; leave it out."
+            wrong = (
+                f"{families.family_of(host).name} has no pipeline that begins from a picture, which hires needs; leave it out."
+            )
         elif not 1 < hires.scale <= 8 or not 0 < hires.strength <= 1:
-            wrong = f"hires has scale {hires.scale} and strength {hires.strength}; expected a scale over 1 to 8, a strength over 0 to 1."
+            has = f"hires has scale {hires.scale} and strength {hires.strength}"
+            wrong = f"{has}; expected a scale over 1 to 8, a strength over 0 to 1."
         elif any(side % unit for side in large):
             wrong = f"hires makes {large[0]} x {large[1]} pixels; sides must be multiples of {unit}. Choose another scale."
         elif int(settings.num_inference_steps * hires.strength) < 1:
@@ -65,15 +75,19 @@ def check_chains(host: Any, stage: Stage, settings: Settings) -> None:
     elif refiner is not None:
         both = [families.family_of(one) for one in (host, refiner.host)]
         if both != [XL, XL]:
-            wrong = f"A refiner draws on after Stable Diffusion XL with another one; given were {both[0].name} and {both[1].name}."
+            wrong = (
+                f"A refiner draws on after Stable Diffusion XL with another one; given were {both[0].name} and {both[1].name}."
+            )
         elif refiner.stage.space != stage.space:
-            wrong = f"Refiner '{refiner.name}' draws in another latent space: {stage.space.difference(refiner.stage.space)} Choose its base."
+            difference = stage.space.difference(refiner.stage.space)
+            wrong = f"Refiner '{refiner.name}' draws in another latent space: {difference} Choose its base."
         elif not 0 < refiner.at < 1:
             wrong = f"the refiner begins at {refiner.at}; expected a share of the steps over 0 and under 1."
         elif settings.image is not None or settings.controls:
             wrong = "A refiner follows a drawing from a prompt alone; leave the picture and the controls out."
     if wrong:
         raise UserError(wrong)
+    return settings
 
 
 def in_passes(
@@ -106,3 +120,11 @@ def in_passes(
     refiner = settings.refiner
     again = replace(settings, refiner=None, scheduler=None)
     return denoise(refiner.host, refiner.stage, prompts, seeds, again, second, begin=latents, denoising_start=refiner.at)
+
+
+def open_refiner(model: str | Path, at: float = 0.8, device: str | None = None, dtype: str = "fp32") -> Refiner:
+    """The model that draws the steps after the share `at`; opened as `LatentPipeline.from_pretrained` opens it."""
+    device = check_arguments(model, None, None, device, dtype, "none")
+    folder = find_model(model)
+    host = run_in_thread(lambda: host_from(folder, device, dtype, "none", None))
+    return Refiner(host, families.own_stage(host), at, name_of(folder), hashes(folder))

@@ -1,4 +1,4 @@
-"""Pictures that a drawing follows: ControlNets, T2I-Adapters and IP-Adapters beside the denoiser, each with a weight and a range of steps.
+"""Pictures that a drawing follows: ControlNets, T2I-Adapters and IP-Adapters, each with a weight and a range of steps.
 
 Lvmin Zhang et al., arXiv:2302.05543; Chong Mou et al., arXiv:2302.08453; Hu Ye et al., arXiv:2308.06721.
 """
@@ -65,14 +65,16 @@ class Control:
 
     def __post_init__(self) -> None:
         if type(self.network).__name__ not in NETWORKS:
-            raise UserError(f"{type(self.network).__name__} is no network to control with; expected one of {', '.join(NETWORKS)}.")
+            raise UserError(
+                f"{type(self.network).__name__} is no network to control with; expected one of {', '.join(NETWORKS)}."
+            )
         if not isinstance(self.image, Image.Image):
             raise UserError(f"the picture of a control is a {type(self.image).__name__}; expected a PIL picture.")
         low, high = self.steps
         if not (math.isfinite(self.weight) and abs(self.weight) <= 10) or not 0 <= low < high <= 1:
             raise UserError(
-                f"control '{self.name}' has weight {self.weight} and steps {low} to {high}; expected a weight from -10 to 10 and two "
-                "shares, 0 <= begin < end <= 1."
+                f"control '{self.name}' has weight {self.weight} and steps {low} to {high}; expected a weight from -10 to 10 and "
+                "two shares, 0 <= begin < end <= 1."
             )
         if not self.digest:
             object.__setattr__(self, "digest", content_hash(self.network.state_dict()))
@@ -103,7 +105,9 @@ def _network(folder: Path) -> Any:
 
     found = read_json(folder / "config.json").get("_class_name") if (folder / "config.json").is_file() else None
     if found not in NETWORKS:
-        raise UserError(f"{folder} holds {found or 'no config.json'}; expected one of {', '.join(NETWORKS)}, or an IP-Adapter's folder.")
+        raise UserError(
+            f"{folder} holds {found or 'no config.json'}; expected one of {', '.join(NETWORKS)}, or an IP-Adapter's folder."
+        )
     return getattr(diffusers, found).from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
 
 
@@ -113,7 +117,9 @@ def _ip_adapter(folder: Path) -> IPAdapter:
 
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
-        raise UserError(f"{folder} holds {len(files)} .safetensors files beside image_encoder; expected the one of the IP-Adapter.")
+        raise UserError(
+            f"{folder} holds {len(files)} .safetensors files beside image_encoder; expected the one of the IP-Adapter."
+        )
     state: dict[str, dict[str, Any]] = {"image_proj": {}, "ip_adapter": {}}
     for key, value in load_file(files[0]).items():
         part, _, rest = key.partition(".")
@@ -160,25 +166,27 @@ def check_controls(host: Any, controls: Sequence[Control], size: tuple[int, int]
         cls, made_for = type(control.network).__name__, NETWORKS[type(control.network).__name__][1]
         if type(model).__name__ != made_for:
             raise UserError(
-                f"{cls} '{control.name}' is made for a {made_for}, and this model's denoiser is a {type(model).__name__}; choose a "
-                "control of this family."
+                f"{cls} '{control.name}' is made for a {made_for}, and this model's denoiser is a {type(model).__name__}; choose "
+                "a control of this family."
             )
         config = getattr(control.network, "config", {})
         for key in WIDTHS if control.kind == "controlnet" else ():
             theirs, ours = config.get(key), model.config.get(key)
             if theirs is not None and ours is not None and theirs != ours and not (key == "in_channels" and ours > theirs):
                 raise UserError(
-                    f"{cls} '{control.name}' has {key} {theirs}, and this model's denoiser {ours}: it is of another family; choose "
-                    "one of this family."
+                    f"{cls} '{control.name}' has {key} {theirs}, and this model's denoiser {ours}: it is of another family; "
+                    "choose one of this family."
                 )
         width, height = control.image.size
         if control.kind != "ip-adapter" and width * size[1] != height * size[0]:
             raise UserError(
-                f"the picture of control '{control.name}' has {width} x {height} pixels, and {size[0]} x {size[1]} are drawn; give one "
-                "of that shape."
+                f"the picture of control '{control.name}' has {width} x {height} pixels, and {size[0]} x {size[1]} are drawn; "
+                "give one of that shape."
             )
         if control.kind == "t2i-adapter" and control.steps[0] > 0:
-            raise UserError(f"T2I-Adapter '{control.name}' begins at {control.steps[0]}; it acts from the first step on, so give 0.")
+            raise UserError(
+                f"T2I-Adapter '{control.name}' begins at {control.steps[0]}; it acts from the first step on, so give 0."
+            )
 
 
 def parts_of(controls: Sequence[Control], like: Any) -> dict[str, Any]:

@@ -61,7 +61,10 @@ def denoise(
     if "intermediate_timesteps" in wanted and settings.num_inference_steps != 2:
         arguments["intermediate_timesteps"] = None  # Sana Sprint's default is for two steps
     run = _guided if is_classic(host) and not settings.controls else _plain
-    with conditioning.prompted_by_pictures(twin, settings.controls), cancellation.interruptible(getattr(twin, families.denoiser(host))):
+    with (
+        conditioning.prompted_by_pictures(twin, settings.controls),
+        cancellation.interruptible(getattr(twin, families.denoiser(host))),
+    ):
         latents, stopped = run(twin, prompts, settings, on_step, arguments)
     return latents if stopped else hosting.unpack(twin, latents, height, width)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from latentpipe.pipelines.facade import Facade, VAEFacade, behind, declared, form
-from latentpipe.pipelines.family_table import FAMILIES, FAMILY_BY_CLASS, OUT_OF_SCOPE, PipelineFamily
+from latentpipe.pipelines.family_table import FAMILIES, FAMILY_BY_CLASS, PipelineFamily
 from latentpipe.utils.errors import UserError
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.protocol import Stage
@@ -25,7 +25,7 @@ class Facts:
 
     denoiser     component that takes the latents
     autoencoder  component that encodes and decodes
-    patch        side of the squares that are packed into one token, as its latents leave it; 1: B C h w, or one token for each place
+    patch        side of the squares that are packed into one token, as its latents leave it; 1: B C h w, or one token a place
     bins         resizes after decoding unless use_resolution_binning=False
     """
 
@@ -118,7 +118,7 @@ def own_stage(pipe: Any) -> VAEStage:
 
 
 def unsupported_reason(cls: type, stage: Stage, own: Any) -> str:
-    """Empty where the code of a pipeline class encodes and decodes this stage's VAE right, else the reason; `own`: the VAE it has.
+    """Empty where the code of a pipeline class encodes and decodes this stage's VAE right, else the reason; `own`: its VAE.
 
     Beside what its family honours: in diffusers 0.42 SD3 inpaint decodes without the shift, and SDXL inpaint encodes
     without the statistics.

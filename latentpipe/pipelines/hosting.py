@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from latentpipe.pipelines.facade import VAEFacade, facade_of, staged, with_factors
 from latentpipe.pipelines import families
+from latentpipe.pipelines.facade import VAEFacade, facade_of, staged, with_factors
 from latentpipe.pipelines.families import FAMILIES, OUT_OF_SCOPE, RAW, expected_latents, facts, family_of, row, unsupported_reason
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.vae.protocol import Stage
@@ -90,7 +90,7 @@ def normalized(cls: type, stage: Stage, own: Any) -> Any:
 
 
 def in_latents(cls: type, stage: Stage, own: Any) -> Any:
-    """A stage as the VAE of a pipeline class whose latents are asked for: whatever it does not read itself is done by the stage."""
+    """A stage as the VAE of a pipeline class whose latents are asked for: what it does not read itself the stage does."""
     return facade(cls, stage, own) if getattr(stage.space, "patch", 1) > 1 or row(cls).raw else normalized(cls, stage, own)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from latentpipe.checkpoints.single_file.gather import Stated, completing, open_file
 from latentpipe.pipelines.families import denoiser as denoiser_of
 from latentpipe.pipelines.metadata import recipe as recipes
+from latentpipe.pipelines.metadata.guides import Controlled, SecondPass
 from latentpipe.pipelines.sampling import Settings
 from latentpipe.utils.errors import expect
 from latentpipe.utils.images import to_pixels
@@ -89,9 +90,7 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
         adapter=pipe.adapter_name,
         source=source,
         controls=[
-            recipes.Controlled(
-                name=one.name, kind=one.kind, sha256=recipes.pixel_hash(one.image), weight=one.weight, steps=one.steps
-            )
+            Controlled(name=one.name, kind=one.kind, sha256=recipes.pixel_hash(one.image), weight=one.weight, steps=one.steps)
             for one in settings.controls
         ],
         second_pass=_second_pass(settings),
@@ -107,11 +106,11 @@ def recipe_of(pipe: Any, prompt: str, seed: int, n: int, settings: Settings, sto
     )
 
 
-def _second_pass(settings: Settings) -> recipes.SecondPass | None:
+def _second_pass(settings: Settings) -> SecondPass | None:
     if settings.hires is not None:
-        return recipes.SecondPass(scale=settings.hires.scale, strength=settings.hires.strength)
+        return SecondPass(scale=settings.hires.scale, strength=settings.hires.strength)
     if settings.refiner is not None:
-        return recipes.SecondPass(refiner=settings.refiner.name, at=settings.refiner.at)
+        return SecondPass(refiner=settings.refiner.name, at=settings.refiner.at)
     return None
 
 

@@ -86,8 +86,14 @@ def test_the_refiner_equals_diffusers_two_calls(xl: Any, second: Any) -> None:
         ({"hires": Hires(0.5, 0.5)}, r"hires has scale 0.5 and strength 0.5; expected a scale over 1"),
         ({"hires": Hires(2.0, 0.1)}, r"5 steps at hires strength 0.1 run no step"),
         ({"hires": Hires(), "refiner": "second"}, r"two second passes, which exclude each other"),
-        ({"refiner": "other space"}, r"Refiner 'x' draws in another latent space: The scale of channel 0 is 1 in one space and 0.13"),
-        ({"refiner": "other family"}, r"A refiner draws on after Stable Diffusion XL with another one; given were .* Stable Diffusion 1/2"),
+        (
+            {"refiner": "other space"},
+            r"Refiner 'x' draws in another latent space: The scale of channel 0 is 1 in one space and 0.13",
+        ),
+        (
+            {"refiner": "other family"},
+            r"A refiner draws on after Stable Diffusion XL with another one; given were .* Stable Diffusion 1/2",
+        ),
         ({"refiner": "second", "image": draw_shape("red", "bar")}, r"A refiner follows a drawing from a prompt alone"),
     ],
 )
@@ -103,7 +109,7 @@ def test_what_cannot_be_chained_is_told(xl: Any, second: Any, more: dict[str, An
 
 @pytest.mark.slow
 def test_a_chain_replays_from_its_recipe(xl: Any, second: Any, tmp_path: Path) -> None:
-    from latentpipe.pipelines.latent_pipeline import open_refiner
+    from latentpipe.pipelines.chains import open_refiner
 
     xl.save_pretrained(tmp_path / "base")
     second.save_pretrained(tmp_path / "refiner")

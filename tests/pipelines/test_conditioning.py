@@ -1,4 +1,4 @@
-"""ControlNets, T2I-Adapters and IP-Adapters: latents as diffusers' own call has them, recipes that replay, what cannot be refused."""
+"""ControlNets, T2I-Adapters and IP-Adapters: latents as diffusers' own call has them, recipes that replay, refusals."""
 
 from __future__ import annotations
 
@@ -56,7 +56,13 @@ def picture_prompt(sd15: Any) -> IPAdapter:
     torch.manual_seed(4)
     unet = sd15.unet
     config = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8, projection_dim=8
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=8,
     )
     state: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     state["image_proj"] = {"proj.weight": torch.randn(4 * 8, 8), "proj.bias": torch.randn(32), "norm.weight": torch.ones(8)}
@@ -101,8 +107,9 @@ def test_one_controlnet_equals_diffusers(sd15: Any, nets: list[Any]) -> None:
 def test_several_controlnets_and_a_picture_to_begin_from(sd15: Any, nets: list[Any]) -> None:
     controls = (Control(nets[0], hint(), 0.7), Control(nets[1], hint("blue"), 0.4, (0.25, 1.0)))
     own = theirs(
-        "StableDiffusionControlNetImg2ImgPipeline", sd15, controlnet=nets, image=hint("green"), control_image=[hint(), hint("blue")],
-        strength=0.8, controlnet_conditioning_scale=[0.7, 0.4], control_guidance_start=[0.0, 0.25], control_guidance_end=[1.0, 1.0],
+        "StableDiffusionControlNetImg2ImgPipeline", sd15, controlnet=nets, image=hint("green"), strength=0.8,
+        control_image=[hint(), hint("blue")], controlnet_conditioning_scale=[0.7, 0.4], control_guidance_start=[0.0, 0.25],
+        control_guidance_end=[1.0, 1.0],
     )  # fmt: skip
     found = ours(sd15, controls, image=hint("green"), strength=0.8)
     assert torch.equal(found, own) or (found - own).abs().max() <= 1e-6  # the factor of the VAE is applied by the stage
@@ -113,10 +120,17 @@ def test_a_t2i_adapter_equals_diffusers() -> None:
     host = hosting.rebuild(tiny_hosts.complete("sdxl"), vae=tiny_hosts.kl(4, scaling_factor=0.13025))
     adapter = tiny_families.t2i_adapter(True)
     own = theirs(
-        name, host, adapter=adapter, image=hint(), height=SIDE, width=SIDE, adapter_conditioning_scale=0.6, adapter_conditioning_factor=0.5
+        name,
+        host,
+        adapter=adapter,
+        image=hint(),
+        height=SIDE,
+        width=SIDE,
+        adapter_conditioning_scale=0.6,
+        adapter_conditioning_factor=0.5,
     )
     assert torch.equal(ours(host, (Control(adapter, hint(), 0.6, (0.0, 0.5)),)), own)
-    with pytest.raises(UserError, match="begins at 0.2; it acts from the first step"):
+    with pytest.raises(UserError, match=r"begins at 0\.2; it acts from the first step"):
         ours(host, (Control(adapter, hint(), 0.6, (0.2, 0.5)),))
 
 
@@ -138,7 +152,14 @@ def test_an_ip_adapter_equals_diffusers_and_leaves_the_unet(sd15: Any, nets: lis
     tiny_hosts.quiet(own)
     unet._load_ip_adapter_weights([picture_prompt.state], low_cpu_mem_usage=False)
     own.set_ip_adapter_scale(0.8)
-    given = {"num_inference_steps": 4, "guidance_scale": 3.0, "prompt": ["red circle"], "output_type": "latent", "height": SIDE, "width": SIDE}
+    given = {
+        "num_inference_steps": 4,
+        "guidance_scale": 3.0,
+        "prompt": ["red circle"],
+        "output_type": "latent",
+        "height": SIDE,
+        "width": SIDE,
+    }
     expected = own(**given, generator=[torch.Generator().manual_seed(5)], ip_adapter_image=[hint("blue", 48)]).images
     assert torch.equal(found, expected)
     assert not torch.equal(found, plain)
@@ -156,7 +177,10 @@ def test_steps_are_counted_as_controlnets_count_them() -> None:
 @pytest.mark.parametrize(
     ("what", "told"),
     [
-        ("family", "SD3ControlNetModel '.given.' is made for a SD3Transformer2DModel, and this model's denoiser is a UNet2DCondition"),
+        (
+            "family",
+            "SD3ControlNetModel '.given.' is made for a SD3Transformer2DModel, and this model's denoiser is a UNet2DCondition",
+        ),
         ("width", "ControlNetModel '.given.' has cross_attention_dim 16, and this model's denoiser 8: it is of another family"),
         ("size", "the picture of control '.given.' has 48 x 32 pixels, and 32 x 32 are drawn"),
         ("both", "ControlNet '.given.' and T2I-Adapter '.given.' exclude each other"),
@@ -166,24 +190,27 @@ def test_steps_are_counted_as_controlnets_count_them() -> None:
     ],
 )
 def test_what_cannot_be_is_told(sd15: Any, nets: list[Any], what: str, told: str) -> None:
+    made = {
+        "family": lambda: (Control(tiny_families.controlnet("Stable Diffusion 3"), hint()),),
+        "width": lambda: (Control(diffusers.ControlNetModel.from_unet(tiny_hosts.unet(4, 16)), hint()),),
+        "size": lambda: (Control(nets[0], hint().resize((48, 32))),),
+        "both": lambda: (Control(nets[0], hint()), Control(tiny_families.t2i_adapter(False), hint())),
+        "weight": lambda: (Control(nets[0], hint(), 20.0),),
+        "network": lambda: (Control(sd15.unet, hint()),),
+        "interval": lambda: (Control(nets[0], hint()),),
+    }[what]
+    interval = (0.0, 0.5) if what == "interval" else (0.0, 1.0)
     with pytest.raises(UserError, match=told):
-        controls = {
-            "family": lambda: (Control(tiny_families.controlnet("Stable Diffusion 3"), hint()),),
-            "width": lambda: (Control(diffusers.ControlNetModel.from_unet(tiny_hosts.unet(4, 16)), hint()),),
-            "size": lambda: (Control(nets[0], hint().resize((48, 32))),),
-            "both": lambda: (Control(nets[0], hint()), Control(tiny_families.t2i_adapter(False), hint())),
-            "weight": lambda: (Control(nets[0], hint(), 20.0),),
-            "network": lambda: (Control(sd15.unet, hint()),),
-            "interval": lambda: (Control(nets[0], hint()),),
-        }[what]()
-        ours(sd15, controls, guidance_interval=(0.0, 0.5) if what == "interval" else (0.0, 1.0))
+        ours(sd15, made(), guidance_interval=interval)
 
 
 def test_a_family_without_controlnets_says_so() -> None:
     host = tiny_hosts.complete("sana")
     net = tiny_families.controlnet("Sana")
     pipe = LatentPipeline(host)
-    with pytest.raises(UserError, match="Sana has no pipeline that takes ControlNets beside a picture to begin from|begins from a picture"):
+    with pytest.raises(
+        UserError, match=r"Sana has no pipeline that takes ControlNets beside a picture to begin from|begins from a picture"
+    ):
         pipe("abc", seed=1, size=(64, 64), image=hint(), controls=(Control(net, hint(side=64)),))
 
 
@@ -195,7 +222,12 @@ def test_from_the_command_line_and_replayed(sd15: Any, nets: list[Any], picture_
     flat = {f"{part}.{name}": value for part, values in picture_prompt.state.items() for name, value in values.items()}
     save_file(flat, tmp_path / "look" / "ip.safetensors")
     hint().save(tmp_path / "hint.png")
-    controls = ["--control", f"{tmp_path / 'edges'}={tmp_path / 'hint.png'}", "--control", f"{tmp_path / 'look'}={tmp_path / 'hint.png'}"]
+    controls = [
+        "--control",
+        f"{tmp_path / 'edges'}={tmp_path / 'hint.png'}",
+        "--control",
+        f"{tmp_path / 'look'}={tmp_path / 'hint.png'}",
+    ]
     arguments = ["generate", "red circle", "--model", str(tmp_path / "model"), "--steps", "3", "--size", str(SIDE), "--seed", "3"]
     weights = ["--control-weight", "0.8", "--control-steps", "0-0.7", "--control-steps", "0.3-1"]
     assert main([*arguments, *controls, *weights, "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
@@ -207,7 +239,7 @@ def test_from_the_command_line_and_replayed(sd15: Any, nets: list[Any], picture_
     assert main(["replay", str(picture), "--model", str(tmp_path / "model"), "--device", "cpu", *controls]) == 0
     with pytest.raises(UserError, match=r"drawn with these controls: edges \(controlnet\), look \(ip-adapter\); give each"):
         replay(picture, model=tmp_path / "model", device="cpu")
-    with pytest.raises(UserError, match="the network of control 'edges' is .*, the picture's was"):
+    with pytest.raises(UserError, match=r"the network of control 'edges' is .*, the picture's was"):
         replay(picture, model=tmp_path / "model", device="cpu", controls=[pairs[1], pairs[0]])
-    with pytest.raises(UserError, match="holds no config.json; expected one of ControlNetModel"):
+    with pytest.raises(UserError, match=r"holds no config\.json; expected one of ControlNetModel"):
         open_control(tmp_path, hint())

@@ -45,7 +45,11 @@ def test_every_pipeline_class_has_its_place(classes: set[str]) -> None:
 
 
 def test_a_new_class_is_told_by_name() -> None:
-    sources = ["class StableNewPipeline(DiffusionPipeline, Mixin):\n    pass", "class NewerPipeline(StableNewPipeline): ...", "class X: ..."]
+    sources = [
+        "class StableNewPipeline(DiffusionPipeline, Mixin):\n    pass",
+        "class NewerPipeline(StableNewPipeline): ...",
+        "class X: ...",
+    ]
     assert pipeline_classes(sources) == {"StableNewPipeline", "NewerPipeline"}
     assert str(unnamed(pipeline_classes(sources))).startswith("NewerPipeline, StableNewPipeline of the installed diffusers: add")
 

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
+from latentpipe.pipelines.metadata.guides import Controlled, SecondPass, Unit
 from latentpipe.pipelines.metadata.stated import StatedModel as StatedModel
 from latentpipe.utils.defaults import MAX_BATCH as MAX_BATCH
 from latentpipe.utils.defaults import MAX_PROMPT as MAX_PROMPT
@@ -37,7 +38,6 @@ KINDS = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WE
 OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
 DESCRIPTION, EXIF_IFD, USER_COMMENT = 0x010E, 0x8769, 0x9286  # EXIF tags
 MAX_JPEG_EXIF = 65_000
-Unit = Annotated[float, Field(ge=0, le=1)]
 AnyRecipe = TypeVar("AnyRecipe", bound=BaseModel)
 
 
@@ -49,32 +49,6 @@ class Source(BaseModel):
     """Hash of its pixels (RGB, as encoded)."""
     strength: Unit
     """Share of the schedule that was run; 1 forgets the picture."""
-
-
-class Controlled(BaseModel):
-    """A picture that the drawing followed, by a network beside the denoiser."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    name: str = Field(max_length=200)
-    """Of the network; its hash is that of `control:` and its place among the controls."""
-    kind: Literal["controlnet", "t2i-adapter", "ip-adapter"]
-    sha256: str = Field(max_length=64)
-    """Hash of the picture's pixels (RGB)."""
-    weight: float = Field(ge=-10, le=10)
-    steps: tuple[Unit, Unit] = (0.0, 1.0)
-    """Shares of the steps between which it acted."""
-
-
-class SecondPass(BaseModel):
-    """What drew on after the first pass: hires (scale, strength), or a refiner (name, at)."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    scale: float | None = Field(None, gt=1, le=8)
-    strength: Unit | None = None
-    refiner: str | None = Field(None, max_length=200)
-    """Name of the model."""
-    at: Unit | None = None
-    """Share of the steps after which it drew."""
 
 
 class Machine(BaseModel):
@@ -130,7 +104,6 @@ class Recipe(BaseModel):
     """Textual inversions that the prompts name; left out of the JSON where there is none."""
     source: Source | None = None
     controls: list[Controlled] = Field(default_factory=list, max_length=16)
-    """Pictures that it followed; left out of the JSON where there is none."""
     second_pass: SecondPass | None = None
     """Left out of the JSON where there was none."""
     stopped_after: int | None = Field(None, ge=0)

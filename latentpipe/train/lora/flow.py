@@ -38,7 +38,9 @@ class FlowSchedule:
         """The training schedule of a host; UserError where it does not draw by flow matching."""
         made = type(scheduler).from_config(scheduler.config) if hasattr(scheduler, "config") else scheduler
         if not hasattr(made, "sigmas") or "FlowMatch" not in type(made).__name__:
-            raise UserError(f"This model's scheduler is a {type(scheduler).__name__}; train-lora needs one of flow matching here.")
+            raise UserError(
+                f"This model's scheduler is a {type(scheduler).__name__}; train-lora needs one of flow matching here."
+            )
         n = made.config.num_train_timesteps
         return cls(made.timesteps.float().flip(0).cpu(), made.sigmas[:n].float().flip(0).cpu())
 

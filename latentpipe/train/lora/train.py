@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from latentpipe.train.config import TrainLora, config_from
 from latentpipe.train.denoiser import pick_captions
 from latentpipe.train.distributed import refuse_several
 from latentpipe.train.lora.data import LoraPictures, held_out, note_long_captions, open_pictures
+from latentpipe.train.lora.distillation import GuidedPaths, GuidedTeacher, step_times
 from latentpipe.train.lora.export import begin_file, export_lora, usable_file
 from latentpipe.train.lora.loss import NoiseSchedule, noised
 from latentpipe.train.lora.parameters import Plan, base_hashes, begin_from, choose_trained, inject_trainable
@@ -81,7 +83,8 @@ def _trained(config: TrainLora) -> Path:
                 log.sheet(step, name, sheet(pairs, SHOWN, labels))
             return {}
 
-        steps = loop.fit(adapter, config.optim, config.run, training.losses_of, sample, begun=record)
+        training.settings = drawn_with(config)
+        steps = loop.fit(adapter, config.optim, config.run, training.losses_of, sample, extras=training.extras, begun=record)
         return export_lora(config, folder, plan, pictures, before, steps)
 
 
@@ -93,6 +96,7 @@ class LoraTraining:
         self.pictures, self.prior = pictures, prior
         self.device: torch.device = host.device
         self.stage = VAEStage(host.vae, tile=None)
+        self.settings = Settings()
         host.vae.train(plan.decodes)  # a training VAE is computed once, as it is
         if config.run.gradient_checkpointing:
             _check_points(host, plan)
@@ -101,6 +105,8 @@ class LoraTraining:
             self.schedule = NoiseSchedule.of(host.scheduler)
             self.text = Prompts(host, plan.reads, pictures.cache.size_px)
             self.prompts = self.prompts or [texts[0] for texts in pictures.captions_of(pictures.rows[:SHOWN])]
+        self.teacher = self._teacher() if config.distillation.guidance is not None else None
+        self.extras = () if self.teacher is None else (self.teacher.paths,)
 
     def losses_of(self, step: int, generator: torch.Generator) -> loop.Losses:
         """The terms by name: "noise" or "v" (what the host predicts), "prior", "pixel"."""
@@ -131,7 +137,7 @@ class LoraTraining:
 
     @torch.no_grad()
     def _picture(self, prompt: str, seed: int, side: int) -> Image.Image:
-        settings = check_settings(Settings(size=(side, side)), (side, side), size_unit(self.host))
+        settings = check_settings(replace(self.settings, size=(side, side)), (side, side), size_unit(self.host))
         images = self.stage.decode(denoise(self.host, self.stage, [prompt], [seed], settings))
         return to_pixels(finish_pictures(self.host, images, {}))[0]
 
@@ -142,13 +148,40 @@ class LoraTraining:
     def _denoising(
         self, latents: torch.Tensor, pictures: LoraPictures, chosen: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
+        if self.teacher is not None:  # its paths are the other part of the batch
+            rest = len(chosen) - len(self.teacher.paths.place)
+            latents, chosen = latents[:rest], chosen[:rest]
         prompts = pick_captions(pictures.captions_of(chosen), self.config.loss.caption_dropout, generator)
         batch = noised(latents, self.schedule, self.config.loss, generator)
+        if self.teacher is not None:
+            self.teacher.paths.renew(pictures.rows, pictures.captions, self._means, self.schedule, generator)
+            batch, prompts = self.teacher.batch(batch, prompts, pictures.captions)
+        return batch.loss(self._predicted(batch.noisy, batch.times, prompts))
+
+    def _predicted(self, noisy: torch.Tensor, times: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         with loop.fast_forward(self.config.run, self.device):
             states, added = self.text(prompts)
-            noisy, times = batch.noisy.to(self.device), batch.times.to(self.device)
-            predicted = self.host.unet(noisy, times, states, added_cond_kwargs=added, return_dict=False)[0]
-        return batch.loss(predicted)
+            return self.host.unet(
+                noisy.to(self.device), times.to(self.device), states, added_cond_kwargs=added, return_dict=False
+            )[0]
+
+    def _means(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.pictures.cache.mean[rows].float()
+
+    def _teacher(self) -> GuidedTeacher:
+        """The base under guidance; UserError where the adapter reaches more than the denoiser."""
+        distillation = self.config.distillation
+        if set(self.plan.paths) != {"unet"}:
+            raise UserError(
+                f"distillation.guidance trains the denoiser alone, and adapter.sites reach {', '.join(self.plan.paths)}; "
+                "give unet.all."
+            )
+        assert distillation.guidance is not None
+        count = round(distillation.path_share * self.config.optim.batch_size)
+        paths = GuidedPaths.begun(
+            step_times(self.host.scheduler, distillation.steps), count, tuple(self.pictures.cache.mean.shape[1:])
+        )
+        return GuidedTeacher(self.host.unet, self._predicted, self.schedule, paths, distillation.guidance)
 
     def _pixels(self, latents: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Weighted error of the decoded latents to the pictures; the latents are the frozen encoder's."""
@@ -158,6 +191,13 @@ class LoraTraining:
             rebuilt = self.stage.decode(latents.to(self.device)).float()
         weights = self.config.loss
         return weights.l1 * losses.l1(images, rebuilt) + weights.l2 * losses.l2(images, rebuilt)
+
+
+def drawn_with(config: TrainLora) -> Settings:
+    """The settings that an adapter is drawn with: few steps without guidance where it was distilled for them."""
+    if config.distillation.guidance is None:
+        return Settings()
+    return Settings(num_inference_steps=config.distillation.steps, guidance_scale=1.0)
 
 
 def _check_points(host: Any, plan: Plan) -> None:
