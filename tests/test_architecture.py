@@ -45,7 +45,8 @@ ROOMS = {
     """,
     "pipelines": """
         facade family_table families hosting metadata.stated metadata.guides metadata.recipe metadata.third_party
-        prompt_weighting sampling conditioning denoise batches embeddings lora_manager metadata.reader picture swap save_swapped verdict_cache
+        prompt_weighting sampling
+        conditioning denoise batches embeddings lora_manager metadata.reader picture swap save_swapped verdict_cache
         vae_choice turbo vocabulary prompt_notes
         memory_need opening chains latent_pipeline
     """,
@@ -65,10 +66,10 @@ ROOMS = {
     """,
     "train": """
         checkpoint config.base config.denoiser config.lora config.vae distributed latent_adapter lora.data
-        lora.parameters lora.prompts losses picture_changes progress run_dir lora.export spike_guard optimizer state loop
+        lora.prompts losses picture_changes progress run_dir spike_guard optimizer state loop
         text_encoder vae.adversarial vae.augment vae.equivariance vae.kl vae.microbatch vae.model vae.perceptual
-        vae.rate vae.objective vae.trainable weighted_order denoiser lora.loss lora.distillation lora.train vae.denoiser_outputs
-        vae.distillation vae.export vae.train embedded_model
+        vae.rate vae.objective vae.trainable weighted_order denoiser lora.loss lora.flow lora.parameters lora.export
+        lora.distillation lora.train vae.denoiser_outputs vae.distillation vae.export vae.train embedded_model
     """,
     "explore": """
         anomaly.conformal anomaly.heatmap anomaly.detector clips codec.bd_rate codec.container codec.frequency_tables

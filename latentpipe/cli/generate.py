@@ -63,8 +63,7 @@ class Generate:
     device: str | None = None
     """cpu, cuda or mps; left out: the best one present."""
     dtype: Literal["fp32", "bf16", "fp16", "stored", "auto"] = "fp32"
-    """Precision of the weights; stored: as the file has them; auto: bf16 where the device has units for it, else fp32, less where
-    that does not fit into memory."""
+    """Precision of the weights; stored: as in the file; auto: bf16 on a device with units for it, less where memory is short."""
     offload: Literal["none", "model", "sequential"] = "none"
     """On CUDA: parts (model) or layers (sequential) are on the GPU only while they compute."""
     family: str | None = None

@@ -12,7 +12,8 @@ import torch
 
 from latentpipe.pipelines import families
 from latentpipe.pipelines.facade import VAEFacade, facade_of, staged, with_factors
-from latentpipe.pipelines.families import FAMILIES, OUT_OF_SCOPE, RAW, expected_latents, facts, family_of, row, unsupported_reason
+from latentpipe.pipelines.families import RAW, expected_latents, facts, family_of, row, unsupported_reason
+from latentpipe.pipelines.family_table import FAMILIES, OUT_OF_SCOPE
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.vae.protocol import Stage
 from latentpipe.vae.stage import VAEStage

@@ -362,10 +362,12 @@ def test_a_prior_for_the_decoder_alone_is_refused(tmp_path: Path, model_folder: 
 
 
 def test_other_families_train_their_decoder_alone(tmp_path: Path, drawn: Path) -> None:
-    tiny_hosts.complete("sd3").save_pretrained(tmp_path / "sd3", safe_serialization=True)
-    with pytest.raises(UserError, match="The model is a StableDiffusion3Pipeline"):
-        verb.train_lora(lora_run(tmp_path, tmp_path / "sd3", drawn))
-    made = read_lora(verb.train_lora(lora_run(tmp_path, tmp_path / "sd3", drawn, adapter={"sites": ("vae.decoder",)})))
+    tiny_hosts.complete("sprint").save_pretrained(tmp_path / "sprint", safe_serialization=True)
+    size = {"size_px": 64}
+    with pytest.raises(UserError, match=r"The model is a SanaSprintPipeline; .*Stable Diffusion 3, FLUX\.1, Sana, PixArt-alpha"):
+        verb.train_lora(lora_run(tmp_path, tmp_path / "sprint", drawn, data=size))
+    decoder = {"sites": ("vae.decoder",)}
+    made = read_lora(verb.train_lora(lora_run(tmp_path, tmp_path / "sprint", drawn, data=size, adapter=decoder)))
     assert set(made.parts) == {"vae"}
 
 

@@ -99,7 +99,7 @@ class TrainLora(Strict):
     run: LoraRun
     optim: Optimization
     model: Path = Path("emoji")
-    """Name or folder of the model (Stable Diffusion 1, 2 or XL; any model where only the VAE's decoder is trained)."""
+    """Name or folder of the model (Stable Diffusion 1, 2, XL, 3, FLUX.1, Sana, PixArt; any for the VAE's decoder alone)."""
     adapter: AdapterShape = AdapterShape()
     loss: LoraLoss = LoraLoss()
     prior: Prior = Prior()

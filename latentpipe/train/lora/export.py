@@ -20,7 +20,7 @@ from latentpipe.train.run_dir import prepare_run_dir, usable
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import HASH_LENGTH, atomic_file, printable, read_header
 
-CHAIN = ("unet", "text_encoder", "text_encoder_2", "vae")  # of a base, whose hashes the file carries
+CHAIN = ("unet", "transformer", "text_encoder", "text_encoder_2", "vae")  # of a base, whose hashes the file carries
 
 
 def begin_file(config: TrainLora) -> AbstractContextManager[Callable[[], None]]:

@@ -17,7 +17,8 @@ import torch
 from latentpipe.pipelines import families
 from latentpipe.train.config import LoraLoss
 from latentpipe.train.denoiser import stratified_times
-from latentpipe.train.lora.loss import Noised
+from latentpipe.train.lora.loss import Noised, NoiseSchedule
+from latentpipe.train.lora.prompts import KEPT
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.logging import quiet
 
@@ -138,3 +139,26 @@ def encode_prompts(host: Any, prompts: list[str]) -> Text:
         more["do_classifier_free_guidance"] = False
     with quiet():
         return asked.parts(host.encode_prompt(prompts, device=host.device, num_images_per_prompt=1, **more))
+
+
+class TransformerTraining:
+    """A host's transformer as it is trained: its schedule, and a pass on noisy latents with prompts.
+
+    The states of each prompt are computed once, each prompt by itself, so that they do not depend on the batch it came in.
+    """
+
+    def __init__(self, host: Any) -> None:
+        self.host, self.asked = host, ASKED[families.family_of(host).name]
+        self.schedule: Any = (FlowSchedule if self.asked.flow else NoiseSchedule).of(host.scheduler)
+        self.kept: dict[str, Text] = {}
+
+    def __call__(self, noisy: torch.Tensor, times: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """What it predicts (B C h w) of noisy latents (B C h w) at timesteps (B)."""
+        if len(self.kept) + len(prompts) > KEPT:
+            self.kept.clear()
+        for prompt in prompts:
+            if prompt not in self.kept:
+                self.kept[prompt] = encode_prompts(self.host, [prompt])
+        one = [self.kept[prompt] for prompt in prompts]
+        text = {name: torch.cat([each[name] for each in one]) for name in one[0]}
+        return self.asked.ask(self.host, noisy, times, text)

@@ -15,11 +15,12 @@ from latentpipe.lora.injection import inject, layers_of, wrappers
 from latentpipe.lora.target_modules import PREFIX, TEXT, leaves, select, select_all
 from latentpipe.pipelines import families
 from latentpipe.train.config import AdapterShape, TrainLora
+from latentpipe.train.lora.flow import ASKED, asked_of
 from latentpipe.utils.errors import LatentpipeWarning, UserError, counted
 from latentpipe.utils.io import content_hash
 
 NAME = "train"  # of the adapter, while it trains
-FAMILIES = families.FAMILIES[:2]  # whose denoisers train here: Stable Diffusion 1, 2 and XL
+CLASSIC = families.FAMILIES[:2]  # whose UNets and text encoders train here: Stable Diffusion 1, 2 and XL
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,15 @@ def choose_trained(config: TrainLora, host: Any) -> Plan:
         )
     models = {name: components[name] for name in paths}
     plan = Plan(models, paths, _ranks(shape, models, paths))
-    if plan.denoises and (families.family_of(host) not in FAMILIES or type(host).__name__ != families.family_of(host).text):
+    family = families.family_of(host)
+    if plan.denoises and ((family not in CLASSIC and asked_of(host) is None) or type(host).__name__ != family.text):
         raise UserError(
             f"The model is a {type(host).__name__}; train-lora trains the denoisers and text encoders of "
-            f"{' and '.join(family.text for family in FAMILIES)}, and the VAE's decoder (vae.decoder) of any model."
+            f"{' and '.join(family.text for family in CLASSIC)}, the transformers of {', '.join(ASKED)}, and the VAE's decoder "
+            "(vae.decoder) of any model."
         )
+    if plan.reads and family not in CLASSIC:
+        raise UserError(f"The text encoders of {family.name} do not train here; give adapter.sites of its transformer alone.")
     if plan.decodes and not (config.loss.l1 or config.loss.l2):
         raise UserError(
             "loss.l1 and loss.l2 are both 0, and the VAE's decoder learns from nothing else; give one of them a weight."

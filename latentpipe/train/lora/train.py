@@ -15,6 +15,7 @@ from latentpipe.checkpoints.registry import find_lora, find_model, vae_of
 from latentpipe.data.image_folder import read_index
 from latentpipe.lora.state_dict.io import read_lora
 from latentpipe.pipelines.denoise import denoise, native_size, redraws, size_unit
+from latentpipe.pipelines.families import denoiser
 from latentpipe.pipelines.hosting import finish as finish_pictures
 from latentpipe.pipelines.sampling import Settings, check_settings
 from latentpipe.train import loop, losses, picture_changes
@@ -24,6 +25,7 @@ from latentpipe.train.distributed import refuse_several
 from latentpipe.train.lora.data import LoraPictures, held_out, note_long_captions, open_pictures
 from latentpipe.train.lora.distillation import GuidedPaths, GuidedTeacher, step_times
 from latentpipe.train.lora.export import begin_file, export_lora, usable_file
+from latentpipe.train.lora.flow import FlowSchedule, TransformerTraining, asked_of, flow_noised
 from latentpipe.train.lora.loss import NoiseSchedule, noised
 from latentpipe.train.lora.parameters import Plan, base_hashes, begin_from, choose_trained, inject_trainable
 from latentpipe.train.lora.prompts import Prompts
@@ -102,14 +104,15 @@ class LoraTraining:
             _check_points(host, plan)
         self.prompts: list[str] = list(config.sample_prompts)
         if plan.denoises:
-            self.schedule = NoiseSchedule.of(host.scheduler)
+            self.transformer = TransformerTraining(host) if asked_of(host) is not None else None
+            self.schedule = self.transformer.schedule if self.transformer else NoiseSchedule.of(host.scheduler)
             self.text = Prompts(host, plan.reads, pictures.cache.size_px)
             self.prompts = self.prompts or [texts[0] for texts in pictures.captions_of(pictures.rows[:SHOWN])]
         self.teacher = self._teacher() if config.distillation.guidance is not None else None
         self.extras = () if self.teacher is None else (self.teacher.paths,)
 
     def losses_of(self, step: int, generator: torch.Generator) -> loop.Losses:
-        """The terms by name: "noise" or "v" (what the host predicts), "prior", "pixel"."""
+        """The terms by name: "noise", "v" or "flow" (what the host predicts), "prior", "pixel"."""
         chosen = self._chosen(self.pictures, step)
         latents = self.pictures.cache.sample(chosen, generator)
         terms: loop.Losses = {}
@@ -152,7 +155,9 @@ class LoraTraining:
             rest = len(chosen) - len(self.teacher.paths.place)
             latents, chosen = latents[:rest], chosen[:rest]
         prompts = pick_captions(pictures.captions_of(chosen), self.config.loss.caption_dropout, generator)
-        batch = noised(latents, self.schedule, self.config.loss, generator)
+        batch = (flow_noised if isinstance(self.schedule, FlowSchedule) else noised)(
+            latents, self.schedule, self.config.loss, generator
+        )
         if self.teacher is not None:
             self.teacher.paths.renew(pictures.rows, pictures.captions, self._means, self.schedule, generator)
             batch, prompts = self.teacher.batch(batch, prompts, pictures.captions)
@@ -160,6 +165,8 @@ class LoraTraining:
 
     def _predicted(self, noisy: torch.Tensor, times: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         with loop.fast_forward(self.config.run, self.device):
+            if self.transformer is not None:
+                return self.transformer(noisy.to(self.device), times.to(self.device), prompts)
             states, added = self.text(prompts)
             return self.host.unet(
                 noisy.to(self.device), times.to(self.device), states, added_cond_kwargs=added, return_dict=False
@@ -203,7 +210,7 @@ def drawn_with(config: TrainLora) -> Settings:
 def _check_points(host: Any, plan: Plan) -> None:
     """Switch on gradient checkpointing in the networks that gradients pass through."""
     try:
-        for model in [host.unet] * plan.denoises + [host.vae] * plan.decodes:
+        for model in [getattr(host, denoiser(host))] * plan.denoises + [host.vae] * plan.decodes:
             model.enable_gradient_checkpointing()
     except ValueError as error:
         raise UserError(f"run.gradient_checkpointing: {error}") from None
@@ -226,7 +233,7 @@ def _pictures(config: TrainLora, host: Any, folder: Path, plan: Plan, size_px: i
     )
     again = config.prior.train
     prior = None if again is None else open_pictures(again, vae, size_px, work, held_out=held, column=config.prior.caption_column)
-    if plan.denoises:
+    if plan.denoises and asked_of(host) is None:
         note_long_captions(host.tokenizer, pictures.captions)
     return pictures, prior
 
