@@ -30,7 +30,6 @@ UNTRIED = {
     "OmniGen": "draws with its own processor of interleaved texts and pictures alone",
     "DreamLite": "draws with the processor of its vision-language encoder alone",
     "DreamLite mobile": "draws with the processor of its vision-language encoder alone",
-    "GLM-Image": "draws after a language model has written the tokens of a first picture",
     "Bria Fibo 2": "draws with the processor of its vision-language encoder alone",
     "Ideogram 4": "draws with its vision-language encoder alone",
     "ERNIE-Image": "draws with its prompt enhancer's tokenizer alone",

@@ -107,8 +107,7 @@ def run_generate(options: Generate) -> None:
     from latentpipe.utils.images import open_picture
 
     names = ("negative", "steps", "guidance", "guidance_interval", "scheduler", "strength", "lora_partial")
-    given = {name: getattr(options, name) for name in names}
-    settings = in_python({name: value for name, value in given.items() if value is not None})
+    settings = in_python({name: value for name in names if (value := getattr(options, name)) is not None})
     settings["controls"] = controls.opened(options.control, options.control_weight, options.control_steps)
     settings["hires"] = Hires(options.hires, options.hires_strength) if options.hires is not None else None
     settings["size"] = size_of(options.size)

@@ -61,9 +61,7 @@ def inpaint(
     Other families draw by their own inpainting pipeline of diffusers, a FLUX.1 Fill by its own.
     UserError: families without one, settings out of range, and as for `edit.canvas` and `edit.hole_of`.
     """
-    classic = is_classic(pipe.host)
-    if not classic and not inpainting_class(pipe):
-        raise UserError(f"{family_of(pipe.host).name} has no pipeline that redraws parts; choose a model of another family.")
+    classic = _refuse_without(pipe)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; expected 0 to {2**32 - 1}.")
     (prompt, tagged), partial = split_tags(prompt), partial_tags(prompt)
@@ -78,10 +76,8 @@ def inpaint(
     settings = check_settings(settings, pipe.native_size, unit) if made_for_masks(pipe) else pipe.check(settings)
     _note(pipe, prompt, negative_prompt, size, old.size)
     with pipe.loras.more(tagged, partial):
-        if not classic:
-            latents = _by_family(pipe, hole.resize(size), prompt, seed, settings, report)
-        elif made_for_masks(pipe):
-            latents = _by_mask(pipe, hole.resize(size), prompt, seed, settings, report)
+        if not classic or made_for_masks(pipe):
+            latents = (_by_mask if classic else _by_family)(pipe, hole.resize(size), prompt, seed, settings, report)
         else:
             known = encode(pipe.stage, to_images(begin))
             free = latent_share(soft, (known.shape[-2], known.shape[-1]))
@@ -89,6 +85,14 @@ def inpaint(
         images = finish(pipe.host, pipe.stage.decode(latents), {"use_resolution_binning": False})
     new = to_pixels(images)[0].resize(old.size, Image.Resampling.LANCZOS)
     return composite(old, new, soft)
+
+
+def _refuse_without(pipe: LatentPipeline) -> bool:
+    """Whether a model is of Stable Diffusion 1/2; UserError for a family that has no way to redraw parts."""
+    classic = is_classic(pipe.host)
+    if not classic and not inpainting_class(pipe):
+        raise UserError(f"{family_of(pipe.host).name} has no pipeline that redraws parts; choose a model of another family.")
+    return classic
 
 
 def _note(pipe: LatentPipeline, prompt: str, negative: str, drawn: tuple[int, int], size: tuple[int, int]) -> None:

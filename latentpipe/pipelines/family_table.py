@@ -185,9 +185,8 @@ FAMILIES = (
     PipelineFamily("ERNIE-Image", "ErnieImagePipeline", plain=PATCHED),
     PipelineFamily("Bria Fibo 2", "BriaFibo2Pipeline", plain=PATCHED),
     PipelineFamily("Ideogram 4", "Ideogram4Pipeline", plain=PATCHED),
-    PipelineFamily("GLM-Image", "GlmImagePipeline"),
-    PipelineFamily("DreamLite", "DreamLitePipeline", plain=("AutoencoderTiny",)),
-    PipelineFamily("DreamLite mobile", "DreamLiteMobilePipeline", plain=("AutoencoderTiny",)),
+    PipelineFamily("DreamLite", "DreamLitePipeline", shift=True, plain=("AutoencoderTiny",)),
+    PipelineFamily("DreamLite mobile", "DreamLiteMobilePipeline", shift=True, plain=("AutoencoderTiny",)),
 )
 FAMILY_BY_CLASS = {name: family for family in FAMILIES for name in family.classes}
 
@@ -269,6 +268,9 @@ _OUT_OF_SCOPE = {
     """,
     "measures depth, normals or materials in a picture and draws none": """
         MarigoldDepthPipeline MarigoldIntrinsicsPipeline MarigoldNormalsPipeline
+    """,
+    "knows statistics of each channel and no factor; like any undeclared pipeline it is tried by measurement": """
+        GlmImagePipeline
     """,
     "makes proteins": """
         RFD4ProteinaPipeline

@@ -127,19 +127,24 @@ def draw(pipe: Any, stage: Stage | None = None, **call: Any) -> torch.Tensor:
 
     What the host does after decoding is done here too: Sana's resize, SD's safety checker, SDXL's watermark.
     """
-    stage = stage or families.own_stage(pipe)
-    family = family_of(pipe)
+    family, own = family_of(pipe), families.own_stage(pipe)
     if not family.listed or family.gives_raw:
-        latents, options = measured_latents(pipe, call)
-        return finish(pipe, stage.decode(latents.to(stage.dtype), **options), call)
+        given, options = measured(pipe, call)
+        if not isinstance(families.autoencoder(hosted(pipe)), VAEFacade):
+            if stage is None:  # not to latents and back, which rounds
+                return finish(pipe, own.call("decode", given, **options)[0], call)
+            given = own.space.normalize(given)
+        stage = stage or own
+        return finish(pipe, stage.decode(given.to(stage.dtype), **options), call)
+    stage = stage or own
     returned = hosted(pipe, stage)(**call, output_type="latent", return_dict=False)[0]
     latents = unpack(pipe, returned, call.get("height"), call.get("width"))
     images = stage.decode(latents.to(stage.dtype))  # Sana returns wider ones than it decodes
     return finish(pipe, images, call)
 
 
-def measured_latents(pipe: Any, call: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Latents (B C h w) by what a pipeline gives its own VAE to decode while it runs, and the options of that call.
+def measured(pipe: Any, call: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """What a pipeline gives its own VAE to decode while it runs (raw values, B C h w), and the options of that call.
 
     Whatever layout its latents have, these are the raw values of one picture tensor; where they are none, a UserError says so.
     """
@@ -167,7 +172,7 @@ def measured_latents(pipe: Any, call: dict[str, Any]) -> tuple[torch.Tensor, dic
         )
     if not family_of(pipe).listed:
         _say_tried(name, tuple(seen[0].shape))
-    return (seen[0] if isinstance(vae, VAEFacade) else own.space.normalize(seen[0])), given
+    return seen[0], given
 
 
 def _say_tried(name: str, shape: tuple[int, ...]) -> None:

@@ -1,4 +1,7 @@
-"""Five host families, all their tasks: what we decode and encode equals what diffusers does."""
+"""Five host families in depth, all their tasks: what we decode and encode equals what diffusers does.
+
+`test_every_family.py` holds all families.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,6 @@ TASKS = [
     if getattr(families.family_of(BUILDERS[name]()), task)
 ]
 EXACT = {"sd15", "sd3", "flux", "sana", "sprint"}  # SDXL with statistics rounds in another order
-
-
-def test_each_row_of_the_table_is_tried() -> None:
-    """A family without a tiny pipeline would be tested by nothing below."""
-    assert {families.family_of(build()).name for build in BUILDERS.values()} == {family.name for family in families.FAMILIES}
 
 
 def host_pipe(name: str, task: str) -> Any:
