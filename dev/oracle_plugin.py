@@ -50,10 +50,11 @@ def put_in_place() -> None:
     register = DiffusionPipeline.register_modules
 
     def registered(self: Any, **parts: Any) -> None:
-        vae = parts.get("vae")
+        name = families.facts(type(self)).autoencoder
+        vae = parts.get(name)
         if vae is not None and not isinstance(vae, (tuple, list)):
             try:
-                parts["vae"] = hosting.facade(type(self), families.behind(vae), vae)
+                parts[name] = hosting.facade(type(self), families.stage_behind(type(self), vae), vae)
             except UserError as error:
                 refused = f"refused {type(self).__name__}"
                 USED[refused] = USED.get(refused, 0) + 1

@@ -109,8 +109,13 @@ def family_of(pipe: Any) -> PipelineFamily:
 
 def own_stage(pipe: Any) -> VAEStage:
     """The stage of a pipeline's own autoencoder, its latents as the denoiser takes them."""
-    stage: VAEStage = behind(autoencoder(pipe))
-    if not row(type(pipe)).raw or isinstance(autoencoder(pipe), VAEFacade):
+    return stage_behind(type(pipe), autoencoder(pipe))
+
+
+def stage_behind(cls: type, vae: Any) -> VAEStage:
+    """The stage of an autoencoder as a pipeline class takes it."""
+    stage: VAEStage = behind(vae)
+    if not row(cls).raw or isinstance(vae, VAEFacade):
         return stage
     c = stage.space.channels
     space = replace(stage.space, scale=(1.0,) * c, shift=(0.0,) * c, factor=1.0, deviation=())
