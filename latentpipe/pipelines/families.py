@@ -136,7 +136,7 @@ def unsupported_reason(cls: type, stage: Stage, own: Any) -> str:
         return f"{name} decodes without the shift of {space.shift[0]:.4g}"
     if name in WITHOUT_STATISTICS and (any(space.shift) or len(set(space.scale)) > 1):
         return f"{name} encodes or decodes without the statistics of each channel"
-    if host.listed:
+    if host.listed and name not in RAW:
         return honours(host, space, stage.vae)
     if type(own) is not type(stage.vae) and not (isinstance(own, Facade) and isinstance(own, type(stage.vae))):
         return f"{name} is known to read the VAE that it has, and not a {type(stage.vae).__name__}"

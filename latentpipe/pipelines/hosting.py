@@ -115,7 +115,7 @@ def unpack(pipe: Any, latents: torch.Tensor, height: int | None = None, width: i
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise UserError(
             f"{type(pipe).__name__} returns latents of shape {tuple(latents.shape)}; expected (B, {channels}, h, w). "
-            f"This family needs a row of its own in latentpipe.pipelines.families.FAMILIES; known are: "
+            f"This family needs a row of its own in latentpipe.pipelines.family_table.FAMILIES; known are: "
             f"{', '.join(h.name for h in FAMILIES)}."
         )
     return latents

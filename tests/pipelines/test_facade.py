@@ -305,7 +305,7 @@ def test_a_facade_over_a_facade_is_one_facade(name: str, task: str) -> None:
 )
 def test_what_a_denoiser_takes_is_the_smaller_of_both_ends(name: str, counts: dict[str, int], expected: tuple[int, int]) -> None:
     pipe = BUILDERS[name]()
-    getattr(pipe, families.family_of(pipe).denoiser).register_to_config(**counts)
+    getattr(pipe, families.denoiser(pipe)).register_to_config(**counts)
     assert families.expected_latents(pipe) == expected
 
 
@@ -313,8 +313,8 @@ def test_what_a_denoiser_takes_is_the_smaller_of_both_ends(name: str, counts: di
     "name",
     ["FluxKontextPipeline", "FluxFillPipeline", "FluxControlPipeline", "ChromaPipeline", "BriaPipeline", "OvisImagePipeline"],
 )
-def test_packed_families_that_are_not_listed_are_known_by_their_own_unpacking(name: str) -> None:
-    assert families.row(getattr(diffusers, name)).patch == 2
+def test_packed_families_are_known_by_their_own_unpacking(name: str) -> None:
+    assert families.facts(getattr(diffusers, name)).patch == 2
 
 
 def test_kontext_draws_what_stock_draws() -> None:
@@ -359,7 +359,6 @@ def unnamed() -> Any:
     ("build", "said"),
     [
         (videos, "AutoencoderKLWan is an autoencoder of videos"),
-        (patches, "statistics of 2 x 2 patches"),
         (representations, "AutoencoderRAE: This VAE's config names no latent_channels .* pictures, .* whose config names them"),
         (unnamed, "AutoencoderKLKVAE: This VAE's config names no latent_channels .* pictures, .* whose config names them"),
     ],
@@ -373,11 +372,31 @@ def test_what_is_no_autoencoder_of_pictures_is_refused_in_a_sentence(build: Any,
             asked(pipe)
 
 
+def test_latents_of_patches_are_those_of_flux_2() -> None:
+    """As Flux2Pipeline computes them: 2 x 2 raw values become channels, normalized by statistics that are weights."""
+    vae = patches()
+    with torch.no_grad():
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 1.5)
+        raw = vae.encode(some_images(1, SIDE)).latent_dist.mode()
+        packed = diffusers.Flux2Pipeline._patchify_latents(raw)
+        std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
+        expected = (packed - vae.bn.running_mean.view(1, -1, 1, 1)) / std
+        stage = VAEStage(vae)
+        assert torch.equal(stage.encode(some_images(1, SIDE)), expected)
+        assert (stage.space.denormalize(expected) - raw).abs().max() <= 1e-5
+        mean, deviation = stage.posterior(some_images(1, SIDE))
+    assert mean.shape == deviation.shape == expected.shape
+    assert stage.space.raw_shape(1, SIDE, SIDE) == tuple(raw.shape)
+    with pytest.raises(UserError, match=r"StableDiffusionPipeline .*cannot read the outputs of AutoencoderKLFlux2"):
+        hosting.facade(diffusers.StableDiffusionPipeline, stage, vae)
+
+
 def test_a_vae_of_another_class_stands_behind_the_facade_that_gives_latents() -> None:
     pipe = instructed()
-    assert families.unsupported_reason(diffusers.StableDiffusionUpscalePipeline, VAEStage(tiny_hosts.kl(4)), tiny_hosts.dc())
+    assert families.unsupported_reason(diffusers.StableDiffusionPanoramaPipeline, VAEStage(tiny_hosts.kl(4)), tiny_hosts.dc())
     assert isinstance(
-        hosting.facade(diffusers.StableDiffusionUpscalePipeline, VAEStage(tiny_hosts.kl(4)), tiny_hosts.dc()), VAEFacade
+        hosting.facade(diffusers.StableDiffusionPanoramaPipeline, VAEStage(tiny_hosts.kl(4)), tiny_hosts.dc()), VAEFacade
     )
     assert not isinstance(hosting.hosted(pipe).vae, VAEFacade)
     assert sound_pipe("sd15", "text").vae.config.scaling_factor == 0.18215

@@ -186,12 +186,8 @@ def test_an_unknown_class_is_taken_for_what_its_latents_are() -> None:
     packed = hosting.rebuild(BUILDERS["flux"](), Packed)
     assert torch.equal(hosting.draw(packed, **call("flux")), hosting.draw(BUILDERS["flux"](), **call("flux")))
 
-    class Strange(diffusers.FluxPipeline):
-        def _unpack_latents(self, latents: torch.Tensor) -> torch.Tensor:
-            return latents
-
-    with pytest.raises(UserError, match=r"Strange returns latents of shape .*FAMILIES.*FLUX\.1"):
-        hosting.draw(hosting.rebuild(packed, Strange), **call("flux"))
+    with pytest.raises(UserError, match=r"Packed returns latents of shape .*FAMILIES.*FLUX\.1"):
+        hosting.unpack(packed, torch.zeros(1, 3, 4, 4))
 
 
 def test_a_pipeline_without_a_vae_is_refused() -> None:
