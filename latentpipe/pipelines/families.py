@@ -119,7 +119,7 @@ def stage_behind(cls: type, vae: Any) -> VAEStage:
         return stage
     c = stage.space.channels
     space = replace(stage.space, scale=(1.0,) * c, shift=(0.0,) * c, factor=1.0, deviation=())
-    return VAEStage(stage.vae, space, stage.digest, stage.tile)
+    return VAEStage(stage.vae, space, stage.digest, stage.memory.tile)
 
 
 def unsupported_reason(cls: type, stage: Stage, own: Any) -> str:
