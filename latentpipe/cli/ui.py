@@ -34,6 +34,8 @@ def ui(
     prediction: Literal["epsilon", "v", "v-zsnr"] | None = None,
     config: Path | None = None,
     parts: tuple[Path, ...] = (),
+    workers: int | None = None,
+    cluster: str | None = None,
 ) -> None:
     """Open the interface in a browser: generate, VAE lab, playground, grid, PNG info; and its HTTP endpoints.
 
@@ -56,12 +58,15 @@ def ui(
         prediction: Likewise.
         config: Likewise.
         parts: Likewise.
+        workers: Processes that draw, one for each GPU (or that share the processor); left out: the page's own process draws.
+        cluster: Address of a Ray cluster that the workers run on, or auto (needs latentpipe[cluster]).
     """
     _require_gradio()
     from latentpipe.ui.entrance import entrance_for
 
     entrance = entrance_for(port, listen, auth_file, no_auth, mcp, host, allow_host, root_path)
     page = {"model": model, "out": out if save else None, "device": device, "dtype": dtype, "mcp": mcp, "max_work": max_work}
+    page |= {"workers": workers, "cluster": cluster}
     _answer(entrance, page, (family, prediction, config, parts))
 
 

@@ -57,6 +57,10 @@ class Noised:
     times: torch.Tensor
     weights: torch.Tensor
 
+    def rows(self, mine: slice) -> Noised:
+        """Some of them."""
+        return Noised(self.noisy[mine], self.target[mine], self.times[mine], self.weights[mine])
+
     def loss(self, predicted: torch.Tensor) -> torch.Tensor:
         """Weighted mean over pictures of the mean squared error of each."""
         errors = (predicted.float() - self.target.to(predicted.device)).square().flatten(1).mean(1)

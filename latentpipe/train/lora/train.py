@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Generator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from PIL import Image
 from latentpipe.checkpoints.pipeline_io import load_pipeline
 from latentpipe.checkpoints.registry import find_lora, find_model, vae_of
 from latentpipe.data.image_folder import read_index
+from latentpipe.data.sharded_latents import open_latents
 from latentpipe.lora.state_dict.io import read_lora
 from latentpipe.pipelines.denoise import denoise, native_size, redraws, size_unit
 from latentpipe.pipelines.hosting import finish as finish_pictures
@@ -19,10 +23,10 @@ from latentpipe.pipelines.sampling import Settings, check_settings
 from latentpipe.train import loop, losses, picture_changes
 from latentpipe.train.config import TrainLora, config_from
 from latentpipe.train.denoiser import pick_captions
-from latentpipe.train.distributed import refuse_several
+from latentpipe.train.distributed import DistributedContext, nothing
 from latentpipe.train.lora.data import LoraPictures, held_out, note_long_captions, open_pictures
 from latentpipe.train.lora.export import begin_file, export_lora, usable_file
-from latentpipe.train.lora.loss import NoiseSchedule, noised
+from latentpipe.train.lora.loss import Noised, NoiseSchedule, noised
 from latentpipe.train.lora.parameters import Plan, base_hashes, begin_from, choose_trained, inject_trainable
 from latentpipe.train.lora.prompts import Prompts
 from latentpipe.train.progress import TrainingLog
@@ -36,7 +40,9 @@ SHOWN = 8  # prompts or pictures on a sheet, and pictures in a row of it
 def train_lora(config: TrainLora | str | Path | Mapping[str, Any]) -> Path:
     """Run `latentpipe train-lora`: returns the LoRA file (diffusers' keys, fp16 safetensors, with its card as metadata).
 
-    The base is frozen, which is proved by its hash; only the adapter's parameters are in the optimizer and the checkpoints.
+    In several processes (``accelerate launch -m latentpipe train-lora ...``) each computes its share of every batch, with the
+    gradients of one process that computes all of it. The base is frozen, which is proved by its hash; only the adapter's
+    parameters are in the optimizer and the checkpoints.
 
     config  a `TrainLora`, the path of its YAML file, or a mapping with its keys; UserError lists every problem of it
     """
@@ -44,35 +50,41 @@ def train_lora(config: TrainLora | str | Path | Mapping[str, Any]) -> Path:
 
 
 def _trained(config: TrainLora) -> Path:
-    refuse_several("train-lora")
-    usable_file(config)
+    team = DistributedContext()
+    if team.is_first:
+        usable_file(config)
     torch.manual_seed(config.run.seed)
     folder = find_model(config.model)
     host = load_pipeline(folder)
     plan = choose_trained(config, host)
     if plan.denoises and (what := redraws(host)):
         raise UserError(f"model {config.model}: it {what}; train the adapter on the model that it was made from.")
+    if plan.decodes and config.data.train is None:
+        raise UserError("vae.decoder is trained on pixels, which latents alone have not; give data.train in place of data.cache.")
     earlier = None if config.run.warm_start is None else read_lora(find_lora(config.run.warm_start))
     size_px = _size(config, host, plan)
-    items = read_index(config.data.train, config.data.caption_column)  # refused now where it is no folder of pictures
+    roll = _roll(config, vae_of(folder))
     if config.prior.train is not None:
         read_index(config.prior.train, config.prior.caption_column)
-    names = [item.path.relative_to(config.data.train).as_posix() for item in items]
-    with begin_file(config) as begun:
-        record = picture_changes.follow(config.run, config.data.train, names, begun)
-        pictures, prior = _pictures(config, host, folder, plan, size_px)
-        host.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        training = LoraTraining(config, host, plan, pictures, prior)
+    with begin_file(config) if team.is_first else nullcontext(nothing) as record:
+        if team.is_first:
+            record = picture_changes.follow(config.run, config.data.source, roll, record)
+        team.wait()
+        pictures, prior = _pictures(config, host, folder, plan, size_px, team)
+        host.to(team.device)
+        training = LoraTraining(config, host, plan, pictures, prior, team)
         draws = config.run.sample_every_steps < config.optim.steps
         plain = training.draw() if draws else {}  # the base's own, before there is an adapter
         before = base_hashes(plan)
         adapter = inject_trainable(config, plan)
+        training.trained = list(adapter.parameters())
         if earlier is not None:
             begin_from(earlier, plan)
-        layers = sum(map(len, plan.paths.values()))
-        count = sum(parameter.numel() for parameter in adapter.parameters())
-        what = f"{counted(layers, 'layer')} of {', '.join(plan.paths)}, with {counted(len(pictures.rows), 'picture')}"
-        print(f"Training {count:,} parameters on {what}")
+        if team.is_first:
+            layers = sum(map(len, plan.paths.values()))
+            count = sum(parameter.numel() for parameter in adapter.parameters())
+            what = f"{counted(layers, 'layer')} of {', '.join(plan.paths)}, with {counted(len(pictures.rows), 'picture')}"
+            print(f"Training {count:,} parameters on {what}")
 
         def sample(step: int, log: TrainingLog) -> dict[str, float]:
             for name, drawn in training.draw().items():
@@ -81,15 +93,50 @@ def _trained(config: TrainLora) -> Path:
                 log.sheet(step, name, sheet(pairs, SHOWN, labels))
             return {}
 
-        steps = loop.fit(adapter, config.optim, config.run, training.losses_of, sample, begun=record)
-        return export_lora(config, folder, plan, pictures, before, steps)
+        parts = config.optim.accumulate
+        steps = loop.fit(adapter, config.optim, config.run, training.losses_of, sample, team, parts=parts, begun=record)
+        if team.is_first:
+            export_lora(config, folder, plan, pictures, before, steps)
+        team.wait()
+        return config.run.out
+
+
+def _roll(config: TrainLora, vae: Path) -> Counter[str]:
+    """What the run is trained on, by name; UserError now where it is no folder of pictures, or no latents of this VAE."""
+    data = config.data
+    if data.train is None:
+        return open_latents(data.source, vae).roll()
+    return Counter(item.path.relative_to(data.train).as_posix() for item in read_index(data.train, data.caption_column))
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A step's rows, their latents, and, of a denoiser, their prompts and noise."""
+
+    chosen: torch.Tensor
+    latents: torch.Tensor
+    prompts: list[str] = field(default_factory=list)
+    noised: Noised | None = None
 
 
 class LoraTraining:
-    """One step's losses of an adapter in its host, and the pictures on its sheets."""
+    """One step's losses of an adapter in its host, and the pictures on its sheets.
 
-    def __init__(self, config: TrainLora, host: Any, plan: Plan, pictures: LoraPictures, prior: LoraPictures | None) -> None:
-        self.config, self.host, self.plan = config, host, plan
+    trained  the parameters whose gradients the processes average
+    """
+
+    def __init__(
+        self,
+        config: TrainLora,
+        host: Any,
+        plan: Plan,
+        pictures: LoraPictures,
+        prior: LoraPictures | None,
+        team: DistributedContext,
+    ) -> None:
+        self.config, self.host, self.plan, self.team = config, host, plan, team
+        self.shares = team.shards(config.optim.batch_size, config.optim.accumulate)
+        self.trained: list[torch.nn.Parameter] = []
         self.pictures, self.prior = pictures, prior
         self.device: torch.device = host.device
         self.stage = VAEStage(host.vae, tile=None)
@@ -102,20 +149,24 @@ class LoraTraining:
             self.text = Prompts(host, plan.reads, pictures.cache.size_px)
             self.prompts = self.prompts or [texts[0] for texts in pictures.captions_of(pictures.rows[:SHOWN])]
 
-    def losses_of(self, step: int, generator: torch.Generator) -> loop.Losses:
-        """The terms by name: "noise" or "v" (what the host predicts), "prior", "pixel"."""
-        chosen = self._chosen(self.pictures, step)
-        latents = self.pictures.cache.sample(chosen, generator)
-        terms: loop.Losses = {}
-        if self.plan.denoises:
-            terms[self.schedule.term] = self._denoising(latents, self.pictures, chosen, generator)
-        if self.prior is not None:
-            kept = self._chosen(self.prior, step)
-            again = self.prior.cache.sample(kept, generator)
-            terms["prior"] = self.config.prior.weight * self._denoising(again, self.prior, kept, generator)
-        if self.plan.decodes:
-            terms["pixel"] = self._pixels(latents, chosen)
-        return terms
+    def losses_of(self, step: int, generator: torch.Generator) -> Generator[loop.Losses, None, loop.Figures]:
+        """The terms by name: "noise" or "v" (what the host predicts), "prior", "pixel"; of each part of this process's share.
+
+        All processes draw alike, for the whole step; in the end their gradients are averaged.
+        """
+        main = self._drawn(self.pictures, step, generator)
+        prior = None if self.prior is None else self._drawn(self.prior, step, generator)
+        for rows in self.shares:
+            terms: loop.Losses = {}
+            if self.plan.denoises:
+                terms[self.schedule.term] = self._denoising(main, rows)
+            if prior is not None:
+                terms["prior"] = self.config.prior.weight * self._denoising(prior, rows)
+            if self.plan.decodes:
+                terms["pixel"] = self._pixels(main.latents[rows], main.chosen[rows])
+            yield terms
+        self.team.average(self.trained)
+        return {}
 
     def draw(self) -> dict[str, list[Image.Image]]:
         """Pictures by the name of their sheet: "samples" of the prompts, "rebuilt" of the first training pictures."""
@@ -125,7 +176,7 @@ class LoraTraining:
             found["samples"] = [self._picture(text, index, side) for index, text in enumerate(self.prompts)]
         if self.plan.decodes:
             with torch.no_grad():
-                means = self.pictures.cache.mean[self.pictures.rows[:SHOWN]].float()
+                means = self.pictures.cache.means(self.pictures.rows[:SHOWN])
                 found["rebuilt"] = to_pixels(self.stage.decode(means.to(self.device)).float().cpu())
         return found
 
@@ -139,13 +190,20 @@ class LoraTraining:
         batch, seed = self.config.optim.batch_size, self.config.run.seed
         return pictures.rows[loop.batch_indices(len(pictures.rows), batch, seed, step)]
 
-    def _denoising(
-        self, latents: torch.Tensor, pictures: LoraPictures, chosen: torch.Tensor, generator: torch.Generator
-    ) -> torch.Tensor:
+    def _drawn(self, pictures: LoraPictures, step: int, generator: torch.Generator) -> _Drawn:
+        """The pictures of a step, and all that is random about them."""
+        chosen = self._chosen(pictures, step)
+        latents = pictures.cache.sample(chosen, generator)
+        if not self.plan.denoises:
+            return _Drawn(chosen, latents)
         prompts = pick_captions(pictures.captions_of(chosen), self.config.loss.caption_dropout, generator)
-        batch = noised(latents, self.schedule, self.config.loss, generator)
+        return _Drawn(chosen, latents, prompts, noised(latents, self.schedule, self.config.loss, generator))
+
+    def _denoising(self, drawn: _Drawn, rows: slice) -> torch.Tensor:
+        assert drawn.noised is not None
+        batch = drawn.noised.rows(rows)
         with loop.fast_forward(self.config.run, self.device):
-            states, added = self.text(prompts)
+            states, added = self.text(drawn.prompts[rows])
             noisy, times = batch.noisy.to(self.device), batch.times.to(self.device)
             predicted = self.host.unet(noisy, times, states, added_cond_kwargs=added, return_dict=False)[0]
         return batch.loss(predicted)
@@ -169,12 +227,14 @@ def _check_points(host: Any, plan: Plan) -> None:
         raise UserError(f"run.gradient_checkpointing: {error}") from None
 
 
-def _pictures(config: TrainLora, host: Any, folder: Path, plan: Plan, size_px: int) -> tuple[LoraPictures, LoraPictures | None]:
+def _pictures(
+    config: TrainLora, host: Any, folder: Path, plan: Plan, size_px: int, team: DistributedContext
+) -> tuple[LoraPictures, LoraPictures | None]:
     """The training pictures, and the prior's where there is one."""
     held, vae, work = held_out(config.data.exclude), vae_of(folder), config.run.work
     data = config.data
     pictures = open_pictures(
-        data.train,
+        data.source,
         vae,
         size_px,
         work,
@@ -183,10 +243,12 @@ def _pictures(config: TrainLora, host: Any, folder: Path, plan: Plan, size_px: i
         captioned=plan.denoises,
         pixels=plan.decodes,
         column=data.caption_column,
+        team=team,
     )
     again = config.prior.train
-    prior = None if again is None else open_pictures(again, vae, size_px, work, held_out=held, column=config.prior.caption_column)
-    if plan.denoises:
+    column = config.prior.caption_column
+    prior = None if again is None else open_pictures(again, vae, size_px, work, held_out=held, column=column, team=team)
+    if plan.denoises and team.is_first:
         note_long_captions(host.tokenizer, pictures.captions)
     return pictures, prior
 
