@@ -53,7 +53,7 @@ ROOMS = {
     """,
     "data": """
         defects emoji emoji_sets emoji_hands emoji_bank emoji_hands_bank factor_shapes listing image_folder
-        image_set latent_cache shapes streaming tables sources shard_manifest shards sharded_latents
+        image_set latent_cache shapes streaming tables sources shard_manifest shard_worker shards sharded_latents
     """,
     "evaluate": """
         metrics.emoji_words metrics.frechet metrics.inception metrics.posterior metrics.spectrum metrics.ssim

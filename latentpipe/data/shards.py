@@ -6,48 +6,35 @@ or which of them died. That its file is there is all that is kept of a run, so a
 
 from __future__ import annotations
 
-import json
-import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from latentpipe.checkpoints.registry import find_model
-from latentpipe.checkpoints.vae_io import load_vae, open_vae, vae_hash
-from latentpipe.data.image_folder import read_square
+from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.data.shard_manifest import (
-    FORMAT,
     LOCK,
     Manifest,
     begin,
-    entries_of,
     is_whole,
-    read_manifest,
     shard_path,
     write_manifest,
 )
-from latentpipe.data.sources import Entry, Reader, entries
+from latentpipe.data.sources import entries
 from latentpipe.utils.atomic import sweep
 from latentpipe.utils.cluster import kind_of_devices, opened_on
 from latentpipe.utils.errors import LatentpipeWarning, UserError, counted
-from latentpipe.utils.images import Unreadable, bytes_to_images
-from latentpipe.utils.io import HASH_LENGTH, atomic_file, content_hash, file_hash, printable, read_header, refuse_name
-from latentpipe.utils.reading import MOST_HEADER, parse_json
-from latentpipe.utils.worker_process import Emit, Job
+from latentpipe.utils.io import content_hash, file_hash, printable, read_header, refuse_name
 from latentpipe.utils.workers import MOST_WORKERS, Pool
-from latentpipe.vae.precision import all_finite
-from latentpipe.vae.stage import VAEStage
 from latentpipe.version import VERSION
 
 PER_SHARD = 1024  # pictures
-BATCH, BATCH_PIXELS = 32, 2**21  # at most, of pictures and of their pixels; fixed, since another batch may round otherwise
 WRITE_S = 30.0  # between two manifests on the way
 SHOWN = 20  # broken pictures that a report names
 
@@ -132,7 +119,7 @@ def encode_shards(
         missing = [number for number, shard in enumerate(manifest.shards) if not _kept(out, number, manifest)]
         result = EncodedShards(out, manifest.pictures, 0, len(manifest.shards))
         arguments = {"folder": str(folder), "vae": str(place), "out": str(out)}
-        with opened_on(cluster, "latentpipe.data.shards", arguments, threads) as opened:
+        with opened_on(cluster, "latentpipe.data.shard_worker", arguments, threads) as opened:
             _make(missing, manifest, result, workers, opened, progress)
         _fill_in(out, manifest)
         write_manifest(out, manifest)
@@ -163,8 +150,6 @@ def alone_in(out: Path) -> Iterator[None]:
 
 def _kept(out: Path, number: int, manifest: Manifest) -> bool:
     """Whether a shard need not be made; one that was cut short is told."""
-    import warnings
-
     shard = manifest.shards[number]
     if is_whole(out, number, shard):
         return True
@@ -183,8 +168,6 @@ def _make(
     progress: Callable[[int, int], None],
 ) -> None:
     """Have the missing shards made, and write down what is known of them."""
-    import warnings
-
     done = manifest.pictures - sum(manifest.shards[number].pictures for number in missing)
     progress(done, manifest.pictures)
     written = time.monotonic()
@@ -213,97 +196,3 @@ def _fill_in(out: Path, manifest: Manifest) -> None:
             path = shard_path(out, number)
             facts = {"rows": read_header(path).shapes["mean"][0], "bytes": path.stat().st_size, "sha256": file_hash(path)}
             manifest.shards[number] = shard.model_copy(update=facts)
-
-
-# --- in a worker --------------------------------------------------------------------------------------------
-
-
-def open_job(arguments: dict[str, str], device: str) -> Job:
-    """The work of one worker: a shard's number -> its rows, bytes, sha256 and broken pictures."""
-    folder, out = Path(arguments["folder"]), Path(arguments["out"])
-    manifest = read_manifest(out)
-    place = find_model(arguments["vae"], "vae")
-    if (digest := vae_hash(place)) != manifest.vae_hash:
-        raise UserError(
-            f"{out} is of VAE {manifest.vae_hash[:HASH_LENGTH]}, and {place} is {digest[:HASH_LENGTH]} for this worker."
-        )
-    if torch.__version__ != manifest.torch:
-        raise UserError(
-            f"{out} was begun with torch {manifest.torch}, and this worker has {torch.__version__}; install the same."
-        )
-    stage = VAEStage(load_vae(place), tile=None).to(device).eval()
-    reader = Reader(folder)
-
-    def work(number: Any, emit: Emit, cancel: threading.Event) -> dict[str, Any]:
-        shard = entries_of(out, manifest.shards[number])
-        return make_shard(shard_path(out, number), shard, reader, stage, manifest.size_px)
-
-    return work
-
-
-@torch.no_grad()
-def make_shard(path: Path, listed: list[Entry], reader: Reader, stage: VAEStage, size_px: int) -> dict[str, Any]:
-    """Encode the pictures of a shard, and write its file; returns its rows, bytes, sha256 and broken pictures."""
-    skipped: dict[str, str] = {}
-    kept: list[Entry] = []
-    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for batch, pixels in _batches(listed, reader, size_px, skipped):
-        mean, std = stage.posterior(bytes_to_images(torch.from_numpy(pixels).permute(0, 3, 1, 2)).to(stage.device))
-        half = mean.half().cpu(), std.half().cpu()
-        if not all_finite(half):
-            raise UserError(
-                f"The VAE gives latents beyond the range of fp16 (65,504) for {batch[0].name} or a picture near it; its "
-                "normalization is not that of its weights. Expected latents of about mean 0 and standard deviation 1."
-            )
-        parts.append(half)
-        kept += batch
-    side = stage.space.shape(0, size_px, size_px)
-    mean, std = (torch.cat([torch.empty(side, dtype=torch.float16), *(pair[index] for pair in parts)]) for index in range(2))
-    texts = [json.dumps(entry.captions).encode() if entry.captions else b"" for entry in kept]
-    kinds = sorted({entry.kind for entry in kept})
-    tensors = {"mean": mean.contiguous(), "std": std.contiguous(), **_packed(texts)}
-    if any(kinds):
-        tensors["kinds"] = torch.tensor([kinds.index(entry.kind) for entry in kept], dtype=torch.int32)
-    facts = {"kinds": kinds if any(kinds) else [], "skipped": skipped}
-    with atomic_file(path) as part:
-        save_file(tensors, part, metadata={FORMAT: json.dumps(facts)})  # one entry: several would be written in any order
-        digest, size = file_hash(part), part.stat().st_size
-    return {"rows": len(kept), "bytes": size, "sha256": digest, "skipped": skipped}
-
-
-def _packed(texts: list[bytes]) -> dict[str, torch.Tensor]:
-    """Texts end to end, and where each of them ends: of a mapped file one is read without the others."""
-    ends = torch.tensor([len(text) for text in texts], dtype=torch.int64).cumsum(0)
-    return {"captions": torch.from_numpy(np.frombuffer(b"".join(texts), np.uint8).copy()), "caption_ends": ends}
-
-
-def _batches(
-    listed: list[Entry], reader: Reader, size_px: int, skipped: dict[str, str]
-) -> Iterator[tuple[list[Entry], np.ndarray]]:
-    """The pictures that can be read with their pixels, so many at a time as depend on their size alone."""
-    most = max(1, min(BATCH, BATCH_PIXELS // size_px**2))
-    batch: list[Entry] = []
-    pixels: list[np.ndarray] = []
-    for entry in listed:
-        data = reader.bytes_of(entry)
-        if data is None:
-            skipped[printable(entry.name)] = "no such file"
-            continue
-        try:
-            pixels.append(read_square(Path(entry.name), size_px, data))
-        except UserError as error:
-            if not isinstance(error, Unreadable):
-                raise
-            skipped[printable(entry.name)] = error.reason
-            continue
-        batch.append(entry)
-        if len(batch) == most:
-            yield batch, np.stack(pixels)
-            batch, pixels = [], []
-    if batch:
-        yield batch, np.stack(pixels)
-
-
-def skipped_in(path: Path) -> dict[str, str]:
-    """The broken pictures that a shard names, with the reason."""
-    return parse_json(read_header(path).metadata.get(FORMAT, "{}"), most=MOST_HEADER).get("skipped", {})

@@ -10,13 +10,13 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from latentpipe.data.image_folder import read_index
 from latentpipe.data.listing import COLUMNS, MOST_CAPTION, SUFFIXES
 from latentpipe.data.tables import TABLES, TableReader, table_rows
 from latentpipe.utils.errors import UserError
-from latentpipe.utils.reading import file_size, parse_json
+from latentpipe.utils.reading import parse_json
 
 MOST_BYTES = 2**28  # of a picture in an archive
 
@@ -124,36 +124,30 @@ def _captions(data: bytes, is_json: bool, column: str | None) -> list[str]:
 
 @dataclass
 class Reader:
-    """The bytes of a source's pictures; the archive that was read last stays open."""
+    """The bytes of a source's pictures; the table that was read last stays open."""
 
     folder: Path
-    _name: str = ""
-    _open: BinaryIO | None = None
     _tables: dict[str, TableReader] = field(default_factory=dict)
 
-    def bytes_of(self, entry: Entry) -> bytes | None:
-        """A picture's file, None where a table's cell holds none; UserError where it is not what it was when it was listed."""
-        if entry.file and Path(entry.file).suffix.lower() in TABLES:
+    def bytes_of(self, entry: Entry) -> bytes | str:
+        """A picture's file, or why there is none; UserError where it is not what it was when it was listed."""
+        if entry.size > MOST_BYTES:
+            return f"{entry.size:,} bytes, at most {MOST_BYTES:,} are read"
+        if Path(entry.file).suffix.lower() in TABLES:
             if entry.file not in self._tables:
                 self._tables = {entry.file: TableReader(self.folder / entry.file)}
-            return self._tables[entry.file].picture(entry.at)
-        if not entry.file:
-            path = self.folder / entry.name
-            if not path.is_file() and entry.size < 0:
-                return None
-            size = file_size(path, "a picture") if path.is_file() else -1
-            if size != entry.size:
-                raise UserError(changed(self.folder, entry.name))
-            return path.read_bytes() if size <= MOST_BYTES else None
-        if self._name != entry.file:
-            if self._open is not None:
-                self._open.close()
-            self._name, self._open = entry.file, open(self.folder / entry.file, "rb")  # noqa: SIM115
-        assert self._open is not None
-        self._open.seek(entry.at)
-        data = self._open.read(entry.size)
+            return self._tables[entry.file].picture(entry.at) or "its cell holds no picture"
+        path = self.folder / (entry.file or entry.name)
+        if not entry.file and entry.size < 0 and not path.is_file():
+            return "no such file"
+        try:
+            with open(path, "rb") as file:
+                file.seek(entry.at)
+                data = file.read(entry.size if entry.file else -1)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            data = b""
         if len(data) != entry.size:
-            raise UserError(changed(self.folder, entry.file))
+            raise UserError(changed(self.folder, entry.name))
         return data
 
 
@@ -176,7 +170,7 @@ def as_line(entry: Entry) -> str:
 
 def from_line(line: str) -> Entry:
     """The inverse of `as_line`; ValueError where it is none."""
-    facts = parse_json(line)
+    facts = parse_json(line, foreign=True)  # a name may hold bytes that are no text
     if not isinstance(facts, dict) or not isinstance(facts.get("name"), str):
         raise ValueError(f"{line[:80]!r} is no entry")
     return Entry(**{**facts, "captions": tuple(facts.get("captions", ()))})

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from latentpipe.evaluate.metrics.features import metric_names, open_features
 from latentpipe.evaluate.metrics.frechet import paired_frechet, paired_kernel
 from latentpipe.evaluate.metrics.latents import batch_of, rebuild_batch
 from latentpipe.evaluate.protocol import Protocol, find_protocol, round_images
-from latentpipe.evaluate.reconstruction import evaluate_vae
+from latentpipe.evaluate.reconstruction import evaluate_with
 from latentpipe.evaluate.report.crops import Strip, choose, strip
 from latentpipe.evaluate.report.html import write_report
 from latentpipe.evaluate.results import Evaluation
@@ -89,9 +88,8 @@ def compare_with_crops(
     stages = [open_stage(path, device) for path in paths]
     chosen = common_protocol(protocol, stages, folder, max_images)
     sent = [None if crew is None else Hired(crew, path) for path in paths]
-    way: dict[str, Any] = {"protocol": chosen, "max_images": max_images, "features": features, "full": True, "cost": False}
     evaluations = [
-        replace(evaluate_vae(stage, folder, **way, device=device, workers=one), name=short_name(path))
+        replace(evaluate_with(one, stage, folder, chosen, max_images, features, full=True), name=short_name(path))
         for path, stage, one in zip(paths, stages, sent, strict=True)
     ]
     if cost:  # one right after the other, since a machine is not as fast at all times

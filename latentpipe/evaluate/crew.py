@@ -111,10 +111,10 @@ class Hired:
 
 
 @contextmanager
-def hired(workers: int | Hired | None, vae: str | Path | VAEStage, device: str) -> Iterator[Hired | None]:
-    """So many workers at a VAE, those that are there already, or none; UserError where a stage is to be sent to processes."""
-    if not isinstance(workers, int):
-        yield workers
+def hired(workers: int | None, vae: str | Path | VAEStage, device: str) -> Iterator[Hired | None]:
+    """So many workers at a VAE, or none; UserError where a stage is to be sent to processes."""
+    if workers is None:
+        yield None
         return
     if isinstance(vae, VAEStage):
         raise UserError("workers open the VAE themselves; give its name, folder or file in place of a stage.")

@@ -45,7 +45,7 @@ def evaluate_vae(
     cost: bool = True,
     device: str = "cpu",
     sheet: Path | None = None,
-    workers: int | Hired | None = None,
+    workers: int | None = None,
 ) -> Evaluation:
     """Measure a VAE on a folder of pictures.
 
@@ -59,12 +59,30 @@ def evaluate_vae(
     cost      with `full`: measure time and memory too
     sheet     a PNG to write: the best, median and worst picture, original, rebuilt and difference
     workers   processes of one thread that share the pictures, for a VAE that is no stage; the figures are those of one such
-              process. None: this process alone, with all of its threads. Or workers that are there already
+              process. None: this process alone, with all of its threads
 
     Memory does not grow with the folder but for the latents (fp16, at most 1 GiB; above that the interpolation is of the
     first pictures) and a row of features for each picture. The same call gives the same figures. UserError: nothing to
     read, a size that the VAE does not take, no decoder.
     """
+    with hired(workers, vae, device) as sent:
+        return evaluate_with(sent, vae, folder, protocol, max_images, features, full, probe, cost, device, sheet)
+
+
+def evaluate_with(
+    workers: Hired | None,
+    vae: str | Path | VAEStage,
+    folder: Path,
+    protocol: Protocol | str,
+    max_images: int | None,
+    features: str,
+    full: bool,
+    probe: int = PROBED,
+    cost: bool = False,
+    device: str = "cpu",
+    sheet: Path | None = None,
+) -> Evaluation:
+    """As `evaluate_vae`, by workers that are there already, or by this process alone."""
     if probe < 1:
         raise UserError(f"probe is {probe}; expected at least 1 picture.")
     chosen = find_protocol(protocol) if isinstance(protocol, str) else protocol
@@ -72,8 +90,8 @@ def evaluate_vae(
     if not stage.decodes:
         raise UserError(f"{name} is an encoder alone; it has no decoder, so nothing can be rebuilt. Give one that has both.")
     plan = preprocessing.plan(Path(folder), chosen, stage.space.downscale, max_images)
-    with torch.no_grad(), hired(workers, vae, device) as many:
-        found = _measure(stage, plan, chosen, features, probe if full else 0, sheet, many)
+    with torch.no_grad():
+        found = _measure(stage, plan, chosen, features, probe if full else 0, sheet, workers)
         spent = measure_cost(stage, plan.height, plan.width) if full and cost else {}
     return replace(found, name=name, hash=digest, cost=spent)
 
