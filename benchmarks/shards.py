@@ -1,8 +1,8 @@
-"""Encoding in shards at scale: python benchmarks/shards.py [--pictures 20000] [--small 1000] [--kills 20] [--vae emoji] [--size 64]
+"""Encoding in shards at scale: python benchmarks/shards.py [--pictures 20000] [--small 1000] [--kills 20] [--rows 100000]
 
 Draws so many pictures of noise, and encodes them with one worker, with two, and with two while workers and the driver are killed
-(SIGKILL) at random moments and the call is given again. Prints seconds, pictures a second, the ratio of two workers to one, whether
-all shards have the same bytes, shards made beyond those that there are, and the largest memory of driver and worker, beside
+(SIGKILL) at random moments and the call is given again. Prints seconds, the ratio of two workers to one, whether all shards
+have the same bytes, shards made beyond those that there are, and the largest memory of driver and worker, beside
 the same for `--small` pictures. Then how long training takes to its first step from 1,000 and from 100,000 rows (`--rows`).
 """
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import queue
-import shutil
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping
@@ -30,10 +28,11 @@ from latentpipe.pipelines.metadata.recipe import Recipe
 from latentpipe.pipelines.picture import Picture
 from latentpipe.utils.cluster import opened_on
 from latentpipe.utils.errors import Cancelled, LatentpipeWarning, UserError
-from latentpipe.utils.images import open_picture, picture_of
+from latentpipe.utils.images import picture_of
 from latentpipe.utils.worker_process import Emit, Job
 from latentpipe.utils.workers import MOST_WORKERS, Died, Worker, unpacked
 
+AGAIN_S = 0.2  # between two calls to stop
 TRIES = 3  # workers that a job is given to, one after the other
 Names = tuple[str, str | None, str | None]  # of a model, of another VAE, of an adapter to it
 
@@ -63,10 +62,9 @@ class Studio:
         if not 1 <= workers <= MOST_WORKERS:
             raise UserError(f"workers is {workers}; expected 1 to {MOST_WORKERS:,}.")
         self.line = JobQueue(workers)
-        self.folder = Path(tempfile.mkdtemp(prefix="latentpipe-studio-"))
         told = [(str(place), one.family, one.prediction, one.config, one.parts) for place, one in (stated or {}).items()]
         plain = [(*known, None if config is None else str(config), list(map(str, parts))) for *known, config, parts in told]
-        arguments = {"model": model, "dtype": dtype, "folder": str(self.folder), "stated": plain}
+        arguments = {"model": model, "dtype": dtype, "stated": plain}
         threads = max(1, torch.get_num_threads() // workers)
         self._context = opened_on(cluster, "latentpipe.engine.studio", arguments, threads, device)
         self._opened = self._context.__enter__()
@@ -86,23 +84,23 @@ class Studio:
         return events_of(partial(self._draw, task, cancel), cancel, where=self.line)
 
     def close(self) -> None:
-        """End the workers, and remove what they wrote."""
+        """End the workers."""
         self._closed = True
         for worker in self._workers.values():
             worker.end()
         self._context.__exit__(None, None, None)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _draw(self, task: dict[str, Any], cancel: threading.Event, emit: Callable[[StepDone], None]) -> Finished:
         """The job on a free worker, and on the next one where that dies."""
-        task = {**task, "settings": self._sent(task["settings"])}
+        image = task["settings"].get("image")
+        task = {**task, "settings": {**task["settings"], "image": None if image is None else _encoded(image)}}
         how = ""
         for _ in range(TRIES):
             if self._closed or cancel.is_set():
                 raise Cancelled("stopped before it began")
             number, worker = self._seats.get()  # there is one: the line lets in as many as there are
             try:
-                return self._received(self._asked(worker, task, cancel, emit))
+                return self._asked(worker, task, cancel, emit)
             except Died as death:
                 how, worker = str(death), self._next(number, worker)
             finally:
@@ -115,39 +113,33 @@ class Studio:
             self._workers[number] = self._opened(number)
         return self._workers[number]
 
-    def _asked(
-        self, worker: Worker, task: dict[str, Any], cancel: threading.Event, emit: Callable[[StepDone], None]
-    ) -> dict[str, Any]:
+    def _asked(self, worker: Worker, task: dict[str, Any], cancel: threading.Event, emit: Callable[[StepDone], None]) -> Finished:
         """Have one worker do it; a stop reaches it while it is at this job, and never the next one's."""
         over, lock = threading.Event(), threading.Lock()
+        pictures: list[Picture] = []
 
         def watch() -> None:
             cancel.wait()
-            with lock:
-                if not over.is_set():
+            while True:
+                with lock:
+                    if over.is_set():
+                        return
                     worker.cancel()
+                over.wait(AGAIN_S)  # the first may have come before the task, which begins without it
+
+        def heard(event: dict[str, Any]) -> None:
+            if "picture" in event:
+                image = picture_of(base64.b64decode(event["picture"])).convert("RGB")
+                pictures.append(Picture(image, Recipe.model_validate(event["recipe"]), tuple(event["notes"])))
+            else:
+                emit(_step(event))
 
         threading.Thread(target=watch, name="latentpipe_watch", daemon=True).start()
         try:
-            return unpacked(worker.ask(task, lambda event: emit(_step(event))), "The picture")
+            found = unpacked(worker.ask(task, heard), "The picture")
         finally:
             with lock:
                 over.set()
-
-    def _sent(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings as JSON; a picture as the name of its file."""
-        known = dict(settings)
-        if known.get("image") is not None:
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".png", delete=False) as file:
-                known["image"].save(file, format="PNG")
-            known["image"] = Path(file.name).name
-        return known
-
-    def _received(self, found: dict[str, Any]) -> Finished:
-        pictures = []
-        for file, recipe, notes in found["pictures"]:
-            pictures.append(Picture(open_picture(self.folder / file), Recipe.model_validate(recipe), tuple(notes)))
-            (self.folder / file).unlink()
         for text in found["told"]:
             warnings.warn(LatentpipeWarning(text), stacklevel=2)
         return Finished(pictures, found["seconds"])
@@ -162,8 +154,7 @@ def _step(event: dict[str, Any]) -> StepDone:
 
 
 def open_job(arguments: dict[str, Any], device: str) -> Job:
-    """The work of one: names, prompt and settings -> the files of the pictures, their recipes and notes."""
-    folder = Path(arguments["folder"])
+    """The work of one: names, prompt and settings -> steps and pictures as events; at the end what was told, and the seconds."""
     cache = PipelineCache(device=device, dtype=arguments["dtype"])
     for place, family, prediction, config, parts in arguments["stated"]:
         made = Stated(family, prediction, None if config is None else Path(config), tuple(map(Path, parts)))
@@ -176,18 +167,21 @@ def open_job(arguments: dict[str, Any], device: str) -> Job:
         model, vae, adapter = task["names"]
         settings = {name: tuple(value) if name in PAIRS and value else value for name, value in task["settings"].items()}
         if settings.get("image") is not None:
-            settings["image"] = open_picture(folder / settings["image"])
+            settings["image"] = picture_of(base64.b64decode(settings["image"]))
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", LatentpipeWarning)
             engine = Engine(cache.open(model, vae, adapter))
             for event in engine.run(task["prompt"], cancel=cancel, previews=task["previews"], **settings):
                 if isinstance(event, StepDone):
-                    emit({"step": event.step, "steps": event.steps, "eta_s": event.eta_s, "preview": _encoded(event.preview)})
+                    preview = None if event.preview is None else _encoded(event.preview)
+                    emit({"step": event.step, "steps": event.steps, "eta_s": event.eta_s, "preview": preview})
                 elif isinstance(event, Finished):
                     finished = event
-        made = [(_kept(folder, one), one.recipe.model_dump(mode="json"), one.notes) for one in finished.pictures]
+        for picture in finished.pictures:
+            recipe = picture.recipe.model_dump(mode="json")
+            emit({"picture": _encoded(picture.image), "recipe": recipe, "notes": picture.notes})
         notes = [str(one.message) for one in told if issubclass(one.category, LatentpipeWarning)]
-        return {"pictures": made, "told": notes, "seconds": finished.seconds}
+        return {"told": notes, "seconds": finished.seconds}
 
     return work
 
@@ -195,15 +189,7 @@ def open_job(arguments: dict[str, Any], device: str) -> Job:
 PAIRS = ("size", "guidance_interval")
 
 
-def _kept(folder: Path, picture: Picture) -> str:
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".png", delete=False) as file:
-        picture.image.save(file, format="PNG")
-    return Path(file.name).name
-
-
-def _encoded(preview: Image.Image | None) -> str | None:
-    if preview is None:
-        return None
+def _encoded(picture: Image.Image) -> str:
     data = io.BytesIO()
-    preview.save(data, format="PNG")
+    picture.save(data, format="PNG")
     return base64.b64encode(data.getvalue()).decode()

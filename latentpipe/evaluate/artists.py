@@ -54,11 +54,14 @@ def artists(pipe: LatentPipeline, model: str | Path, workers: int | None, device
                     for number, (prompts, seeds) in enumerate(batches)
                 ]
                 waiting: dict[int, list[Image.Image]] = {}
+                told = 0
                 for task, name in pool.run(tasks):
                     pixels = read_tensors(folder / name)["pixels"].numpy()
                     (folder / name).unlink()
                     waiting[task["number"]] = [Image.fromarray(one) for one in pixels]
-                yield from (waiting[number] for number in range(len(tasks)))
+                    while told in waiting:
+                        yield waiting.pop(told)
+                        told += 1
 
             yield together
     finally:

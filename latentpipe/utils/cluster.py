@@ -171,9 +171,11 @@ class ActorWorker:
                 check_version(hello["ready"], hello["host"])
                 self._ready = True
             asked = self._actor.ask.remote(task)
-            while on_event is not None and not self._ray.wait([asked], timeout=LOOK_S)[0]:
-                for event in self._ray.get(self._actor.events.remote()):
-                    on_event(event)
+            done = on_event is None
+            while not done:
+                done = bool(self._ray.wait([asked], timeout=LOOK_S)[0])
+                for event in self._ray.get(self._actor.events.remote()):  # once more after the end, for the last ones
+                    on_event(event)  # type: ignore[misc]
             return self._ray.get(asked)
 
     def cancel(self) -> None:
