@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -156,8 +155,10 @@ def write_shards(folder: Path, cache: Any, per_shard: int) -> Path:
 class InThread:
     """A worker without a process of its own: the same job, seconds of imports earlier."""
 
-    def __init__(self, module: str, arguments: Any) -> None:
-        self.job = importlib.import_module(module).open_job(arguments, "cpu")
+    def __init__(self, opener: str, arguments: Any) -> None:
+        from latentpipe.utils.worker_process import open_job
+
+        self.job = open_job(opener, arguments, "cpu", 1)
         self.token = threading.Event()
 
     def ask(self, task: Any, on_event: Any = None) -> dict[str, Any]:
@@ -177,7 +178,7 @@ class InThread:
 
 @contextmanager
 def opened_in_threads(
-    cluster: Any, module: str, arguments: Any, threads: int, device: str | None = None
+    cluster: Any, opener: str, arguments: Any, threads: int, device: str | None = None
 ) -> Iterator[Callable[[int], InThread]]:
     """In place of `utils.cluster.opened_on`."""
-    yield lambda number: InThread(module, arguments)
+    yield lambda number: InThread(opener, arguments)

@@ -31,7 +31,7 @@ BATCH, BATCH_PIXELS = 32, 2**21  # at most, of pictures and of their pixels; fix
 READERS = 4  # threads that decode pictures for a GPU
 
 
-def open_job(arguments: dict[str, str], device: str) -> Job:
+def open_shards(arguments: dict[str, str], device: str) -> Job:
     """The work of one worker: a shard's number -> its rows, bytes, sha256 and broken pictures."""
     folder, out = Path(arguments["folder"]), Path(arguments["out"])
     manifest = read_manifest(out)

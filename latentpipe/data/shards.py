@@ -119,7 +119,7 @@ def encode_shards(
         missing = [number for number, shard in enumerate(manifest.shards) if not _kept(out, number, manifest)]
         result = EncodedShards(out, manifest.pictures, 0, len(manifest.shards))
         arguments = {"folder": str(folder), "vae": str(place), "out": str(out)}
-        with opened_on(cluster, "latentpipe.data.shard_worker", arguments, threads) as opened:
+        with opened_on(cluster, "latentpipe.data.shard_worker:open_shards", arguments, threads) as opened:
             _make(missing, manifest, result, workers, opened, progress)
         _fill_in(out, manifest)
         write_manifest(out, manifest)

@@ -25,11 +25,13 @@ from latentpipe.utils.worker_process import Emit, Job
 from latentpipe.utils.workers import MOST_WORKERS, Pool
 
 Batch = tuple[list[str], list[int]]
-Draw = Callable[[Sequence[Batch], Settings], Iterator[list[Image.Image]]]  # prompts with their seeds -> pictures, batch by batch
+DrawBatches = Callable[
+    [Sequence[Batch], Settings], Iterator[list[Image.Image]]
+]  # prompts with their seeds -> pictures, batch by batch
 
 
 @contextmanager
-def artists(pipe: LatentPipeline, model: str | Path, workers: int | None, device: str | None) -> Iterator[Draw]:
+def artists(pipe: LatentPipeline, model: str | Path, workers: int | None, device: str | None) -> Iterator[DrawBatches]:
     """What draws batches of prompts: `pipe`, or so many processes of one thread, each with the model open."""
     if workers is None:
 
@@ -45,7 +47,10 @@ def artists(pipe: LatentPipeline, model: str | Path, workers: int | None, device
     own = None if device in (None, "cuda") else device
     arguments = {"folder": str(folder), "model": str(model)}
     try:
-        with opened_on(None, "latentpipe.evaluate.artists", arguments, 1, own) as opened, Pool(workers, opened) as pool:
+        with (
+            opened_on(None, "latentpipe.evaluate.artists:open_artist", arguments, 1, own) as opened,
+            Pool(workers, opened) as pool,
+        ):
 
             def together(batches: Sequence[Batch], settings: Settings) -> Iterator[list[Image.Image]]:
                 way = asdict(settings)
@@ -71,7 +76,7 @@ def artists(pipe: LatentPipeline, model: str | Path, workers: int | None, device
 # --- in a worker --------------------------------------------------------------------------------------------
 
 
-def open_job(arguments: dict[str, str], device: str) -> Job:
+def open_artist(arguments: dict[str, str], device: str) -> Job:
     """The work of one: prompts and seeds -> the file of their pictures' pixels."""
     pipe = LatentPipeline.from_pretrained(arguments["model"], device=device)
 

@@ -52,7 +52,7 @@ class Crew:
     def __enter__(self) -> Crew:
         self.folder = Path(tempfile.mkdtemp(prefix="latentpipe-crew-"))
         own = None if self.device == "cuda" else self.device
-        self._context = opened_on(None, "latentpipe.evaluate.crew", {"folder": str(self.folder)}, 1, own)
+        self._context = opened_on(None, "latentpipe.evaluate.crew:open_evaluation", {"folder": str(self.folder)}, 1, own)
         self._pool = Pool(self.workers, self._context.__enter__(), lambda task: f"The batch from {task['names'][0]} on")
         return self
 
@@ -129,7 +129,7 @@ def _plain(plan: Plan) -> dict[str, Any]:
 # --- in a worker --------------------------------------------------------------------------------------------
 
 
-def open_job(arguments: dict[str, str], device: str) -> Job:
+def open_evaluation(arguments: dict[str, str], device: str) -> Job:
     """The work of one: a batch -> the file of its tensors. VAEs and networks stay open."""
     stages: dict[str, VAEStage] = {}
     networks: dict[str, MetricNetworks] = {}

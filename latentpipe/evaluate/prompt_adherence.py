@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from latentpipe.data.emoji import TONES, Combination, combination_of
 from latentpipe.data.emoji_bank import SIDE, Bank, open_bank, small
-from latentpipe.evaluate.artists import Draw, artists
+from latentpipe.evaluate.artists import DrawBatches, artists
 from latentpipe.evaluate.statistics import wilson
 from latentpipe.evaluate.style_adherence import evaluate_styles
 from latentpipe.pipelines.latent_pipeline import LatentPipeline
@@ -72,7 +72,13 @@ def evaluate(
 
 
 def _scored(
-    bank: Bank, pipe: LatentPipeline, draw: Draw, rows: dict[str, list[int]], settings: Settings, grid: Path | None, styles: Any
+    bank: Bank,
+    pipe: LatentPipeline,
+    draw: DrawBatches,
+    rows: dict[str, list[int]],
+    settings: Settings,
+    grid: Path | None,
+    styles: Any,
 ) -> dict[str, Any]:
     """The scores of all lists, of pictures that `draw` makes."""
     result: dict[str, Any] = {}
@@ -110,7 +116,7 @@ def _protocol(pipe: LatentPipeline, bank: Bank, settings: Settings) -> dict[str,
 
 
 def draw_all(
-    draw: Draw, prompts: Sequence[str], settings: Settings, name: str, seeds: Sequence[int] | None = None
+    draw: DrawBatches, prompts: Sequence[str], settings: Settings, name: str, seeds: Sequence[int] | None = None
 ) -> list[Image.Image]:
     """One picture for each prompt, seed = index where none are given, in batches."""
     seeds = range(len(prompts)) if seeds is None else seeds
@@ -182,7 +188,7 @@ def _siblings(wanted: Combination, seen: dict[Combination, int]) -> list[int]:
     return [seen[combination] for combination in same if combination in seen]
 
 
-def four_seeds(draw: Draw, prompts: Sequence[str], settings: Settings) -> dict[str, float]:
+def four_seeds(draw: DrawBatches, prompts: Sequence[str], settings: Settings) -> dict[str, float]:
     """How far four seeds of one prompt differ: root mean squared difference in grey levels over pairs."""
     apart: list[float] = []
     for drawn in draw([([prompt] * 4, list(range(4))) for prompt in prompts], settings):

@@ -31,24 +31,24 @@ def devices() -> list[str]:
 
 @contextmanager
 def opened_on(
-    cluster: str | None, module: str, arguments: Any, threads: int, device: str | None = None
+    cluster: str | None, opener: str, arguments: Any, threads: int, device: str | None = None
 ) -> Iterator[Callable[[int], Worker]]:
     """What makes the worker of a number, for `workers.Pool`.
 
     cluster    address of a Ray cluster (HOST:PORT), "auto" for the one that this machine belongs to; None: this machine
-    module     has `open_job(arguments, device)`
+    opener     "module:function", of arguments and device
     threads    of torch in each worker
     device     that all workers compute on; None: the devices of the machine, in turn
     """
     if cluster is None:
         own = [device] if device else devices()
-        yield lambda number: LocalWorker(module, arguments, own[number % len(own)], threads)
+        yield lambda number: LocalWorker(opener, arguments, own[number % len(own)], threads)
         return
     with connected(cluster) as ray:
         gpus = 1 if device is None and ray.cluster_resources().get("GPU") else 0
         made = ray.remote(Actor).options(num_cpus=1, num_gpus=gpus, max_concurrency=2, max_restarts=0)
         where = device or ("cuda:0" if gpus else "cpu")
-        yield lambda number: ActorWorker(ray, made.remote(module, arguments, where, threads))
+        yield lambda number: ActorWorker(ray, made.remote(opener, arguments, where, threads))
 
 
 def kind_of_devices(cluster: str | None) -> str:
@@ -120,8 +120,8 @@ def facts_of(address: str | None) -> dict[str, Any]:
 class Actor:
     """A worker within Ray: the same job as a `worker_process`, with the same answers."""
 
-    def __init__(self, module: str, arguments: Any, device: str, threads: int) -> None:
-        self._given = (module, arguments, device, threads)
+    def __init__(self, opener: str, arguments: Any, device: str, threads: int) -> None:
+        self._given = (opener, arguments, device, threads)
         self._job: Job | None = None
         self._events: list[Any] = []
         self._cancel = threading.Event()

@@ -1,6 +1,6 @@
 """A worker: a process of its own that opens a job once and then does one task after the other, told in lines of JSON.
 
-    python -m latentpipe.utils.worker_process latentpipe.data.shards
+    python -m latentpipe.utils.worker_process latentpipe.data.shard_worker:open_shards
 
 It reads ``{"threads", "device", "arguments"}``, then ``{"task": ...}`` and ``{"cancel": true}``; it answers with
 ``{"ready": version}``, ``{"event": ...}``, ``{"result": ...}`` and ``{"error": sentence}``. It ends with whoever started it: at
@@ -30,14 +30,18 @@ Emit = Callable[[Any], None]
 Job = Callable[[Any, Emit, threading.Event], Any]
 
 
-def open_job(module: str, arguments: Any, device: str, threads: int) -> Job:
-    """What ``module.open_job(arguments, device)`` returns, with so many threads of torch; the module is one of this package."""
+def open_job(opener: str, arguments: Any, device: str, threads: int) -> Job:
+    """The job that a function of this package makes of arguments and a device, with so many threads of torch.
+
+    opener  the function as "module:name"
+    """
     import torch
 
+    module, _, name = opener.partition(":")
     if not module.startswith("latentpipe."):
-        raise ValueError(f"{module} is no module of this package")
+        raise ValueError(f"{opener} is no function of this package")
     torch.set_num_threads(threads)
-    return importlib.import_module(module).open_job(arguments, device)
+    return getattr(importlib.import_module(module), name)(arguments, device)
 
 
 def answer(job: Callable[[], Any]) -> dict[str, Any]:
@@ -56,7 +60,7 @@ def answer(job: Callable[[], Any]) -> dict[str, Any]:
         return {"error": traceback.format_exc(limit=20), "kind": "crash"}
 
 
-def main(module: str) -> None:
+def main(opener: str) -> None:
     """Serve tasks from stdin until it ends; what anything prints goes to stderr, so that answers stay whole lines."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -71,7 +75,7 @@ def main(module: str) -> None:
 
     def opened() -> str:
         nonlocal job
-        job = open_job(module, begin["arguments"], begin["device"], begin["threads"])
+        job = open_job(opener, begin["arguments"], begin["device"], begin["threads"])
         return VERSION
 
     first = answer(opened)

@@ -47,14 +47,14 @@ class Worker(Protocol):
 class LocalWorker:
     """A process of this machine.
 
-    module     has `open_job(arguments, device)`; see `worker_process`
+    opener     "module:function", of arguments and device; see `worker_process.open_job`
     arguments  plain JSON
     device     "cpu", "cuda:0", ...
     threads    of torch; another number changes the last bits of what is computed
     """
 
-    def __init__(self, module: str, arguments: Any, device: str, threads: int) -> None:
-        command = [sys.executable, "-m", "latentpipe.utils.worker_process", module]
+    def __init__(self, opener: str, arguments: Any, device: str, threads: int) -> None:
+        command = [sys.executable, "-m", "latentpipe.utils.worker_process", opener]
         own = str(Path(__file__).parents[2])  # the same code, from wherever this process has it
         paths = [own, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}

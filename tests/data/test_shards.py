@@ -132,7 +132,7 @@ def test_a_run_makes_what_is_missing_or_cut_short(noise: Path, vae_folder: Path,
 @pytest.mark.slow
 def test_a_shard_that_ends_every_worker_ends_the_run(noise: Path, vae_folder: Path, tmp_path: Path) -> None:
     def opened(number: int) -> workers.LocalWorker:
-        worker = workers.LocalWorker("latentpipe.data.shard_worker", {}, "cpu", 1)
+        worker = workers.LocalWorker("latentpipe.data.shard_worker:open_shards", {}, "cpu", 1)
         os.kill(worker.pid, signal.SIGKILL)
         return worker
 

@@ -102,7 +102,7 @@ class Mortal(InThread):
 
 def test_a_dead_workers_job_goes_to_another_or_ends_in_a_sentence(two: Studio, model_folder: Path) -> None:
     arguments = {"model": str(model_folder), "dtype": "fp32", "stated": []}
-    two._opened = lambda number: Mortal("latentpipe.engine.studio", arguments)
+    two._opened = lambda number: Mortal("latentpipe.engine.studio:open_studio", arguments)
     for number in range(2):
         two._seats.get()
         two._seats.put((number, two._opened(number)))

@@ -38,8 +38,8 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> cluster.Actor:
     """One outside of Ray."""
     from latentpipe.utils import system
 
-    monkeypatch.setattr(system, "open_job", open_nothing, raising=False)
-    return cluster.Actor("latentpipe.utils.system", {"a": 1}, "cpu", 1)
+    monkeypatch.setattr(system, "open_nothing", open_nothing, raising=False)
+    return cluster.Actor("latentpipe.utils.system:open_nothing", {"a": 1}, "cpu", 1)
 
 
 def test_an_actor_answers_as_a_process_does(actor: cluster.Actor) -> None:
@@ -50,7 +50,9 @@ def test_an_actor_answers_as_a_process_does(actor: cluster.Actor) -> None:
 
 
 def test_a_job_that_does_not_open_says_where() -> None:
-    told = cluster.Actor("latentpipe.data.shard_worker", {"folder": "x", "out": "nowhere", "vae": "emoji"}, "cpu", 1).hello()
+    told = cluster.Actor(
+        "latentpipe.data.shard_worker:open_shards", {"folder": "x", "out": "nowhere", "vae": "emoji"}, "cpu", 1
+    ).hello()
     assert told["kind"] == "user"
     assert told["error"].startswith(f"{socket.gethostname()}: nowhere")
     with pytest.raises(UserError, match="nowhere"):
