@@ -165,6 +165,7 @@ class InThread:
         """The answer to a task, as it comes from a process: through JSON."""
         from latentpipe.utils.worker_process import answer
 
+        self.token.clear()  # as a process does
         told = json.loads(json.dumps(task))
         return json.loads(json.dumps(answer(lambda: self.job(told, on_event or (lambda event: None), self.token))))
 

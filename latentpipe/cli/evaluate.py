@@ -56,19 +56,8 @@ def evaluate_vae(
     _check_file(csv, "--csv", ".csv")
     _check_file(sheet, "--sheet", ".png")
     way, where = find_protocol(protocol, posterior, rounding, size), device or best_device()
-    found = run(
-        vae,
-        images,
-        protocol=way,
-        max_images=most,
-        features=features,
-        full=full,
-        probe=probe,
-        device=where,
-        sheet=sheet,
-        workers=workers,
-    )
-    _tell(found, csv, sheet, json)
+    rest: dict[str, Any] = {"max_images": most, "features": features, "full": full, "probe": probe, "workers": workers}
+    _tell(run(vae, images, protocol=way, device=where, sheet=sheet, **rest), csv, sheet, json)
 
 
 def _tell(found: Evaluation, csv: Path | None, sheet: Path | None, json: bool) -> None:

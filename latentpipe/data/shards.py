@@ -100,19 +100,7 @@ def encode_shards(
         raise UserError(f"workers is {workers}; expected 1 to {MOST_WORKERS:,}.")
     folder, out = Path(folder).resolve(), refuse_name(Path(out)).resolve()
     place = find_model(vae_folder, "vae")
-    vae = open_vae(place)
-    device = kind_of_devices(cluster)
-    wanted = Manifest(
-        latentpipe=VERSION,
-        torch=torch.__version__,
-        vae_hash=content_hash(vae.tensors, vae.space),
-        size_px=size_px,
-        shape=vae.space.shape(1, size_px, size_px)[1:],
-        device=device,  # type: ignore[arg-type]
-        threads=threads,
-        per_shard=per_shard,
-    )
-    del vae
+    wanted = _wanted(place, size_px, kind_of_devices(cluster), threads, per_shard)
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
         manifest = begin(out, wanted, entries(folder, column), folder)
@@ -128,6 +116,21 @@ def encode_shards(
     if not result.rows:
         raise UserError(f"No picture in {folder} could be read.\n{result.report()}")
     return result
+
+
+def _wanted(place: Path, size_px: int, device: str, threads: int, per_shard: int) -> Manifest:
+    """The manifest of a run, without its shards; UserError where the VAE does not take pictures of this size."""
+    vae = open_vae(place)
+    return Manifest(
+        latentpipe=VERSION,
+        torch=torch.__version__,
+        vae_hash=content_hash(vae.tensors, vae.space),
+        size_px=size_px,
+        shape=vae.space.shape(1, size_px, size_px)[1:],
+        device=device,  # type: ignore[arg-type]
+        threads=threads,
+        per_shard=per_shard,
+    )
 
 
 @contextmanager

@@ -58,10 +58,10 @@ def test_some_rows_get_the_noise_that_they_have_among_all(cache: LatentCache, sh
         assert torch.equal(torch.cat(parts), whole)
 
 
-def test_few_files_are_open_at_once(sharded: ShardedLatents, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_files_are_open_at_once(cache: LatentCache, sharded: ShardedLatents, monkeypatch: pytest.MonkeyPatch) -> None:
     from latentpipe.data import sharded_latents
 
-    before = list(sharded.captions)
+    before = cache.captions
     monkeypatch.setattr(sharded_latents, "MOST_OPEN", 1)
     rows = (0, 6, 11, 1, 7)
     assert [sharded.captions[row] for row in rows] == [before[row] for row in rows]
