@@ -85,15 +85,15 @@ def empty(option: str, value: Path) -> None:
 
 
 def sharded(option: str, value: Path) -> None:
-    """A folder of shards: one that has a manifest, or is new or empty."""
+    """A folder of shards, or a new or empty one."""
     _utf8(option, value)
     room(option, value)
-    if (
-        value.is_dir()
-        and not (value / "manifest.json").is_file()
-        and any(not path.name.startswith(".") for path in value.iterdir())
-    ):
-        raise UserError(f"{option} {value} holds something that is no shards; expected a new or empty folder, or one of shards.")
+    names = [path.name for path in value.iterdir()] if value.is_dir() else []
+    other = [name for name in names if not name.startswith((".", "shard-")) and name not in ("manifest.json", "index.jsonl")]
+    if other:
+        raise UserError(
+            f"{option} {value} holds {other[0]}, which is no shard; expected a new or empty folder, or one of shards."
+        )
 
 
 def drawing(option: str, value: Path) -> None:

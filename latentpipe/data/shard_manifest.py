@@ -112,6 +112,10 @@ def begin(folder: Path, wanted: Manifest, listed: Iterable[Entry], source: Path)
     """
     lines = map(as_line, listed)
     if not is_sharded(folder):
+        if any(folder.glob("shard-*.safetensors")):
+            raise UserError(
+                f"{folder} has shards and no {MANIFEST} that says what they are of; name another folder, or delete them."
+            )
         manifest = wanted.model_copy(update={"shards": _write_index(folder, lines, wanted.per_shard)})
         if not manifest.shards:
             raise UserError(f"{source} holds no picture.")

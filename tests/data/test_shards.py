@@ -220,6 +220,9 @@ def test_shards_of_another_vae_version_or_folder_are_refused(noise: Path, vae_fo
     (out / "manifest.json").write_text((one / "manifest.json").read_text().replace('"rows":6', '"rows":-6', 1))
     with pytest.raises(UserError, match=r"manifest.json: shards.0.rows: "):
         read_manifest(out)
+    (out / "manifest.json").unlink()
+    with pytest.raises(UserError, match="has shards and no manifest.json"):
+        encode_shards(noise, vae_folder, out, 16, per_shard=6)
 
 
 def test_a_picture_that_changes_while_it_is_read_ends_the_run(noise: Path, tmp_path: Path) -> None:
@@ -278,7 +281,7 @@ def test_calls_that_cannot_be_right(noise: Path, vae_folder: Path, tmp_path: Pat
         (["--workers", "2"], "--workers does something only with --shards"),
         (["--shards", str(tmp_path / "s"), "--workers", "0"], "--workers is 0"),
         (["--shards", str(tmp_path / "s"), "--out", str(tmp_path / "x.safetensors")], "leave one of them out"),
-        (["--shards", str(noise)], "holds something that is no shards"),
+        (["--shards", str(noise)], "which is no shard"),
     ):
         assert main(call + words) == 2
         assert told in capsys.readouterr().err
