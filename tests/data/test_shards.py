@@ -221,7 +221,7 @@ def test_shards_of_another_vae_version_or_folder_are_refused(noise: Path, vae_fo
     with pytest.raises(UserError, match=r"manifest.json: shards.0.rows: "):
         read_manifest(out)
     (out / "manifest.json").unlink()
-    with pytest.raises(UserError, match="has shards and no manifest.json"):
+    with pytest.raises(UserError, match=r"has shards and no manifest.json"):
         encode_shards(noise, vae_folder, out, 16, per_shard=6)
 
 
