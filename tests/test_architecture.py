@@ -45,7 +45,8 @@ ROOMS = {
     """,
     "pipelines": """
         facade families hosting metadata.stated metadata.recipe metadata.third_party prompt_weighting sampling denoise
-        batches embeddings lora_manager metadata.reader picture swap save_swapped verdict_cache vocabulary prompt_notes 
+        batches embeddings lora_manager metadata.reader picture swap save_swapped verdict_cache
+        vae_choice turbo vocabulary prompt_notes 
         memory_need opening latent_pipeline
     """,
     "engine": """
@@ -66,7 +67,7 @@ ROOMS = {
         checkpoint config.base config.denoiser config.lora config.vae distributed latent_adapter lora.data
         lora.parameters lora.prompts losses picture_changes progress run_dir lora.export spike_guard optimizer state loop
         text_encoder vae.adversarial vae.augment vae.equivariance vae.kl vae.microbatch vae.model vae.perceptual
-        vae.rate vae.objective vae.trainable weighted_order denoiser lora.loss lora.train vae.denoiser_outputs
+        vae.rate vae.objective vae.trainable weighted_order denoiser lora.loss lora.distillation lora.train vae.denoiser_outputs
         vae.distillation vae.export vae.train embedded_model
     """,
     "explore": """

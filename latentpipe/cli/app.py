@@ -98,6 +98,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "train-vae": Verb(train.train_vae, reads_config=True),
         "train-denoiser": Verb(train.train_denoiser, reads_config=True),
         "train-lora": Verb(train.train_lora, reads_config=True),
+        "distil": Verb(train.distil),
         "train-embedded": Verb(train.train_embedded, "reading the sets of {hands}"),
     },
     "Measure": {

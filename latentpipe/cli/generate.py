@@ -14,7 +14,7 @@ from latentpipe.cli.argument_checks import size_of, weighted
 from latentpipe.cli.argument_parser import Positional
 from latentpipe.cli.lora import Method
 from latentpipe.cli.output_paths import is_picture
-from latentpipe.utils.defaults import GUIDANCE, STEPS, STRENGTH
+from latentpipe.utils.defaults import STEPS, STRENGTH
 from latentpipe.utils.errors import counted
 from latentpipe.utils.setting_names import in_python
 from latentpipe.utils.signals import interruption, signals_to
@@ -43,10 +43,12 @@ class Generate:
     """Decode with that VAE whatever the verdict, as long as the shapes agree; take LoRA files of another base, likewise."""
     negative: str = ""
     """What the picture should not show."""
-    steps: int = STEPS
-    """Denoising steps."""
-    guidance: float = GUIDANCE
-    """Classifier-free guidance; 1 turns it off."""
+    steps: int | None = None
+    """Denoising steps; left out: 20, with --turbo those that it was made for."""
+    guidance: float | None = None
+    """Classifier-free guidance; 1 turns it off. Left out: 3, with --turbo 1."""
+    turbo: bool = False
+    """Draw in few steps without guidance, with the LoRA that was distilled from the model ('latentpipe distil')."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Share of the steps where guidance begins and ends."""
     scheduler: Literal["dpm++", "ddim", "euler", "unipc"] | None = None
@@ -91,7 +93,8 @@ def run_generate(options: Generate) -> None:
     from latentpipe.utils.images import open_picture
 
     names = ("negative", "steps", "guidance", "guidance_interval", "scheduler", "strength", "lora_partial")
-    settings = in_python({name: getattr(options, name) for name in names})
+    given = {name: getattr(options, name) for name in names}
+    settings = in_python({name: value for name, value in given.items() if value is not None})
     settings["size"] = size_of(options.size)
     settings["image"] = open_picture(options.image) if options.image is not None else None
     from latentpipe import LatentPipeline
@@ -109,6 +112,7 @@ def run_generate(options: Generate) -> None:
             options.force,
             stated,
             options.offload,
+            options.turbo,
         )
         for source, weight in loras:
             print(pipe.attach_lora(source, weight, partial=options.lora_partial, force=options.force), file=sys.stderr)
@@ -130,7 +134,12 @@ def _draw(options: Generate, pipe: Any, settings: dict[str, Any]) -> None:
 
     parts = _parts(options, pipe, settings)
     engine, count, last = Engine(pipe), sum(len(part) for part in parts), None
-    with stop_on_interrupt() as stop, tqdm(total=options.steps, unit="step", disable=None, file=sys.stderr) as bar:
+    with (
+        stop_on_interrupt() as stop,
+        tqdm(
+            total=options.steps or pipe.defaults.get("num_inference_steps", STEPS), unit="step", disable=None, file=sys.stderr
+        ) as bar,
+    ):
         for number, part in enumerate(parts):
             stop.token = threading.Event()  # a job sets its token when it ends
             if stop.number:

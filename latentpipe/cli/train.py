@@ -106,6 +106,40 @@ def _check(config: Any) -> None:
         argument_checks.vae("run.warm_start", run.warm_start)
 
 
+def distil(
+    model: str,
+    /,
+    pictures: Path,
+    out: Path = Path("runs/turbo/turbo.safetensors"),
+    config: str = "turbo",
+    steps: int | None = None,
+    guidance: float | None = None,
+    training_steps: int | None = None,
+    batch_size: int | None = None,
+    resume: bool = False,
+) -> None:
+    """Train a LoRA that draws in few steps without guidance what the model draws with it ('generate --turbo').
+
+    Args:
+        model: Name or folder of the model (Stable Diffusion 1, 2 or XL).
+        pictures: Folder of pictures with captions of the kind that the model draws.
+        out: The LoRA to write; put it into $LATENTPIPE_HOME/lora. Checkpoints and sheets go beside it, into NAME-run.
+        config: Name or file of the config of the rest, which 'latentpipe train-lora' reads.
+        steps: Denoising steps that it is to be drawn with, in place of the config's.
+        guidance: Guidance of the model that it learns to do without, likewise.
+        training_steps: Steps of the training, likewise.
+        batch_size: Pictures in each of them, likewise.
+        resume: Go on from the newest checkpoint.
+    """
+    changes = {
+        "--model": model, "--data.train": pictures, "--run.out": out, "--run.work": out.with_name(f"{out.stem}-run"),
+        "--distillation.steps": steps, "--distillation.guidance": guidance, "--optim.steps": training_steps,
+        "--optim.batch-size": batch_size,
+    }  # fmt: skip
+    words = [str(word) for flag, value in changes.items() if value is not None for word in (flag, value)]
+    train_lora([config, *words, *["--run.resume"] * resume])
+
+
 def train_embedded(
     hands: Path,
     work: Path = Path("runs/embedded"),

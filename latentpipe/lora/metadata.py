@@ -81,6 +81,17 @@ def trigger_words(lora: Lora) -> list[str]:
     return value
 
 
+def drawn_with(lora: Lora) -> dict[str, int | float]:
+    """The settings that it was distilled for, by their names in Python; empty where its file names none."""
+    value = _stored(lora, SAMPLE, {})
+    if not isinstance(value, dict):
+        raise UserError(_damaged(lora, SAMPLE, "an object of settings"))
+    found = {name: value[name] for name in ("num_inference_steps", "guidance_scale") if name in value}
+    if not all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in found.values()):
+        raise UserError(_damaged(lora, SAMPLE, "numbers of steps and guidance"))
+    return found
+
+
 def _stored(lora: Lora, key: str, default: Any) -> Any:
     if key not in lora.metadata:
         return default

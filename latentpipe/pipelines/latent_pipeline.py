@@ -14,16 +14,16 @@ from PIL import Image
 from latentpipe.checkpoints.embedding import Embedding
 from latentpipe.checkpoints.in_memory import Computed, hashes_in_memory
 from latentpipe.checkpoints.model_files import read_preview
-from latentpipe.checkpoints.pipeline_io import check_reference, former_hash, hashes
+from latentpipe.checkpoints.pipeline_io import former_hash, hashes
 from latentpipe.checkpoints.registry import find_model, name_of
 from latentpipe.checkpoints.single_file.gather import Stated
 from latentpipe.checkpoints.tensor_source import CARD_FILE
 from latentpipe.checkpoints.vae_io import PREVIEW_FILE
-from latentpipe.compatibility.latent_adapter import BridgedStage, bridged, find_adapter, open_adapter
 from latentpipe.compatibility.measure import comparable
 from latentpipe.lora.adapter import Lora
 from latentpipe.lora.matching import MatchReport
 from latentpipe.lora.merge import Weight
+from latentpipe.lora.metadata import drawn_with
 from latentpipe.lora.prompt_tags import note_negative, partial_tags, split_tags, without_tags
 from latentpipe.pipelines import prompt_notes, vocabulary
 from latentpipe.pipelines.batches import drawn
@@ -36,16 +36,17 @@ from latentpipe.pipelines.metadata import recipe as recipes
 from latentpipe.pipelines.opening import check_arguments, host_from
 from latentpipe.pipelines.picture import Picture, preview_by, recipe_of, stated_in_recipe
 from latentpipe.pipelines.sampling import OnStep, Settings, check_settings, drawn_seed, settings_of
-from latentpipe.pipelines.swap import as_given, host_stage, judge_stages, stage_of
-from latentpipe.pipelines.verdict_cache import judged, refuse_other_shape
+from latentpipe.pipelines.swap import as_given, host_stage
+from latentpipe.pipelines.turbo import find_turbo
+from latentpipe.pipelines.vae_choice import fields_with_vae
+from latentpipe.pipelines.verdict_cache import refuse_other_shape
 from latentpipe.pipelines.vocabulary import known_words
 from latentpipe.utils.errors import UserError, counted, expect
 from latentpipe.utils.images import to_pixels
-from latentpipe.utils.io import content_hash, read_json
+from latentpipe.utils.io import read_json
 from latentpipe.utils.threads import run_in_thread
 from latentpipe.vae.latent_space import LatentSpace
 from latentpipe.vae.protocol import Stage
-from latentpipe.vae.stage import VAEStage
 
 
 @dataclass
@@ -58,6 +59,7 @@ class LatentPipeline:
              asked for); `base`: of the parts that the host came with in its files
     words    those that the model was trained on, where its card lists them
     stated   what was stated on the model's single file, as a recipe keeps it
+    defaults  settings that are drawn with where a call gives none, over those of `Settings`
     former   the hash that a part had in recipes and LoRA files of before; None where it had no other
     """
 
@@ -71,6 +73,7 @@ class LatentPipeline:
     preview_map: dict[str, list] | None = None
     words: frozenset[str] = field(default=frozenset(), repr=False)
     stated: recipes.StatedModel | None = field(default=None, repr=False)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     former: Callable[[str], str | None] = field(default=lambda part: None, repr=False, compare=False)
     loras: LoraManager = field(init=False, repr=False, compare=False)
     embeddings: EmbeddingManager = field(init=False, repr=False, compare=False)
@@ -102,6 +105,7 @@ class LatentPipeline:
         force: bool = False,
         stated: Stated | None = None,
         offload: str = "none",
+        turbo: bool = False,
     ) -> LatentPipeline:
         """Open a model by name, folder or single file (offline).
 
@@ -113,6 +117,7 @@ class LatentPipeline:
         adapter  name or file of an adapter to that VAE (`latentpipe fit-adapter`)
         force    decode with `vae` whatever the verdict, as long as the shapes agree
         stated   what a single file does not say itself: family, prediction, configs, other parts (`Stated`)
+        turbo    draw in few steps without guidance, by the installed LoRA that was distilled from this model (`attach_turbo`)
         """
         device = check_arguments(model, vae, adapter, device, dtype, offload)
         folder = find_model(model)
@@ -134,29 +139,16 @@ class LatentPipeline:
                 stated=kept,
                 former=partial(former_hash, folder, stated),
             )
-            return pipe if vae is None else pipe.with_vae(vae, folder, adapter, force)
+            pipe = pipe if vae is None else pipe.with_vae(vae, folder, adapter, force)
+            if turbo:
+                pipe.attach_turbo()
+            return pipe
 
         return run_in_thread(opened)
 
     def with_vae(self, vae: str | Path, folder: Path, adapter: str | Path | None = None, force: bool = False) -> LatentPipeline:
         """The same denoiser around another VAE, which an adapter or a verdict vouches for; `folder` is the model's."""
-        own = VAEStage(self.host.vae, digest=self.hashes["vae"])
-        stage = stage_of(vae, own)
-        found = {**self.hashes, "vae": stage.digest or ""}
-        place = find_model(vae, "vae")
-        changes: dict[str, Any] = {"vae_name": name_of(place, "vae"), "stage": stage}
-        if adapter is not None:
-            mapping = open_adapter(path := find_adapter(adapter), [self.hashes["vae"]], [found["vae"]])
-            found["adapter"] = content_hash(mapping.state_dict())
-            changes |= {"stage": bridged(own, stage, mapping), "adapter_name": path.stem}
-        elif found["vae"] != self.hashes["vae"] and not force:
-            check_reference(folder)
-            verdict = judge_stages(own, stage) if self.loras.weights else judged(own, stage)
-            if not verdict.fits:
-                raise UserError(f"VAE {vae} was not put in.\n{verdict}")
-            changes["stage"] = stage if verdict.encodes else BridgedStage(own, None, stage)
-            changes["preview_map"] = read_preview(place / PREVIEW_FILE, stage.space.channels) or self.preview_map
-        return replace(self, **changes, hashes=found)
+        return replace(self, **fields_with_vae(self, vae, folder, adapter, force))
 
     def with_stage(self, stage: Stage) -> LatentPipeline:
         """The same denoiser around a stage that was opened elsewhere; UserError while LoRA is attached. See `swap_vae`."""
@@ -182,7 +174,7 @@ class LatentPipeline:
         """
         expect("prompt", prompt, str, "one text (n draws several pictures of it)")
         (text, tagged), partial = split_tags(prompt), partial_tags(prompt)
-        chosen = self.check(settings_of(settings))
+        chosen = self.check(settings_of({**self.defaults, **settings}))
         note_negative(chosen.negative_prompt)
         with self.loras.more(tagged, partial):
             text, negative = self.embeddings.tagged(text), self.embeddings.tagged(chosen.negative_prompt)
@@ -199,7 +191,7 @@ class LatentPipeline:
 
     def several(self, pictures: Sequence[tuple[str, int]], on_step: OnStep | None = None, **settings: Any) -> list[Picture]:
         """A picture of each prompt and seed, in one batch, each with a recipe of its own; all say the same of LoRA adapters."""
-        chosen = self.check(settings_of(settings))
+        chosen = self.check(settings_of({**self.defaults, **settings}))
         note_negative(chosen.negative_prompt)
         with self.loras.more(split_tags(pictures[0][0])[1], partial_tags(pictures[0][0])):
             prompts = [self.embeddings.tagged(split_tags(prompt)[0]) for prompt, _ in pictures]
@@ -228,6 +220,13 @@ class LatentPipeline:
         UserError where no layer fits; the pipeline is then as it was before.
         """
         return self.loras.attach(lora, weight, name, partial, force)
+
+    def attach_turbo(self) -> MatchReport:
+        """Attach the installed LoRA that was distilled from this model, and draw as it was made for; UserError without one."""
+        lora = self.loras.open(find_turbo(self.name, self.base))
+        report = self.attach_lora(lora)
+        self.defaults = drawn_with(lora)
+        return report
 
     def set_lora(self, weights: Mapping[str, Weight], fuse: bool = True, method: str = "sum", partial: bool = False) -> None:
         """Switch on exactly these adapters with these weights, by name; see `LoraFuser.set`, `attach_lora`."""

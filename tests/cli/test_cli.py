@@ -504,7 +504,15 @@ def test_out_names_the_file(installed: str, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_slow_verbs_say_at_once_what_is_under_way(installed: str, capsys: pytest.CaptureFixture[str]) -> None:
-    quick = {"ls", "inspect", "ui", "train-vae", "train-denoiser", "train-lora"}  # these say it themselves, or are done at once
+    quick = {
+        "ls",
+        "inspect",
+        "ui",
+        "train-vae",
+        "train-denoiser",
+        "train-lora",
+        "distil",
+    }  # these say it themselves, or are done at once
     assert quick == {name for name, verb in VERBS.items() if not verb.begins}
     err = call(capsys, "generate", "x", "--model", installed, "--steps", "1", "--device", "cpu")[2]
     assert err.splitlines()[1] == f"latentpipe: opening the model {installed} ..."  # after the seed

@@ -40,7 +40,7 @@ def lora_run(root: Path, model: Path, pictures: Path, **run: Any) -> TrainLora:
     optim = {"steps": 2, "batch_size": 4, "warmup_steps": 1, "ema_decay": 0.5} | run.pop("optim", {})
     data = {"train": pictures} | run.pop("data", {})
     adapter = {"rank": 2} | run.pop("adapter", {})
-    rest = {name: run.pop(name) for name in ("loss", "prior", "sample_prompts") if name in run}
+    rest = {name: run.pop(name) for name in ("loss", "prior", "distillation", "sample_prompts") if name in run}
     places = {"out": root / "style.safetensors", "work": root / "work", "precision": "fp32", "save_every_steps": 100}
     raw = {"model": model, "data": data, "run": places | {"sample_every_steps": 100} | run, "optim": optim, "adapter": adapter}
     return TrainLora.model_validate(raw | rest)

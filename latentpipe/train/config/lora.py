@@ -85,6 +85,17 @@ class LoraLoss(Strict):
     """Weight of the decoder's mean squared error."""
 
 
+class Distillation(Strict):
+    """Guidance distillation (arXiv:2210.03142, section 3.1): the adapter draws without guidance what the base draws with it."""
+
+    guidance: float | None = Field(None, gt=1, le=100)
+    """Guidance of the base that the adapter learns to do without; left out: it learns from the pictures."""
+    steps: Annotated[int, Field(ge=1, le=100)] = 4
+    """Denoising steps that the adapter is drawn with."""
+    path_share: float = Field(0.5, ge=0, le=1)
+    """Share of each batch that lies on the base's guided path at those steps; the rest are noised pictures."""
+
+
 class LoraRun(Run):
     """As for the denoiser; the result is a file."""
 
@@ -107,6 +118,7 @@ class TrainLora(Strict):
     adapter: AdapterShape = AdapterShape()
     loss: LoraLoss = LoraLoss()
     prior: Prior = Prior()
+    distillation: Distillation = Distillation()
     sample_prompts: tuple[str, ...] = ()
     """Prompts drawn on each sheet, each beside the base's picture; empty: the first eight captions."""
 

@@ -77,13 +77,17 @@ def export_lora(
     }
     if config.prior.train is not None:
         training["prior"] = config.prior.model_dump(mode="json")
+    sample: dict[str, Any] = {"width": size_px, "height": size_px}
+    if config.distillation.guidance is not None:
+        training["distillation"] = config.distillation.model_dump(mode="json")
+        sample |= {"num_inference_steps": config.distillation.steps, "guidance_scale": 1.0}
     words = (config.data.trigger,) if config.data.trigger else ()
     metadata = card(
         lora,
         title=lora.name,
         base_hashes={name: base[name] for name in CHAIN if name in base},
         trigger_words=words,
-        sample_settings={"width": size_px, "height": size_px},
+        sample_settings=sample,
         training=training,
         base_model=name_of(folder),
     )

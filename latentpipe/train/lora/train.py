@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from latentpipe.train.config import TrainLora, config_from
 from latentpipe.train.denoiser import pick_captions
 from latentpipe.train.distributed import DistributedContext, nothing
 from latentpipe.train.lora.data import LoraPictures, held_out, note_long_captions, open_pictures
+from latentpipe.train.lora.distillation import GuidedPaths, GuidedTeacher, step_times
 from latentpipe.train.lora.export import begin_file, export_lora, usable_file
 from latentpipe.train.lora.loss import Noised, NoiseSchedule, noised
 from latentpipe.train.lora.parameters import Plan, base_hashes, begin_from, choose_trained, inject_trainable
@@ -93,8 +94,9 @@ def _trained(config: TrainLora) -> Path:
                 log.sheet(step, name, sheet(pairs, SHOWN, labels))
             return {}
 
-        parts = config.optim.accumulate
-        steps = loop.fit(adapter, config.optim, config.run, training.losses_of, sample, team, parts=parts, begun=record)
+        training.settings = drawn_with(config)
+        way: dict[str, Any] = {"extras": training.extras, "parts": config.optim.accumulate, "begun": record}
+        steps = loop.fit(adapter, config.optim, config.run, training.losses_of, sample, team, **way)
         if team.is_first:
             export_lora(config, folder, plan, pictures, before, steps)
         team.wait()
@@ -140,6 +142,7 @@ class LoraTraining:
         self.pictures, self.prior = pictures, prior
         self.device: torch.device = host.device
         self.stage = VAEStage(host.vae, tile=None)
+        self.settings = Settings()
         host.vae.train(plan.decodes)  # a training VAE is computed once, as it is
         if config.run.gradient_checkpointing:
             _check_points(host, plan)
@@ -148,6 +151,8 @@ class LoraTraining:
             self.schedule = NoiseSchedule.of(host.scheduler)
             self.text = Prompts(host, plan.reads, pictures.cache.size_px)
             self.prompts = self.prompts or [texts[0] for texts in pictures.captions_of(pictures.rows[:SHOWN])]
+        self.teacher = self._teacher() if config.distillation.guidance is not None else None
+        self.extras = () if self.teacher is None else (self.teacher.paths,)
 
     def losses_of(self, step: int, generator: torch.Generator) -> Generator[loop.Losses, None, loop.Figures]:
         """The terms by name: "noise" or "v" (what the host predicts), "prior", "pixel"; of each part of this process's share.
@@ -182,7 +187,7 @@ class LoraTraining:
 
     @torch.no_grad()
     def _picture(self, prompt: str, seed: int, side: int) -> Image.Image:
-        settings = check_settings(Settings(size=(side, side)), (side, side), size_unit(self.host))
+        settings = check_settings(replace(self.settings, size=(side, side)), (side, side), size_unit(self.host))
         images = self.stage.decode(denoise(self.host, self.stage, [prompt], [seed], settings))
         return to_pixels(finish_pictures(self.host, images, {}))[0]
 
@@ -191,22 +196,45 @@ class LoraTraining:
         return pictures.rows[loop.batch_indices(len(pictures.rows), batch, seed, step)]
 
     def _drawn(self, pictures: LoraPictures, step: int, generator: torch.Generator) -> _Drawn:
-        """The pictures of a step, and all that is random about them."""
+        """The pictures of a step, and all that is random about them; where a teacher says the targets, those of it."""
         chosen = self._chosen(pictures, step)
         latents = pictures.cache.sample(chosen, generator)
         if not self.plan.denoises:
             return _Drawn(chosen, latents)
-        prompts = pick_captions(pictures.captions_of(chosen), self.config.loss.caption_dropout, generator)
-        return _Drawn(chosen, latents, prompts, noised(latents, self.schedule, self.config.loss, generator))
+        rest = chosen
+        if self.teacher is not None:  # its paths are the other part of the batch
+            rest = chosen[: len(chosen) - len(self.teacher.paths.place)]
+        prompts = pick_captions(pictures.captions_of(rest), self.config.loss.caption_dropout, generator)
+        batch = noised(latents[: len(rest)], self.schedule, self.config.loss, generator)
+        if self.teacher is not None:  # every process computes all targets, since all keep the same paths
+            self.teacher.paths.renew(pictures.rows, pictures.captions, self.pictures.cache.means, self.schedule, generator)
+            batch, prompts = self.teacher.batch(batch, prompts, pictures.captions)
+        return _Drawn(chosen, latents, prompts, batch)
 
     def _denoising(self, drawn: _Drawn, rows: slice) -> torch.Tensor:
         assert drawn.noised is not None
         batch = drawn.noised.rows(rows)
+        return batch.loss(self._predicted(batch.noisy, batch.times, drawn.prompts[rows]))
+
+    def _predicted(self, noisy: torch.Tensor, times: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         with loop.fast_forward(self.config.run, self.device):
-            states, added = self.text(drawn.prompts[rows])
-            noisy, times = batch.noisy.to(self.device), batch.times.to(self.device)
-            predicted = self.host.unet(noisy, times, states, added_cond_kwargs=added, return_dict=False)[0]
-        return batch.loss(predicted)
+            states, added = self.text(prompts)
+            return self.host.unet(
+                noisy.to(self.device), times.to(self.device), states, added_cond_kwargs=added, return_dict=False
+            )[0]
+
+    def _teacher(self) -> GuidedTeacher:
+        """The base under guidance; UserError where the adapter reaches more than the denoiser."""
+        distillation = self.config.distillation
+        if set(self.plan.paths) != {"unet"}:
+            raise UserError(
+                f"distillation.guidance trains the denoiser alone, and adapter.sites reach {', '.join(self.plan.paths)}; "
+                "give unet.all."
+            )
+        assert distillation.guidance is not None
+        count = round(distillation.path_share * self.config.optim.batch_size)
+        paths = GuidedPaths.begun(step_times(self.host.scheduler, distillation.steps), count, self.pictures.cache.shape)
+        return GuidedTeacher(self.host.unet, self._predicted, self.schedule, paths, distillation.guidance)
 
     def _pixels(self, latents: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Weighted error of the decoded latents to the pictures; the latents are the frozen encoder's."""
@@ -216,6 +244,13 @@ class LoraTraining:
             rebuilt = self.stage.decode(latents.to(self.device)).float()
         weights = self.config.loss
         return weights.l1 * losses.l1(images, rebuilt) + weights.l2 * losses.l2(images, rebuilt)
+
+
+def drawn_with(config: TrainLora) -> Settings:
+    """The settings that an adapter is drawn with: few steps without guidance where it was distilled for them."""
+    if config.distillation.guidance is None:
+        return Settings()
+    return Settings(num_inference_steps=config.distillation.steps, guidance_scale=1.0)
 
 
 def _check_points(host: Any, plan: Plan) -> None:
