@@ -141,16 +141,21 @@ class _Shard:
         from safetensors import safe_open
 
         header = read_header(path)
-        found = {name: header.shapes.get(name) for name in ("mean", "std", "caption_ends")}
-        if found != {"mean": shape, "std": shape, "caption_ends": shape[:1]} or header.dtypes["mean"] != "F16":
+        wanted = {"mean": (shape, "F16"), "std": (shape, "F16"), "caption_ends": (shape[:1], "I64")}
+        found = {name: (header.shapes[name], header.dtypes[name]) for name in wanted if name in header.shapes}
+        texts = header.shapes.get("captions", ())
+        if found != wanted or len(texts) != 1 or header.dtypes["captions"] != "U8":
             raise UserError(f"{path} is damaged: its tensors are {header.shapes}; delete it, and encode the pictures again.")
-        try:
-            names = parse_json(header.metadata[FORMAT], most=MOST_HEADER)["kinds"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is damaged: its metadata is no shard's; delete it, and encode the pictures again.") from None
         file: Any = safe_open(path, "pt")
-        kinds = file.get_tensor("kinds").numpy() if "kinds" in header.shapes else None
         ends = file.get_tensor("caption_ends").numpy()
+        kinds = file.get_tensor("kinds").numpy() if header.dtypes.get("kinds") == "I32" else None
+        try:
+            names = list(map(str, parse_json(header.metadata[FORMAT], most=MOST_HEADER)["kinds"]))
+        except (ValueError, KeyError, TypeError):
+            names = []
+        numbered = kinds is None or (kinds.shape == shape[:1] and (kinds >= 0).all() and (kinds < len(names)).all())
+        if not numbered or (np.diff(ends, prepend=0) < 0).any() or (ends[-1:] != texts).any():
+            raise UserError(f"{path} is damaged: its captions or kinds are cut; delete it, and encode the pictures again.")
         return cls(file.get_slice("mean"), file.get_slice("std"), file.get_slice("captions"), ends, names, kinds)
 
     def captions(self, row: int) -> tuple[str, ...]:

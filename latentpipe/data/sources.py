@@ -101,7 +101,7 @@ def tar_entries(folder: Path, name: str, column: str | None = None) -> Iterator[
                     captions += _captions(content.read(), last == ".json", column)
         if picture is not None:
             yield _sample(picture, captions)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:  # by which field of a header is damaged
         raise UserError(f"{folder / name} cannot be read as a tar ({error}); fetch it again, or take it out.") from None
 
 
@@ -144,7 +144,7 @@ class Reader:
             with open(path, "rb") as file:
                 file.seek(entry.at)
                 data = file.read(entry.size if entry.file else -1)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, OverflowError):
             data = b""
         if len(data) != entry.size:
             raise UserError(changed(self.folder, entry.name))

@@ -77,8 +77,7 @@ class _Table:
         try:
             self._open()
         except (pyarrow.ArrowException, OSError) as error:
-            reason = (str(error).splitlines() or ["damaged"])[0][:200]
-            raise UserError(f"{path} cannot be read as a table ({reason}); fetch it again, or take it out.") from None
+            raise self._unreadable(error) from None
 
     def _open(self) -> None:
         arrow = self._arrow
@@ -108,7 +107,14 @@ class _Table:
     def batches(self, first: int, names: list[str]) -> Iterator[Any]:
         """The columns of the part that begins at a row, some rows at a time."""
         part = self._kept[self.starts.index(first)]
-        if self.path.suffix.lower() == ".parquet":
-            yield from self._parquet.iter_batches(ROWS, row_groups=[part], columns=names)
-        else:
-            yield self._parts[part].select(names)
+        try:
+            if self.path.suffix.lower() == ".parquet":
+                yield from self._parquet.iter_batches(ROWS, row_groups=[part], columns=names)
+            else:
+                yield self._parts[part].select(names)
+        except (self._arrow.ArrowException, OSError) as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> UserError:
+        reason = (str(error).splitlines() or ["damaged"])[0][:200]
+        return UserError(f"{self.path} cannot be read as a table ({reason}); fetch it again, or take it out.")
