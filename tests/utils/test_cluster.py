@@ -19,6 +19,9 @@ from latentpipe.utils.errors import Cancelled, LatentpipeWarning
 from latentpipe.utils.workers import check_version, unpacked
 from latentpipe.version import VERSION
 
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "600")  # read when ray is imported; a busy machine starts it slowly
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
 
 def open_nothing(arguments: Any, device: str) -> Any:
     """A job that tells two events and returns its task."""
