@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from latentpipe.utils.signals import leave, say, status_of, terminable
 
-TRAINS, SERVES = "train", "ui"  # verbs that use most of what others leave alone
+TRAINS = ("train", "distil")  # verbs that use most of what others leave alone
 LARGE = (
     "anomaly",
     "compare",
@@ -50,7 +50,7 @@ def _prepare(verb: str) -> None:
     spin_less_where_busy()
     if verb in LARGE:  # huge pages: a quarter less time from 256 px on, more for batches of small pictures (dev/LOG.md)
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if not verb.startswith(TRAINS) and verb != SERVES:
+    if not verb.startswith(TRAINS):
         put_off()
 
 

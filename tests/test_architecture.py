@@ -24,7 +24,7 @@ ROOMS = {
     """,
     "vae": """
         entropy_model latent_space offload precision probe_images tiny tiling.feature_map tiling.support tiling.tiled
-        memory stage protocol
+        memory memory_policy stage protocol
     """,
     "checkpoints": """
         places.hub_cache places.invoke places.tool_folders places.glance pickles.child pickles.unpickle
@@ -66,7 +66,7 @@ ROOMS = {
     "train": """
         checkpoint config.base config.denoiser config.lora config.vae distributed latent_adapter lora.data
         lora.parameters lora.prompts losses picture_changes progress run_dir lora.export spike_guard optimizer state loop
-        text_encoder vae.adversarial vae.augment vae.equivariance vae.kl vae.microbatch vae.model vae.perceptual
+        text_encoder vae.adversarial vae.augment vae.equivariance vae.kl vae.training_pass vae.microbatch vae.model vae.perceptual
         vae.rate vae.objective vae.trainable weighted_order denoiser lora.loss lora.distillation lora.train vae.denoiser_outputs
         vae.distillation vae.export vae.train embedded_model
     """,

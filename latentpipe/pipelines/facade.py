@@ -183,7 +183,7 @@ def _configure(facade: Any, facts: Mapping[str, Any]) -> None:
 def _apart(stage: VAEStage, vae: Any = None) -> VAEStage:
     """A stage of its own around the same layers, so that switches of a facade change nothing that was lent."""
     inner = unhooked(stage.vae if vae is None else vae)
-    return VAEStage(inner, stage.space, stage.digest, stage.tile)
+    return VAEStage(inner, stage.space, stage.digest, stage.memory.tile)
 
 
 def _build(kind: type, vae: Any, stage: Stage, own: bool) -> Any:
@@ -223,7 +223,7 @@ def behind(vae: Any) -> Any:
         return vae._behind()
     if isinstance(vae, Staged):  # its config may have been changed since
         stage = vae._behind()
-        return VAEStage(stage.vae, digest=stage.digest, tile=stage.tile)
+        return VAEStage(stage.vae, digest=stage.digest, tile=stage.memory.tile)
     if not isinstance(vae, nn.Module) or not hasattr(vae, "config"):
         raise UserError(f"{type(vae).__name__} is no VAE; expected a name, a path, a diffusers autoencoder or a VAEStage.")
     return VAEStage(vae)

@@ -10,9 +10,10 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -28,7 +29,16 @@ from latentpipe.utils.system import has_bf16_units
 
 Losses = dict[str, torch.Tensor]
 Figures = dict[str, float]
-Batches = Losses | Generator[Losses, None, Figures]
+
+
+class TrainingStep(Protocol):
+    """One step in parts, each small enough for the memory."""
+
+    def losses(self, part: int) -> Losses:
+        """The weighted terms of one part; asked for in order, the gradients of the one before having been added up."""
+
+    def after_backward(self) -> Figures:
+        """What learns after the model has its gradients (a discriminator, a controller); further figures for the log."""
 
 
 def generator_for(seed: int, step: int, device: str = "cpu") -> torch.Generator:
@@ -87,7 +97,7 @@ def fit(
     module: nn.Module,
     optim: Optimization,
     run: Run,
-    losses_of: Callable[[int, torch.Generator], Batches],
+    losses_of: Callable[[int, torch.Generator], Losses | TrainingStep],
     sample: Callable[[int, TrainingLog], Figures],
     team: DistributedContext | None = None,
     extras: tuple[Stateful, ...] = (),
@@ -98,8 +108,8 @@ def fit(
 ) -> int:
     """Train `module` for ``optim.steps`` steps; on return it holds the EMA weights. Returns the steps that were taken.
 
-    losses_of(step, generator)  the weighted loss terms by name, whose sum is minimized; or, in `parts`, one after the other
-                                (each is averaged in), and at the end further figures for the log
+    losses_of(step, generator)  the weighted loss terms by name, whose sum is minimized; or a `TrainingStep`, whose `parts` come
+                                one after the other (each is averaged in)
     sample(step, log)           draws sheets with the EMA weights in place and returns figures for the log
     extras                      what else changes from step to step and belongs to a checkpoint
     patience                    ends the run after so many "validation_psnr_db" in a row that are no better than the best
@@ -180,7 +190,7 @@ def _step(
     state: State,
     optim: Optimization,
     run: Run,
-    losses_of: Callable[[int, torch.Generator], Batches],
+    losses_of: Callable[[int, torch.Generator], Losses | TrainingStep],
     step: int,
     parts: int,
     team: DistributedContext | None,
@@ -189,9 +199,9 @@ def _step(
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(optim, step) * 0.5**state.guard.rollbacks
     # after a detour the same pictures come with other crops and other noise
-    batches = losses_of(step, generator_for(run.seed, step + state.guard.rollbacks * 2**32))
+    begun = losses_of(step, generator_for(run.seed, step + state.guard.rollbacks * 2**32))
     with attention(state.parameters[0].device):
-        seen, further = _backward(batches, parts, state)
+        seen, further = _backward(begun, parts, state)
     names = list(seen[0])
     values = torch.stack([torch.stack([losses[name].float() for name in names]) for losses in seen]).mean(0)
     figures = dict(zip(names, (values if team is None else team.mean(values)).tolist(), strict=True))
@@ -210,24 +220,16 @@ def _step(
     return {**figures, "gradient_norm": norm, **further}
 
 
-def _backward(batches: Batches, parts: int, state: State) -> tuple[list[Losses], Figures]:
+def _backward(begun: Losses | TrainingStep, parts: int, state: State) -> tuple[list[Losses], Figures]:
     """Gradients of the mean over the parts; the terms of each part without gradient, and the further figures."""
-    generator = _one(batches) if isinstance(batches, dict) else batches
     seen: list[Losses] = []
-    while True:
-        try:
-            losses = next(generator)
-        except StopIteration as end:
-            return seen, end.value or {}
+    for part in range(parts):
+        losses = begun if isinstance(begun, dict) else begun.losses(part)
         total = torch.stack(list(losses.values())).sum()
         state.whole = False
         state.scaler.scale(total / parts).backward()
         seen.append({name: value.detach() for name, value in losses.items()})
-
-
-def _one(losses: Losses) -> Generator[Losses, None, Figures]:
-    yield losses
-    return {}
+    return seen, {} if isinstance(begun, dict) else begun.after_backward()
 
 
 Snapshot = tuple[dict[str, torch.Tensor], dict[str, object]]

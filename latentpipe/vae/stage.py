@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from latentpipe.utils import cancellation
-from latentpipe.utils.errors import LatentpipeWarning, UserError
-from latentpipe.utils.system import release_freed_memory
-from latentpipe.vae import memory, precision
+from latentpipe.utils.errors import UserError
+from latentpipe.vae import precision
 from latentpipe.vae.latent_space import LatentSpace
-from latentpipe.vae.offload import device_of, dtype_of, in_layers
+from latentpipe.vae.memory_policy import MemoryPolicy, Tile
+from latentpipe.vae.offload import device_of, dtype_of
 from latentpipe.vae.tiling import tiled
-
-Tile = int | Literal["auto"] | None
-SMALL = 256 * 256  # pixels of a batch whose memory needs no prediction
-ROOM = 0.25  # of the free memory: what takes less may keep its freed blocks, which saves the time for fresh pages
 
 
 class VAEStage(nn.Module):
@@ -29,8 +23,7 @@ class VAEStage(nn.Module):
 
     images   B 3 H W, [-1, 1];  latents  B C h w, normalized, h = H / downscale
     digest   content hash of the file that the autoencoder came from; None where it came from none
-    tile     height in pixels of the bands in which pictures are computed, exactly (`latentpipe.vae.tiling.tiled`); "auto": bands
-             where the prediction of the memory says that the whole picture does not fit; None: never
+    tile     whether pictures are computed in bands (`latentpipe.vae.memory_policy.MemoryPolicy`)
 
     Values that are not finite are computed again in a wider dtype (`latentpipe.vae.precision`), or are an error.
     """
@@ -40,15 +33,13 @@ class VAEStage(nn.Module):
         if not isinstance(vae, nn.Module):
             given = f"'{vae}'" if isinstance(vae, str | Path) else type(vae).__name__
             raise UserError(f"VAEStage was given {given}; expected a diffusers autoencoder (swap.stage_of opens names).")
-        if isinstance(tile, int) and tile < 1:
-            raise UserError(f"tile is {tile}; expected a height of at least 1 pixel, auto or None.")
         reason = reason_against(vae)
         if reason:
             raise UserError(reason)
         self.vae: Any = vae
         self.space = space or space_of(vae)
         self.digest = digest
-        self.tile = tile
+        self.memory = MemoryPolicy(tile)
 
     @property
     def decodes(self) -> bool:
@@ -96,7 +87,7 @@ class VAEStage(nn.Module):
             raise UserError("This VAE is an encoder alone; it has no decoder. Give one that has both.")
         return self.call("decode", self.space.denormalize(latents), **options)[0]
 
-    def call(self, direction: memory.Direction, given: torch.Tensor, **options: Any) -> tuple[Any, Any]:
+    def call(self, direction: precision.Direction, given: torch.Tensor, **options: Any) -> tuple[Any, Any]:
         """What ``vae.encode`` or ``vae.decode`` gives for images or raw latents, finite, in bands where memory is short.
 
         options  further arguments of that method of the VAE
@@ -107,7 +98,7 @@ class VAEStage(nn.Module):
 
         def run(vae: Any, given: torch.Tensor) -> Any:
             carriers[:] = [self._run(direction, vae, given, options)]
-            return _output(carriers[0], vae)
+            return output_of(carriers[0], vae)
 
         return precision.run_with_dtype_fallback(self.vae, direction, run, given), carriers[0]
 
@@ -116,8 +107,6 @@ class VAEStage(nn.Module):
         images: torch.Tensor,
         warp: Callable[[torch.Tensor], torch.Tensor] | None = None,
         noise: torch.Tensor | None = None,
-        given: torch.Tensor | None = None,
-        quantization_noise: bool = False,
     ) -> tuple[torch.Tensor, Any]:
         """Training pass: images to (reconstruction of one posterior sample, the posterior; raw latents where there is none).
 
@@ -125,79 +114,48 @@ class VAEStage(nn.Module):
                section 2.4), so gradients reach the encoder; left out: the posterior's mode
         warp   acts on the sampled raw latents before decoding (an equivariance loss compares the result with the same
                warp of the images)
-        given  raw latents to decode in place of the sample (a decoder that learns from another VAE's latents)
-        quantization_noise
-               the latents decoded are ``mean + noise``: uniform noise stands for rounding (Balle et al., arXiv:1611.01704)
 
         One call, so that processes which average gradients see every parameter in it.
         """
-        posterior = _output(self.vae.encode(images.to(self.device, self.dtype)), self.vae)
-        raw = sample_posterior(posterior, noise, quantization_noise) if given is None else given
-        if warp is not None:
-            raw = warp(raw)
-        return self.vae.decode(raw, return_dict=False)[0], posterior
+        posterior = self.encode_whole(images)
+        raw = sample_posterior(posterior, noise)
+        return self.decode_whole(raw if warp is None else warp(raw)), posterior
+
+    def encode_whole(self, images: torch.Tensor) -> Any:
+        """Images to the posterior, or to raw latents where there is none, as the autoencoder computes them: with gradients, for
+        a training pass."""
+        return output_of(self.vae.encode(images.to(self.device, self.dtype)), self.vae)
+
+    def decode_whole(self, raw: torch.Tensor) -> torch.Tensor:
+        """Raw latents (B C h w) to images; likewise."""
+        return self.vae.decode(raw, return_dict=False)[0]
 
     def check_memory(self, n: int, height: int, width: int) -> None:
         """UserError where decoding `n` pictures of that size in pixels fits into the free memory neither whole nor in bands."""
-        area = n * height * width
-        if self.tile == "auto" and area > SMALL:
-            shape = self.space.shape(n, height, width)
-            memory.choose(self.vae, "decode", shape, memory.available(self.device))
+        self.memory.check(self.vae, self.space.shape(n, height, width), self.space.downscale)
 
     def _encode(self, images: torch.Tensor) -> Any:
         """The posterior of a KL autoencoder, the raw latents of one without."""
         self.space.shape(len(images), *images.shape[-2:])
         return self.call("encode", images)[0]
 
-    def _run(self, direction: memory.Direction, vae: Any, given: torch.Tensor, options: dict[str, Any]) -> Any:
-        rows = None if options.keys() - {"generator"} else self._rows(vae, direction, given)
+    def _run(self, direction: precision.Direction, vae: Any, given: torch.Tensor, options: dict[str, Any]) -> Any:
+        down = self.space.downscale
+        rows = None if options.keys() - {"generator"} else self.memory.rows(vae, direction, given, down)
         if rows is not None:
             with cancellation.interruptible(vae):
                 return (tiled.encode if direction == "encode" else tiled.decode)(vae, given, rows)
         if direction == "decode" and type(vae).__name__ == "ConsistencyDecoderVAE":  # it draws noise: the same for a picture
             options = {"generator": torch.Generator().manual_seed(0)} | options
-        with self._as_predicted(direction, given), cancellation.interruptible(vae):
+        with self.memory.as_predicted(self.vae, direction, given, down), cancellation.interruptible(vae):
             return getattr(vae, direction)(given, **{name: _like(value, given) for name, value in options.items()})
-
-    def _as_predicted(self, direction: memory.Direction, given: torch.Tensor) -> AbstractContextManager[None]:
-        """Freed blocks go back to the system at once, where a whole picture takes much of the free memory as predicted."""
-        if self.tile != "auto" or torch.is_grad_enabled() or self._is_small(direction, given):
-            return nullcontext()
-        n, channels, height, width = given.shape
-        whole = memory.predict(self.vae, direction, (n, channels, height, width))
-        return release_freed_memory(self.device) if whole > ROOM * memory.available(self.device) else nullcontext()
-
-    def _rows(self, vae: Any, direction: memory.Direction, given: torch.Tensor) -> int | None:
-        """The height of the bands for this input, in pixels; None: the whole picture at once."""
-        if self.tile is None or torch.is_grad_enabled() or (self.tile == "auto" and self._is_small(direction, given)):
-            return None
-        if in_layers(vae) or getattr(vae, "use_tiling", False):  # bands read weights without their layers' hooks
-            return None
-        if self.tile != "auto":
-            return self.tile
-        free = memory.available(self.device)
-        n, channels, height, width = given.shape
-        shape = (n, channels, height, width)
-        rows = memory.choose(vae, direction, shape, free)
-        if rows is not None:
-            whole, part = (memory.predict(vae, direction, shape, high) // 2**20 for high in (None, rows))
-            warnings.warn(
-                f"to {direction} at once would take {whole:,} MB of the {free // 2**20:,} MB that are free: "
-                f"it is done in bands of {rows} rows ({part:,} MB), with the same result",
-                LatentpipeWarning,
-                stacklevel=2,
-            )
-        return rows
-
-    def _is_small(self, direction: memory.Direction, given: torch.Tensor) -> bool:
-        area = given.shape[0] * given.shape[-1] * given.shape[-2]
-        return area * (1 if direction == "encode" else self.space.downscale**2) <= SMALL
 
 
 NAMES = ("latent_dist", "latents", "latent", "sample")  # of what diffusers' autoencoders return
 
 
-def _output(output: Any, vae: Any) -> Any:
+def output_of(output: Any, vae: Any) -> Any:
+    """The posterior of a KL autoencoder, else the tensor, of what ``vae.encode`` or ``vae.decode`` returns."""
     if isinstance(output, torch.Tensor):
         return output
     if isinstance(output, tuple):
@@ -235,13 +193,8 @@ def reason_against(vae: Any) -> str:
     return ""
 
 
-def sample_posterior(posterior: Any, noise: torch.Tensor | None, quantization_noise: bool = False) -> torch.Tensor:
-    """Raw latents (B C h w) drawn with standard normal `noise`: ``mean + std * noise``; the mode where there is none.
-
-    With `quantization_noise` it is uniform and as wide as a quantizer's step: ``mean + noise``, also where there is no posterior.
-    """
-    if quantization_noise and noise is not None:
-        return (posterior if isinstance(posterior, torch.Tensor) else posterior.mean).float() + noise
+def sample_posterior(posterior: Any, noise: torch.Tensor | None) -> torch.Tensor:
+    """Raw latents (B C h w) drawn with standard normal `noise`: ``mean + std * noise``; the mode where there is none."""
     if isinstance(posterior, torch.Tensor):
         return posterior
     if noise is None:

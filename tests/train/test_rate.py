@@ -15,8 +15,8 @@ from latentpipe.train.config import TrainVAE
 from latentpipe.train.vae import train as training
 from latentpipe.train.vae.export import keep_steps
 from latentpipe.train.vae.rate import RateModel
+from latentpipe.train.vae.training_pass import rounded
 from latentpipe.vae.entropy_model import ContextModel, bits, group_of
-from latentpipe.vae.stage import sample_posterior
 
 
 @pytest.mark.parametrize(("mean", "scale"), [(0.3, 1.0), (-7.8, 0.2), (2.0, 4.0)])
@@ -70,7 +70,7 @@ def test_the_model_learns_from_the_gradient_that_the_loss_leaves() -> None:
 
 def test_uniform_noise_is_added_to_the_mean() -> None:
     noise = torch.rand(1, 2, 3, 3) - 0.5
-    assert torch.equal(sample_posterior(torch.ones(1, 2, 3, 3), noise, True), 1 + noise)
+    assert torch.equal(rounded(torch.ones(1, 2, 3, 3), noise), 1 + noise)
 
 
 def test_a_run_with_a_rate_keeps_its_steps(tmp_path: Path, pictures: Path) -> None:

@@ -167,3 +167,10 @@ def test_libraries_are_what_they_would_have_been() -> None:
     """The real libraries: drawing runs none of the heavy ones, and each is whole when it is used."""
     done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, timeout=240)
     assert done.stdout == "as it would have been\n", done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("verb", "waits"), [("generate", True), ("ui", True), ("train-vae", False), ("distil", False)])
+def test_verbs_that_train_alone_import_all_at_once(verb: str, waits: bool) -> None:
+    code = f"from latentpipe.__main__ import _prepare; _prepare({verb!r}); from latentpipe.utils.deferred_imports import active"
+    done = subprocess.run([sys.executable, "-c", f"{code}; print(active())"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(waits)

@@ -10,6 +10,7 @@ from helpers import some_images, tiny_vae
 from torch import nn
 
 from latentpipe import LatentSpace, VAEStage
+from latentpipe.train.vae.training_pass import TrainingPass
 from latentpipe.vae.stage import fold_normalization
 
 pytestmark = pytest.mark.numeric
@@ -66,7 +67,7 @@ def test_the_warp_acts_on_the_sampled_raw_latents() -> None:
 def test_given_latents_are_decoded_in_place_of_the_sample() -> None:
     vae, images = tiny_vae(), some_images()
     given = torch.randn(4, 4, 8, 8)
-    rebuilt, posterior = VAEStage(vae, SPACE)(images, given=given)
+    rebuilt, posterior = TrainingPass(VAEStage(vae, SPACE))(images, given=given)
     assert torch.equal(rebuilt, vae.decode(given).sample)
     assert torch.equal(posterior.mean, vae.encode(images).latent_dist.mean)
 

@@ -10,6 +10,7 @@ import torch
 from latentpipe.train import loop
 from latentpipe.train.config import TrainVAE
 from latentpipe.train.distributed import DistributedContext
+from latentpipe.train.vae.training_pass import TrainingPass
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import atomic_file
 from latentpipe.utils.reading import parse_json, read_text
@@ -71,7 +72,7 @@ def saved_bytes(config: TrainVAE, stage: VAEStage, device: torch.device) -> int:
     images = torch.zeros(1, 3, side, side, device=device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with loop.fast_forward(config.run, device):
-            rebuilt, posterior = stage(images)
+            rebuilt, posterior = TrainingPass(stage)(images)
         total = (rebuilt.float() - images).square().mean()
     del total, posterior
     return sum(kept.values())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,17 @@ from latentpipe.train.progress import TrainingLog
 from latentpipe.train.run_dir import prepare_run_dir, usable
 from latentpipe.train.vae import export, trainable
 from latentpipe.train.vae.adversarial import last_layer
-from latentpipe.train.vae.augment import draw_crop
+from latentpipe.train.vae.augment import CropParams, draw_crop
 from latentpipe.train.vae.distillation import Lesson, taught_psnr
 from latentpipe.train.vae.equivariance import SCALES, Warp, draw_warp
 from latentpipe.train.vae.microbatch import parts_that_fit
 from latentpipe.train.vae.model import build_vae, open_teacher, training_space
 from latentpipe.train.vae.objective import Objective
+from latentpipe.train.vae.training_pass import TrainingPass, rounded
 from latentpipe.utils.errors import LatentpipeWarning, UserError
 from latentpipe.utils.images import bytes_to_images, psnr, resized, sheet, to_bytes, to_pixels
 from latentpipe.utils.io import printable
-from latentpipe.vae.stage import VAEStage, sample_posterior
+from latentpipe.vae.stage import VAEStage
 
 SHARES_EVERY = 50  # steps between the shares of the terms in the last layer's gradient
 VALIDATED = 2000  # pictures at most, which are kept in memory
@@ -93,7 +95,7 @@ def _train(
         stage.vae,
         config.optim,
         config.run,
-        training.losses_of,
+        training.step,
         sample,
         team,
         extras=(objective,),
@@ -126,12 +128,12 @@ class VAETraining:
         trains = any(parameter.requires_grad for parameter in stage.vae.decoder.parameters() if parameter.ndim == 4)
         self.last = last_layer(stage.vae) if trains else None
         self.shards = team.shards(config.optim.batch_size, parts)
-        forward = torch.compile(stage) if config.run.compile else stage
-        self.wrapped = team.wrap(forward)  # type: ignore[arg-type]
+        forward = TrainingPass(stage, rounds=config.loss.rate > 0)
+        self.wrapped = team.wrap(torch.compile(forward) if config.run.compile else forward)  # type: ignore[arg-type]
 
-    def losses_of(self, step: int, generator: torch.Generator) -> Generator[loop.Losses, None, loop.Figures]:
-        """The terms of each part of this process's share of the step; then the discriminator and the controller learn."""
-        config, objective = self.config, self.objective
+    def step(self, step: int, generator: torch.Generator) -> VAEStep:
+        """The step's pictures, and everything random in it."""
+        config = self.config
         chosen, following = (self._chosen(at) for at in (step, step + 1))
         cut = draw_crop(len(chosen), config.data.read_size_px, config.crops, generator)
         warp = self._warp(generator, cut.size_px)
@@ -140,30 +142,7 @@ class VAETraining:
         drawn = None if self.lesson is None else self.lesson.draw(self._captions(chosen), generator)
         mine = slice(self.shards[0].start, self.shards[-1].stop)
         pixels = self.pictures.batch(chosen[mine].tolist(), following[mine].tolist())
-        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        figures: loop.Figures = {}
-        for rows in self.shards:
-            own = pixels[rows.start - mine.start : rows.stop - mine.start]
-            images = cut.apply(own.to(self.team.device), rows)
-            last = rows is self.shards[-1]
-            with self.team.gathering(self.wrapped, last), loop.fast_forward(config.run, self.team.device):
-                own_noise = noise[rows].to(self.team.device)
-                target = given = None
-                if self.lesson is not None and drawn is not None:
-                    target = self.lesson.target(images)
-                    given = self.lesson.given(target, own_noise, drawn, rows)
-                rebuilt, posterior = self._forward(images, warp, own_noise, given)
-            wanted = warp(images) if warp is not None else images
-            rounded = sample_posterior(posterior, own_noise, True) if config.loss.rate else None
-            losses = objective(wanted, rebuilt, posterior, step, warp is not None, target, rounded)
-            if last and step % SHARES_EVERY == 0 and self.last is not None:
-                shares = health.gradient_shares(losses, self.last)
-                figures |= {f"share.{name}": share for name, share in shares.items()}
-            if objective.discriminator_active(step) and warp is None:
-                seen.append((wanted, rebuilt.detach().float()))
-            yield losses
-        pair = (torch.cat([one for one, _ in seen]), torch.cat([other for _, other in seen])) if seen else None
-        return figures | objective.end_step(step, pair)
+        return VAEStep(self, step, cut, warp, noise, drawn, pixels)
 
     def _chosen(self, step: int) -> torch.Tensor:
         return loop.batch_indices(len(self.pictures), self.config.optim.batch_size, self.config.run.seed, step)
@@ -186,16 +165,72 @@ class VAETraining:
         downscale = self.stage.space.downscale
         return draw_warp(generator, size_px, downscale, scales, "rotate" in loss.warps, "flip" in loss.warps)
 
-    def _forward(
+    def forward(
         self, images: torch.Tensor, warp: Warp | None, noise: torch.Tensor, given: torch.Tensor | None
     ) -> tuple[torch.Tensor, Any]:
+        """A `TrainingPass` in this process's wrapper; UserError where torch.compile was asked for and does not work."""
         try:
-            return self.wrapped(images, warp=warp, noise=noise, given=given, quantization_noise=self.config.loss.rate > 0)
+            return self.wrapped(images, warp=warp, noise=noise, given=given)
         except Exception as error:
             if not self.config.run.compile or isinstance(error, UserError):
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"run.compile: torch.compile does not work here ({reason[:200]}); leave the option out.") from None
+
+
+@dataclass
+class VAEStep:
+    """One step of a `VAETraining` (`loop.TrainingStep`): the same draws in every process, each with its own rows.
+
+    cut     of the pictures;  warp: of pictures and latents, on some steps
+    noise   of the posterior's samples, all rows;  drawn: what the lesson drew
+    pixels  of this process's rows
+    seen    pictures and reconstructions that the discriminator learns from
+    """
+
+    training: VAETraining
+    number: int
+    cut: CropParams
+    warp: Warp | None
+    noise: torch.Tensor
+    drawn: Any
+    pixels: Any
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    figures: loop.Figures = field(default_factory=dict)
+
+    def losses(self, part: int) -> loop.Losses:
+        """The terms of one part of this process's share."""
+        training, objective, config, device = (
+            self.training,
+            self.training.objective,
+            self.training.config,
+            self.training.team.device,
+        )
+        rows, last = training.shards[part], part == len(training.shards) - 1
+        first = training.shards[0].start
+        images = self.cut.apply(self.pixels[rows.start - first : rows.stop - first].to(device), rows)
+        noise = self.noise[rows].to(device)
+        with training.team.gathering(training.wrapped, last), loop.fast_forward(config.run, device):
+            target = given = None
+            if training.lesson is not None and self.drawn is not None:
+                target = training.lesson.target(images)
+                given = training.lesson.given(target, noise, self.drawn, rows)
+            rebuilt, posterior = training.forward(images, self.warp, noise, given)
+        wanted = self.warp(images) if self.warp is not None else images
+        noisy = rounded(posterior, noise) if config.loss.rate else None
+        losses = objective(wanted, rebuilt, posterior, self.number, self.warp is not None, target, noisy)
+        if last and self.number % SHARES_EVERY == 0 and training.last is not None:
+            shares = health.gradient_shares(losses, training.last)
+            self.figures |= {f"share.{name}": share for name, share in shares.items()}
+        if objective.discriminator_active(self.number) and self.warp is None:
+            self.seen.append((wanted, rebuilt.detach().float()))
+        return losses
+
+    def after_backward(self) -> loop.Figures:
+        """The discriminator and the controller learn."""
+        seen = self.seen
+        pair = (torch.cat([one for one, _ in seen]), torch.cat([other for _, other in seen])) if seen else None
+        return self.figures | self.training.objective.end_step(self.number, pair)
 
 
 @torch.no_grad()
