@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def _trained(config: TrainDenoiser) -> Path:
 
         chooses = training.score if config.optim.ema_decay_slow is not None else None
         parts = config.optim.accumulate
-        loop.fit(both, config.optim, config.run, training.losses_of, sample, team, parts=parts, begun=record, score=chooses)
+        loop.fit(both, config.optim, config.run, training.step, sample, team, parts=parts, begun=record, score=chooses)
         both.eval().cpu()
         if team.is_first:
             _finish(config, _pipeline(vae, text_encoder, tokenizer, unet, scheduler), cache)
@@ -111,47 +112,59 @@ class DenoiserTraining:
         weights = cache.weights(config.data.weights) if config.data.weights else None
         self.chances = None if weights is None else tuple(weights[row] for row in rows.tolist())
 
-    def losses_of(self, step: int, generator: torch.Generator) -> Generator[loop.Losses, None, loop.Figures]:
-        """The loss of each part of this process's share of the step; then the gradients of all processes are averaged."""
-        for loss in self._terms(step, generator):
-            yield {"v": loss}
-        self.team.average(self.both.parameters())
-        return {}
+    def step(self, step: int, generator: torch.Generator) -> DenoiserStep:
+        """The step's pictures, and everything random in it: the same draws in every process, of its own rows alone read."""
+        chosen, dropout = self._chosen(step), self.config.diffusion.caption_dropout
+        latents = self.cache.sample(chosen, generator, slice(self.shares[0].start, self.shares[-1].stop))
+        prompts = pick_captions([self.cache.captions[row] for row in chosen.tolist()], dropout, generator)
+        times = stratified_times(len(chosen), len(self.alphas), self.config.diffusion.noisy_share, generator)
+        noise = torch.randn((len(chosen), *latents.shape[1:]), generator=generator)
+        return DenoiserStep(self, latents, prompts, times, noise)
 
     @torch.no_grad()
     def score(self) -> float:
         """The loss on the same pictures, times and noise each time: those of steps that no run reaches."""
         self.both.eval()
-        steps = range(2**40, 2**40 + SCORED)
-        values = [loss for step in steps for loss in self._terms(step, loop.generator_for(self.config.run.seed, step))]
+        numbers = range(2**40, 2**40 + SCORED)
+        steps = [self.step(number, loop.generator_for(self.config.run.seed, number)) for number in numbers]
+        values = [step.losses(part)["v"] for step in steps for part in range(len(self.shares))]
         self.both.train()
         return self.team.mean(torch.stack(values).mean()).item()
-
-    def _terms(self, step: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-        config, device, chosen = self.config, self.team.device, self._chosen(step)
-        mine = slice(self.shares[0].start, self.shares[-1].stop)
-        latents = self.cache.sample(chosen, generator, mine)
-        texts = [self.cache.captions[row] for row in chosen.tolist()]
-        prompts = pick_captions(texts, config.diffusion.caption_dropout, generator)
-        times = stratified_times(len(chosen), len(self.alphas), config.diffusion.noisy_share, generator)
-        noise = torch.randn((len(chosen), *latents.shape[1:]), generator=generator)
-        for part in self.shares:
-            own = latents[part.start - mine.start : part.stop - mine.start]
-            alphas = self.alphas[times[part]]
-            a = alphas.view(-1, 1, 1, 1)
-            noisy = a.sqrt() * own + (1 - a).sqrt() * noise[part]
-            ids = token_ids(self.tokenizer, prompts[part]).to(device)
-            with loop.fast_forward(config.run, device):
-                states = self.both["text_encoder"](ids)[0]
-                velocity = self.both["unet"](noisy.to(device), times[part].to(device), states, return_dict=False)[0]
-            target = velocity_target(own, noise[part], alphas)
-            yield l2(target.to(device), velocity.float())
 
     def _chosen(self, step: int) -> torch.Tensor:
         batch, seed = self.config.optim.batch_size, self.config.run.seed
         if self.chances is None:
             return self.rows[loop.batch_indices(len(self.rows), batch, seed, step)]
         return self.rows[weighted_indices(self.chances, batch, seed, step)]
+
+
+@dataclass(frozen=True)
+class DenoiserStep:
+    """One step of a `DenoiserTraining` (`loop.TrainingStep`): latents of this process's rows, and the draws of all rows."""
+
+    training: DenoiserTraining
+    latents: torch.Tensor
+    prompts: list[str]
+    times: torch.Tensor
+    noise: torch.Tensor
+
+    def losses(self, part: int) -> loop.Losses:
+        """The loss of one part of this process's share."""
+        training, rows = self.training, self.training.shares[part]
+        device, first = training.team.device, training.shares[0].start
+        own, noise, times = self.latents[rows.start - first : rows.stop - first], self.noise[rows], self.times[rows]
+        a = training.alphas[times].view(-1, 1, 1, 1)
+        noisy = a.sqrt() * own + (1 - a).sqrt() * noise
+        ids = token_ids(training.tokenizer, self.prompts[rows]).to(device)
+        with loop.fast_forward(training.config.run, device):
+            states = training.both["text_encoder"](ids)[0]
+            velocity = training.both["unet"](noisy.to(device), times.to(device), states, return_dict=False)[0]
+        return {"v": l2(velocity_target(own, noise, training.alphas[times]).to(device), velocity.float())}
+
+    def after_backward(self) -> loop.Figures:
+        """The gradients of all processes become their mean."""
+        self.training.team.average(self.training.both.parameters())
+        return {}
 
 
 def build_scheduler(diffusion: Diffusion) -> Any:

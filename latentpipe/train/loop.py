@@ -180,9 +180,7 @@ def fit(
     if ended:
         print(f"Stopped after {done} of {counted(optim.steps, 'step')}; go on with --run.resume.", file=sys.stderr)
         raise KeyboardInterrupt if ended == signal.SIGINT else SystemExit(128 + ended)
-    scores = state.settle(run.work if patience else None, score)
-    if scores and told:
-        print(scores)
+    state.settle(run.work if patience else None, score, told)
     return done
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from latentpipe.data.image_folder import read_index, read_pictures
 from latentpipe.data.latent_cache import LatentCache, default_path, encode_folder, open_cache
 from latentpipe.data.shard_manifest import is_sharded
 from latentpipe.data.sharded_latents import ShardedLatents, open_latents
+from latentpipe.train.config import LoraData
 from latentpipe.train.distributed import DistributedContext
 from latentpipe.utils.errors import LatentpipeWarning, UserError, counted
 from latentpipe.utils.io import read_header
@@ -107,6 +109,13 @@ def open_pictures(
         if len(images) != len(captions):
             raise UserError(f"{folder} changed while it was read; start again.")
     return LoraPictures(cache, torch.tensor(rows), captions, len(held), images)
+
+
+def roll_of(data: LoraData, vae: Path) -> Counter[str]:
+    """What a run is trained on, by name; UserError now where it is no folder of pictures, or no latents of this VAE."""
+    if data.train is None:
+        return open_latents(data.source, vae).roll()
+    return Counter(item.path.relative_to(data.train).as_posix() for item in read_index(data.train, data.caption_column))
 
 
 def plain(caption: str) -> str:

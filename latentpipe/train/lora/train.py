@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from PIL import Image
 from latentpipe.checkpoints.pipeline_io import load_pipeline
 from latentpipe.checkpoints.registry import find_lora, find_model, vae_of
 from latentpipe.data.image_folder import read_index
-from latentpipe.data.sharded_latents import open_latents
 from latentpipe.lora.state_dict.io import read_lora
 from latentpipe.pipelines.denoise import denoise, native_size, redraws, size_unit
 from latentpipe.pipelines.hosting import finish as finish_pictures
@@ -24,10 +22,10 @@ from latentpipe.train import loop, losses, picture_changes
 from latentpipe.train.config import TrainLora, config_from
 from latentpipe.train.denoiser import pick_captions
 from latentpipe.train.distributed import DistributedContext, nothing
-from latentpipe.train.lora.data import LoraPictures, held_out, note_long_captions, open_pictures
+from latentpipe.train.lora.data import LoraPictures, held_out, note_long_captions, open_pictures, roll_of
 from latentpipe.train.lora.distillation import GuidedPaths, GuidedTeacher, step_times
 from latentpipe.train.lora.export import begin_file, export_lora, usable_file
-from latentpipe.train.lora.loss import Noised, NoiseSchedule, noised
+from latentpipe.train.lora.loss import DrawnPictures, NoiseSchedule, noised
 from latentpipe.train.lora.parameters import Plan, base_hashes, begin_from, choose_trained, inject_trainable
 from latentpipe.train.lora.prompts import Prompts
 from latentpipe.train.progress import TrainingLog
@@ -64,7 +62,7 @@ def _trained(config: TrainLora) -> Path:
         raise UserError("vae.decoder is trained on pixels, which latents alone have not; give data.train in place of data.cache.")
     earlier = None if config.run.warm_start is None else read_lora(find_lora(config.run.warm_start))
     size_px = _size(config, host, plan)
-    roll = _roll(config, vae_of(folder))
+    roll = roll_of(config.data, vae_of(folder))
     if config.prior.train is not None:
         read_index(config.prior.train, config.prior.caption_column)
     with begin_file(config) if team.is_first else nullcontext(nothing) as record:
@@ -96,29 +94,11 @@ def _trained(config: TrainLora) -> Path:
 
         training.settings = drawn_with(config)
         way: dict[str, Any] = {"extras": training.extras, "parts": config.optim.accumulate, "begun": record}
-        steps = loop.fit(adapter, config.optim, config.run, training.losses_of, sample, team, **way)
+        steps = loop.fit(adapter, config.optim, config.run, training.step, sample, team, **way)
         if team.is_first:
             export_lora(config, folder, plan, pictures, before, steps)
         team.wait()
         return config.run.out
-
-
-def _roll(config: TrainLora, vae: Path) -> Counter[str]:
-    """What the run is trained on, by name; UserError now where it is no folder of pictures, or no latents of this VAE."""
-    data = config.data
-    if data.train is None:
-        return open_latents(data.source, vae).roll()
-    return Counter(item.path.relative_to(data.train).as_posix() for item in read_index(data.train, data.caption_column))
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """A step's rows, their latents, and, of a denoiser, their prompts and noise."""
-
-    chosen: torch.Tensor
-    latents: torch.Tensor
-    prompts: list[str] = field(default_factory=list)
-    noised: Noised | None = None
 
 
 class LoraTraining:
@@ -154,24 +134,10 @@ class LoraTraining:
         self.teacher = self._teacher() if config.distillation.guidance is not None else None
         self.extras = () if self.teacher is None else (self.teacher.paths,)
 
-    def losses_of(self, step: int, generator: torch.Generator) -> Generator[loop.Losses, None, loop.Figures]:
-        """The terms by name: "noise" or "v" (what the host predicts), "prior", "pixel"; of each part of this process's share.
-
-        All processes draw alike, for the whole step; in the end their gradients are averaged.
-        """
+    def step(self, step: int, generator: torch.Generator) -> LoraStep:
+        """The step's pictures, and everything random in it: the same draws in every process."""
         main = self._drawn(self.pictures, step, generator)
-        prior = None if self.prior is None else self._drawn(self.prior, step, generator)
-        for rows in self.shares:
-            terms: loop.Losses = {}
-            if self.plan.denoises:
-                terms[self.schedule.term] = self._denoising(main, rows)
-            if prior is not None:
-                terms["prior"] = self.config.prior.weight * self._denoising(prior, rows)
-            if self.plan.decodes:
-                terms["pixel"] = self._pixels(main.latents[rows], main.chosen[rows])
-            yield terms
-        self.team.average(self.trained)
-        return {}
+        return LoraStep(self, main, None if self.prior is None else self._drawn(self.prior, step, generator))
 
     def draw(self) -> dict[str, list[Image.Image]]:
         """Pictures by the name of their sheet: "samples" of the prompts, "rebuilt" of the first training pictures."""
@@ -195,12 +161,12 @@ class LoraTraining:
         batch, seed = self.config.optim.batch_size, self.config.run.seed
         return pictures.rows[loop.batch_indices(len(pictures.rows), batch, seed, step)]
 
-    def _drawn(self, pictures: LoraPictures, step: int, generator: torch.Generator) -> _Drawn:
+    def _drawn(self, pictures: LoraPictures, step: int, generator: torch.Generator) -> DrawnPictures:
         """The pictures of a step, and all that is random about them; where a teacher says the targets, those of it."""
         chosen = self._chosen(pictures, step)
         latents = pictures.cache.sample(chosen, generator)
         if not self.plan.denoises:
-            return _Drawn(chosen, latents)
+            return DrawnPictures(chosen, latents)
         rest = chosen
         if self.teacher is not None:  # its paths are the other part of the batch
             rest = chosen[: len(chosen) - len(self.teacher.paths.place)]
@@ -209,9 +175,10 @@ class LoraTraining:
         if self.teacher is not None:  # every process computes all targets, since all keep the same paths
             self.teacher.paths.renew(pictures.rows, pictures.captions, self.pictures.cache.means, self.schedule, generator)
             batch, prompts = self.teacher.batch(batch, prompts, pictures.captions)
-        return _Drawn(chosen, latents, prompts, batch)
+        return DrawnPictures(chosen, latents, prompts, batch)
 
-    def _denoising(self, drawn: _Drawn, rows: slice) -> torch.Tensor:
+    def denoising(self, drawn: DrawnPictures, rows: slice) -> torch.Tensor:
+        """The loss of some rows' predictions."""
         assert drawn.noised is not None
         batch = drawn.noised.rows(rows)
         return batch.loss(self._predicted(batch.noisy, batch.times, drawn.prompts[rows]))
@@ -236,7 +203,7 @@ class LoraTraining:
         paths = GuidedPaths.begun(step_times(self.host.scheduler, distillation.steps), count, self.pictures.cache.shape)
         return GuidedTeacher(self.host.unet, self._predicted, self.schedule, paths, distillation.guidance)
 
-    def _pixels(self, latents: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    def pixel_errors(self, latents: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Weighted error of the decoded latents to the pictures; the latents are the frozen encoder's."""
         assert self.pictures.pixels is not None
         images = bytes_to_images(self.pictures.pixels[chosen]).to(self.device)
@@ -244,6 +211,32 @@ class LoraTraining:
             rebuilt = self.stage.decode(latents.to(self.device)).float()
         weights = self.config.loss
         return weights.l1 * losses.l1(images, rebuilt) + weights.l2 * losses.l2(images, rebuilt)
+
+
+@dataclass(frozen=True)
+class LoraStep:
+    """One step of a `LoraTraining` (`loop.TrainingStep`), of the pictures and of the prior's."""
+
+    training: LoraTraining
+    main: DrawnPictures
+    prior: DrawnPictures | None
+
+    def losses(self, part: int) -> loop.Losses:
+        """The terms by name, of one part of this process's share: "noise" or "v" (what the host predicts), "prior", "pixel"."""
+        training, rows = self.training, self.training.shares[part]
+        terms: loop.Losses = {}
+        if training.plan.denoises:
+            terms[training.schedule.term] = training.denoising(self.main, rows)
+        if self.prior is not None:
+            terms["prior"] = training.config.prior.weight * training.denoising(self.prior, rows)
+        if training.plan.decodes:
+            terms["pixel"] = training.pixel_errors(self.main.latents[rows], self.main.chosen[rows])
+        return terms
+
+    def after_backward(self) -> loop.Figures:
+        """The gradients of all processes become their mean."""
+        self.training.team.average(self.training.trained)
+        return {}
 
 
 def drawn_with(config: TrainLora) -> Settings:
