@@ -16,7 +16,7 @@ from latentpipe.data.image_folder import read_index
 from latentpipe.data.listing import COLUMNS, MOST_CAPTION, SUFFIXES
 from latentpipe.data.tables import TABLES, TableReader, table_rows
 from latentpipe.utils.errors import UserError
-from latentpipe.utils.reading import parse_json
+from latentpipe.utils.reading import file_size, parse_json
 
 MOST_BYTES = 2**28  # of a picture in an archive
 
@@ -79,6 +79,7 @@ def tar_entries(folder: Path, name: str, column: str | None = None) -> Iterator[
 
     A key is a file's name to the first dot. KEY.txt and KEY.caption are captions; in KEY.json they stand in `column`.
     """
+    file_size(folder / name, "a tar")  # a pipe under its name would be waited for
     key, picture, captions = "", None, list[str]()
     try:
         with tarfile.open(folder / name, "r:") as archive:

@@ -10,6 +10,7 @@ from typing import Any
 
 from latentpipe.data.listing import COLUMNS
 from latentpipe.utils.errors import UserError
+from latentpipe.utils.reading import file_size
 
 TABLES = (".parquet", ".arrow")
 PICTURES = ("image", "jpg", "png", "picture")  # usual names of the column, the first that there is counts
@@ -74,6 +75,7 @@ class _Table:
         except ModuleNotFoundError:
             raise UserError(f"{path}: tables are read by pyarrow: pip install 'latentpipe[tables]'.") from None
         self._arrow = pyarrow
+        file_size(path, "a table")  # a pipe under its name would be waited for
         try:
             self._open()
         except (pyarrow.ArrowException, OSError) as error:
