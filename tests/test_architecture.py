@@ -51,7 +51,7 @@ ROOMS = {
         memory_need opening chains latent_pipeline
     """,
     "engine": """
-        jobs engine replay pipeline_cache studio xy_grid.axes xy_grid.sheet xy_grid.plot
+        jobs engine replay pipeline_cache worker_pool xy_grid.axes xy_grid.sheet xy_grid.plot
     """,
     "data": """
         defects emoji emoji_sets emoji_hands emoji_bank emoji_hands_bank factor_shapes listing image_folder
@@ -60,7 +60,7 @@ ROOMS = {
     "evaluate": """
         metrics.emoji_words metrics.frechet metrics.inception metrics.posterior metrics.spectrum metrics.ssim
         metrics.train_emoji_words metrics.weights metrics.features metrics.lpips health diagnosis protocol
-        metrics.latents preprocessing report.axes report.svg speed statistics results accumulator crew artists
+        metrics.latents preprocessing report.axes report.svg speed statistics results accumulator vae_workers drawing_workers
         report.text comparison reconstruction report.crops report.figures report.html compare_vaes style_adherence
         prompt_adherence vae_lab
     """,

@@ -13,7 +13,7 @@ import gradio as gr
 
 from latentpipe import Engine, Finished, LatentPipeline, StepDone, UserError
 from latentpipe.engine.jobs import Cancelled, Done, JobQueue, Progress, Waiting, device, run_job
-from latentpipe.engine.studio import Names, Studio
+from latentpipe.engine.worker_pool import DrawingPool, Names
 from latentpipe.ui.listeners import Listeners
 from latentpipe.utils.defaults import STEPS
 from latentpipe.utils.progress import ProgressCallback
@@ -27,11 +27,11 @@ class Jobs:
 
     max_work   the most that one request may ask for: pixels x steps x pictures, in millions
     listeners  who reads the events of a visitor; None: nobody looks, and every job goes on to its end
-    studio     workers that draw; None: this process does
+    pool     workers that draw; None: this process does
     """
 
-    def __init__(self, max_work: float = MAX_WORK, listeners: Listeners | None = None, studio: Studio | None = None) -> None:
-        self.max_work, self.listeners, self.studio = max_work, listeners, studio
+    def __init__(self, max_work: float = MAX_WORK, listeners: Listeners | None = None, pool: DrawingPool | None = None) -> None:
+        self.max_work, self.listeners, self.pool = max_work, listeners, pool
         self._tokens: dict[str, list[threading.Event]] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -81,8 +81,8 @@ class Jobs:
             width, height = settings.get("size") or pipe.native_size
             self.allow(width, height, settings.get("num_inference_steps", STEPS), settings.get("n", 1))
             JOB_NOTES.set(notes)
-            if self.studio is not None and names is not None:
-                events = self.studio.run(names, prompt, token, previews, **settings)
+            if self.pool is not None and names is not None:
+                events = self.pool.run(names, prompt, token, previews, **settings)
             else:
                 events = Engine(pipe).run(prompt, cancel=token, previews=previews, **settings)
             yield from self._read(events, token, request)
@@ -119,7 +119,7 @@ class Jobs:
         return sum(line.length for line in self._lines())
 
     def _lines(self) -> list[JobQueue]:
-        return [device] if self.studio is None else [device, self.studio.line]
+        return [device] if self.pool is None else [device, self.pool.line]
 
     def _read(self, events: Generator[Any, None, None], token: threading.Event, request: gr.Request) -> Iterator[Any]:
         """The events of a job, which stops when nobody reads the visitor's events any more."""

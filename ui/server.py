@@ -17,7 +17,7 @@ from gradio.utils import get_upload_folder
 from latentpipe import UserError
 from latentpipe.checkpoints.registry import bundled_weights_dir, find_model
 from latentpipe.checkpoints.single_file.gather import Stated
-from latentpipe.engine.studio import Studio
+from latentpipe.engine.worker_pool import DrawingPool
 from latentpipe.ui import app as pages
 from latentpipe.ui import serving, sessions, theme
 from latentpipe.ui.entrance import Entrance
@@ -68,7 +68,7 @@ def serve(
         state.models.device, state.models.dtype = device, dtype
         state.models.stated |= {place: stated} if stated is not None and place.is_file() else {}
         if workers is not None:
-            state.jobs.studio = Studio(workers, model, device, dtype, state.models.stated, cluster)
+            state.jobs.pool = DrawingPool(workers, model, device, dtype, state.models.stated, cluster)
         page = pages.build(state).queue(default_concurrency_limit=8, api_open=False)
         sessions.lighten(page)
         page.max_threads = page._queue.max_thread_count = THREADS

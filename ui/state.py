@@ -21,7 +21,7 @@ from latentpipe import LatentPipeline, Picture, UserError
 from latentpipe.checkpoints.registry import available
 from latentpipe.engine.jobs import Cancelled
 from latentpipe.engine.pipeline_cache import PipelineCache
-from latentpipe.engine.studio import Names
+from latentpipe.engine.worker_pool import Names
 from latentpipe.pipelines.picture import free_path
 from latentpipe.ui.jobs import JOB_NOTES, Jobs
 from latentpipe.ui.wording import in_words_of_the_page
@@ -101,8 +101,8 @@ class App:
 
     def close(self) -> None:
         """Remove the files that were shown, and end the workers."""
-        if self.jobs.studio is not None:
-            self.jobs.studio.close()
+        if self.jobs.pool is not None:
+            self.jobs.pool.close()
         shutil.rmtree(self.shown, ignore_errors=True)
 
 

@@ -17,7 +17,6 @@ from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.evaluate import preprocessing
 from latentpipe.evaluate.accumulator import KERNEL
 from latentpipe.evaluate.comparison import Comparison, SetDifferences, compare
-from latentpipe.evaluate.crew import Crew, Hired
 from latentpipe.evaluate.metrics.features import metric_names, open_features
 from latentpipe.evaluate.metrics.frechet import paired_frechet, paired_kernel
 from latentpipe.evaluate.metrics.latents import batch_of, rebuild_batch
@@ -27,6 +26,7 @@ from latentpipe.evaluate.report.crops import Strip, choose, strip
 from latentpipe.evaluate.report.html import write_report
 from latentpipe.evaluate.results import Evaluation
 from latentpipe.evaluate.speed import measure_cost
+from latentpipe.evaluate.vae_workers import VAEWorkers, WorkersAtVAE
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.images import bytes_to_images
 from latentpipe.utils.io import content_hash
@@ -64,8 +64,8 @@ def compare_vaes(
     if out is not None and (out.suffix.lower() not in (".html", ".htm") or out.is_dir()):
         raise UserError(f"--out {out}: expected the name of an HTML file, as report.html.")
     chosen = find_protocol(protocol, size_px=size)
-    with nullcontext() if workers is None else Crew(workers, device) as crew:
-        found, strips = compare_with_crops(vaes, folder, chosen, max_images, features, cost, device, crew)
+    with nullcontext() if workers is None else VAEWorkers(workers, device) as team:
+        found, strips = compare_with_crops(vaes, folder, chosen, max_images, features, cost, device, team)
     if out is not None:
         write_report(out, found, strips, command)
     return found
@@ -79,7 +79,7 @@ def compare_with_crops(
     features: str,
     cost: bool,
     device: str,
-    crew: Crew | None = None,
+    team: VAEWorkers | None = None,
 ) -> tuple[Comparison, list[Strip]]:
     """As `compare_vaes`; with the crops of the pictures that the page shows."""
     if len(vaes) < 2:
@@ -87,7 +87,7 @@ def compare_with_crops(
     paths = [find_model(vae, "vae") for vae in vaes]
     stages = [open_stage(path, device) for path in paths]
     chosen = common_protocol(protocol, stages, folder, max_images)
-    sent = [None if crew is None else Hired(crew, path) for path in paths]
+    sent = [None if team is None else WorkersAtVAE(team, path) for path in paths]
     evaluations = [
         replace(evaluate_with(one, stage, folder, chosen, max_images, features, full=True), name=short_name(path))
         for path, stage, one in zip(paths, stages, sent, strict=True)
@@ -158,7 +158,7 @@ def set_differences(
     folder: Path,
     protocol: Protocol,
     features: str,
-    workers: Sequence[Hired | None] = (),
+    workers: Sequence[WorkersAtVAE | None] = (),
 ) -> SetDifferences:
     """Paired differences of the distances between sets for every pair of VAEs; empty where the distances were not measured.
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from latentpipe.data.emoji import TONES, Combination, combination_of
 from latentpipe.data.emoji_bank import SIDE, Bank, open_bank, small
-from latentpipe.evaluate.artists import DrawBatches, artists
+from latentpipe.evaluate.drawing_workers import DrawBatches, drawn_by
 from latentpipe.evaluate.statistics import wilson
 from latentpipe.evaluate.style_adherence import evaluate_styles
 from latentpipe.pipelines.latent_pipeline import LatentPipeline
@@ -67,7 +67,7 @@ def evaluate(
     rows = {"seen": bank.rows_of("train")[: seen or None], "held_out": bank.rows_of("held_out")[: held_out or None]}
     if objects is not None:
         rows["objects"] = bank.objects()[: objects or None]
-    with artists(pipe, model, workers, device) as draw:
+    with drawn_by(pipe, model, workers, device) as draw:
         return _scored(bank, pipe, draw, rows, settings, grid, styles)
 
 

@@ -16,7 +16,6 @@ from latentpipe.checkpoints.registry import find_model, name_of
 from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.evaluate import preprocessing
 from latentpipe.evaluate.accumulator import UNITS, Accumulator, MetricNetworks, open_networks
-from latentpipe.evaluate.crew import Hired, hired
 from latentpipe.evaluate.metrics.latents import TOP_DB, batch_of, cycles, equivariance, nearest, rebuild_batch, slerp, statistics
 from latentpipe.evaluate.preprocessing import Plan
 from latentpipe.evaluate.protocol import Protocol, find_protocol, round_images
@@ -24,6 +23,7 @@ from latentpipe.evaluate.report.text import example_sheet, examples
 from latentpipe.evaluate.results import Better, Evaluation, Score
 from latentpipe.evaluate.speed import measure_cost
 from latentpipe.evaluate.statistics import resampled_means
+from latentpipe.evaluate.vae_workers import WorkersAtVAE, workers_at
 from latentpipe.utils.errors import UserError, counted
 from latentpipe.utils.images import bytes_to_images
 from latentpipe.utils.io import atomic_file, content_hash
@@ -65,12 +65,12 @@ def evaluate_vae(
     first pictures) and a row of features for each picture. The same call gives the same figures. UserError: nothing to
     read, a size that the VAE does not take, no decoder.
     """
-    with hired(workers, vae, device) as sent:
+    with workers_at(workers, vae, device) as sent:
         return evaluate_with(sent, vae, folder, protocol, max_images, features, full, probe, cost, device, sheet)
 
 
 def evaluate_with(
-    workers: Hired | None,
+    workers: WorkersAtVAE | None,
     vae: str | Path | VAEStage,
     folder: Path,
     protocol: Protocol | str,
@@ -97,7 +97,7 @@ def evaluate_with(
 
 
 def _measure(
-    stage: VAEStage, plan: Plan, protocol: Protocol, features: str, probe: int, sheet: Path | None, workers: Hired | None
+    stage: VAEStage, plan: Plan, protocol: Protocol, features: str, probe: int, sheet: Path | None, workers: WorkersAtVAE | None
 ) -> Evaluation:
     """Everything but the names and the cost; `probe` 0: the main pass alone."""
     tools = open_networks(protocol, features, plan.height, plan.width)
@@ -152,7 +152,7 @@ def about(stage: VAEStage) -> dict[str, Any]:
 
 
 def _rebuild(
-    stage: VAEStage, plan: Plan, protocol: Protocol, tools: MetricNetworks, workers: Hired | None, features: str
+    stage: VAEStage, plan: Plan, protocol: Protocol, tools: MetricNetworks, workers: WorkersAtVAE | None, features: str
 ) -> Accumulator:
     """Every picture encoded and decoded once, and what is kept of that."""
     tally = Accumulator(stage.space)
@@ -189,7 +189,7 @@ def pooled_psnr(error: np.ndarray | float) -> np.ndarray:
 
 
 def _probe(
-    stage: VAEStage, plan: Plan, protocol: Protocol, names: list[str], workers: Hired | None, features: str
+    stage: VAEStage, plan: Plan, protocol: Protocol, names: list[str], workers: WorkersAtVAE | None, features: str
 ) -> dict[str, list[float]]:
     """Round trips and equivariance on the named pictures."""
     found: dict[str, list[float]] = {}

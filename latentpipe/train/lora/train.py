@@ -228,7 +228,7 @@ class LoraStep:
     prior: DrawnPictures | None
 
     def losses(self, part: int) -> loop.Losses:
-        """The terms by name, of one part of this process's share: "noise" or "v" (what the host predicts), "prior", "pixel"."""
+        """The terms of one part of this process's share: "noise", "v" or "flow" (what the host predicts), "prior", "pixel"."""
         training, rows = self.training, self.training.shares[part]
         terms: loop.Losses = {}
         if training.plan.denoises:

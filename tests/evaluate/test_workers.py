@@ -16,7 +16,7 @@ from helpers import opened_in_threads, tiny_vae
 from latentpipe import UserError, VAEStage, compare_vaes, evaluate_vae
 from latentpipe.checkpoints.vae_io import save_vae
 from latentpipe.cli.app import main
-from latentpipe.evaluate import artists, crew
+from latentpipe.evaluate import drawing_workers, vae_workers
 from latentpipe.evaluate.metrics import latents
 from latentpipe.evaluate.protocol import PROTOCOLS
 
@@ -27,9 +27,9 @@ pytestmark = pytest.mark.slow
 def in_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Workers are threads, and batches are of five pictures."""
     with monkeypatch.context() as patch:
-        for module in (crew, artists):
+        for module in (vae_workers, drawing_workers):
             patch.setattr(module, "opened_on", opened_in_threads)
-        for module in (latents, crew):
+        for module in (latents, vae_workers):
             patch.setattr(module, "batch_of", lambda height, width: 5)
         yield patch
 
@@ -75,11 +75,11 @@ def test_prompts_do_not_depend_on_the_workers(model_folder: Path) -> None:
     from latentpipe.evaluate.prompt_adherence import draw_all, four_seeds
 
     pipe = LatentPipeline.from_pretrained(model_folder, device="cpu")
-    settings = pipe.check(artists.Settings(num_inference_steps=2))
+    settings = pipe.check(drawing_workers.Settings(num_inference_steps=2))
     prompts = [f"red {number}" for number in range(20)]
     found = []
     for count in (None, 1, 2):
-        with artists.artists(pipe, model_folder, count, "cpu") as draw:
+        with drawing_workers.drawn_by(pipe, model_folder, count, "cpu") as draw:
             pixels = [picture.tobytes() for picture in draw_all(draw, prompts, settings, "some")]
             found.append((pixels, four_seeds(draw, prompts[:2], settings)))
     assert found[0] == found[1] == found[2]
@@ -92,7 +92,7 @@ def test_processes_find_what_threads_do(
     words = ["evaluate", "vae", str(vae_folder), "--images", str(pictures), "--json", "--workers"]
     assert main([*words, "2"]) == 0
     two = json.loads(capsys.readouterr().out)
-    in_threads.setattr(crew, "opened_on", opened_in_threads)
+    in_threads.setattr(vae_workers, "opened_on", opened_in_threads)
     assert main([*words, "1"]) == 0
     assert json.loads(capsys.readouterr().out) == two
 

@@ -37,7 +37,7 @@ TRIES = 3  # workers that a job is given to, one after the other
 Names = tuple[str, str | None, str | None]  # of a model, of another VAE, of an adapter to it
 
 
-class Studio:
+class DrawingPool:
     """Workers that draw, until `close`.
 
     workers  how many; each has its own models open
@@ -66,7 +66,7 @@ class Studio:
         plain = [(*known, None if config is None else str(config), list(map(str, parts))) for *known, config, parts in told]
         arguments = {"model": model, "dtype": dtype, "stated": plain}
         threads = max(1, torch.get_num_threads() // workers)
-        self._context = opened_on(cluster, "latentpipe.engine.studio:open_studio", arguments, threads, device)
+        self._context = opened_on(cluster, "latentpipe.engine.worker_pool:open_drawing", arguments, threads, device)
         self._opened = self._context.__enter__()
         self._seats: queue.SimpleQueue[tuple[int, Worker]] = queue.SimpleQueue()
         self._workers: dict[int, Worker] = {}
@@ -153,7 +153,7 @@ def _step(event: dict[str, Any]) -> StepDone:
 # --- in a worker --------------------------------------------------------------------------------------------
 
 
-def open_studio(arguments: dict[str, Any], device: str) -> Job:
+def open_drawing(arguments: dict[str, Any], device: str) -> Job:
     """The work of one: names, prompt and settings -> steps and pictures as events; at the end what was told, and the seconds."""
     cache = PipelineCache(device=device, dtype=arguments["dtype"])
     for place, family, prediction, config, parts in arguments["stated"]:

@@ -37,7 +37,7 @@ from latentpipe.vae.stage import VAEStage
 Tensors = dict[str, torch.Tensor]
 
 
-class Crew:
+class VAEWorkers:
     """Workers that evaluate VAEs, within a `with` block.
 
     workers  how many
@@ -49,10 +49,10 @@ class Crew:
             raise UserError(f"workers is {workers}; expected 1 to {MOST_WORKERS:,}.")
         self.workers, self.device = workers, device
 
-    def __enter__(self) -> Crew:
-        self.folder = Path(tempfile.mkdtemp(prefix="latentpipe-crew-"))
+    def __enter__(self) -> VAEWorkers:
+        self.folder = Path(tempfile.mkdtemp(prefix="latentpipe-vae-workers-"))
         own = None if self.device == "cuda" else self.device
-        self._context = opened_on(None, "latentpipe.evaluate.crew:open_evaluation", {"folder": str(self.folder)}, 1, own)
+        self._context = opened_on(None, "latentpipe.evaluate.vae_workers:open_evaluation", {"folder": str(self.folder)}, 1, own)
         self._pool = Pool(self.workers, self._context.__enter__(), lambda task: f"The batch from {task['names'][0]} on")
         return self
 
@@ -97,29 +97,29 @@ class Crew:
 
 
 @dataclass(frozen=True)
-class Hired:
-    """A crew at one VAE."""
+class WorkersAtVAE:
+    """The workers of one evaluation, at one VAE."""
 
-    crew: Crew
+    workers: VAEWorkers
     vae: Path
 
     def batches(
         self, kind: str, plan: Plan, names: Sequence[str], protocol: Protocol, features: str, again: bool = False
     ) -> Iterator[tuple[list[str], Tensors]]:
-        """As `Crew.batches`."""
-        return self.crew.batches(kind, self.vae, plan, names, protocol, features, again)
+        """As `VAEWorkers.batches`."""
+        return self.workers.batches(kind, self.vae, plan, names, protocol, features, again)
 
 
 @contextmanager
-def hired(workers: int | None, vae: str | Path | VAEStage, device: str) -> Iterator[Hired | None]:
+def workers_at(workers: int | None, vae: str | Path | VAEStage, device: str) -> Iterator[WorkersAtVAE | None]:
     """So many workers at a VAE, or none; UserError where a stage is to be sent to processes."""
     if workers is None:
         yield None
         return
     if isinstance(vae, VAEStage):
         raise UserError("workers open the VAE themselves; give its name, folder or file in place of a stage.")
-    with Crew(workers, device) as crew:
-        yield Hired(crew, find_model(vae, "vae"))
+    with VAEWorkers(workers, device) as opened:
+        yield WorkersAtVAE(opened, find_model(vae, "vae"))
 
 
 def _plain(plan: Plan) -> dict[str, Any]:

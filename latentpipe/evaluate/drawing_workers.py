@@ -31,7 +31,7 @@ DrawBatches = Callable[
 
 
 @contextmanager
-def artists(pipe: LatentPipeline, model: str | Path, workers: int | None, device: str | None) -> Iterator[DrawBatches]:
+def drawn_by(pipe: LatentPipeline, model: str | Path, workers: int | None, device: str | None) -> Iterator[DrawBatches]:
     """What draws batches of prompts: `pipe`, or so many processes of one thread, each with the model open."""
     if workers is None:
 
@@ -43,12 +43,12 @@ def artists(pipe: LatentPipeline, model: str | Path, workers: int | None, device
         return
     if not 1 <= workers <= MOST_WORKERS:
         raise UserError(f"workers is {workers}; expected 1 to {MOST_WORKERS:,}.")
-    folder = Path(tempfile.mkdtemp(prefix="latentpipe-artists-"))
+    folder = Path(tempfile.mkdtemp(prefix="latentpipe-drawing-"))
     own = None if device in (None, "cuda") else device
     arguments = {"folder": str(folder), "model": str(model)}
     try:
         with (
-            opened_on(None, "latentpipe.evaluate.artists:open_artist", arguments, 1, own) as opened,
+            opened_on(None, "latentpipe.evaluate.drawing_workers:open_drawing", arguments, 1, own) as opened,
             Pool(workers, opened) as pool,
         ):
 
@@ -76,7 +76,7 @@ def artists(pipe: LatentPipeline, model: str | Path, workers: int | None, device
 # --- in a worker --------------------------------------------------------------------------------------------
 
 
-def open_artist(arguments: dict[str, str], device: str) -> Job:
+def open_drawing(arguments: dict[str, str], device: str) -> Job:
     """The work of one: prompts and seeds -> the file of their pictures' pixels."""
     pipe = LatentPipeline.from_pretrained(arguments["model"], device=device)
 
