@@ -25,8 +25,9 @@ from latentpipe.train.distributed import refuse_several
 from latentpipe.train.lora.data import LoraPictures, held_out, note_long_captions, open_pictures
 from latentpipe.train.lora.distillation import GuidedPaths, GuidedTeacher, step_times
 from latentpipe.train.lora.export import begin_file, export_lora, usable_file
-from latentpipe.train.lora.flow import FlowSchedule, TransformerTraining, asked_of, flow_noised
-from latentpipe.train.lora.loss import NoiseSchedule, noised
+from latentpipe.train.lora.flow import TransformerTraining, asked_of
+from latentpipe.train.lora.flow import noised_by as noised
+from latentpipe.train.lora.loss import NoiseSchedule
 from latentpipe.train.lora.parameters import Plan, base_hashes, begin_from, choose_trained, inject_trainable
 from latentpipe.train.lora.prompts import Prompts
 from latentpipe.train.progress import TrainingLog
@@ -155,9 +156,7 @@ class LoraTraining:
             rest = len(chosen) - len(self.teacher.paths.place)
             latents, chosen = latents[:rest], chosen[:rest]
         prompts = pick_captions(pictures.captions_of(chosen), self.config.loss.caption_dropout, generator)
-        batch = (flow_noised if isinstance(self.schedule, FlowSchedule) else noised)(
-            latents, self.schedule, self.config.loss, generator
-        )
+        batch = noised(latents, self.schedule, self.config.loss, generator)
         if self.teacher is not None:
             self.teacher.paths.renew(pictures.rows, pictures.captions, self._means, self.schedule, generator)
             batch, prompts = self.teacher.batch(batch, prompts, pictures.captions)
