@@ -1,10 +1,13 @@
-"""The interface: python benchmarks/ui.py start | overhead | load [--clients 50] [--seconds 180]   (writes ui.json)
+"""The interface: python benchmarks/ui.py start | overhead | load [--clients 50] [--seconds 180] [--workers 2 --kill-every 20]
 
 start     seconds from the command to a page that answers and to a model that is loaded, and from the call of the page to a prompt
           that can be written in headless Chromium; every run has a new server, its first page has an empty browser cache
 overhead  seconds of /txt2img through gradio_client beside `Engine.run` of the same prompt, steps and seed in this process, in
           turns; and of `Engine.run` with previews beside without. Medians and 95 % bootstrap intervals of paired differences
-load      many clients at once that wait, stop, cancel or vanish: see ui_load.py; ends with 1 where anything went wrong
+load      many clients at once that wait, stop, cancel or vanish: see ui_load.py; ends with 1 where anything went wrong. With
+          --workers the page draws in so many processes, and every --kill-every seconds one of them is killed
+
+Writes ui.json.
 
 Needs chromium (Debian) for start, gradio for all. Everything stays on 127.0.0.1. The load averages beside the figures say how
 quiet the machine was.
@@ -38,12 +41,12 @@ RESAMPLES = 10_000
 
 
 @contextmanager
-def server() -> Iterator[tuple[int, str, Path]]:
+def server(*options: str) -> Iterator[tuple[int, str, Path]]:
     """A server with a user's folder of its own: process number, address, folder."""
     from served import start
 
     with tempfile.TemporaryDirectory(prefix="latentpipe-bench-") as home:
-        process, address = start("--no-save", home=Path(home))
+        process, address = start("--no-save", *options, home=Path(home))
         try:
             yield process.pid, address, Path(home)
         finally:
@@ -171,6 +174,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="servers of start")
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=180)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--kill-every", type=float, default=0)
     given = parser.parse_args()
     if given.part == "start":
         found = measure_start(given.runs)
@@ -179,12 +184,14 @@ def main() -> None:
     else:
         import ui_load
 
-        with server() as (pid, address, home):
+        workers = ["--workers", str(given.workers)] if given.workers else []
+        with server(*workers) as (pid, address, home):
             wait_ready(address)
-            found = ui_load.measure(address, pid, home, given.clients, given.seconds)
+            found = ui_load.measure(address, pid, home, given.clients, given.seconds, given.kill_every)
+    name = f"{given.part}, {given.workers} workers" if given.workers else given.part
     path = HERE / "ui.json"
     known = json.loads(path.read_text()) if path.exists() else {"floors": FLOORS}
-    path.write_text(json.dumps({**known, "cores": os.cpu_count(), given.part: found}, indent=1) + "\n")
+    path.write_text(json.dumps({**known, "cores": os.cpu_count(), name: found}, indent=1) + "\n")
     print(json.dumps(found, indent=1))
     if found.get("wrong"):
         raise SystemExit(1)

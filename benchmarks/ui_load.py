@@ -9,11 +9,13 @@ the pixels must agree.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
 import os
 import random
+import signal
 import socket
 import statistics
 import struct
@@ -94,8 +96,8 @@ class Visit:
             return "vanished", None
         if kind == "error":
             text = json.dumps(data)
-            assert "queue is full" in text, f"error: {text[:300]}"
-            return "queue full", None
+            assert "queue is full" in text or "worker that drew this died" in text, f"error: {text[:300]}"
+            return "queue full" if "queue is full" in text else "worker died", None
         if not data or data[0] is None:
             assert self.left, f"no picture: {json.dumps(data)[:300]}"
             return "clean cancel", None
@@ -188,14 +190,27 @@ def client(number: int, address: str, fn_index: int, end: float, tally: Tally) -
         round_ += 1
 
 
+def killer(pid: int, every: float, until: float, killed: list[int]) -> None:
+    """Kill one of the server's workers at random, again and again."""
+    random_ = random.Random(0)
+    while time.monotonic() < until:
+        time.sleep(every)
+        children = Path(f"/proc/{pid}/task").glob("*/children")
+        workers = [int(number) for path in children for number in path.read_text().split()]
+        if workers:
+            killed.append(random_.choice(workers))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(killed[-1], signal.SIGKILL)
+
+
 def vitals(pid: int) -> dict[str, int]:
     """Resident memory in kB and threads of a process."""
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return {"rss_kb": int(lines["VmRSS"].split()[0]), "threads": int(lines["Threads"])}
 
 
-def measure(address: str, pid: int, home: Path, clients: int, seconds: float) -> dict[str, Any]:
-    """Run the clients, watch the server, judge both."""
+def measure(address: str, pid: int, home: Path, clients: int, seconds: float, kill_every: float = 0) -> dict[str, Any]:
+    """Run the clients, watch the server, judge both; every `kill_every` seconds one of its workers is killed (0: none)."""
     from ui import health
 
     tally = Tally()
@@ -213,6 +228,9 @@ def measure(address: str, pid: int, home: Path, clients: int, seconds: float) ->
         threading.Thread(target=client, args=(number, address, fn_index, begin + seconds, tally), daemon=True)
         for number in range(clients)
     ]
+    killed: list[int] = []
+    if kill_every:
+        threading.Thread(target=killer, args=(pid, kill_every, begin + seconds, killed), daemon=True).start()
     for each in crowd:
         each.start()
     while any(each.is_alive() for each in crowd) and time.monotonic() < begin + seconds + 2 * LONGEST_S:
@@ -234,7 +252,8 @@ def measure(address: str, pid: int, home: Path, clients: int, seconds: float) ->
         print(log[-3000:], file=sys.stderr)
     return {
         "clients": clients, "seconds": seconds, "requests": sum(tally.ends.values()), "ends": dict(tally.ends.most_common()),
-        "picture_wait_s": statistics.median(tally.waited_s) if tally.waited_s else None, "redrawn": redrawn, "wrong": wrong,
+        "picture_wait_s": statistics.median(tally.waited_s) if tally.waited_s else None, "redrawn": redrawn,
+        "wrong": wrong, "killed": len(killed),
         "threads": {"before": before["threads"], "most": max(row[2] for row in samples), "after": after["threads"]},
         "settled_s": settled, "jobs_after": jobs, "memory": memory, "rss_mb_before": before["rss_kb"] / 1024,
         "rss_mb_after": after["rss_kb"] / 1024, "load_average": [load_before, load_after],
@@ -268,6 +287,8 @@ def judged_memory(samples: Sequence[tuple[float, ...]], seconds: float) -> dict[
 
 def draw_again(pictures: list[bytes]) -> tuple[int, int]:
     """How many pictures were drawn again from their recipes, and how many of them differ."""
+    import torch
+
     from latentpipe import LatentPipeline
 
     pipe, differ = LatentPipeline.from_pretrained(), 0
@@ -276,6 +297,8 @@ def draw_again(pictures: list[bytes]) -> tuple[int, int]:
             copy.write(content)
             copy.flush()
             recipe = read(Path(copy.name))
+        if recipe.machine is not None:
+            torch.set_num_threads(recipe.machine.threads)  # another number changes last bits
         again = pipe(recipe.prompt, seed=recipe.seed, num_inference_steps=recipe.steps)[0].image
         with Image.open(io.BytesIO(content)) as stored:
             differ += not np.array_equal(np.asarray(stored.convert("RGB")), np.asarray(again))

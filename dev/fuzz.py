@@ -480,6 +480,62 @@ def _open_tools(at: Path) -> Any:
     return len(found)
 
 
+def _shards(at: Path) -> None:
+    from helpers import write_shards
+
+    from latentpipe.checkpoints.vae_io import save_vae, vae_hash
+    from latentpipe.data.latent_cache import LatentCache
+
+    save_vae(tiny_vae(), at / "vae", {})
+    std, captions = torch.full((7, 4, 8, 8), 0.5).half(), [("a red bar",), (), *[("x", "y")] * 5]
+    cache = LatentCache(torch.randn(7, 4, 8, 8).half(), std, captions, 16, vae_hash(at / "vae"), ("a", "b", *[""] * 5))
+    write_shards(at / "shards", cache, 3)
+    os.rename(at / "vae", _sound_vae(at))
+
+
+def _sound_vae(at: Path) -> Path:
+    """A place beside a reader's folders, where nothing is damaged."""
+    return at.parent / "vae-of-shards"
+
+
+def _open_shards(at: Path) -> Any:
+    from latentpipe.data.sharded_latents import open_latents
+
+    found = open_latents(at / "shards", _sound_vae(at))
+    assert len(list(found.captions)) == len(found)
+    return [found.captioned(), found.weights({}), found.sample(torch.arange(len(found)), torch.Generator().manual_seed(0))]
+
+
+def _tars(at: Path) -> None:
+    import tarfile
+
+    with tarfile.open(at / "set.tar", "w") as archive:
+        for number in range(3):
+            data = io.BytesIO()
+            draw_shape("red", "circle", 24).save(data, format="PNG")
+            for ending, content in (("png", data.getvalue()), ("json", b'{"text": "a red circle"}')):
+                member = tarfile.TarInfo(f"{number:03d}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+def _open_tars(at: Path) -> Any:
+    from latentpipe.data.image_folder import read_square
+    from latentpipe.data.sources import Reader as Bytes
+    from latentpipe.data.sources import as_line, entries, from_line
+
+    listed, reader, found = list(entries(at)), Bytes(at), []
+    if not listed:
+        raise UserError("no picture")
+    for entry in listed:
+        assert from_line(as_line(entry)) == entry
+        data = reader.bytes_of(entry)
+        if isinstance(data, bytes):
+            with suppress(UserError):  # broken pictures are listed
+                found.append(read_square(Path("x"), 16, data).astype(np.float32))
+    return found
+
+
 READERS: dict[str, Reader] = {
     "vae-folder": Reader(_vae_folder, _open_vae),
     "vae-file": Reader(_vae_file, _open_vae),
@@ -493,6 +549,8 @@ READERS: dict[str, Reader] = {
     "peft": Reader(_peft, _open_lora),
     "adapter": Reader(_adapter, _open_adapter),
     "cache": Reader(_cache, _open_cache),
+    "shards": Reader(_shards, _open_shards),
+    "tars": Reader(_tars, _open_tars),
     "codec": Reader(_codec, _open_codec),
     "config": Reader(_configs, _open_configs),
     "yaml": Reader(_yaml, _open_yaml),

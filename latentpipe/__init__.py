@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from latentpipe.checkpoints.vae_io import load_vae
     from latentpipe.compatibility.measure import Verdict
     from latentpipe.data.latent_cache import encode_folder
+    from latentpipe.data.shards import EncodedShards, encode_shards
     from latentpipe.engine.engine import Engine, Finished, StepDone
     from latentpipe.engine.replay import Replay, replay
     from latentpipe.evaluate.compare_vaes import compare_vaes
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Comparison": "evaluate.comparison",
     "Diagnosis": "evaluate.diagnosis",
+    "EncodedShards": "data.shards",
     "Engine": "engine.engine",
     "Evaluation": "evaluate.results",
     "Finished": "engine.engine",
@@ -59,6 +61,7 @@ _HOME = {
     "compare_vaes": "evaluate.compare_vaes",
     "diagnose_vae": "evaluate.diagnosis",
     "encode_folder": "data.latent_cache",
+    "encode_shards": "data.shards",
     "evaluate_vae": "evaluate.reconstruction",
     "find_model": "checkpoints.registry",
     "fit_adapter": "train.latent_adapter",
@@ -73,6 +76,7 @@ _HOME = {
 __all__ = [
     "Comparison",
     "Diagnosis",
+    "EncodedShards",
     "Engine",
     "Evaluation",
     "Finished",
@@ -91,6 +95,7 @@ __all__ = [
     "compare_vaes",
     "diagnose_vae",
     "encode_folder",
+    "encode_shards",
     "evaluate_vae",
     "find_model",
     "fit_adapter",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +119,67 @@ def edit_json(path: Path, **changes: Any) -> None:
     """Change keys of a JSON file; None removes one."""
     value = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: entry for key, entry in value.items() if entry is not None}))
+
+
+def write_shards(folder: Path, cache: Any, per_shard: int) -> Path:
+    """The rows of a cache in shards, as `encode --shards` would write them."""
+    from safetensors.torch import save_file
+
+    from latentpipe.data.shard_manifest import FORMAT, Manifest, ShardFile, shard_path, write_manifest
+    from latentpipe.utils.io import file_hash
+
+    folder.mkdir(parents=True)
+    shards = []
+    for number, first in enumerate(range(0, len(cache), per_shard)):
+        rows = slice(first, first + per_shard)
+        texts = [json.dumps(one).encode() if one else b"" for one in cache.captions[rows]]
+        kinds = sorted(set(cache.kinds[rows]))
+        tensors = {
+            "mean": cache.mean[rows].clone(),
+            "std": cache.std[rows].clone(),
+            "captions": torch.tensor(list(b"".join(texts)), dtype=torch.uint8),
+            "caption_ends": torch.tensor([len(text) for text in texts]).cumsum(0),
+        }
+        if kinds:
+            tensors["kinds"] = torch.tensor([kinds.index(kind) for kind in cache.kinds[rows]], dtype=torch.int32)
+        path = shard_path(folder, number)
+        save_file(tensors, path, metadata={FORMAT: json.dumps({"kinds": kinds, "skipped": {}})})
+        facts = {"rows": len(texts), "bytes": path.stat().st_size, "sha256": file_hash(path)}
+        shards.append(ShardFile(pictures=len(texts), begins=0, **facts))
+    common = {"latentpipe": "0", "torch": "0", "device": "cpu", "threads": 1, "per_shard": per_shard}
+    of = {"vae_hash": cache.vae_hash, "size_px": cache.size_px, "shape": cache.shape}
+    write_manifest(folder, Manifest.model_validate({**common, **of, "shards": shards}))
+    return folder
+
+
+class InThread:
+    """A worker without a process of its own: the same job, seconds of imports earlier."""
+
+    def __init__(self, opener: str, arguments: Any) -> None:
+        from latentpipe.utils.worker_process import open_job
+
+        self.job = open_job(opener, arguments, "cpu", 1)
+        self.token = threading.Event()
+
+    def ask(self, task: Any, on_event: Any = None) -> dict[str, Any]:
+        """The answer to a task, as it comes from a process: through JSON."""
+        from latentpipe.utils.worker_process import answer
+
+        self.token.clear()  # as a process does
+        told = json.loads(json.dumps(task))
+        return json.loads(json.dumps(answer(lambda: self.job(told, on_event or (lambda event: None), self.token))))
+
+    def cancel(self) -> None:
+        """Stop the task in work."""
+        self.token.set()
+
+    def end(self) -> None:
+        """Nothing is left behind."""
+
+
+@contextmanager
+def opened_in_threads(
+    cluster: Any, opener: str, arguments: Any, threads: int, device: str | None = None
+) -> Iterator[Callable[[int], InThread]]:
+    """In place of `utils.cluster.opened_on`."""
+    yield lambda number: InThread(opener, arguments)

@@ -20,7 +20,7 @@ ROOMS = {
     "utils": """
         atomic defaults deferred_imports errors setting_names cancellation logging out_of_memory progress signals system
         threads yaml_loader
-        reading images io gguf_header
+        reading images io gguf_header worker_process workers cluster
     """,
     "vae": """
         entropy_model latent_space offload precision probe_images tiny tiling.feature_map tiling.support tiling.tiled
@@ -51,16 +51,16 @@ ROOMS = {
         memory_need opening chains latent_pipeline
     """,
     "engine": """
-        jobs engine replay pipeline_cache xy_grid.axes xy_grid.sheet xy_grid.plot
+        jobs engine replay pipeline_cache studio xy_grid.axes xy_grid.sheet xy_grid.plot
     """,
     "data": """
         defects emoji emoji_sets emoji_hands emoji_bank emoji_hands_bank factor_shapes listing image_folder
-        image_set latent_cache shapes streaming
+        image_set latent_cache shapes streaming tables sources shard_manifest shard_worker shards sharded_latents
     """,
     "evaluate": """
         metrics.emoji_words metrics.frechet metrics.inception metrics.posterior metrics.spectrum metrics.ssim
         metrics.train_emoji_words metrics.weights metrics.features metrics.lpips health diagnosis protocol
-        metrics.latents preprocessing report.axes report.svg speed statistics results accumulator
+        metrics.latents preprocessing report.axes report.svg speed statistics results accumulator crew artists
         report.text comparison reconstruction report.crops report.figures report.html compare_vaes style_adherence
         prompt_adherence vae_lab
     """,
@@ -101,6 +101,8 @@ PUBLIC = {
     "compare_vaes",
     "diagnose_vae",
     "encode_folder",
+    "encode_shards",
+    "EncodedShards",
     "evaluate_vae",
     "find_model",
     "load_vae",

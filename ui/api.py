@@ -132,7 +132,8 @@ def _draw(app: App, request: gr.Request, prompt: str, model: str, vae: str, sett
     """Empty results now and then while it draws, so that a client that leaves is noticed; then the files and their recipes."""
     told_at = time.monotonic()
     with toast_errors() as notes:
-        for event in app.jobs.draw(request, lambda: app.pipe(model, vae), prompt or "", notes, previews=False, **settings):
+        names = app.names(model, vae)
+        for event in app.jobs.draw(request, lambda: app.pipe(model, vae), prompt or "", notes, False, names, **settings):
             if isinstance(event, Finished):
                 recipes = [picture.recipe.model_dump(mode="json") for picture in event.pictures]
                 yield [app.keep(picture) for picture in event.pictures], recipes
@@ -168,10 +169,8 @@ def _lists(app: App) -> None:
 
     def health() -> dict[str, Any]:
         """Whether the model is loaded, its name, how many jobs run or wait, and the version."""
-        from latentpipe.engine.jobs import device
-
         state = "failed" if app.failure else "ready" if app.models.is_open(app.model) else "loading"
-        return {"status": state, "model": app.model, "jobs": device.length, "version": VERSION}
+        return {"status": state, "model": app.model, "jobs": app.jobs.length, "version": VERSION}
 
     for function in (vae_list, lora_list, stop, health):
         gr.Button().click(function, None, [gr.JSON(label="result")], api_name=function.__name__, queue=False, **PUBLIC)

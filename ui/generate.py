@@ -93,13 +93,13 @@ def _wire_run(app: App, form: Form, shown: tuple[Any, ...], kept: tuple[Any, ...
     def draw(values: Values, request: gr.Request) -> Iterator[dict[Any, Any]]:
         with remembered(app, request), toast_errors() as notes:
             prompt = values[form.prompt] or ""
-            adapter = values[form.adapter]
+            chosen = values[form.model], values[form.vae], None if values[form.adapter] == NO_ADAPTER else values[form.adapter]
 
             def pipe() -> Any:
-                return app.pipe(values[form.model], values[form.vae], None if adapter == NO_ADAPTER else adapter)
+                return app.pipe(*chosen)
 
             shown_at = 0.0
-            for event in app.jobs.draw(request, pipe, prompt, notes, **form.settings(values)):
+            for event in app.jobs.draw(request, pipe, prompt, notes, names=app.names(*chosen), **form.settings(values)):
                 if isinstance(event, Finished):
                     yield finished(event, values[past], notes)
                     notes.clear()  # they stand in the status

@@ -17,13 +17,15 @@ from gradio.utils import get_upload_folder
 from latentpipe import UserError
 from latentpipe.checkpoints.registry import bundled_weights_dir, find_model
 from latentpipe.checkpoints.single_file.gather import Stated
+from latentpipe.engine.studio import Studio
 from latentpipe.ui import app as pages
 from latentpipe.ui import serving, sessions, theme
 from latentpipe.ui.entrance import Entrance
 from latentpipe.ui.guard import MAX_FILE, RequestGuard
+from latentpipe.ui.jobs import MAX_WORK, Jobs
 from latentpipe.ui.listeners import Listeners
 from latentpipe.ui.login import LoginSessions
-from latentpipe.ui.state import MAX_WORK, App, Jobs, collect_notes
+from latentpipe.ui.state import App, collect_notes
 from latentpipe.utils.io import home
 from latentpipe.utils.signals import signals_to
 
@@ -41,6 +43,8 @@ def serve(
     max_work: float = MAX_WORK,
     stated: Stated | None = None,
     takes_over: Callable[[], None] = lambda: None,
+    workers: int | None = None,
+    cluster: str | None = None,
 ) -> Served:
     """Serve the interface at an entrance; returns what serves it.
 
@@ -48,6 +52,8 @@ def serve(
     stated      what the single file of `model` does not say itself
     mcp         offer the endpoints to language models as tools as well (needs the extra)
     out         where pictures are kept; None: nowhere but in the visitor's browser
+    workers     processes that draw, one for each device; None: this process draws
+    cluster     address of a Ray cluster that they run on
     takes_over  called right before the server answers at the sockets of the entrance
     """
     if not max_work > 0:
@@ -61,6 +67,8 @@ def serve(
         undo.callback(state.close)
         state.models.device, state.models.dtype = device, dtype
         state.models.stated |= {place: stated} if stated is not None and place.is_file() else {}
+        if workers is not None:
+            state.jobs.studio = Studio(workers, model, device, dtype, state.models.stated, cluster)
         page = pages.build(state).queue(default_concurrency_limit=8, api_open=False)
         sessions.lighten(page)
         page.max_threads = page._queue.max_thread_count = THREADS

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextvars
 import shutil
 import tempfile
 import threading
-import time
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -19,18 +17,17 @@ from typing import Any
 import gradio as gr
 from gradio.utils import get_upload_folder
 
-from latentpipe import Engine, Finished, LatentPipeline, Picture, StepDone, UserError
+from latentpipe import LatentPipeline, Picture, UserError
 from latentpipe.checkpoints.registry import available
-from latentpipe.engine.jobs import Cancelled, Done, Progress, Waiting, device, run_job
+from latentpipe.engine.jobs import Cancelled
 from latentpipe.engine.pipeline_cache import PipelineCache
+from latentpipe.engine.studio import Names
 from latentpipe.pipelines.picture import free_path
-from latentpipe.ui.listeners import Listeners
+from latentpipe.ui.jobs import JOB_NOTES, Jobs
 from latentpipe.ui.wording import in_words_of_the_page
-from latentpipe.utils.defaults import STEPS
 from latentpipe.utils.errors import LatentpipeWarning
 from latentpipe.utils.io import atomic_file
 from latentpipe.utils.out_of_memory import is_shortage, sentence
-from latentpipe.utils.progress import ProgressCallback
 
 BUILT_IN = "Built-in"
 HEAVY: dict[str, Any] = {
@@ -40,125 +37,6 @@ HEAVY: dict[str, Any] = {
 LIGHT: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 """Of handlers that answer at once. They too go through gradio's queue, each with a place of its own, for `gr.Info` reaches the
 page as an event of that queue alone: with ``queue=False`` it is printed on the server (gradio 6.31, `helpers.log_message`)."""
-MAX_WORK = 300.0  # millions of pixels x steps x pictures in one request: 1024 x 1024 pixels, 28 steps, 10 pictures
-_notes: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("notes", default=None)
-
-
-class Jobs:
-    """The jobs of each visitor, by session, so that Stop ends one's own only.
-
-    max_work   the most that one request may ask for: pixels x steps x pictures, in millions
-    listeners  who reads the events of a visitor; None: nobody looks, and every job goes on to its end
-    """
-
-    def __init__(self, max_work: float = MAX_WORK, listeners: Listeners | None = None) -> None:
-        self.max_work, self.listeners = max_work, listeners
-        self._tokens: dict[str, list[threading.Event]] = {}
-        self._lock = threading.Lock()
-        self._closed = False
-
-    def allow(self, width: float, height: float, steps: float, count: float) -> None:
-        """UserError where a request asks for more than `max_work`."""
-        work = width * height * steps * count / 1e6
-        if not work <= self.max_work:
-            raise UserError(
-                f"This asks for {width:g} x {height:g} pixels x {steps:g} steps x {count:g} pictures: {work:,.6g} million; "
-                f"at most {self.max_work:,.6g} million are drawn at once here. Choose fewer steps or pictures, or a smaller size."
-            )
-
-    def run(
-        self, request: gr.Request, work: Callable[[ProgressCallback], Any], notes: list[str] | None = None
-    ) -> Iterator[Waiting | Progress | Done]:
-        """Events of `latentpipe.engine.jobs.run_job` for this visitor: `Waiting` ..., `Progress` ..., `Done` with `.result`.
-
-        The first one is ``Waiting(0)``, at once.
-
-        notes  of `toast_errors()`: where the job's notes go
-        """
-        with self._token(request) as token:
-            yield Waiting(0)  # so that a click is seen at once, and Stop has something to stop from here on
-            _notes.set(notes)  # the job's thread, which starts below, inherits it
-            yield from self._read(run_job(work, token), token, request)
-
-    def draw(
-        self,
-        request: gr.Request,
-        open_pipe: Callable[[], LatentPipeline],
-        prompt: str,
-        notes: list[str] | None = None,
-        previews: bool = True,
-        **settings: Any,
-    ) -> Iterator[Waiting | StepDone | Finished]:
-        """Events of `latentpipe.Engine.run` for this visitor; UserError where that is too much work."""
-        with self._token(request) as token:
-            yield Waiting(0)
-            pipe = open_pipe()
-            if token.is_set():
-                raise Cancelled("stopped while the model was opened")
-            width, height = settings.get("size") or pipe.native_size
-            self.allow(width, height, settings.get("num_inference_steps", STEPS), settings.get("n", 1))
-            _notes.set(notes)
-            yield from self._read(Engine(pipe).run(prompt, cancel=token, previews=previews, **settings), token, request)
-
-    def stop(self, request: gr.Request) -> int:
-        """Stop this visitor's jobs; returns how many there were."""
-        with self._lock:
-            tokens = list(self._tokens.get(request.session_hash or "", ()))
-        for token in tokens:
-            token.set()
-        return len(tokens)
-
-    def leave(self, request: gr.Request) -> None:
-        """A visitor has closed the page: nobody waits for the jobs."""
-        self.stop(request)
-
-    def close(self, seconds: float = 5.0) -> None:
-        """Stop everybody's jobs, begin no more, and wait until those at work have left their step."""
-        with self._lock:
-            self._closed = True
-            tokens = [token for every in self._tokens.values() for token in every]
-        for token in tokens:
-            token.set()
-        device.wake()
-        until = time.monotonic() + seconds
-        for thread in threading.enumerate():
-            if thread.name == "latentpipe_work":
-                thread.join(max(0.0, until - time.monotonic()))
-
-    def _read(self, events: Generator[Any, None, None], token: threading.Event, request: gr.Request) -> Iterator[Any]:
-        """The events of a job, which stops when nobody reads the visitor's events any more."""
-        session, since = request.session_hash or "", time.monotonic()
-        for event in _left_at_once(events, token):
-            if self.listeners is not None and self.listeners.gone(session, since):
-                token.set()
-            yield event
-
-    @contextmanager
-    def _token(self, request: gr.Request) -> Generator[threading.Event, None, None]:
-        token, session = threading.Event(), request.session_hash or ""
-        with self._lock:
-            if self._closed:
-                raise UserError("The server is about to end; nothing more is begun.")
-            self._tokens.setdefault(session, []).append(token)
-        try:
-            yield token
-        finally:
-            token.set()
-            with self._lock:
-                self._tokens[session].remove(token)
-                if not self._tokens[session]:
-                    del self._tokens[session]
-
-
-def _left_at_once(events: Generator[Any, None, None], token: threading.Event) -> Iterator[Any]:
-    """The events of a job. Closing stops it without waiting for its step: gradio closes on the thread that serves everybody."""
-    try:
-        for event in events:  # noqa: UP028 - the close of `yield from` waits
-            yield event
-    except GeneratorExit:
-        token.set()
-        threading.Thread(target=events.close, name="latentpipe_close", daemon=True).start()
-        raise
 
 
 @dataclass
@@ -181,6 +59,10 @@ class App:
     """Inside gradio's own folder: a file there is not copied once more, and is removed after a day (`delete_cache`)."""
 
     _keeping: threading.Lock = field(default_factory=threading.Lock)
+
+    def names(self, model: str | None = None, vae: str | None = None, adapter: str | None = None) -> Names:
+        """What `pipe` opens, as workers are told it."""
+        return model or self.model, None if vae in (None, "", BUILT_IN) else vae, adapter or None
 
     def choices(self, kind: str) -> list[str]:
         """Installed names of a kind ("models", "vae" or "lora")."""
@@ -218,7 +100,9 @@ class App:
         return Path(tempfile.mkdtemp(dir=self.shown)) / name
 
     def close(self) -> None:
-        """Remove the files that were shown."""
+        """Remove the files that were shown, and end the workers."""
+        if self.jobs.studio is not None:
+            self.jobs.studio.close()
         shutil.rmtree(self.shown, ignore_errors=True)
 
 
@@ -286,7 +170,7 @@ def collect_notes() -> None:
     before = warnings.showwarning
 
     def show(message: Any, category: type[Warning], *rest: Any, **named: Any) -> None:
-        notes = _notes.get()
+        notes = JOB_NOTES.get()
         if issubclass(category, LatentpipeWarning) and notes is not None:
             notes.append(str(message))
         else:

@@ -141,6 +141,14 @@ def file(option: str, value: Path) -> None:
         raise UserError(f"{option} {value}: no such file.{near(value.name, beside, 0.75)}")
 
 
+def latents(option: str, value: Path) -> None:
+    """A latent cache, or a folder of shards."""
+    if not value.is_dir():
+        file(option, value)
+    elif not (value / "manifest.json").is_file():
+        raise UserError(f"{option} {value}: this folder has no manifest.json; expected a latent cache, or a folder of shards.")
+
+
 def picture(option: str, value: Path) -> None:
     """A file that begins as a picture does."""
     from latentpipe.utils.images import picture_file

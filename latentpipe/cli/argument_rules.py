@@ -53,6 +53,7 @@ RULES: dict[str, argument_checks.Rule | None] = {
     "noise": within(0, 3),
     "norm_groups": COUNT,
     "normal": argument_checks.folder,
+    "per_shard": within(1, 2**20),
     "picture": argument_checks.picture,
     "port": within(1, 65535),
     "probe": within(0),
@@ -72,6 +73,7 @@ RULES: dict[str, argument_checks.Rule | None] = {
     "strength": above(0, 1),
     "vae": argument_checks.vae,
     "vaes": argument_checks.vaes,
+    "workers": within(1, 1024),
     # verbs whose parameter means something else
     "anomaly.out": PNG,
     "anomaly.save": output_paths.written,
@@ -88,6 +90,7 @@ RULES: dict[str, argument_checks.Rule | None] = {
     "emoji.hands": argument_checks.folder,
     "emoji.size": within(8, 1024),
     "encode.out": output_paths.weights,
+    "encode.shards": output_paths.sharded,
     "evaluate prompts.held_out": within(0),
     "evaluate prompts.seen": within(0),
     "fit-adapter.out": output_paths.weights,
@@ -134,6 +137,8 @@ CONTROLLED = {
 }
 NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "generate": {"adapter": ("vae",), "lora_method": ("lora",), "strength": ("image",), **CONTROLLED},
+    "encode": {"workers": ("shards",), "cluster": ("shards",), "per_shard": ("shards",)},
+    "ui": {"cluster": ("workers",)},
     "edit": {"share": ("mix",), "amount": ("along",), "feather": ("mask",)},
     "lora convert": {"rank": ("plain",)},
 }

@@ -43,22 +43,52 @@ def _emoji_hands(out: Path, hands: Path, size: int, font: Path | None) -> None:
         print(f"{out / name}: {counted(sum(by_hand.values()), 'picture')} ({shares})")
 
 
-def encode(folder: Path, /, vae: str, size: int = 64, out: Path | None = None, caption_column: str | None = None) -> None:
-    """Cache the latents of a folder of pictures for train-denoiser.
+def encode(
+    folder: Path,
+    /,
+    vae: str,
+    size: int = 64,
+    out: Path | None = None,
+    caption_column: str | None = None,
+    shards: Path | None = None,
+    workers: int = 1,
+    cluster: str | None = None,
+    per_shard: int = 1024,
+) -> None:
+    """Cache the latents of a folder of pictures for train-denoiser: in one file, or in shards that several workers make.
 
     Args:
-        folder: Pictures with metadata.jsonl or metadata.csv, or with a caption in NAME.txt beside each NAME.png.
+        folder: Pictures with metadata.jsonl or metadata.csv, or with a caption in NAME.txt beside each NAME.png; with --shards
+            also WebDataset tars, or parquet and arrow files (needs latentpipe[tables]).
         vae: Name or folder of the VAE.
         size: Side that the pictures are resized to, in pixels.
         out: The cache file; left out: FOLDER/.latents/VAEHASH-SIZE.safetensors.
         caption_column: Column of the metadata that holds the captions; left out: text, caption or prompt.
+        shards: Folder for a file of each so many pictures, in place of one file; given again, the call makes what is missing.
+        workers: Processes, each of one thread or on a GPU of its own.
+        cluster: Address of a Ray cluster that the workers run on, or auto (needs latentpipe[cluster]).
+        per_shard: Pictures in each shard.
     """
     from tqdm import tqdm
 
     from latentpipe.checkpoints.registry import find_model
-    from latentpipe.data.latent_cache import default_path, encode_folder
 
     where = find_model(vae, "vae")
-    path = out or default_path(folder, where, size)
-    encode_folder(folder, where, path, size, progress=lambda parts: tqdm(parts, unit="batch"), column=caption_column)
-    print(path)
+    if shards is None:
+        from latentpipe.data.latent_cache import default_path, encode_folder
+
+        path = out or default_path(folder, where, size)
+        encode_folder(folder, where, path, size, progress=lambda parts: tqdm(parts, unit="batch"), column=caption_column)
+        print(path)
+        return
+    from latentpipe.data.shards import encode_shards
+
+    with tqdm(unit="picture") as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        made = encode_shards(folder, where, shards, size, workers, cluster, caption_column, per_shard, progress=show)
+    print(made.report())
+    print(made.folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from latentpipe.cli.common import as_json
 from latentpipe.utils.defaults import GUIDANCE, STEPS
@@ -28,6 +28,7 @@ def evaluate_vae(
     csv: Path | None = None,
     sheet: Path | None = None,
     json: bool = False,
+    workers: int | None = None,
 ) -> None:
     """Measure a VAE on a folder of pictures: quality, rate and latents, each with its interval; with --full robustness and cost.
 
@@ -46,6 +47,7 @@ def evaluate_vae(
         csv: Write the values of each picture to this file.
         sheet: Write a PNG of the best, median and worst picture: original, rebuilt, difference.
         json: Print one JSON object only.
+        workers: Processes of one thread that share the pictures, with the figures of one; left out: this process, all threads.
     """
     from latentpipe.evaluate.protocol import find_protocol
     from latentpipe.evaluate.reconstruction import evaluate_vae as run
@@ -54,8 +56,8 @@ def evaluate_vae(
     _check_file(csv, "--csv", ".csv")
     _check_file(sheet, "--sheet", ".png")
     way, where = find_protocol(protocol, posterior, rounding, size), device or best_device()
-    found = run(vae, images, protocol=way, max_images=most, features=features, full=full, probe=probe, device=where, sheet=sheet)
-    _tell(found, csv, sheet, json)
+    rest: dict[str, Any] = {"max_images": most, "features": features, "full": full, "probe": probe, "workers": workers}
+    _tell(run(vae, images, protocol=way, device=where, sheet=sheet, **rest), csv, sheet, json)
 
 
 def _tell(found: Evaluation, csv: Path | None, sheet: Path | None, json: bool) -> None:
@@ -91,6 +93,7 @@ def evaluate_prompts(
     styles: int | None = None,
     objects: int | None = None,
     json: bool = False,
+    workers: int | None = None,
 ) -> None:
     """Does the picture follow the prompt? One picture for each prompt, seed = index, nothing selected.
 
@@ -105,10 +108,11 @@ def evaluate_prompts(
         styles: Also score a model of several hands: so many held-out cells of emoji and style (0: all), and "any style".
         objects: Also score so many of the training prompts that name no skin tone and no flag; 0: all.
         json: Print one JSON object only.
+        workers: Processes of one thread that share the prompts, with the figures of one; left out: this process, all threads.
     """
     from latentpipe.evaluate.prompt_adherence import adherence_table, evaluate
 
-    result = evaluate(model, seen, held_out, steps, guidance, device, grid, styles, objects)
+    result = evaluate(model, seen, held_out, steps, guidance, device, grid, styles, objects, workers)
     print(as_json(result) if json else adherence_table(result))
 
 
@@ -124,6 +128,7 @@ def compare(
     protocol: Literal["latentpipe", "lightningdit", "dc-ae", "coco-5k"] = "latentpipe",
     device: str | None = None,
     json: bool = False,
+    workers: int | None = None,
 ) -> None:
     """Compare VAEs on the same pictures: paired intervals, a winner only where it is clear, and one self-contained page.
 
@@ -137,6 +142,7 @@ def compare(
         protocol: How to measure: latentpipe, lightningdit, dc-ae or coco-5k.
         device: cpu, cuda or mps.
         json: Print one JSON object only.
+        workers: Processes of one thread that share the pictures, with the figures of one; left out: this process, all threads.
     """
     import shlex
     from json import dumps
@@ -144,13 +150,12 @@ def compare(
     from latentpipe.evaluate.compare_vaes import compare_vaes
     from latentpipe.utils.system import best_device
 
-    given = {"size": size, "most": most, "device": device}
+    given = {"size": size, "most": most, "device": device, "workers": workers}
     words = ["latentpipe", "compare", *vaes, "--images", str(images), "--out", str(out), "--features", features]
     words += ["--protocol", protocol, *(word for key, value in given.items() if value for word in (f"--{key}", str(value)))]
     where, command = device or best_device(), shlex.join(words)
-    comparison = compare_vaes(
-        vaes, images, protocol=protocol, size=size, max_images=most, features=features, device=where, out=out, command=command
-    )
+    way: dict[str, Any] = {"protocol": protocol, "size": size, "max_images": most, "features": features, "workers": workers}
+    comparison = compare_vaes(vaes, images, **way, device=where, out=out, command=command)
     print(dumps(comparison.as_dict(), indent=2, allow_nan=False) if json else f"{comparison}\n\n{out}")
 
 

@@ -128,20 +128,23 @@ def _of_file(file: Path) -> str:
     return info.recipe.model_dump_json(indent=2) if info.recipe else as_json(info.shortened())
 
 
-def env(fits: bool = False) -> None:
-    """Print versions, devices and folders, for a bug report; and what fits into the memory.
+def env(fits: bool = False, cluster: str | None = None) -> None:
+    """Print versions, devices and folders, for a bug report; and what fits into the memory, or what a cluster has.
 
     Args:
         fits: Say how much memory each family and each installed model takes, of what is free (some seconds).
+        cluster: Address of a Ray cluster, or auto: say its nodes, processors, GPUs and memory (some seconds).
     """
     import torch
 
     from latentpipe.checkpoints.registry import bundled_weights_dir
     from latentpipe.pipelines.metadata.recipe import this_machine
+    from latentpipe.utils.cluster import devices, facts_of
     from latentpipe.utils.io import home
     from latentpipe.utils.system import best_device
 
     machine = this_machine(best_device(), "fp32", torch.get_num_threads()).model_dump()
+    machine |= {"workers_on": devices(), "cluster": facts_of(cluster)}
     facts = {**machine, "python": sys.version.split()[0], "shipped": str(bundled_weights_dir()), "home": str(home())}
     print(as_json({**facts, "fits": _that_fit(best_device())} if fits else facts))
 

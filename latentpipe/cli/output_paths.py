@@ -84,6 +84,18 @@ def empty(option: str, value: Path) -> None:
         raise UserError(f"{option} {value} is not empty; expected a new or empty folder.")
 
 
+def sharded(option: str, value: Path) -> None:
+    """A folder of shards, or a new or empty one."""
+    _utf8(option, value)
+    room(option, value)
+    names = [path.name for path in value.iterdir()] if value.is_dir() else []
+    other = [name for name in names if not name.startswith((".", "shard-")) and name not in ("manifest.json", "index.jsonl")]
+    if other:
+        raise UserError(
+            f"{option} {value} holds {other[0]}, which is no shard; expected a new or empty folder, or one of shards."
+        )
+
+
 def drawing(option: str, value: Path) -> None:
     """A folder for pictures, or a picture's file."""
     _named(option, value)
@@ -118,8 +130,10 @@ def _utf8(option: str, value: Path) -> None:
 
 
 def cached(values: dict[str, Any]) -> None:
-    """The latents of a folder lie in it, where no file is named."""
-    if values["out"] is None:
+    """The latents of a folder lie in it, where no file is named; or in shards elsewhere."""
+    if values["shards"] is not None and values["out"] is not None:
+        raise UserError("--shards names a folder of many files, and --out one file; leave one of them out.")
+    if values["out"] is None and values["shards"] is None:
         room("FOLDER", values["folder"] / ".latents")
 
 

@@ -92,9 +92,10 @@ def _check(config: Any) -> None:
             argument_checks.folder(f"data.{name}", getattr(data, name))
     if getattr(getattr(config, "prior", None), "train", None) is not None:
         argument_checks.folder("prior.train", config.prior.train)
-    for name in ("cache", "exclude"):
-        if getattr(data, name, None) is not None:
-            argument_checks.file(f"data.{name}", getattr(data, name))
+    if getattr(data, "cache", None) is not None:
+        argument_checks.latents("data.cache", data.cache)
+    if getattr(data, "exclude", None) is not None:
+        argument_checks.file("data.exclude", data.exclude)
     if getattr(data, "vae", None) is not None:
         argument_checks.vae("data.vae", data.vae)
     if isinstance(getattr(config, "model", None), Path):

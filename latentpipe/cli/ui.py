@@ -34,6 +34,8 @@ def ui(
     prediction: Literal["epsilon", "v", "v-zsnr"] | None = None,
     config: Path | None = None,
     parts: tuple[Path, ...] = (),
+    workers: int | None = None,
+    cluster: str | None = None,
 ) -> None:
     """Open the interface in a browser: generate, VAE lab, playground, grid, PNG info; and its HTTP endpoints.
 
@@ -52,17 +54,24 @@ def ui(
         allow_host: Further names that the server answers to, such as that of a reverse proxy or of this machine.
         root_path: Path that a reverse proxy serves the interface at, such as /draw (ui/API.md has an example).
         max_work: The most that one request may ask for: pixels x steps x pictures, in millions.
-        family: Of the single file that --model names, as for 'latentpipe generate'.
+        family: Of the single file that --model names, as for 'latentpipe generate'; so are the next three.
         prediction: Likewise.
         config: Likewise.
         parts: Likewise.
+        workers: Processes that draw, one for each GPU (or that share the processor); left out: the page's own process draws.
+        cluster: Address of a Ray cluster that the workers run on, or auto (needs latentpipe[cluster]).
     """
+    entrance = _entrance(port, listen, auth_file, no_auth, mcp, host, allow_host, root_path)
+    page = {"model": model, "out": out if save else None, "device": device, "dtype": dtype, "mcp": mcp, "max_work": max_work}
+    _answer(entrance, {**page, "workers": workers, "cluster": cluster}, (family, prediction, config, parts))
+
+
+def _entrance(*given: Any) -> Any:
+    """Sockets that listen, and who may come in; UserError where the page cannot be served."""
     _require_gradio()
     from latentpipe.ui.entrance import entrance_for
 
-    entrance = entrance_for(port, listen, auth_file, no_auth, mcp, host, allow_host, root_path)
-    page = {"model": model, "out": out if save else None, "device": device, "dtype": dtype, "mcp": mcp, "max_work": max_work}
-    _answer(entrance, page, (family, prediction, config, parts))
+    return entrance_for(*given)
 
 
 def _answer(entrance: Any, page: dict[str, Any], stated: tuple[Any, ...]) -> None:

@@ -96,7 +96,10 @@ def read_pictures(folder: Path, size_px: int, max_images: int | None = None, col
     return result
 
 
-def read_square(path: Path, size_px: int) -> np.ndarray:
-    """One file as an upright RGB square, uint8 size size 3 (alpha on white, Lanczos); UserError if it is bad."""
-    with picture_file(path) as picture:
+def read_square(path: Path, size_px: int, data: bytes | None = None) -> np.ndarray:
+    """One file as an upright RGB square, uint8 size size 3 (alpha on white, Lanczos); UserError if it is bad.
+
+    data  its bytes, where it lies in an archive
+    """
+    with picture_file(path, data=data) as picture:
         return np.asarray(fit_square(flatten(picture), size_px))

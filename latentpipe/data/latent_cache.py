@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,25 +35,52 @@ class LatentCache:
 
     mean: torch.Tensor
     std: torch.Tensor
-    captions: list[tuple[str, ...]]
+    captions: Sequence[tuple[str, ...]]
     size_px: int
     vae_hash: str
     kinds: tuple[str, ...] = ()
 
     def weights(self, of_kinds: Mapping[str, float]) -> list[float]:
         """How often each picture is wanted: the weight of its kind, 1 where that has none; UserError for an unknown kind."""
-        unknown = sorted(set(of_kinds) - set(self.kinds))
-        if unknown:
-            known = ", ".join(sorted(set(self.kinds) - {""})) or "none"
-            raise UserError(
-                f"data.weights names the kind '{unknown[0]}'; the 'kind' column of the pictures' metadata has: {known}."
-            )
-        return [of_kinds.get(kind, 1.0) for kind in self.kinds or ("",) * len(self.captions)]
+        return weights_of_kinds(self.kinds or ("",) * len(self.captions), of_kinds)
 
-    def sample(self, chosen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Fresh latents (B C h w) of the chosen pictures: ``mean + std * noise``."""
-        mean = self.mean[chosen].float()
-        return mean + self.std[chosen].float() * torch.randn(mean.shape, generator=generator)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents."""
+        channels, height, width = self.mean.shape[1:]
+        return channels, height, width
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def roll(self) -> Counter[str]:
+        """What it was made of, to be compared with what a run began with: the captions, since a cache keeps no file names."""
+        return Counter(" | ".join(texts) for texts in self.captions)
+
+    def captioned(self) -> torch.Tensor:
+        """The rows that have a caption."""
+        return torch.tensor([index for index, texts in enumerate(self.captions) if texts], dtype=torch.long)
+
+    def means(self, chosen: torch.Tensor) -> torch.Tensor:
+        """The means (B C h w, fp32) of the chosen pictures."""
+        return self.mean[chosen].float()
+
+    def sample(self, chosen: torch.Tensor, generator: torch.Generator, mine: slice = slice(None)) -> torch.Tensor:
+        """Fresh latents (B C h w) of the chosen pictures: ``mean + std * noise``.
+
+        mine  which of the B are wanted; the noise of the others is drawn all the same, so that all processes draw alike
+        """
+        noise = torch.randn((len(chosen), *self.shape), generator=generator)[mine]
+        return self.mean[chosen[mine]].float() + self.std[chosen[mine]].float() * noise
+
+
+def weights_of_kinds(kinds: Sequence[str], of_kinds: Mapping[str, float]) -> list[float]:
+    """The weight of each picture's kind, 1 where that has none; UserError for a kind that no picture is of."""
+    unknown = sorted(set(of_kinds) - set(kinds))
+    if unknown:
+        known = ", ".join(sorted(set(kinds) - {""})) or "none"
+        raise UserError(f"data.weights names the kind '{unknown[0]}'; the 'kind' column of the pictures' metadata has: {known}.")
+    return [of_kinds.get(kind, 1.0) for kind in kinds]
 
 
 @torch.no_grad()

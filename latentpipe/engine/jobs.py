@@ -30,11 +30,15 @@ class Waiting:
 
 
 class JobQueue:
-    """Jobs on one device, first come, first served: host pipelines are not re-entrant, and two jobs slow each other."""
+    """Jobs on one device, first come, first served: host pipelines are not re-entrant, and two jobs slow each other.
 
-    def __init__(self) -> None:
+    places  jobs that run at once, each on a device of its own
+    """
+
+    def __init__(self, places: int = 1) -> None:
+        self.places = places
         self._turn = threading.Condition()
-        self._jobs: deque[object] = deque()  # the first one is running
+        self._jobs: deque[object] = deque()  # the first ones are running
 
     @property
     def length(self) -> int:
@@ -48,15 +52,15 @@ class JobQueue:
 
     @contextmanager
     def turn(self, cancel: threading.Event, waits: Callable[[Waiting], None]) -> Iterator[None]:
-        """Alone on the device inside; `waits` is called while others are. Cancelled on a stop, UserError where too many wait."""
+        """Alone on a device inside; `waits` is called while others are. Cancelled on a stop, UserError where too many wait."""
         job = object()
         with self._turn:
-            if len(self._jobs) > MAX_WAITING:
+            if len(self._jobs) >= MAX_WAITING + self.places:
                 raise UserError(f"The queue is full: {MAX_WAITING} jobs are waiting. Try again in a minute.")
             self._jobs.append(job)
         try:
             with self._turn:
-                while (ahead := self._jobs.index(job)) > 0:
+                while (ahead := self._jobs.index(job) - self.places + 1) > 0:
                     if cancel.is_set():
                         raise Cancelled("stopped while it waited for another job")
                     waits(Waiting(ahead))
@@ -115,16 +119,19 @@ def run_job(
 
 
 def events_of(
-    work: Callable[[Callable[[Any], None]], Any], cancel: threading.Event, keeps: bool = False
+    work: Callable[[Callable[[Any], None]], Any], cancel: threading.Event, keeps: bool = False, where: JobQueue | None = None
 ) -> Generator[Any, None, None]:
     """The events that `work(emit)` emits in a thread that has the device, then what it returns; `Waiting` ones before them.
 
     A reader that is slow sees the newest event only. As `run_job`, but `work` looks at `cancel` itself; `keeps`: what the last
-    whole step made before it is wanted.
+    whole step made before it is wanted; `where`: the queue that it waits in, else this process's own.
     """
+    line = where or device
     events: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
     context = contextvars.copy_context()  # whoever collects a job's notes finds them by its context
-    worker = threading.Thread(target=context.run, args=(_work, work, events, cancel, keeps), name="latentpipe_work", daemon=True)
+    worker = threading.Thread(
+        target=context.run, args=(_work, work, events, cancel, keeps, line), name="latentpipe_work", daemon=True
+    )
     worker.start()
     try:
         while True:
@@ -136,19 +143,21 @@ def events_of(
                 return
     finally:
         cancel.set()
-        device.wake()
+        line.wake()
         while worker.is_alive():
             _drop(events)  # the worker must not wait for a reader that has left
             worker.join(0.05)
 
 
-def _work(work: Callable[[Callable[[Any], None]], Any], events: queue.Queue, cancel: threading.Event, keeps: bool) -> None:
+def _work(
+    work: Callable[[Callable[[Any], None]], Any], events: queue.Queue, cancel: threading.Event, keeps: bool, line: JobQueue
+) -> None:
     def emit(event: Any) -> None:
         _drop(events)
         events.put(("event", event))
 
     try:
-        with device.turn(cancel, emit), cancellation.job(cancel, keeps):
+        with line.turn(cancel, emit), cancellation.job(cancel, keeps):
             last = ("last", work(emit))
     except BaseException as error:  # handed to the reader, who raises it
         last = ("error", error)

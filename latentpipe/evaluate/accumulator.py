@@ -168,13 +168,44 @@ class Accumulator:
         if bool((raw[1] > 0).all()):
             self.rate.append(rate_bits(*raw).numpy())
             self.rate_normalized.append(rate_bits(*normalized).numpy())
-        half = latents.half().cpu()
+        self._keep(latents.half().cpu())
+
+    def _keep(self, half: torch.Tensor) -> None:
         size = half.numel() * 2
         if self.kept + size <= NEIGHBOURS and sum(map(len, self.latents)) + len(half) <= MANY:
             self.latents.append(half)
             self.kept += size
         else:
             self.kept = NEIGHBOURS  # the first pictures only, without gaps
+
+    def given(self) -> dict[str, torch.Tensor]:
+        """All of it but names, digest and pixels as tensors, of a tally of one batch; `take` is the inverse."""
+        found = {f"value.{metric}": torch.tensor(row, dtype=torch.float64) for metric, row in self.values.items()}
+        found |= {"errors": torch.tensor(self.errors, dtype=torch.float64), "positions": torch.tensor(self.positions)}
+        found |= {"energy": torch.tensor(self.energy, dtype=torch.float64)}
+        arrays = {"moments": self.moments, "rate": self.rate, "rate_normalized": self.rate_normalized}
+        arrays |= {"features": self.features, "rebuilt_features": self.rebuilt_features}
+        found |= {name: torch.from_numpy(parts[0]) for name, parts in arrays.items() if parts}
+        found |= {name: parts[0] for name, parts in (("latents", self.latents), ("spectra", self.spectra)) if parts}
+        return found
+
+    def take(self, names: Sequence[str], found: dict[str, torch.Tensor]) -> None:
+        """Take in the tally of another batch: `given`, with the pictures' "bytes" (B H W 3, uint8)."""
+        self.names += names
+        for pixels in found["bytes"].numpy():
+            self.digest.update(repr(pixels.shape).encode() + pixels.tobytes())
+        for name, part in found.items():
+            if name.startswith("value."):
+                self._append(name.removeprefix("value."), part)
+        self.errors += found["errors"].tolist()
+        self.energy += [(one, other) for one, other in found["energy"].tolist()]
+        for name in ("moments", "rate", "rate_normalized", "features", "rebuilt_features"):
+            if name in found:
+                getattr(self, name).append(found[name].numpy())
+        self.spectra = [self.spectra[0] + found["spectra"]] if self.spectra else [found["spectra"]]
+        self.positions = int(found["positions"])
+        if "latents" in found:
+            self._keep(found["latents"])
 
     def rates(self, area: int, missing: dict[str, str]) -> dict[str, Score]:
         """KL to N(0, I) in bits; `area`: pixels of a picture. For a VAE without a posterior the reason goes to `missing`."""

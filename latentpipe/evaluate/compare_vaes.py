@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -16,11 +17,12 @@ from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.evaluate import preprocessing
 from latentpipe.evaluate.accumulator import KERNEL
 from latentpipe.evaluate.comparison import Comparison, SetDifferences, compare
+from latentpipe.evaluate.crew import Crew, Hired
 from latentpipe.evaluate.metrics.features import metric_names, open_features
 from latentpipe.evaluate.metrics.frechet import paired_frechet, paired_kernel
 from latentpipe.evaluate.metrics.latents import batch_of, rebuild_batch
 from latentpipe.evaluate.protocol import Protocol, find_protocol, round_images
-from latentpipe.evaluate.reconstruction import evaluate_vae
+from latentpipe.evaluate.reconstruction import evaluate_with
 from latentpipe.evaluate.report.crops import Strip, choose, strip
 from latentpipe.evaluate.report.html import write_report
 from latentpipe.evaluate.results import Evaluation
@@ -44,6 +46,7 @@ def compare_vaes(
     device: str = "cpu",
     out: Path | None = None,
     command: str = "",
+    workers: int | None = None,
 ) -> Comparison:
     """Evaluate each VAE (name, folder or file) on the pictures of `folder`, and compare all pairs.
 
@@ -53,20 +56,30 @@ def compare_vaes(
     cost      measure time and memory as well
     out       an HTML page to write: figures, intervals and crops, self-contained
     command   what the page says that it was made with
+    workers   processes of one thread that share the pictures, as for `evaluate_vae`; None: this process alone
 
     UserError: fewer than two VAEs, one that cannot be opened or has no decoder, or a size that not all of them take.
     """
     folder = Path(folder)
     if out is not None and (out.suffix.lower() not in (".html", ".htm") or out.is_dir()):
         raise UserError(f"--out {out}: expected the name of an HTML file, as report.html.")
-    found, strips = compare_with_crops(vaes, folder, find_protocol(protocol, size_px=size), max_images, features, cost, device)
+    chosen = find_protocol(protocol, size_px=size)
+    with nullcontext() if workers is None else Crew(workers, device) as crew:
+        found, strips = compare_with_crops(vaes, folder, chosen, max_images, features, cost, device, crew)
     if out is not None:
         write_report(out, found, strips, command)
     return found
 
 
 def compare_with_crops(
-    vaes: Sequence[str | Path], folder: Path, protocol: Protocol, max_images: int | None, features: str, cost: bool, device: str
+    vaes: Sequence[str | Path],
+    folder: Path,
+    protocol: Protocol,
+    max_images: int | None,
+    features: str,
+    cost: bool,
+    device: str,
+    crew: Crew | None = None,
 ) -> tuple[Comparison, list[Strip]]:
     """As `compare_vaes`; with the crops of the pictures that the page shows."""
     if len(vaes) < 2:
@@ -74,20 +87,16 @@ def compare_with_crops(
     paths = [find_model(vae, "vae") for vae in vaes]
     stages = [open_stage(path, device) for path in paths]
     chosen = common_protocol(protocol, stages, folder, max_images)
+    sent = [None if crew is None else Hired(crew, path) for path in paths]
     evaluations = [
-        replace(
-            evaluate_vae(
-                stage, folder, protocol=chosen, max_images=max_images, features=features, full=True, cost=False, device=device
-            ),
-            name=short_name(path),
-        )
-        for path, stage in zip(paths, stages, strict=True)
+        replace(evaluate_with(one, stage, folder, chosen, max_images, features, full=True), name=short_name(path))
+        for path, stage, one in zip(paths, stages, sent, strict=True)
     ]
     if cost:  # one right after the other, since a machine is not as fast at all times
         evaluations = [
             replace(one, cost=measure_cost(stage, *_size(one))) for one, stage in zip(evaluations, stages, strict=True)
         ]
-    comparison = compare(evaluations, set_differences(evaluations, stages, folder, chosen, features))
+    comparison = compare(evaluations, set_differences(evaluations, stages, folder, chosen, features, sent))
     return comparison, strips_of(comparison, stages, folder, chosen)
 
 
@@ -144,7 +153,12 @@ def rebuild(
 
 
 def set_differences(
-    evaluations: Sequence[Evaluation], stages: Sequence[VAEStage], folder: Path, protocol: Protocol, features: str
+    evaluations: Sequence[Evaluation],
+    stages: Sequence[VAEStage],
+    folder: Path,
+    protocol: Protocol,
+    features: str,
+    workers: Sequence[Hired | None] = (),
 ) -> SetDifferences:
     """Paired differences of the distances between sets for every pair of VAEs; empty where the distances were not measured.
 
@@ -157,11 +171,17 @@ def set_differences(
     seeds = {name: index for index, name in enumerate(evaluations[0].names)}
     originals: list[np.ndarray] = []
     rebuilt: list[np.ndarray] = []
-    for stage in stages:
-        parts = [(before, network(bytes_to_images(after))) for _, before, after in rebuild(stage, folder, protocol, seeds)]
-        rebuilt.append(np.concatenate([made for _, made in parts]))
+    for stage, sent in zip(stages, workers or [None] * len(stages), strict=True):
+        if sent is not None:
+            plan = preprocessing.plan(folder, protocol, stage.space.downscale)
+            parts = [part for _, part in sent.batches("features", plan, list(seeds), protocol, features, again=True)]
+            rebuilt.append(np.concatenate([part["after"].numpy() for part in parts]))
+            originals = originals or [part["before"].numpy() for part in parts]
+            continue
+        pairs = [(before, network(bytes_to_images(after))) for _, before, after in rebuild(stage, folder, protocol, seeds)]
+        rebuilt.append(np.concatenate([made for _, made in pairs]))
         if not originals:
-            originals = [network(bytes_to_images(before)) for before, _ in parts]
+            originals = [network(bytes_to_images(before)) for before, _ in pairs]
     real = np.concatenate(originals)
     frechet, kernel = metric_names(features)
     found: dict[tuple[str, int, int], tuple[float, float, float]] = {}

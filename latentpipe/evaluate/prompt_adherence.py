@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from latentpipe.data.emoji import TONES, Combination, combination_of
 from latentpipe.data.emoji_bank import SIDE, Bank, open_bank, small
+from latentpipe.evaluate.artists import DrawBatches, artists
 from latentpipe.evaluate.statistics import wilson
 from latentpipe.evaluate.style_adherence import evaluate_styles
 from latentpipe.pipelines.latent_pipeline import LatentPipeline
@@ -44,11 +45,13 @@ def evaluate(
     grid: Path | None = None,
     styles: int | None = None,
     objects: int | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Draw and score; `seen` and `held_out` say how many prompts of each list (0: all).
 
     styles   also score so many held-out cells of the other hands (0: all) and the variety of "any style"
     objects  also score so many of the seen prompts that name no skin tone and no flag (0: all)
+    workers  processes of one thread that share the prompts; the pictures are those of one such process. None: this process alone
 
     Returns {"seen": scores, "held_out": scores with role, gender, tone, "baselines", "seeds", "protocol"}, and with styles
     {"cells", "variety"}, with objects {"objects"}.
@@ -64,11 +67,25 @@ def evaluate(
     rows = {"seen": bank.rows_of("train")[: seen or None], "held_out": bank.rows_of("held_out")[: held_out or None]}
     if objects is not None:
         rows["objects"] = bank.objects()[: objects or None]
+    with artists(pipe, model, workers, device) as draw:
+        return _scored(bank, pipe, draw, rows, settings, grid, styles)
+
+
+def _scored(
+    bank: Bank,
+    pipe: LatentPipeline,
+    draw: DrawBatches,
+    rows: dict[str, list[int]],
+    settings: Settings,
+    grid: Path | None,
+    styles: Any,
+) -> dict[str, Any]:
+    """The scores of all lists, of pictures that `draw` makes."""
     result: dict[str, Any] = {}
     drawn: dict[str, list[Image.Image]] = {}
     for name, chosen in rows.items():
         prompts = [bank.captions[row][0] for row in chosen]
-        drawn[name] = draw_all(pipe, prompts, settings, name)
+        drawn[name] = draw_all(draw, prompts, settings, name)
         pictures = np.stack([small(picture) for picture in drawn[name]])
         found = bank.nearest(pictures)
         result[name] = score(bank, chosen, found) | {"rms24": rms24(bank.pixels[chosen], pictures)}
@@ -77,9 +94,9 @@ def evaluate(
     if grid is not None:
         save_grid(bank, rows, drawn, grid)
     result["baselines"] = {name: baselines(bank, name, rows[name]) for name in ("seen", "held_out")}
-    result["seeds"] = four_seeds(pipe, [bank.captions[row][0] for row in rows["seen"][:DIVERSITY_PROMPTS]], settings)
+    result["seeds"] = four_seeds(draw, [bank.captions[row][0] for row in rows["seen"][:DIVERSITY_PROMPTS]], settings)
     if styles is not None:
-        result |= evaluate_styles(lambda texts, seeds: draw_all(pipe, texts, settings, "styles", seeds), styles)
+        result |= evaluate_styles(lambda texts, seeds: draw_all(draw, texts, settings, "styles", seeds), styles)
     result["protocol"] = _protocol(pipe, bank, settings)
     return result
 
@@ -99,15 +116,14 @@ def _protocol(pipe: LatentPipeline, bank: Bank, settings: Settings) -> dict[str,
 
 
 def draw_all(
-    pipe: LatentPipeline, prompts: Sequence[str], settings: Settings, name: str, seeds: Sequence[int] | None = None
+    draw: DrawBatches, prompts: Sequence[str], settings: Settings, name: str, seeds: Sequence[int] | None = None
 ) -> list[Image.Image]:
     """One picture for each prompt, seed = index where none are given, in batches."""
-    pictures: list[Image.Image] = []
     seeds = range(len(prompts)) if seeds is None else seeds
-    for first in tqdm(range(0, len(prompts), BATCH), desc=name, unit="batch", disable=None, file=sys.stderr):
-        part = list(prompts[first : first + BATCH])
-        pictures += pipe.draw(part, seeds[first : first + len(part)], settings)
-    return pictures
+    firsts = range(0, len(prompts), BATCH)
+    batches = [(list(prompts[first : first + BATCH]), list(seeds[first : first + BATCH])) for first in firsts]
+    shown = tqdm(draw(batches, settings), desc=name, total=len(batches), unit="batch", disable=None, file=sys.stderr)
+    return [picture for pictures in shown for picture in pictures]
 
 
 def score(bank: Bank, rows: Sequence[int], found: np.ndarray) -> dict[str, Any]:
@@ -172,11 +188,11 @@ def _siblings(wanted: Combination, seen: dict[Combination, int]) -> list[int]:
     return [seen[combination] for combination in same if combination in seen]
 
 
-def four_seeds(pipe: LatentPipeline, prompts: Sequence[str], settings: Settings) -> dict[str, float]:
+def four_seeds(draw: DrawBatches, prompts: Sequence[str], settings: Settings) -> dict[str, float]:
     """How far four seeds of one prompt differ: root mean squared difference in grey levels over pairs."""
     apart: list[float] = []
-    for prompt in prompts:
-        pictures = np.stack([np.asarray(picture, np.float64) for picture in pipe.draw([prompt] * 4, range(4), settings)])
+    for drawn in draw([([prompt] * 4, list(range(4))) for prompt in prompts], settings):
+        pictures = np.stack([np.asarray(picture, np.float64) for picture in drawn])
         pairs = [(a, b) for a in range(4) for b in range(a)]
         apart += [math.sqrt(np.square(pictures[a] - pictures[b]).mean()) for a, b in pairs]
     return {"prompts": len(prompts), "pairs": len(apart), "smallest": min(apart), "mean": sum(apart) / len(apart)}

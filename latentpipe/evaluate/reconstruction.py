@@ -16,6 +16,7 @@ from latentpipe.checkpoints.registry import find_model, name_of
 from latentpipe.checkpoints.vae_io import open_vae
 from latentpipe.evaluate import preprocessing
 from latentpipe.evaluate.accumulator import UNITS, Accumulator, MetricNetworks, open_networks
+from latentpipe.evaluate.crew import Hired, hired
 from latentpipe.evaluate.metrics.latents import TOP_DB, batch_of, cycles, equivariance, nearest, rebuild_batch, slerp, statistics
 from latentpipe.evaluate.preprocessing import Plan
 from latentpipe.evaluate.protocol import Protocol, find_protocol, round_images
@@ -44,6 +45,7 @@ def evaluate_vae(
     cost: bool = True,
     device: str = "cpu",
     sheet: Path | None = None,
+    workers: int | None = None,
 ) -> Evaluation:
     """Measure a VAE on a folder of pictures.
 
@@ -56,11 +58,31 @@ def evaluate_vae(
     probe     with `full`: so many pictures for round trips and equivariance
     cost      with `full`: measure time and memory too
     sheet     a PNG to write: the best, median and worst picture, original, rebuilt and difference
+    workers   processes of one thread that share the pictures, for a VAE that is no stage; the figures are those of one such
+              process. None: this process alone, with all of its threads
 
     Memory does not grow with the folder but for the latents (fp16, at most 1 GiB; above that the interpolation is of the
     first pictures) and a row of features for each picture. The same call gives the same figures. UserError: nothing to
     read, a size that the VAE does not take, no decoder.
     """
+    with hired(workers, vae, device) as sent:
+        return evaluate_with(sent, vae, folder, protocol, max_images, features, full, probe, cost, device, sheet)
+
+
+def evaluate_with(
+    workers: Hired | None,
+    vae: str | Path | VAEStage,
+    folder: Path,
+    protocol: Protocol | str,
+    max_images: int | None,
+    features: str,
+    full: bool,
+    probe: int = PROBED,
+    cost: bool = False,
+    device: str = "cpu",
+    sheet: Path | None = None,
+) -> Evaluation:
+    """As `evaluate_vae`, by workers that are there already, or by this process alone."""
     if probe < 1:
         raise UserError(f"probe is {probe}; expected at least 1 picture.")
     chosen = find_protocol(protocol) if isinstance(protocol, str) else protocol
@@ -69,18 +91,20 @@ def evaluate_vae(
         raise UserError(f"{name} is an encoder alone; it has no decoder, so nothing can be rebuilt. Give one that has both.")
     plan = preprocessing.plan(Path(folder), chosen, stage.space.downscale, max_images)
     with torch.no_grad():
-        found = _measure(stage, plan, chosen, features, probe if full else 0, sheet)
+        found = _measure(stage, plan, chosen, features, probe if full else 0, sheet, workers)
         spent = measure_cost(stage, plan.height, plan.width) if full and cost else {}
     return replace(found, name=name, hash=digest, cost=spent)
 
 
-def _measure(stage: VAEStage, plan: Plan, protocol: Protocol, features: str, probe: int, sheet: Path | None) -> Evaluation:
+def _measure(
+    stage: VAEStage, plan: Plan, protocol: Protocol, features: str, probe: int, sheet: Path | None, workers: Hired | None
+) -> Evaluation:
     """Everything but the names and the cost; `probe` 0: the main pass alone."""
     tools = open_networks(protocol, features, plan.height, plan.width)
-    tally = _rebuild(stage, plan, protocol, tools)
+    tally = _rebuild(stage, plan, protocol, tools, workers, features)
     scores, rows = summarize(tally, tools)
     if probe:
-        probed = _probe(stage, plan, protocol, tally.names[:probe])
+        probed = _probe(stage, plan, protocol, tally.names[:probe], workers, features)
         for metric, values in probed.items():
             scores[metric] = Score.of(values, *_unit(metric))
             rows[metric] = values + [math.nan] * (len(tally.names) - len(values))
@@ -127,13 +151,16 @@ def about(stage: VAEStage) -> dict[str, Any]:
     }
 
 
-def _rebuild(stage: VAEStage, plan: Plan, protocol: Protocol, tools: MetricNetworks) -> Accumulator:
+def _rebuild(
+    stage: VAEStage, plan: Plan, protocol: Protocol, tools: MetricNetworks, workers: Hired | None, features: str
+) -> Accumulator:
     """Every picture encoded and decoded once, and what is kept of that."""
     tally = Accumulator(stage.space)
-    seed = 0
-    for names, images in _bar(
-        preprocessing.read(plan, plan.names, batch_of(plan.height, plan.width)), len(plan.names), "rebuild"
-    ):
+    seed, size, total = 0, batch_of(plan.height, plan.width), len(plan.names)
+    if workers is not None:
+        for names, found in _bar(workers.batches("rebuild", plan, plan.names, protocol, features), total, "rebuild"):
+            tally.take(names, found)
+    for names, images in _bar([] if workers else preprocessing.read(plan, plan.names, size), total, "rebuild"):
         found = rebuild_batch(stage, images, protocol, range(seed, seed + len(names)))
         tally.add(names, images, found.images, protocol, tools)
         tally.add_latents(found.latents, found.normalized, found.raw)
@@ -161,10 +188,18 @@ def pooled_psnr(error: np.ndarray | float) -> np.ndarray:
     return 10 * np.log10(255.0**2 / np.maximum(error, 255.0**2 / 10 ** (TOP_DB / 10)))
 
 
-def _probe(stage: VAEStage, plan: Plan, protocol: Protocol, names: list[str]) -> dict[str, list[float]]:
+def _probe(
+    stage: VAEStage, plan: Plan, protocol: Protocol, names: list[str], workers: Hired | None, features: str
+) -> dict[str, list[float]]:
     """Round trips and equivariance on the named pictures."""
     found: dict[str, list[float]] = {}
     seed = 0
+    if workers is not None:
+        parts = workers.batches("probe", plan, names, protocol, features, again=True)
+        for _, tensors in _bar(parts, len(names), "probe"):
+            for metric, row in tensors.items():
+                found.setdefault(metric, []).extend(row.tolist())
+        return found
     for part, images in _bar(preprocessing.read(plan, names, batch_of(plan.height, plan.width), again=True), len(names), "probe"):
         seeds = range(seed, seed + len(part))
         for metric, values in (cycles(stage, images, protocol, seeds) | equivariance(stage, images, protocol)).items():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,13 @@ from latentpipe.checkpoints.components import built_to_train
 from latentpipe.checkpoints.pipeline_io import load_pipeline, save_pipeline
 from latentpipe.checkpoints.registry import find_model
 from latentpipe.checkpoints.vae_io import load_vae
-from latentpipe.data.latent_cache import LatentCache, open_cache
+from latentpipe.data.latent_cache import LatentCache
+from latentpipe.data.sharded_latents import ShardedLatents, open_latents
 from latentpipe.pipelines.latent_pipeline import LatentPipeline
 from latentpipe.pipelines.vocabulary import listed
 from latentpipe.train import loop, picture_changes
 from latentpipe.train.config import Diffusion, TrainDenoiser, UNetShape, config_from
-from latentpipe.train.distributed import refuse_several
+from latentpipe.train.distributed import DistributedContext, nothing
 from latentpipe.train.losses import l2, velocity_target
 from latentpipe.train.progress import TrainingLog
 from latentpipe.train.run_dir import prepare_run_dir, refuse_other_shape, usable
@@ -31,11 +35,15 @@ from latentpipe.utils.io import atomic_file
 from latentpipe.utils.logging import quiet
 from latentpipe.vae.memory import available
 
+MOST_TEXTS = 200_000  # pictures whose captions a vocabulary is made of
 SCORED = 8  # batches that two averages are compared on
 
 
 def train_denoiser(config: TrainDenoiser | str | Path | Mapping[str, Any]) -> Path:
     """Run `latentpipe train-denoiser`: returns the folder of a complete StableDiffusionPipeline (fp16 safetensors).
+
+    In several processes (``accelerate launch -m latentpipe train-denoiser ...``) each computes its share of every batch, with the
+    gradients of one process that computes all of it.
 
     config  a `TrainDenoiser`, the path of its YAML file, or a mapping with its keys; UserError lists every problem of it
     """
@@ -43,53 +51,29 @@ def train_denoiser(config: TrainDenoiser | str | Path | Mapping[str, Any]) -> Pa
 
 
 def _trained(config: TrainDenoiser) -> Path:
-    refuse_several("train-denoiser")
-    usable(config.run)
+    team = DistributedContext()
+    if team.is_first:
+        usable(config.run)
     torch.manual_seed(config.run.seed)
     vae_folder = find_model(config.data.vae, "vae")
-    cache = open_cache(config.data.cache, vae_folder)
-    captioned = [index for index, texts in enumerate(cache.captions) if texts]
-    if not captioned:
+    cache = open_latents(config.data.cache, vae_folder)
+    rows = cache.captioned()
+    if not len(rows):
         raise UserError(
-            f"{config.data.cache}: none of its {counted(len(cache.captions), 'picture')} has a caption; "
+            f"{config.data.cache}: none of its {counted(len(cache), 'picture')} has a caption; "
             "add 'text' to metadata.jsonl, or a file NAME.txt beside each picture, and encode them again."
         )
-    rows = torch.tensor(captioned)
-    weights = cache.weights(config.data.weights)
-    chances = tuple(weights[index] for index in captioned) if config.data.weights else None
     vae = load_vae(vae_folder)
     tokenizer, text_encoder, unet = _build(config, cache, vae)
     scheduler = build_scheduler(config.diffusion)
-    alpha_bar = training_alphas(scheduler)
-    names = [" | ".join(texts) for texts in cache.captions]  # a cache keeps no file names
-    with prepare_run_dir(config, config.run) as begun:
-        record = picture_changes.follow(config.run, config.data.cache, names, begun)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
-        print(f"Training on {len(captioned)} captioned pictures of {config.data.cache}")
-
-        def drawn(step: int) -> torch.Tensor:
-            batch, seed = config.optim.batch_size, config.run.seed
-            if chances is None:
-                return rows[loop.batch_indices(len(rows), batch, seed, step)]
-            return rows[weighted_indices(chances, batch, seed, step)]
-
-        def losses_of(step: int, generator: torch.Generator) -> loop.Losses:
-            chosen = drawn(step)
-            latents = cache.sample(chosen, generator)
-            prompts = pick_captions([cache.captions[index] for index in chosen], config.diffusion.caption_dropout, generator)
-            times = stratified_times(len(latents), len(alpha_bar), config.diffusion.noisy_share, generator)
-            noise = torch.randn(latents.shape, generator=generator)
-            a = alpha_bar[times].view(-1, 1, 1, 1)
-            noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
-            ids = token_ids(tokenizer, prompts).to(device)
-            with loop.fast_forward(config.run, device):
-                states = both["text_encoder"](ids)[0]
-                velocity = both["unet"](noisy.to(device), times.to(device), states, return_dict=False)[0]
-            target = velocity_target(latents, noise, alpha_bar[times])
-            return {"v": l2(target.to(device), velocity.float())}
-
-        prompts = list(config.sample_prompts) or [cache.captions[index][0] for index in captioned[:8]]
+    with prepare_run_dir(config, config.run) if team.is_first else nullcontext(nothing) as record:
+        if team.is_first:
+            record = picture_changes.follow(config.run, config.data.cache, cache.roll(), record)
+            print(f"Training on {len(rows)} captioned pictures of {config.data.cache}")
+        team.wait()
+        both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(team.device)
+        training = DenoiserTraining(config, team, cache, rows, both, tokenizer, training_alphas(scheduler))
+        prompts = list(config.sample_prompts) or [cache.captions[row][0] for row in rows[:8].tolist()]
 
         def sample(step: int, log: TrainingLog) -> dict[str, float]:
             pipe = LatentPipeline(_pipeline(vae, text_encoder, tokenizer, unet, scheduler))
@@ -99,20 +83,88 @@ def _trained(config: TrainDenoiser) -> Path:
             log.sheet(step, "samples", sheet(pictures, 8, prompts))
             return {}
 
-        @torch.no_grad()
-        def score() -> float:
-            """The loss on the same pictures, times and noise each time: those of steps that no run reaches."""
-            both.eval()
-            steps = range(2**40, 2**40 + SCORED)
-            values = [losses_of(step, loop.generator_for(config.run.seed, step))["v"].item() for step in steps]
-            both.train()
-            return sum(values) / len(values)
-
-        chooses = score if config.optim.ema_decay_slow is not None else None
-        loop.fit(both, config.optim, config.run, losses_of, sample, begun=record, score=chooses)
+        chooses = training.score if config.optim.ema_decay_slow is not None else None
+        parts = config.optim.accumulate
+        loop.fit(both, config.optim, config.run, training.step, sample, team, parts=parts, begun=record, score=chooses)
         both.eval().cpu()
-        _finish(config, _pipeline(vae, text_encoder, tokenizer, unet, scheduler), cache)
+        if team.is_first:
+            _finish(config, _pipeline(vae, text_encoder, tokenizer, unet, scheduler), cache)
+        team.wait()
         return config.run.out
+
+
+class DenoiserTraining:
+    """One step's latents and captions through the denoiser: the same draws in every process, each computing its own rows."""
+
+    def __init__(
+        self,
+        config: TrainDenoiser,
+        team: DistributedContext,
+        cache: LatentCache | ShardedLatents,
+        rows: torch.Tensor,
+        both: nn.ModuleDict,
+        tokenizer: Any,
+        alphas: torch.Tensor,
+    ) -> None:
+        self.config, self.team, self.cache, self.rows = config, team, cache, rows
+        self.both, self.tokenizer, self.alphas = both, tokenizer, alphas
+        self.shares = team.shards(config.optim.batch_size, config.optim.accumulate)
+        weights = cache.weights(config.data.weights) if config.data.weights else None
+        self.chances = None if weights is None else tuple(weights[row] for row in rows.tolist())
+
+    def step(self, step: int, generator: torch.Generator) -> DenoiserStep:
+        """The step's pictures, and everything random in it: the same draws in every process, of its own rows alone read."""
+        chosen, dropout = self._chosen(step), self.config.diffusion.caption_dropout
+        latents = self.cache.sample(chosen, generator, slice(self.shares[0].start, self.shares[-1].stop))
+        prompts = pick_captions([self.cache.captions[row] for row in chosen.tolist()], dropout, generator)
+        times = stratified_times(len(chosen), len(self.alphas), self.config.diffusion.noisy_share, generator)
+        noise = torch.randn((len(chosen), *latents.shape[1:]), generator=generator)
+        return DenoiserStep(self, latents, prompts, times, noise)
+
+    @torch.no_grad()
+    def score(self) -> float:
+        """The loss on the same pictures, times and noise each time: those of steps that no run reaches."""
+        self.both.eval()
+        numbers = range(2**40, 2**40 + SCORED)
+        steps = [self.step(number, loop.generator_for(self.config.run.seed, number)) for number in numbers]
+        values = [step.losses(part)["v"] for step in steps for part in range(len(self.shares))]
+        self.both.train()
+        return self.team.mean(torch.stack(values).mean()).item()
+
+    def _chosen(self, step: int) -> torch.Tensor:
+        batch, seed = self.config.optim.batch_size, self.config.run.seed
+        if self.chances is None:
+            return self.rows[loop.batch_indices(len(self.rows), batch, seed, step)]
+        return self.rows[weighted_indices(self.chances, batch, seed, step)]
+
+
+@dataclass(frozen=True)
+class DenoiserStep:
+    """One step of a `DenoiserTraining` (`loop.TrainingStep`): latents of this process's rows, and the draws of all rows."""
+
+    training: DenoiserTraining
+    latents: torch.Tensor
+    prompts: list[str]
+    times: torch.Tensor
+    noise: torch.Tensor
+
+    def losses(self, part: int) -> loop.Losses:
+        """The loss of one part of this process's share."""
+        training, rows = self.training, self.training.shares[part]
+        device, first = training.team.device, training.shares[0].start
+        own, noise, times = self.latents[rows.start - first : rows.stop - first], self.noise[rows], self.times[rows]
+        a = training.alphas[times].view(-1, 1, 1, 1)
+        noisy = a.sqrt() * own + (1 - a).sqrt() * noise
+        ids = token_ids(training.tokenizer, self.prompts[rows]).to(device)
+        with loop.fast_forward(training.config.run, device):
+            states = training.both["text_encoder"](ids)[0]
+            velocity = training.both["unet"](noisy.to(device), times.to(device), states, return_dict=False)[0]
+        return {"v": l2(velocity_target(own, noise, training.alphas[times]).to(device), velocity.float())}
+
+    def after_backward(self) -> loop.Figures:
+        """The gradients of all processes become their mean."""
+        self.training.team.average(self.training.both.parameters())
+        return {}
 
 
 def build_scheduler(diffusion: Diffusion) -> Any:
@@ -159,12 +211,13 @@ def pick_captions(choices: list[tuple[str, ...]], dropout: float, generator: tor
     return ["" if drop < dropout else texts[int(pick * len(texts))] for texts, (drop, pick) in zip(choices, draws, strict=True)]
 
 
-def _build(config: TrainDenoiser, cache: LatentCache, vae: Any) -> tuple[Any, Any, Any]:
+def _build(config: TrainDenoiser, cache: LatentCache | ShardedLatents, vae: Any) -> tuple[Any, Any, Any]:
     """Tokenizer, text encoder and UNet: new ones, or those of the model to warm-start from."""
-    captions = sorted({caption for texts in cache.captions for caption in texts})
+    step = -(-len(cache) // MOST_TEXTS)  # of more captions every second, third, ... is as good for a vocabulary
+    captions = sorted({caption for texts in islice(cache.captions, 0, None, step) for caption in texts})
     if config.run.warm_start:
         old = load_pipeline(find_model(config.run.warm_start))
-        unet = {"block_out_channels": config.unet.blocks, "in_channels": cache.mean.shape[1]}
+        unet = {"block_out_channels": config.unet.blocks, "in_channels": cache.shape[0]}
         unet |= {"layers_per_block": config.unet.layers_per_block, "norm_num_groups": config.unet.norm_groups}
         text = {"hidden_size": config.text.width, "num_hidden_layers": config.text.layers}
         text |= {"num_attention_heads": config.text.heads, "max_position_embeddings": config.text.length}
@@ -180,11 +233,11 @@ def _build(config: TrainDenoiser, cache: LatentCache, vae: Any) -> tuple[Any, An
     return tokenizer, text_encoder, built_to_train(lambda: build_unet(config.unet, cache, config.text.width), free)
 
 
-def build_unet(shape: UNetShape, cache: LatentCache, text_width: int) -> Any:
+def build_unet(shape: UNetShape, cache: LatentCache | ShardedLatents, text_width: int) -> Any:
     """A UNet2DConditionModel of this shape for the cache's latents, with random weights."""
     from diffusers import UNet2DConditionModel
 
-    channels, side = cache.mean.shape[1], cache.mean.shape[-1]
+    channels, side = cache.shape[0], cache.shape[-1]
     levels = len(shape.blocks)
     if side % 2 ** (levels - 1):
         raise UserError(f"Latents of side {side} cannot be halved {levels - 1} times; give unet.blocks fewer levels.")
@@ -219,10 +272,10 @@ def _pipeline(vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler:
     )
 
 
-def _finish(config: TrainDenoiser, pipe: Any, cache: LatentCache) -> None:
+def _finish(config: TrainDenoiser, pipe: Any, cache: LatentCache | ShardedLatents) -> None:
     token_ids(pipe.tokenizer, [""])  # its file also says how it was used last: as in a step, whether or not this process took one
     card = {
-        "pictures": len(cache.captions),
+        "pictures": len(cache),
         "size_px": cache.size_px,
         "steps": config.optim.steps,
         "batch_size": config.optim.batch_size,

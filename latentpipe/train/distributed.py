@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import nn
 
 from latentpipe.utils.errors import UserError
+
+PATIENCE = timedelta(days=2)  # that processes wait for the first one, which may encode a whole set; accelerate's are 10 minutes
+BUCKET = 2**24  # numbers that are sent at once
 
 
 class DistributedContext:
@@ -22,10 +26,10 @@ class DistributedContext:
 
     def __init__(self) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-        handler = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self._accelerator: Any = Accelerator(mixed_precision="no", kwargs_handlers=[handler], cpu=not torch.cuda.is_available())
+        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=PATIENCE)]
+        self._accelerator: Any = Accelerator(mixed_precision="no", kwargs_handlers=handlers, cpu=not torch.cuda.is_available())
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
@@ -44,6 +48,23 @@ class DistributedContext:
         if self.world == 1:
             return tensor.detach()
         return self._accelerator.reduce(tensor.detach().contiguous().clone(), "mean")
+
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Put the mean over the processes in place of each gradient: of a network that is not wrapped, after its last part.
+
+        Parameters without a gradient have none in any process, since all compute the same graph.
+        """
+        if self.world == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        while gradients:
+            count = size = 0
+            while count < len(gradients) and (not count or size + gradients[count].numel() <= BUCKET):
+                size, count = size + gradients[count].numel(), count + 1
+            bucket, gradients = gradients[:count], gradients[count:]
+            flat = self._accelerator.reduce(torch.cat([gradient.reshape(-1) for gradient in bucket]), "mean")
+            for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     def largest(self, value: int) -> int:
         """The largest of the numbers that the processes have."""
@@ -74,6 +95,10 @@ class DistributedContext:
         else:
             with self._accelerator.no_sync(module):
                 yield
+
+
+def nothing() -> None:
+    """What the processes beside the first one write."""
 
 
 def refuse_several(verb: str) -> None:

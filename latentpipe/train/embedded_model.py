@@ -20,6 +20,7 @@ from latentpipe.data.latent_cache import encode_folder, open_cache
 from latentpipe.train.config import TrainDenoiser, TrainVAE, load, parse
 from latentpipe.train.config.base import Config
 from latentpipe.train.denoiser import train_denoiser
+from latentpipe.train.distributed import refuse_several
 from latentpipe.train.vae.train import train_vae
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.io import read_json
@@ -50,6 +51,7 @@ def train_chain(
     denoiser_steps, decoder_steps, tuning_steps, batch_size   in place of the configs'
     decay           let the denoiser's rate fall at the end; without, the run can be made longer later
     """
+    refuse_several("train-embedded")
     vae_folder, hands, cache = find_model(vae, "vae"), work / "hands", work / "train.safetensors"
     if start is not None:
         find_model(start)

@@ -180,7 +180,7 @@ def fit(
     if ended:
         print(f"Stopped after {done} of {counted(optim.steps, 'step')}; go on with --run.resume.", file=sys.stderr)
         raise KeyboardInterrupt if ended == signal.SIGINT else SystemExit(128 + ended)
-    state.settle(run.work if patience else None, score)
+    state.settle(run.work if patience else None, score, told)
     return done
 
 

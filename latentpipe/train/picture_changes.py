@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from latentpipe.train.config import Run
@@ -15,14 +15,16 @@ from latentpipe.utils.io import atomic_file, printable, read_json
 ROLL_FILE = "pictures.json"
 
 
-def follow(run: Run, source: Path, names: Iterable[str], begun: Callable[[], None]) -> Callable[[], None]:
+def follow(run: Run, source: Path, names: Iterable[str] | Mapping[str, int], begun: Callable[[], None]) -> Callable[[], None]:
     """`begun`, which then also keeps the names of the training pictures in ``work/pictures.json``.
 
     source  the folder or file they are from, as a message shows it
-    names   one for each picture; several may have the same
+    names   one for each picture, several may have the same; or how many pictures have each
     A run that goes on (`run.resume`) with other pictures than those kept is told in a warning how many are new or gone.
     """
-    path, now = run.work / ROLL_FILE, Counter(map(printable, names))
+    path, now = run.work / ROLL_FILE, Counter[str]()
+    for name, count in names.items() if isinstance(names, Mapping) else ((name, 1) for name in names):
+        now[printable(name)] += count
     if run.resume and path.is_file():
         before = Counter({str(name): count for name, count in read_json(path).items() if isinstance(count, int)})
         new, gone = (now - before).total(), (before - now).total()

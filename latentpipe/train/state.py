@@ -178,12 +178,13 @@ class State:
         averages = {"ema_loss": self.ema} | ({} if self.slow is None else {"slow_ema_loss": self.slow})
         return {name: self.with_ema(score, average) for name, average in averages.items()}
 
-    def settle(self, best_in: Path | None, score: Callable[[], float] | None) -> None:
-        """At the end: give the model its average, the best one kept in a folder, or the one with the lower score."""
+    def settle(self, best_in: Path | None, score: Callable[[], float] | None, told: bool = True) -> None:
+        """At the end: give the model its average, the best one kept, or the one with the lower score, which is told."""
         if best_in is not None:
             self.take_best(best_in)
-        if score is not None:
-            print(self.take_lower(score))
+        scores = self.take_lower(score) if score is not None else ""
+        if scores and told:
+            print(scores)
         self.ema.copy_to(self.parameters)
 
     def take_lower(self, score: Callable[[], float]) -> str:

@@ -43,21 +43,24 @@ class Unreadable(UserError):
 
 
 @contextmanager
-def picture_file(path: Path, formats: tuple[str, ...] = FORMATS, most: int = MOST_PIXELS) -> Iterator[Image.Image]:
+def picture_file(
+    path: Path, formats: tuple[str, ...] = FORMATS, most: int = MOST_PIXELS, data: bytes | None = None
+) -> Iterator[Image.Image]:
     """A picture file as PIL opens it, decoded when its pixels are asked for: the one way in for every verb, page and API.
 
     formats  of FORMATS; what a file is, its content says and not its name (EPS in a .png would start Ghostscript)
     most     pixels in all
+    data     the file's bytes, where it lies in an archive and `path` only names it
 
     Unreadable, also for what its pixels turn out to be within the block: no such picture, damaged, larger than `most`, or a
     pipe or device. A UserError of the block goes through, and so does a mistake in this package's own code.
     """
     path = Path(path)
-    if os.path.isdir(path):  # pathlib's raises for a name that is too long
+    if data is None and os.path.isdir(path):  # pathlib's raises for a name that is too long
         raise UserError(f"{path} is a folder; expected the file of a picture.")
-    size = file_size(path, "a picture")
+    size = file_size(path, "a picture") if data is None else len(data)
     try:
-        with Image.open(path, formats=formats) as picture:
+        with Image.open(path if data is None else io.BytesIO(data), formats=formats) as picture:
             _check_size(picture, most, size)
             yield picture
     except UserError:

@@ -20,6 +20,7 @@ from latentpipe.lora.adapter import Lora
 from latentpipe.lora.injection import attach, wrappers
 from latentpipe.lora.state_dict.io import read_lora, stated_base, trigger_words
 from latentpipe.train.config import TrainLora, load
+from latentpipe.train.distributed import DistributedContext
 from latentpipe.train.lora import parameters as lora_parts
 from latentpipe.train.lora import train as verb
 from latentpipe.utils.errors import LatentpipeWarning
@@ -236,8 +237,8 @@ def prepared(root: Path, model: Path, pictures: Path, **more: Any) -> tuple[verb
     config = lora_run(root, model, pictures, **more)
     host = load_pipeline(model)
     plan = lora_parts.choose_trained(config, host)
-    own, prior = verb._pictures(config, host, model, plan, 16)
-    training = verb.LoraTraining(config, host, plan, own, prior)
+    own, prior = verb._pictures(config, host, model, plan, 16, DistributedContext())
+    training = verb.LoraTraining(config, host, plan, own, prior, DistributedContext())
     adapter = lora_parts.inject_trainable(config, plan)
     with torch.no_grad():
         for name, parameter in adapter.items():
@@ -250,7 +251,7 @@ def test_every_term_reaches_exactly_the_adapters_it_is_meant_for(tmp_path: Path,
     training, adapter = prepared(
         tmp_path, model_folder, drawn, adapter={"sites": EVERYWHERE, "kind": "dora"}, prior={"train": drawn}
     )
-    terms = training.losses_of(0, torch.Generator().manual_seed(0))
+    terms = training.step(0, torch.Generator().manual_seed(0)).losses(0)
     assert list(terms) == ["v", "prior", "pixel"]
     names, parameters = list(adapter.keys()), list(adapter.values())
     for term, wanted in (("v", ("unet/", "text_encoder/")), ("prior", ("unet/", "text_encoder/")), ("pixel", ("vae/",))):
@@ -269,7 +270,7 @@ def test_the_priors_weight_scales_its_term_and_nothing_else(tmp_path: Path, mode
         assert training.prior is not None
         assert training.prior.captions[0] == ("red circle",)
         assert training.pictures.captions[0] == ("wax red circle",)
-        terms = training.losses_of(1, torch.Generator().manual_seed(4))
+        terms = training.step(1, torch.Generator().manual_seed(4)).losses(0)
         found.append({name: value.item() for name, value in terms.items()})
     assert found[1]["prior"] == pytest.approx(3 * found[0]["prior"], rel=1e-5)
     assert found[1]["v"] == found[0]["v"]
@@ -283,7 +284,7 @@ def test_pixel_weights_are_those_of_the_config(tmp_path: Path, model_folder: Pat
         with torch.no_grad():
             for _, wrapper in wrappers(training.host.vae):
                 wrapper.lora_B["lora"].weight.zero_()
-        found.append(training.losses_of(0, torch.Generator().manual_seed(0))["pixel"].item())
+        found.append(training.step(0, torch.Generator().manual_seed(0)).losses(0)["pixel"].item())
     assert found[2] == pytest.approx(0.5 * found[0] + 4.0 * found[1], rel=1e-5)
     assert found[0] != found[1]
 
@@ -291,14 +292,14 @@ def test_pixel_weights_are_those_of_the_config(tmp_path: Path, model_folder: Pat
 def test_a_changed_base_is_found_and_nothing_is_written(
     tmp_path: Path, model_folder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = verb.LoraTraining.losses_of
+    original = verb.LoraTraining.step
 
     def careless(self: Any, step: int, generator: torch.Generator) -> Any:
         with torch.no_grad():
             self.host.unet.conv_in.weight[0, 0, 0, 0] += 1e-3
         return original(self, step, generator)
 
-    monkeypatch.setattr(verb.LoraTraining, "losses_of", careless)
+    monkeypatch.setattr(verb.LoraTraining, "step", careless)
     with pytest.raises(UserError, match="unet changed while the adapter was trained"):
         verb.train_lora(lora_run(tmp_path, model_folder, drawn))
     assert not (tmp_path / "style.safetensors").exists()

@@ -24,9 +24,10 @@ from latentpipe import UserError
 from latentpipe.ui import serving
 from latentpipe.ui.allowed_hosts import AllowedHosts, names_for
 from latentpipe.ui.guard import RequestGuard
+from latentpipe.ui.jobs import Jobs
 from latentpipe.ui.login import LoginSessions
 from latentpipe.ui.sockets import address_of, sockets_for
-from latentpipe.ui.state import LIGHT, Jobs, toast_errors, wire_stop
+from latentpipe.ui.state import LIGHT, toast_errors, wire_stop
 
 
 class Server:

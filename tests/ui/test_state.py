@@ -21,7 +21,8 @@ from latentpipe.checkpoints.registry import named_lora  # noqa: E402
 from latentpipe.compatibility.latent_adapter import own_adapter  # noqa: E402
 from latentpipe.engine.jobs import Cancelled, Done, Progress, Waiting  # noqa: E402
 from latentpipe.ui import listeners  # noqa: E402
-from latentpipe.ui.state import App, Jobs, collect_notes, public, toast_errors  # noqa: E402
+from latentpipe.ui.jobs import Jobs  # noqa: E402
+from latentpipe.ui.state import App, collect_notes, public, toast_errors  # noqa: E402
 from latentpipe.utils.errors import LatentpipeWarning  # noqa: E402
 from latentpipe.utils.progress import ProgressCallback  # noqa: E402
 

@@ -3,6 +3,7 @@
 from latentpipe.train.config.base import Optimization as Optimization
 from latentpipe.train.config.base import PictureData as PictureData
 from latentpipe.train.config.base import Run as Run
+from latentpipe.train.config.base import SplitSteps as SplitSteps
 from latentpipe.train.config.base import Strict as Strict
 from latentpipe.train.config.base import config_from as config_from
 from latentpipe.train.config.base import dump as dump

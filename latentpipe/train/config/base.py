@@ -68,6 +68,13 @@ class Optimization(Strict):
     """Decay of a second moving average (train-denoiser); of the two the one with the lower loss on fixed noise gets saved."""
 
 
+class SplitSteps(Optimization):
+    """The same, in equal parts."""
+
+    accumulate: Width = 1
+    """Equal parts that a process computes its share of a step's pictures in, one after the other: less memory, the same step."""
+
+
 class Run(Strict):
     """Where a run writes and how it is computed."""
 

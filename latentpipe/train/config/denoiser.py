@@ -7,14 +7,14 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from latentpipe.train.config.base import Layers, Optimization, Run, Strict, Width, Widths
+from latentpipe.train.config.base import Layers, Run, SplitSteps, Strict, Width, Widths
 
 
 class CacheData(Strict):
-    """The latent cache that `latentpipe encode` wrote, and the VAE it belongs to."""
+    """The latents that `latentpipe encode` wrote, and the VAE they belong to."""
 
     cache: Path
-    """The .safetensors file with the latents of the training pictures."""
+    """The .safetensors file with the latents of the training pictures, or the folder of their shards."""
     vae: Path
     """Folder of the VAE; its hash must be the cache's."""
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
@@ -86,7 +86,7 @@ class TrainDenoiser(Strict):
 
     data: CacheData
     run: Run
-    optim: Optimization
+    optim: SplitSteps
     unet: UNetShape = UNetShape()
     text: TextShape = TextShape()
     diffusion: Diffusion = Diffusion()

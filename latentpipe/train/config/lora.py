@@ -7,14 +7,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from latentpipe.train.config.base import Optimization, Run, Side, Strict, Weight, Width
+from latentpipe.train.config.base import Run, Side, SplitSteps, Strict, Weight, Width
 
 
 class LoraData(Strict):
     """Pictures with captions (imagefolder convention); their latents are cached by the hash of the model's VAE."""
 
-    train: Path
+    train: Path | None = None
     """Folder of training pictures; captions are in metadata.jsonl or .csv, or in NAME.txt beside each picture."""
+    cache: Path | None = None
+    """In its place: their latents by the model's VAE, a file or a folder of shards that `latentpipe encode` wrote."""
     caption_column: str | None = None
     """Column of the metadata that holds the captions; left out: text, caption or prompt."""
     size_px: Side | None = None
@@ -23,6 +25,19 @@ class LoraData(Strict):
     """Text file with a caption in each line: pictures with one of them are left out, as the emoji set's held-out ones are."""
     trigger: str = ""
     """Words that are put before every caption, and named in the file as its trigger words."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> LoraData:
+        if (self.train is None) == (self.cache is None):
+            raise ValueError("give either train, a folder of pictures, or cache, latents that 'latentpipe encode' wrote")
+        return self
+
+    @property
+    def source(self) -> Path:
+        """Whichever of the two is given."""
+        found = self.train or self.cache
+        assert found is not None
+        return found
 
 
 class Prior(Strict):
@@ -97,7 +112,7 @@ class TrainLora(Strict):
 
     data: LoraData
     run: LoraRun
-    optim: Optimization
+    optim: SplitSteps
     model: Path = Path("emoji")
     """Name or folder of the model (Stable Diffusion 1, 2, XL, 3, FLUX.1, Sana, PixArt; any for the VAE's decoder alone)."""
     adapter: AdapterShape = AdapterShape()

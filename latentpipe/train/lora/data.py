@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ import torch
 from latentpipe.data import emoji
 from latentpipe.data.image_folder import read_index, read_pictures
 from latentpipe.data.latent_cache import LatentCache, default_path, encode_folder, open_cache
+from latentpipe.data.shard_manifest import is_sharded
+from latentpipe.data.sharded_latents import ShardedLatents, open_latents
+from latentpipe.train.config import LoraData
+from latentpipe.train.distributed import DistributedContext
 from latentpipe.utils.errors import LatentpipeWarning, UserError, counted
 from latentpipe.utils.io import read_header
 
@@ -31,7 +36,7 @@ class LoraPictures:
     pixels    uint8 (all pictures of the cache, 3 H W), or None where they are not asked for
     """
 
-    cache: LatentCache
+    cache: LatentCache | ShardedLatents
     rows: torch.Tensor
     captions: list[tuple[str, ...]]
     left_out: int
@@ -53,43 +58,64 @@ def open_pictures(
     captioned: bool = True,
     pixels: bool = False,
     column: str | None = None,
+    team: DistributedContext | None = None,
 ) -> LoraPictures:
     """The pictures of a folder with their latents by the VAE in `vae_folder`, encoded on first use.
+
+    folder     of pictures; or what `latentpipe encode` wrote of them, a cache file or a folder of shards
 
     held_out   captions as `plain` writes them; a picture that has one is left out, in whatever style it is drawn
     captioned  leave out pictures without a caption; UserError where none has one
     pixels     also read the pictures themselves
     column     of the metadata that holds the captions (`image_folder.read_index`)
+    team       of which the first process encodes, while the others wait
     """
-    cache = _latents(folder, vae_folder, size_px, work, column)
-    held = [index for index, texts in enumerate(cache.captions) if any(plain(text) in held_out for text in texts)]
-    rows = [index for index, texts in enumerate(cache.captions) if index not in set(held) and (texts or not captioned)]
-    if held:
+    if folder.is_file() or is_sharded(folder):
+        cache: LatentCache | ShardedLatents = open_latents(folder, vae_folder)
+        if cache.size_px != size_px:
+            raise UserError(f"{folder} holds latents of {cache.size_px} px, expected {size_px} (data.size_px).")
+    elif team is None or team.is_first:
+        cache = _latents(folder, vae_folder, size_px, work, column)
+        if team is not None:
+            team.wait()
+    else:
+        team.wait()
+        cache = _latents(folder, vae_folder, size_px, work, column)
+    told = team is None or team.is_first
+    all_captions = list(cache.captions)
+    held = {index for index, texts in enumerate(all_captions) if any(plain(text) in held_out for text in texts)}
+    rows = [index for index, texts in enumerate(all_captions) if index not in held and (texts or not captioned)]
+    if held and told:
         warnings.warn(
             LatentpipeWarning(
-                f"{folder}: {len(held)} of {counted(len(cache.captions), 'picture')} left out, since their captions are held out"
+                f"{folder}: {len(held)} of {counted(len(cache), 'picture')} left out, since their captions are held out"
             ),
             stacklevel=3,
         )
     if not rows:
         none = "have no caption: add 'text' to metadata.jsonl, or a file NAME.txt beside each picture"
-        reason = "are held out" if len(held) == len(cache.captions) else none
-        raise UserError(f"{folder}: none of its {counted(len(cache.captions), 'picture')} can be trained on; they {reason}.")
-    bare = len(cache.captions) - len(held) - len(rows)
-    if bare:
+        reason = "are held out" if len(held) == len(cache) else none
+        raise UserError(f"{folder}: none of its {counted(len(cache), 'picture')} can be trained on; they {reason}.")
+    bare = len(cache) - len(held) - len(rows)
+    if bare and told:
         warnings.warn(
-            LatentpipeWarning(
-                f"{folder}: {bare} of {counted(len(cache.captions), 'picture')} left out, since they have no caption"
-            ),
+            LatentpipeWarning(f"{folder}: {bare} of {counted(len(cache), 'picture')} left out, since they have no caption"),
             stacklevel=3,
         )
-    captions = [tuple(f"{trigger} {text}".strip() for text in texts) for texts in cache.captions]
+    captions = [tuple(f"{trigger} {text}".strip() for text in texts) for texts in all_captions]
     images = None
     if pixels:
         images = torch.from_numpy(read_pictures(folder, size_px).pixels).permute(0, 3, 1, 2)
         if len(images) != len(captions):
             raise UserError(f"{folder} changed while it was read; start again.")
     return LoraPictures(cache, torch.tensor(rows), captions, len(held), images)
+
+
+def roll_of(data: LoraData, vae: Path) -> Counter[str]:
+    """What a run is trained on, by name; UserError now where it is no folder of pictures, or no latents of this VAE."""
+    if data.train is None:
+        return open_latents(data.source, vae).roll()
+    return Counter(item.path.relative_to(data.train).as_posix() for item in read_index(data.train, data.caption_column))
 
 
 def plain(caption: str) -> str:

@@ -62,7 +62,7 @@ def export_lora(
     lora = Lora({name: layers_of(model, NAME) for name, model in plan.models.items()}, printable(config.run.out.stem))
     base, size_px = hashes(folder), pictures.cache.size_px
     training: dict[str, Any] = {
-        "data": str(config.data.train),
+        "data": str(config.data.source),
         "pictures": len(pictures.rows),
         "held_out_pictures_left_out": pictures.left_out,
         "size_px": size_px,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -57,10 +57,24 @@ class Noised:
     times: torch.Tensor
     weights: torch.Tensor
 
+    def rows(self, mine: slice) -> Noised:
+        """Some of them."""
+        return Noised(self.noisy[mine], self.target[mine], self.times[mine], self.weights[mine])
+
     def loss(self, predicted: torch.Tensor) -> torch.Tensor:
         """Weighted mean over pictures of the mean squared error of each."""
         errors = (predicted.float() - self.target.to(predicted.device)).square().flatten(1).mean(1)
         return (self.weights.to(errors.device) * errors).mean()
+
+
+@dataclass(frozen=True)
+class DrawnPictures:
+    """A step's rows, their latents, and, of a denoiser, their prompts and noise."""
+
+    chosen: torch.Tensor
+    latents: torch.Tensor
+    prompts: list[str] = field(default_factory=list)
+    noised: Noised | None = None
 
 
 def noised(latents: torch.Tensor, schedule: NoiseSchedule, loss: LoraLoss, generator: torch.Generator) -> Noised:

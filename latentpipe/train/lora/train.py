@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from latentpipe.pipelines.sampling import Settings, check_settings
 from latentpipe.train import loop, losses, picture_changes
 from latentpipe.train.config import TrainLora, config_from
 from latentpipe.train.denoiser import pick_captions
-from latentpipe.train.distributed import refuse_several
-from latentpipe.train.lora.data import LoraPictures, held_out, note_long_captions, open_pictures
+from latentpipe.train.distributed import DistributedContext, nothing
+from latentpipe.train.lora.data import LoraPictures, held_out, note_long_captions, open_pictures, roll_of
 from latentpipe.train.lora.distillation import GuidedPaths, GuidedTeacher, step_times
 from latentpipe.train.lora.export import begin_file, export_lora, usable_file
 from latentpipe.train.lora.flow import TransformerTraining, asked_of
 from latentpipe.train.lora.flow import noised_by as noised
-from latentpipe.train.lora.loss import NoiseSchedule
+from latentpipe.train.lora.loss import DrawnPictures, NoiseSchedule
 from latentpipe.train.lora.parameters import Plan, base_hashes, begin_from, choose_trained, inject_trainable
 from latentpipe.train.lora.prompts import Prompts
 from latentpipe.train.progress import TrainingLog
@@ -41,7 +42,9 @@ SHOWN = 8  # prompts or pictures on a sheet, and pictures in a row of it
 def train_lora(config: TrainLora | str | Path | Mapping[str, Any]) -> Path:
     """Run `latentpipe train-lora`: returns the LoRA file (diffusers' keys, fp16 safetensors, with its card as metadata).
 
-    The base is frozen, which is proved by its hash; only the adapter's parameters are in the optimizer and the checkpoints.
+    In several processes (``accelerate launch -m latentpipe train-lora ...``) each computes its share of every batch, with the
+    gradients of one process that computes all of it. The base is frozen, which is proved by its hash; only the adapter's
+    parameters are in the optimizer and the checkpoints.
 
     config  a `TrainLora`, the path of its YAML file, or a mapping with its keys; UserError lists every problem of it
     """
@@ -49,35 +52,41 @@ def train_lora(config: TrainLora | str | Path | Mapping[str, Any]) -> Path:
 
 
 def _trained(config: TrainLora) -> Path:
-    refuse_several("train-lora")
-    usable_file(config)
+    team = DistributedContext()
+    if team.is_first:
+        usable_file(config)
     torch.manual_seed(config.run.seed)
     folder = find_model(config.model)
     host = load_pipeline(folder)
     plan = choose_trained(config, host)
     if plan.denoises and (what := redraws(host)):
         raise UserError(f"model {config.model}: it {what}; train the adapter on the model that it was made from.")
+    if plan.decodes and config.data.train is None:
+        raise UserError("vae.decoder is trained on pixels, which latents alone have not; give data.train in place of data.cache.")
     earlier = None if config.run.warm_start is None else read_lora(find_lora(config.run.warm_start))
     size_px = _size(config, host, plan)
-    items = read_index(config.data.train, config.data.caption_column)  # refused now where it is no folder of pictures
+    roll = roll_of(config.data, vae_of(folder))
     if config.prior.train is not None:
         read_index(config.prior.train, config.prior.caption_column)
-    names = [item.path.relative_to(config.data.train).as_posix() for item in items]
-    with begin_file(config) as begun:
-        record = picture_changes.follow(config.run, config.data.train, names, begun)
-        pictures, prior = _pictures(config, host, folder, plan, size_px)
-        host.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        training = LoraTraining(config, host, plan, pictures, prior)
+    with begin_file(config) if team.is_first else nullcontext(nothing) as record:
+        if team.is_first:
+            record = picture_changes.follow(config.run, config.data.source, roll, record)
+        team.wait()
+        pictures, prior = _pictures(config, host, folder, plan, size_px, team)
+        host.to(team.device)
+        training = LoraTraining(config, host, plan, pictures, prior, team)
         draws = config.run.sample_every_steps < config.optim.steps
         plain = training.draw() if draws else {}  # the base's own, before there is an adapter
         before = base_hashes(plan)
         adapter = inject_trainable(config, plan)
+        training.trained = list(adapter.parameters())
         if earlier is not None:
             begin_from(earlier, plan)
-        layers = sum(map(len, plan.paths.values()))
-        count = sum(parameter.numel() for parameter in adapter.parameters())
-        what = f"{counted(layers, 'layer')} of {', '.join(plan.paths)}, with {counted(len(pictures.rows), 'picture')}"
-        print(f"Training {count:,} parameters on {what}")
+        if team.is_first:
+            layers = sum(map(len, plan.paths.values()))
+            count = sum(parameter.numel() for parameter in adapter.parameters())
+            what = f"{counted(layers, 'layer')} of {', '.join(plan.paths)}, with {counted(len(pictures.rows), 'picture')}"
+            print(f"Training {count:,} parameters on {what}")
 
         def sample(step: int, log: TrainingLog) -> dict[str, float]:
             for name, drawn in training.draw().items():
@@ -87,15 +96,32 @@ def _trained(config: TrainLora) -> Path:
             return {}
 
         training.settings = drawn_with(config)
-        steps = loop.fit(adapter, config.optim, config.run, training.losses_of, sample, extras=training.extras, begun=record)
-        return export_lora(config, folder, plan, pictures, before, steps)
+        way: dict[str, Any] = {"extras": training.extras, "parts": config.optim.accumulate, "begun": record}
+        steps = loop.fit(adapter, config.optim, config.run, training.step, sample, team, **way)
+        if team.is_first:
+            export_lora(config, folder, plan, pictures, before, steps)
+        team.wait()
+        return config.run.out
 
 
 class LoraTraining:
-    """One step's losses of an adapter in its host, and the pictures on its sheets."""
+    """One step's losses of an adapter in its host, and the pictures on its sheets.
 
-    def __init__(self, config: TrainLora, host: Any, plan: Plan, pictures: LoraPictures, prior: LoraPictures | None) -> None:
-        self.config, self.host, self.plan = config, host, plan
+    trained  the parameters whose gradients the processes average
+    """
+
+    def __init__(
+        self,
+        config: TrainLora,
+        host: Any,
+        plan: Plan,
+        pictures: LoraPictures,
+        prior: LoraPictures | None,
+        team: DistributedContext,
+    ) -> None:
+        self.config, self.host, self.plan, self.team = config, host, plan, team
+        self.shares = team.shards(config.optim.batch_size, config.optim.accumulate)
+        self.trained: list[torch.nn.Parameter] = []
         self.pictures, self.prior = pictures, prior
         self.device: torch.device = host.device
         self.stage = VAEStage(host.vae, tile=None)
@@ -112,20 +138,10 @@ class LoraTraining:
         self.teacher = self._teacher() if config.distillation.guidance is not None else None
         self.extras = () if self.teacher is None else (self.teacher.paths,)
 
-    def losses_of(self, step: int, generator: torch.Generator) -> loop.Losses:
-        """The terms by name: "noise", "v" or "flow" (what the host predicts), "prior", "pixel"."""
-        chosen = self._chosen(self.pictures, step)
-        latents = self.pictures.cache.sample(chosen, generator)
-        terms: loop.Losses = {}
-        if self.plan.denoises:
-            terms[self.schedule.term] = self._denoising(latents, self.pictures, chosen, generator)
-        if self.prior is not None:
-            kept = self._chosen(self.prior, step)
-            again = self.prior.cache.sample(kept, generator)
-            terms["prior"] = self.config.prior.weight * self._denoising(again, self.prior, kept, generator)
-        if self.plan.decodes:
-            terms["pixel"] = self._pixels(latents, chosen)
-        return terms
+    def step(self, step: int, generator: torch.Generator) -> LoraStep:
+        """The step's pictures, and everything random in it: the same draws in every process."""
+        main = self._drawn(self.pictures, step, generator)
+        return LoraStep(self, main, None if self.prior is None else self._drawn(self.prior, step, generator))
 
     def draw(self) -> dict[str, list[Image.Image]]:
         """Pictures by the name of their sheet: "samples" of the prompts, "rebuilt" of the first training pictures."""
@@ -135,7 +151,7 @@ class LoraTraining:
             found["samples"] = [self._picture(text, index, side) for index, text in enumerate(self.prompts)]
         if self.plan.decodes:
             with torch.no_grad():
-                means = self.pictures.cache.mean[self.pictures.rows[:SHOWN]].float()
+                means = self.pictures.cache.means(self.pictures.rows[:SHOWN])
                 found["rebuilt"] = to_pixels(self.stage.decode(means.to(self.device)).float().cpu())
         return found
 
@@ -149,18 +165,27 @@ class LoraTraining:
         batch, seed = self.config.optim.batch_size, self.config.run.seed
         return pictures.rows[loop.batch_indices(len(pictures.rows), batch, seed, step)]
 
-    def _denoising(
-        self, latents: torch.Tensor, pictures: LoraPictures, chosen: torch.Tensor, generator: torch.Generator
-    ) -> torch.Tensor:
+    def _drawn(self, pictures: LoraPictures, step: int, generator: torch.Generator) -> DrawnPictures:
+        """The pictures of a step, and all that is random about them; where a teacher says the targets, those of it."""
+        chosen = self._chosen(pictures, step)
+        latents = pictures.cache.sample(chosen, generator)
+        if not self.plan.denoises:
+            return DrawnPictures(chosen, latents)
+        rest = chosen
         if self.teacher is not None:  # its paths are the other part of the batch
-            rest = len(chosen) - len(self.teacher.paths.place)
-            latents, chosen = latents[:rest], chosen[:rest]
-        prompts = pick_captions(pictures.captions_of(chosen), self.config.loss.caption_dropout, generator)
-        batch = noised(latents, self.schedule, self.config.loss, generator)
-        if self.teacher is not None:
-            self.teacher.paths.renew(pictures.rows, pictures.captions, self._means, self.schedule, generator)
+            rest = chosen[: len(chosen) - len(self.teacher.paths.place)]
+        prompts = pick_captions(pictures.captions_of(rest), self.config.loss.caption_dropout, generator)
+        batch = noised(latents[: len(rest)], self.schedule, self.config.loss, generator)
+        if self.teacher is not None:  # every process computes all targets, since all keep the same paths
+            self.teacher.paths.renew(pictures.rows, pictures.captions, self.pictures.cache.means, self.schedule, generator)
             batch, prompts = self.teacher.batch(batch, prompts, pictures.captions)
-        return batch.loss(self._predicted(batch.noisy, batch.times, prompts))
+        return DrawnPictures(chosen, latents, prompts, batch)
+
+    def denoising(self, drawn: DrawnPictures, rows: slice) -> torch.Tensor:
+        """The loss of some rows' predictions."""
+        assert drawn.noised is not None
+        batch = drawn.noised.rows(rows)
+        return batch.loss(self._predicted(batch.noisy, batch.times, drawn.prompts[rows]))
 
     def _predicted(self, noisy: torch.Tensor, times: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         with loop.fast_forward(self.config.run, self.device):
@@ -170,9 +195,6 @@ class LoraTraining:
             return self.host.unet(
                 noisy.to(self.device), times.to(self.device), states, added_cond_kwargs=added, return_dict=False
             )[0]
-
-    def _means(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.pictures.cache.mean[rows].float()
 
     def _teacher(self) -> GuidedTeacher:
         """The base under guidance; UserError where the adapter reaches more than the denoiser."""
@@ -184,12 +206,10 @@ class LoraTraining:
             )
         assert distillation.guidance is not None
         count = round(distillation.path_share * self.config.optim.batch_size)
-        paths = GuidedPaths.begun(
-            step_times(self.host.scheduler, distillation.steps), count, tuple(self.pictures.cache.mean.shape[1:])
-        )
+        paths = GuidedPaths.begun(step_times(self.host.scheduler, distillation.steps), count, self.pictures.cache.shape)
         return GuidedTeacher(self.host.unet, self._predicted, self.schedule, paths, distillation.guidance)
 
-    def _pixels(self, latents: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    def pixel_errors(self, latents: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Weighted error of the decoded latents to the pictures; the latents are the frozen encoder's."""
         assert self.pictures.pixels is not None
         images = bytes_to_images(self.pictures.pixels[chosen]).to(self.device)
@@ -197,6 +217,32 @@ class LoraTraining:
             rebuilt = self.stage.decode(latents.to(self.device)).float()
         weights = self.config.loss
         return weights.l1 * losses.l1(images, rebuilt) + weights.l2 * losses.l2(images, rebuilt)
+
+
+@dataclass(frozen=True)
+class LoraStep:
+    """One step of a `LoraTraining` (`loop.TrainingStep`), of the pictures and of the prior's."""
+
+    training: LoraTraining
+    main: DrawnPictures
+    prior: DrawnPictures | None
+
+    def losses(self, part: int) -> loop.Losses:
+        """The terms by name, of one part of this process's share: "noise" or "v" (what the host predicts), "prior", "pixel"."""
+        training, rows = self.training, self.training.shares[part]
+        terms: loop.Losses = {}
+        if training.plan.denoises:
+            terms[training.schedule.term] = training.denoising(self.main, rows)
+        if self.prior is not None:
+            terms["prior"] = training.config.prior.weight * training.denoising(self.prior, rows)
+        if training.plan.decodes:
+            terms["pixel"] = training.pixel_errors(self.main.latents[rows], self.main.chosen[rows])
+        return terms
+
+    def after_backward(self) -> loop.Figures:
+        """The gradients of all processes become their mean."""
+        self.training.team.average(self.training.trained)
+        return {}
 
 
 def drawn_with(config: TrainLora) -> Settings:
@@ -215,12 +261,14 @@ def _check_points(host: Any, plan: Plan) -> None:
         raise UserError(f"run.gradient_checkpointing: {error}") from None
 
 
-def _pictures(config: TrainLora, host: Any, folder: Path, plan: Plan, size_px: int) -> tuple[LoraPictures, LoraPictures | None]:
+def _pictures(
+    config: TrainLora, host: Any, folder: Path, plan: Plan, size_px: int, team: DistributedContext
+) -> tuple[LoraPictures, LoraPictures | None]:
     """The training pictures, and the prior's where there is one."""
     held, vae, work = held_out(config.data.exclude), vae_of(folder), config.run.work
     data = config.data
     pictures = open_pictures(
-        data.train,
+        data.source,
         vae,
         size_px,
         work,
@@ -229,10 +277,12 @@ def _pictures(config: TrainLora, host: Any, folder: Path, plan: Plan, size_px: i
         captioned=plan.denoises,
         pixels=plan.decodes,
         column=data.caption_column,
+        team=team,
     )
     again = config.prior.train
-    prior = None if again is None else open_pictures(again, vae, size_px, work, held_out=held, column=config.prior.caption_column)
-    if plan.denoises and asked_of(host) is None:
+    column = config.prior.caption_column
+    prior = None if again is None else open_pictures(again, vae, size_px, work, held_out=held, column=column, team=team)
+    if plan.denoises and team.is_first and asked_of(host) is None:
         note_long_captions(host.tokenizer, pictures.captions)
     return pictures, prior
 

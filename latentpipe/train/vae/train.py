@@ -17,7 +17,7 @@ from latentpipe.evaluate import health
 from latentpipe.evaluate.diagnosis import alarms
 from latentpipe.train import loop, picture_changes
 from latentpipe.train.config import TrainVAE, config_from
-from latentpipe.train.distributed import DistributedContext
+from latentpipe.train.distributed import DistributedContext, nothing
 from latentpipe.train.progress import TrainingLog
 from latentpipe.train.run_dir import prepare_run_dir, usable
 from latentpipe.train.vae import export, trainable
@@ -60,15 +60,11 @@ def _trained(config: TrainVAE) -> Path:
     trainable.choose_stages(vae, config.mode, config.parts)
     stage = VAEStage(vae, training_space(vae, config), tile=None)
     _check_size(config, stage)
-    with prepare_run_dir(config, config.run) if team.is_first else nullcontext(_nothing) as record:
+    with prepare_run_dir(config, config.run) if team.is_first else nullcontext(nothing) as record:
         if team.is_first:
             print(trainable.table(vae))
         team.wait()
         return _train(config, team, stage, teacher, record)
-
-
-def _nothing() -> None:
-    """What the processes beside the first one write."""
 
 
 def _train(
