@@ -114,8 +114,8 @@ def in_passes(
         return latents
     if settings.hires is not None:
         large = torch.nn.functional.interpolate(latents, scale_factor=settings.hires.scale, mode="bilinear")
-        sides = tuple(side * stage.space.downscale for side in reversed(large.shape[-2:]))
-        again = replace(settings, size=sides, strength=settings.hires.strength, hires=None)
+        height, width = (side * stage.space.downscale for side in large.shape[-2:])
+        again = replace(settings, size=(width, height), strength=settings.hires.strength, hires=None)
         return denoise(host, stage, prompts, seeds, again, second, begin=large)
     refiner = settings.refiner
     again = replace(settings, refiner=None, scheduler=None)

@@ -35,9 +35,13 @@ class Facts:
     bins: bool
 
 
-@functools.cache
 def facts(cls: type) -> Facts:
     """The facts of a pipeline class, read from its signatures."""
+    return _facts(cls)
+
+
+@functools.cache
+def _facts(cls: Any) -> Facts:
     parts = inspect.signature(cls).parameters
     unpacks = inspect.signature(getattr(cls, "_unpack_latents", lambda: None)).parameters
     return Facts(

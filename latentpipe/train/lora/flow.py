@@ -17,7 +17,7 @@ import torch
 from latentpipe.pipelines import families
 from latentpipe.train.config import LoraLoss
 from latentpipe.train.denoiser import stratified_times
-from latentpipe.train.lora.loss import Noised, NoiseSchedule
+from latentpipe.train.lora.loss import Noised, NoiseSchedule, noised
 from latentpipe.train.lora.prompts import KEPT
 from latentpipe.utils.errors import UserError
 from latentpipe.utils.logging import quiet
@@ -55,6 +55,11 @@ def flow_noised(latents: torch.Tensor, schedule: FlowSchedule, loss: LoraLoss, g
     sigma = schedule.sigmas[at].view(-1, 1, 1, 1)
     noisy = (1 - sigma) * latents + sigma * noise
     return Noised(noisy, noise - latents, schedule.times[at], torch.ones(len(latents)))
+
+
+def noised_by(latents: torch.Tensor, schedule: Any, loss: LoraLoss, generator: torch.Generator) -> Noised:
+    """As `flow_noised` on a straight path, as `noised` on a schedule with cumulative alphas."""
+    return (flow_noised if isinstance(schedule, FlowSchedule) else noised)(latents, schedule, loss, generator)
 
 
 def _ask_sd3(host: Any, noisy: torch.Tensor, times: torch.Tensor, text: Text) -> torch.Tensor:

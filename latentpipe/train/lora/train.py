@@ -26,8 +26,9 @@ from latentpipe.train.distributed import DistributedContext, nothing
 from latentpipe.train.lora.data import LoraPictures, held_out, note_long_captions, open_pictures, roll_of
 from latentpipe.train.lora.distillation import GuidedPaths, GuidedTeacher, step_times
 from latentpipe.train.lora.export import begin_file, export_lora, usable_file
-from latentpipe.train.lora.flow import FlowSchedule, TransformerTraining, asked_of, flow_noised
-from latentpipe.train.lora.loss import DrawnPictures, NoiseSchedule, noised
+from latentpipe.train.lora.flow import TransformerTraining, asked_of
+from latentpipe.train.lora.flow import noised_by as noised
+from latentpipe.train.lora.loss import DrawnPictures, NoiseSchedule
 from latentpipe.train.lora.parameters import Plan, base_hashes, begin_from, choose_trained, inject_trainable
 from latentpipe.train.lora.prompts import Prompts
 from latentpipe.train.progress import TrainingLog
@@ -174,8 +175,7 @@ class LoraTraining:
         if self.teacher is not None:  # its paths are the other part of the batch
             rest = chosen[: len(chosen) - len(self.teacher.paths.place)]
         prompts = pick_captions(pictures.captions_of(rest), self.config.loss.caption_dropout, generator)
-        draw = flow_noised if isinstance(self.schedule, FlowSchedule) else noised
-        batch = draw(latents[: len(rest)], self.schedule, self.config.loss, generator)
+        batch = noised(latents[: len(rest)], self.schedule, self.config.loss, generator)
         if self.teacher is not None:  # every process computes all targets, since all keep the same paths
             self.teacher.paths.renew(pictures.rows, pictures.captions, self.pictures.cache.means, self.schedule, generator)
             batch, prompts = self.teacher.batch(batch, prompts, pictures.captions)
