@@ -165,7 +165,9 @@ def open_drawing(arguments: dict[str, Any], device: str) -> Job:
 
     def work(task: Any, emit: Emit, cancel: threading.Event) -> dict[str, Any]:
         model, vae, adapter = task["names"]
-        settings = {name: tuple(value) if name in PAIRS and value else value for name, value in task["settings"].items()}
+        settings: dict[str, Any] = {
+            name: tuple(value) if name in PAIRS and value else value for name, value in task["settings"].items()
+        }
         if settings.get("image") is not None:
             settings["image"] = picture_of(base64.b64decode(settings["image"]))
         with warnings.catch_warnings(record=True) as told:

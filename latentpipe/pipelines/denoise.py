@@ -212,8 +212,8 @@ def _texts(twin: Any, prompts: Sequence[str], settings: Settings) -> dict[str, A
         guided = settings.guidance_scale > 1
         positive, negative = prompt_weighting.encode(twin, prompts, guided, settings.negative_prompt)
         return {"prompt_embeds": positive} | ({} if negative is None else {"negative_prompt_embeds": negative})
-    negative = {"negative_prompt": [settings.negative_prompt] * len(prompts)} if settings.negative_prompt else {}
-    return {"prompt": list(prompts), **negative}
+    against = {"negative_prompt": [settings.negative_prompt] * len(prompts)} if settings.negative_prompt else {}
+    return {"prompt": list(prompts), **against}
 
 
 def host_for(host: Any, stage: Stage, settings: Settings, cls: type | None = None) -> Any:

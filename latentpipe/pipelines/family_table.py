@@ -8,6 +8,7 @@ pipeline says is declared here, and `tests/pipelines/test_family_table.py` compa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from latentpipe.checkpoints.model_files import STABLE_DIFFUSION
 
@@ -58,7 +59,7 @@ class PipelineFamily:
         return (*(name for task in TASKS if (name := getattr(self, task))), *self.more)
 
 
-def _classes(stem: str, *kinds: str) -> dict[str, str]:
+def _classes(stem: str, *kinds: str) -> dict[str, Any]:
     """Class names by task: a stem, and what stands between it and Pipeline."""
     return {task: f"{stem}{kind}Pipeline" for task, kind in zip(TASKS, kinds, strict=False) if kind != "-"}
 

@@ -6,6 +6,7 @@ Of Ray only actors are used. Its usage statistics are off, and it starts no dash
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -72,7 +73,7 @@ def connected(address: str) -> Iterator[Any]:
         return
     _must_answer(address)
     try:
-        ray.init(address=address, include_dashboard=None, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, include_dashboard=None, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # ConnectionError, RuntimeError, ValueError, by what is wrong
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(f"The Ray cluster at {address} cannot be joined ({reason}). {_START}") from None

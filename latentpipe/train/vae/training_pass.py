@@ -33,11 +33,13 @@ class TrainingPass(nn.Module):
         noise  of a codec uniform, as wide as its step
         given  raw latents to decode in place of the sample (a decoder that learns from another VAE's latents)
         """
-        if given is None and not (self.rounds and noise is not None):
+        if given is None and (noise is None or not self.rounds):
             return self.stage(images, warp, noise)
         posterior = self.stage.encode_whole(images)
-        raw = given if given is not None or noise is None else rounded(posterior, noise)
-        return self.stage.decode_whole(raw if warp is None else warp(raw)), posterior
+        if given is None:
+            assert noise is not None
+            given = rounded(posterior, noise)
+        return self.stage.decode_whole(given if warp is None else warp(given)), posterior
 
 
 def rounded(posterior: Any, noise: torch.Tensor) -> torch.Tensor:
