@@ -232,7 +232,7 @@ def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(UserError, match="nothing can be written in"):
             rule("--out", tmp_path / value)
     with pytest.raises(UserError, match=r"FOLDER .*nothing can be written in"):
-        output_paths.cached({"out": None, "folder": tmp_path})
+        output_paths.cached({"out": None, "folder": tmp_path, "shards": None})
     output_paths.kept({"save": False, "out": tmp_path})
     assert not list(tmp_path.iterdir())
 

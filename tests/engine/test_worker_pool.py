@@ -51,7 +51,8 @@ def test_a_worker_draws_what_this_process_draws(two: DrawingPool, model_folder: 
     assert [picture.recipe for picture in found.pictures] == [picture.recipe for picture in ours.pictures]
 
 
-def test_steps_come_with_previews(two: DrawingPool, model_folder: Path) -> None:
+def test_steps_come_with_previews(two: DrawingPool, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentpipe.engine.engine.PREVIEW_SECONDS", 0)  # a slow reader sees the newest steps alone
     events = list(two.run((str(model_folder), None, None), "red bar", previews=True, seed=1, num_inference_steps=4))
     steps = [event for event in events if isinstance(event, StepDone)]
     assert steps

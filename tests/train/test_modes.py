@@ -25,6 +25,7 @@ from latentpipe.train.vae.denoiser_outputs import Predictor
 from latentpipe.train.vae.distillation import Draw, Lesson, as_taught
 from latentpipe.train.vae.model import build_vae, new_vae, with_new_head
 from latentpipe.train.vae.objective import Objective
+from latentpipe.train.vae.training_pass import TrainingPass
 from latentpipe.utils.errors import LatentpipeWarning
 
 EVERY_TERM = {
@@ -293,7 +294,7 @@ def test_the_teacher_stays_and_the_decoder_learns_from_its_latents(tmp_path: Pat
                        teacher=tmp_path / "teacher", loss={"equivariance": 0})  # fmt: skip
     vae = build_vae(config, training.open_teacher(config))
     images = some_images(4, 48)
-    rebuilt, raw = VAEStage(vae)(images, given=torch.randn(4, 4, 24, 24))
+    rebuilt, raw = TrainingPass(VAEStage(vae))(images, given=torch.randn(4, 4, 24, 24))
     terms = Objective(config, vae, DistributedContext())(
         images, rebuilt, raw, 0, False, (torch.randn(4, 4, 24, 24), torch.zeros(1))
     )

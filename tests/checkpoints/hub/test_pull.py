@@ -405,14 +405,14 @@ def test_waits_grow(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub, capsys: p
 
 
 def test_no_other_code_reaches_out() -> None:
-    """Libraries that ask the network are imported by the modules of `pull` alone, and by the page's server."""
+    """Libraries that ask the network are imported by `pull`, the page's server, and where a cluster is named."""
     package = Path(checkpoints.__file__).parents[1]
     asks = re.compile(
         r"^\s*(?:from|import) (huggingface_hub|httpx2?|requests|aiohttp|urllib3|urllib\.request|http\.client|socket)\b", re.M
     )
     found = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if asks.search(path.read_text())}
     assert {"checkpoints/hub/client.py", "checkpoints/hub/fetch.py"} <= found
-    assert not {path for path in found if not path.startswith(("checkpoints/hub/", "ui/"))}
+    assert not {path for path in found if not path.startswith(("checkpoints/hub/", "ui/", "utils/cluster.py"))}
 
 
 @pytest.mark.slow
