@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,24 @@ def steps_of(text: str) -> tuple[float, float]:
         raise UserError(f"--control-steps is '{text}'; expected BEGIN-END as shares of the steps, such as 0-0.6.") from None
 
 
+def counted(values: Mapping[str, Any]) -> None:
+    """One weight and one range for all controls, or one for each."""
+    n = len(values["control"])
+    for option, given in (("--control-weight", values["control_weight"]), ("--control-steps", values["control_steps"])):
+        if n and len(given) not in (0, 1, n):
+            raise UserError(f"{option} was given {len(given)} times and --control {n}; expected one for all, or one for each.")
+    for text in values["control_steps"]:
+        low, high = steps_of(text)
+        if not 0 <= low < high <= 1:
+            raise UserError(f"--control-steps is '{text}'; expected two shares of the steps, 0 <= BEGIN < END <= 1.")
+
+
 def opened(controls: Sequence[str], weights: Sequence[float] = (), steps: Sequence[str] = ()) -> tuple[Any, ...]:
     """The controls that --control, --control-weight and --control-steps name; a weight or range that stands alone is for all."""
     from latentpipe.pipelines.conditioning import open_control
     from latentpipe.utils.images import open_picture
 
     n = len(controls)
-    for option, given in (("--control-weight", weights), ("--control-steps", steps)):
-        if len(given) not in (0, 1, n):
-            raise UserError(f"{option} was given {len(given)} times and --control {n}; expected one for all, or one for each.")
     each = [*weights] * n if len(weights) == 1 else [*weights] or [1.0] * n
     ranges = [steps_of(text) for text in steps]
     ranges = ranges * n if len(ranges) == 1 else ranges or [(0.0, 1.0)] * n

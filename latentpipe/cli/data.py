@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from latentpipe.utils.errors import UserError, counted
@@ -83,11 +84,13 @@ def encode(
         return
     from latentpipe.data.shards import encode_shards
 
-    with tqdm(unit="picture") as bar:
+    with ExitStack() as stack:
+        bars: list[tqdm] = []  # one, once there is something to show
 
         def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            if not bars:
+                bars.append(stack.enter_context(tqdm(total=total, unit="picture")))
+            bars[0].update(done - bars[0].n)
 
         made = encode_shards(folder, where, shards, size, workers, cluster, caption_column, per_shard, progress=show)
     print(made.report())

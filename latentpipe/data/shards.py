@@ -6,6 +6,7 @@ or which of them died. That its file is there is all that is kept of a run, so a
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -101,9 +102,11 @@ def encode_shards(
     folder, out = Path(folder).resolve(), refuse_name(Path(out)).resolve()
     place = find_model(vae_folder, "vae")
     wanted = _wanted(place, size_px, kind_of_devices(cluster), threads, per_shard)
+    listed = entries(folder, column)
+    first = [*itertools.islice(listed, 1)]  # refused before there is a folder
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
-        manifest = begin(out, wanted, entries(folder, column), folder)
+        manifest = begin(out, wanted, itertools.chain(first, listed), folder)
         missing = [number for number, shard in enumerate(manifest.shards) if not _kept(out, number, manifest)]
         result = EncodedShards(out, manifest.pictures, 0, len(manifest.shards))
         arguments = {"folder": str(folder), "vae": str(place), "out": str(out)}

@@ -90,9 +90,10 @@ class LocalWorker:
         """Kill the process: what it had not finished has no final name."""
         self._process.kill()
         self._process.wait()
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
 
     def _tell(self, message: Any) -> None:
         assert self._process.stdin is not None

@@ -11,7 +11,7 @@ import tiny_hosts
 import torch
 from diffusers import DDIMScheduler
 from helpers import write_pictures
-from test_train_lora import log_of, lora_run
+from test_train_lora import in_halves, log_of, lora_run
 
 from latentpipe import UserError
 from latentpipe.checkpoints.pipeline_io import load_pipeline
@@ -131,19 +131,7 @@ def test_k_steps_are_k_half_stop_resume_k_half_bit_for_bit(
     tmp_path: Path, model_folder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more: dict[str, Any] = TURBO | {"optim": {"steps": 6}}
-    whole = verb.train_lora(lora_run(tmp_path / "a", model_folder, drawn, **more))
-    original, count = verb.noised, iter(range(100))
-
-    def interrupted(*arguments: Any) -> Any:
-        if next(count) == 3:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(verb, "noised", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            verb.train_lora(lora_run(tmp_path / "b", model_folder, drawn, **more))
-    halves = verb.train_lora(lora_run(tmp_path / "b", model_folder, drawn, resume=True, **more))
+    whole, halves = in_halves(tmp_path, model_folder, drawn, monkeypatch, more)
     assert content_hash(read_tensors(whole)) == content_hash(read_tensors(halves))
 
 
@@ -159,6 +147,11 @@ def test_stable_diffusion_xl_is_distilled_too(tmp_path: Path, drawn: Path) -> No
     tiny_hosts.complete("sdxl").save_pretrained(tmp_path / "xl", safe_serialization=True)
     verb.train_lora(lora_run(tmp_path, tmp_path / "xl", drawn, **TURBO))
     assert len(log_of(tmp_path, "noise")) == 2
+
+
+def test_a_prior_beside_it_is_refused(tmp_path: Path, drawn: Path) -> None:
+    with pytest.raises(ValueError, match=r"leave prior\.train out"):
+        lora_run(tmp_path, tmp_path, drawn, **(TURBO | {"prior": {"train": drawn}}))
 
 
 @pytest.mark.parametrize(

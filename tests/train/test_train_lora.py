@@ -52,6 +52,25 @@ def log_of(root: Path, name: str) -> list[float]:
     return [row[name] for row in rows if name in row]
 
 
+def in_halves(root: Path, model: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]) -> tuple[Path, Path]:
+    """The files of a run at once, and of the same run that was stopped in its third step and resumed."""
+    whole = verb.train_lora(lora_run(root / "a", model, drawn, **more))
+    original, count = verb.LoraTraining._predicted, iter(range(100))
+
+    def interrupted(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and next(count) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verb.LoraTraining, "_predicted", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            verb.train_lora(lora_run(root / "b", model, drawn, **more))
+    assert not (root / "b" / "style.safetensors").exists()
+    torch.rand(7)
+    return whole, verb.train_lora(lora_run(root / "b", model, drawn, resume=True, **more))
+
+
 # --- the run as a whole -------------------------------------------------------------------------------------
 
 
@@ -113,21 +132,7 @@ def test_k_steps_are_k_half_stop_resume_k_half_bit_for_bit(
     tmp_path: Path, model_folder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch, sites: tuple[str, ...], kind: str
 ) -> None:
     more: dict[str, Any] = {"optim": {"steps": 4}, "adapter": {"sites": sites, "kind": kind, "rank": 2}}
-    whole = verb.train_lora(lora_run(tmp_path / "a", model_folder, drawn, **more))
-    original, count = verb.noised, iter(range(100))
-
-    def interrupted(*arguments: Any) -> Any:
-        if next(count) == 2:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(verb, "noised", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            verb.train_lora(lora_run(tmp_path / "b", model_folder, drawn, **more))
-    assert not (tmp_path / "b" / "style.safetensors").exists()
-    torch.rand(7)
-    halves = verb.train_lora(lora_run(tmp_path / "b", model_folder, drawn, resume=True, **more))
+    whole, halves = in_halves(tmp_path, model_folder, drawn, monkeypatch, more)
     assert content_hash(read_tensors(whole)) == content_hash(read_tensors(halves))
     assert read_lora(whole).hash == read_lora(halves).hash
 

@@ -127,3 +127,9 @@ class TrainLora(Strict):
         if self.run.out.suffix != ".safetensors":
             raise ValueError(f"run.out {self.run.out} is a LoRA, a safetensors file; give it the ending .safetensors")
         return self
+
+    @model_validator(mode="after")
+    def _one_source_of_targets(self) -> TrainLora:
+        if self.distillation.guidance is not None and self.prior.train is not None:
+            raise ValueError("distillation.guidance takes its targets from the base alone; leave prior.train out")
+        return self

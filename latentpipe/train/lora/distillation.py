@@ -144,11 +144,15 @@ class GuidedTeacher:
         return without + self.guidance * (asked - without)
 
     def batch(self, noised: Noised, prompts: list[str], captions: list[tuple[str, ...]]) -> tuple[Noised, list[str]]:
-        """Noised pictures with their prompts, and the rows of the paths, with guided targets; the paths have then moved on."""
+        """Noised pictures with their prompts, and the rows of the paths, with guided targets; `move_on` ends the step."""
         paths, count = self.paths, len(self.paths.place)
         noisy = torch.cat([paths.latents, noised.noisy])
         times = torch.cat([paths.times[paths.place], noised.times]) if count else noised.times
         prompts = paths.prompts(captions) + prompts
         target = self.guided(noisy, times, prompts)
-        paths.move(self.schedule, target[:count])
+        self._ahead = target[:count]
         return Noised(noisy, target, times, torch.ones(len(times))), prompts
+
+    def move_on(self) -> None:
+        """The paths take their step; not before the pass with gradients, so that one that is broken off leaves them."""
+        self.paths.move(self.schedule, self._ahead)

@@ -240,8 +240,10 @@ class LoraStep:
         return terms
 
     def after_backward(self) -> loop.Figures:
-        """The gradients of all processes become their mean."""
+        """The gradients of all processes become their mean, and a teacher's paths move on."""
         self.training.team.average(self.training.trained)
+        if self.training.teacher is not None:
+            self.training.teacher.move_on()
         return {}
 
 
