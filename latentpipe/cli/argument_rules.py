@@ -131,12 +131,8 @@ RULES: dict[str, argument_checks.Rule | None] = {
 }
 
 # What does nothing without another option: it was meant to do something.
-CONTROLLED = {
-    "control_weight": ("control",),
-    "control_steps": ("control",),
-    "hires_strength": ("hires",),
-    "refiner_at": ("refiner",),
-}
+SECOND = {"hires_strength": ("hires",), "refiner_at": ("refiner",)}
+CONTROLLED = dict.fromkeys(("control_weight", "control_steps"), ("control",)) | SECOND
 NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "generate": {"adapter": ("vae",), "lora_method": ("lora",), "strength": ("image",), **CONTROLLED},
     "encode": {"workers": ("shards",), "cluster": ("shards",), "per_shard": ("shards",)},

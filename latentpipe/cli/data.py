@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -85,13 +86,21 @@ def encode(
     from latentpipe.data.shards import encode_shards
 
     with ExitStack() as stack:
-        bars: list[tqdm] = []  # one, once there is something to show
-
-        def show(done: int, total: int) -> None:
-            if not bars:
-                bars.append(stack.enter_context(tqdm(total=total, unit="picture")))
-            bars[0].update(done - bars[0].n)
-
+        show = _shown(stack)
         made = encode_shards(folder, where, shards, size, workers, cluster, caption_column, per_shard, progress=show)
     print(made.report())
     print(made.folder)
+
+
+def _shown(stack: ExitStack) -> Callable[[int, int], None]:
+    """Shows how many pictures of how many are done, by a bar that comes up with the first call and goes with the stack."""
+    from tqdm import tqdm
+
+    bars: list[tqdm] = []
+
+    def show(done: int, total: int) -> None:
+        if not bars:
+            bars.append(stack.enter_context(tqdm(total=total, unit="picture")))
+        bars[0].update(done - bars[0].n)
+
+    return show
