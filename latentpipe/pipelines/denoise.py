@@ -40,6 +40,8 @@ def denoise(
     if begin is not None and settings.image is None:
         settings = replace(settings, image=Image.new("RGB", (1, 1)))  # chooses img2img; the latents are what it begins from
     twin = host_for(host, stage, settings)
+    if begin is not None and hasattr(twin, "image_processor"):
+        twin.image_processor.register_to_config(vae_latent_channels=stage.space.channels)  # else it resizes latents as images
     arguments: dict[str, Any] = {
         "num_inference_steps": settings.num_inference_steps,
         "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],

@@ -125,11 +125,19 @@ class VAEFacade(Facade):
         self._behind().vae.save_pretrained(*args, **options)
 
 
+IMAGE_CHANNELS = 3
+
+
 class Encoded:
-    """The output of an encoder, and its own `latent_dist`: `sample` and `mode` give latents."""
+    """The output of an encoder, and its own `latent_dist`: `sample` and `mode` give latents.
+
+    Latents in place of images are given back: diffusers' older img2img pipelines know latents by having 4 channels, and would
+    encode those of 8.
+    """
 
     def __init__(self, stage: Stage, images: torch.Tensor) -> None:
         self._stage, self._images = stage, images
+        self._passes = images.shape[1] == stage.space.channels != IMAGE_CHANNELS
         self.latent_dist = self
 
     def __getitem__(self, index: int) -> Any:
@@ -137,11 +145,11 @@ class Encoded:
 
     def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
         """A sample of the posterior, B C h w."""
-        return self._stage.encode(self._images, generator or torch.default_generator)
+        return self._images if self._passes else self._stage.encode(self._images, generator or torch.default_generator)
 
     def mode(self) -> torch.Tensor:
         """The mode of the posterior, B C h w."""
-        return self._stage.encode(self._images)
+        return self._images if self._passes else self._stage.encode(self._images)
 
     latent = latents = property(mode)
 

@@ -14,6 +14,8 @@ from helpers import draw_shape
 from tiny_hosts import SIDE
 
 from latentpipe import LatentPipeline, UserError, replay
+from latentpipe.checkpoints.pipeline_io import load_pipeline
+from latentpipe.checkpoints.registry import find_model
 from latentpipe.explore.inpaint import inpaint
 from latentpipe.pipelines import hosting
 from latentpipe.pipelines.chains import Hires, Refiner
@@ -69,6 +71,22 @@ def test_hires_equals_two_calls_of_diffusers(xl: Any) -> None:
     found = latents(xl, hires=Hires(2.0, 0.6))
     assert found.shape[-1] == 2 * SIDE // 8
     assert torch.equal(found, expected)
+
+
+def test_hires_begins_from_latents_of_any_number_of_channels() -> None:
+    """diffusers' img2img takes 4 channels for latents; the oracle noises latents of 8 itself, and draws on as diffusers does."""
+    host = load_pipeline(find_model("emoji"))
+    small = theirs(hosting.rebuild(host), height=SIDE, width=SIDE)
+    large = torch.nn.functional.interpolate(small, scale_factor=2.0, mode="bilinear")
+    stock = hosting.rebuild(host, diffusers.StableDiffusionImg2ImgPipeline)
+
+    def noised(image: Any, timestep: torch.Tensor, *rest: Any) -> torch.Tensor:
+        noise = torch.randn(large.shape, generator=rest[-1][0])
+        return stock.scheduler.add_noise(large, noise, timestep)
+
+    stock.prepare_latents = noised
+    expected = theirs(stock, image=torch.zeros(1, 3, 2 * SIDE, 2 * SIDE), strength=0.6)
+    assert torch.equal(latents(host, hires=Hires(2.0, 0.6)), expected)
 
 
 def test_the_refiner_equals_diffusers_two_calls(xl: Any, second: Any) -> None:
