@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,6 +177,12 @@ def check_controls(host: Any, controls: Sequence[Control], size: tuple[int, int]
                     f"{cls} '{control.name}' has {key} {theirs}, and this model's denoiser {ours}: it is of another family; "
                     "choose one of this family."
                 )
+        downscale, read_at = families.expected_latents(host)[1], _downscale(config)
+        if read_at not in (None, downscale):
+            raise UserError(
+                f"{cls} '{control.name}' brings pictures to 1/{read_at} size, and this model's latents are at 1/{downscale}: it "
+                "was made for another model; choose one of this one."
+            )
         width, height = control.image.size
         if control.kind != "ip-adapter" and width * size[1] != height * size[0]:
             raise UserError(
@@ -187,6 +193,15 @@ def check_controls(host: Any, controls: Sequence[Control], size: tuple[int, int]
             raise UserError(
                 f"T2I-Adapter '{control.name}' begins at {control.steps[0]}; it acts from the first step on, so give 0."
             )
+
+
+def _downscale(config: Mapping[str, Any]) -> int | None:
+    """By what a network of Stable Diffusion brings its picture to the size of latents; None where its config does not say."""
+    if "conditioning_embedding_out_channels" in config:
+        return 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
+    if "downscale_factor" in config:  # those of Stable Diffusion XL begin at half the latents' size
+        return config["downscale_factor"] // (2 if config.get("adapter_type") == "full_adapter_xl" else 1)
+    return None
 
 
 def parts_of(controls: Sequence[Control], like: Any) -> dict[str, Any]:

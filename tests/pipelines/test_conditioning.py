@@ -181,6 +181,7 @@ def test_steps_are_counted_as_controlnets_count_them() -> None:
             "family",
             "SD3ControlNetModel '.given.' is made for a SD3Transformer2DModel, and this model's denoiser is a UNet2DCondition",
         ),
+        ("half", "ControlNetModel '.given.' brings pictures to 1/2 size, and this model's latents are at 1/8"),
         ("width", "ControlNetModel '.given.' has cross_attention_dim 16, and this model's denoiser 8: it is of another family"),
         ("size", "the picture of control '.given.' has 48 x 32 pixels, and 32 x 32 are drawn"),
         ("both", "ControlNet '.given.' and T2I-Adapter '.given.' exclude each other"),
@@ -192,6 +193,9 @@ def test_steps_are_counted_as_controlnets_count_them() -> None:
 def test_what_cannot_be_is_told(sd15: Any, nets: list[Any], what: str, told: str) -> None:
     made = {
         "family": lambda: (Control(tiny_families.controlnet("Stable Diffusion 3"), hint()),),
+        "half": lambda: (
+            Control(diffusers.ControlNetModel.from_unet(sd15.unet, conditioning_embedding_out_channels=(4, 8)), hint()),
+        ),
         "width": lambda: (Control(diffusers.ControlNetModel.from_unet(tiny_hosts.unet(4, 16)), hint()),),
         "size": lambda: (Control(nets[0], hint().resize((48, 32))),),
         "both": lambda: (Control(nets[0], hint()), Control(tiny_families.t2i_adapter(False), hint())),
